@@ -1,0 +1,168 @@
+"""Cluster-aware contrastive learning."""
+
+import torch
+from torch import Tensor
+
+from ccl_fast.losses.contrast import Batch, ContrastiveLoss, check_positive
+from ccl_fast.ops import logaddexp, same_id_similarity, streaming_logsumexp
+from ccl_fast.ops.validation import check_choice, check_floating, check_matrix, check_same, check_vector
+
+FORMS = ("joint", "split", "inside")
+
+
+class CCLLoss(ContrastiveLoss):
+    r"""Contrast with cluster-mates (local relation) and the cluster's centre (global relation) as positives.
+
+    With z unit embeddings of all views, y their cluster ids, :math:`\mu` unit centres (without gradient),
+    :math:`s_{ij} = \langle z_i, z_j \rangle / T`, :math:`s_{ic} = \langle z_i, \mu_c \rangle / T_c`, A(i) all other
+    views, P(i) those with :math:`y_j = y_i`, :math:`\lambda` the centre's weight:
+
+    .. math::
+        \text{joint:}\quad & \ell_i = \log\Big(\sum_{j \in A(i)} e^{s_{ij}} + \sum_c e^{s_{ic}}\Big)
+            - \frac{\sum_{p \in P(i)} s_{ip} + \lambda s_{i y_i}}{|P(i)| + \lambda} \\
+        \text{split:}\quad & \ell_i = \Big[\log \sum_{j \in A(i)} e^{s_{ij}} - \frac{1}{|P(i)|}\sum_{p \in P(i)} s_{ip}\Big]
+            + \lambda \Big[\log \sum_c e^{s_{ic}} - s_{i y_i}\Big] \\
+        \text{inside:}\quad & \ell_i = \log\Big(\sum_{j \in A(i)} e^{s_{ij}} + \sum_c e^{s_{ic}}\Big)
+            - \log\Big(\sum_{p \in P(i)} e^{s_{ip}} + \lambda e^{s_{i y_i}}\Big)
+
+    The loss is the mean over the anchors that have a positive. An anchor without one (and, in "split", a bracket
+    without one) contributes 0, never NaN. Without centres it is SupCon on the cluster ids; without cluster ids,
+    NT-Xent (SimCLR). Memory is linear in n; a second derivative raises.
+
+    This is the project's reading of Chen, Gui, Fan, "Cluster-aware Contrastive Learning for Unsupervised
+    Out-of-distribution Detection" (arXiv:2302.02598).
+
+    Args:
+        temperature: T, > 0; the initial value if learnable.
+        center_weight: lambda, >= 0.
+        form: "joint", "split" or "inside".
+        center_temperature: T_c of the centres: a number, a tensor ``[k]`` (one per cluster, such as PCL's
+            concentration), or None for T. ``forward`` takes another one, as clusters change during training.
+        learnable_temperature: make log T a parameter (``log_temperature``).
+        normalize: scale embeddings and centres to unit length; if not, they are used as they come.
+        reduction: "mean", "sum", or "none" (a loss per row: ``[n]`` or ``[n, views]``).
+        backend: of the streaming log-sum-exp: "auto", "triton", "blocked" or "reference".
+
+    Raises:
+        ValueError: an argument has the wrong type, shape, dtype, device or value.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        center_weight: float = 1.0,
+        form: str = "joint",
+        center_temperature: float | Tensor | None = None,
+        learnable_temperature: bool = False,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ):
+        super().__init__(temperature, learnable_temperature, normalize, reduction, backend)
+        check_choice("form", form, FORMS)
+        if not (isinstance(center_weight, int | float) and 0 <= center_weight < float("inf")):
+            raise ValueError(f"center_weight: expected a number >= 0, got {center_weight!r}")
+        _check_center_temperature(center_temperature)
+        self.form, self.center_weight = form, center_weight
+        if isinstance(center_temperature, Tensor):
+            self.register_buffer("center_temperature", center_temperature, persistent=False)
+        else:
+            self.center_temperature = center_temperature
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        cluster_ids: Tensor | None = None,
+        centers: Tensor | None = None,
+        center_temperature: float | Tensor | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            embeddings: ``[n, d]`` (one row per view) or ``[n, views, d]``; float64, float32, bfloat16, float16.
+            cluster_ids: ``[n]`` int32 or int64. -1 is unassigned: its only positives are its own views (it has
+                those in the form [n, views, d]), and it stays a negative of all others. None: every sample is
+                a cluster of its own, which needs [n, views, d].
+            centers: ``[k, d]`` or None. Cluster ids are then rows of it. They get no gradient.
+            center_temperature: replaces the module's for this call.
+
+        Returns:
+            The loss, float32 (float64 for float64 embeddings).
+
+        Raises:
+            ValueError: an argument has the wrong type, shape, dtype, device or value.
+            IndexError: a cluster id is below -1 or not less than k (on a GPU: an assertion on the device).
+        """
+        if centers is not None:
+            if cluster_ids is None:
+                raise ValueError("cluster_ids: expected integers [n] with centers, got None")
+            check_matrix("centers", centers)
+        k = None if centers is None else centers.shape[0]
+        batch = self.prepare(embeddings, cluster_ids, "cluster_ids", number_of_ids=k)
+        scale = 1.0 / self.temperature
+        if centers is not None:
+            center_logsumexp, own_center = self._contrast_centers(batch, centers, center_temperature, scale)
+            # An unassigned anchor has no centre of its own, but all centres are negatives of it.
+            weight = self.center_weight * batch.assigned.to(own_center.dtype)
+
+        if self.form == "inside":
+            others, positives = streaming_logsumexp(
+                batch.z, scale=scale, q_ids=batch.ids, return_same=True, backend=self.backend
+            )
+            if centers is not None:
+                others = logaddexp(others, center_logsumexp)
+                positives = logaddexp(positives, own_center + weight.log())
+            has_positive = positives != -torch.inf
+            losses = others.masked_fill(~has_positive, 0.0) - positives.masked_fill(~has_positive, 0.0)
+            return self.reduce(losses, has_positive, batch.shape)
+
+        others = streaming_logsumexp(batch.z, scale=scale, backend=self.backend)
+        positives, count = same_id_similarity(batch.z, batch.ids)
+        positives = positives * scale
+        if centers is None:
+            losses = others - positives / count.clamp(min=1)
+        elif self.form == "joint":
+            others = logaddexp(others, center_logsumexp)
+            count = count + weight
+            losses = others - (positives + weight * own_center) / torch.where(count > 0, count, 1.0)
+        else:
+            local = (others - positives / count.clamp(min=1)).masked_fill(count == 0, 0.0)
+            losses = local + weight * (center_logsumexp - own_center)
+            count = count + weight
+        return self.reduce(losses, count > 0, batch.shape)
+
+    def _contrast_centers(
+        self, batch: Batch, centers: Tensor, temperature: float | Tensor | None, scale: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Log-sum-exp over the centres, and the logit of the row's own centre (0 if unassigned)."""
+        check_matrix("centers", centers, columns=batch.z.shape[1])
+        check_floating("centers", centers)
+        check_same("centers", centers, "embeddings", batch.z, dtype=False)
+        _check_center_temperature(temperature)
+        temperature = self.center_temperature if temperature is None else temperature
+        centers = self.unit(centers.detach())
+        if isinstance(temperature, Tensor) and temperature.numel() != 1:
+            check_vector("center_temperature", temperature, centers.shape[0])
+            check_same("center_temperature", temperature, "embeddings", batch.z, dtype=False)
+            centers, scale = centers / temperature[:, None], 1.0
+        elif temperature is not None:
+            scale = 1.0 / temperature
+        centers = centers.to(batch.z.dtype)
+        accumulation = torch.promote_types(batch.z.dtype, torch.float32)
+        own = centers[batch.ids.clamp(min=0)].to(accumulation)
+        own_center = torch.linalg.vecdot(batch.z.to(accumulation), own) * scale
+        logsumexp = streaming_logsumexp(batch.z, centers, scale=scale, backend=self.backend)
+        return logsumexp, own_center.masked_fill(~batch.assigned, 0.0)
+
+
+def _check_center_temperature(value: float | Tensor | None) -> None:
+    if isinstance(value, Tensor):
+        if not value.is_floating_point() or value.ndim > 1:
+            raise ValueError(
+                f"center_temperature: expected floating point of shape [k], got {value.dtype} {list(value.shape)}"
+            )
+        if value.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((value > 0).all()):
+            raise ValueError(
+                f"center_temperature: expected positive numbers, got a smallest of {value.min():g}"
+            )
+    elif value is not None:
+        check_positive("center_temperature", value)

@@ -1,0 +1,104 @@
+"""InfoNCE: one positive per anchor."""
+
+import torch
+from torch import Tensor
+
+from ccl_fast.losses.contrast import ContrastiveLoss
+from ccl_fast.ops import logaddexp, streaming_logsumexp
+from ccl_fast.ops.validation import check_floating, check_matrix, check_same
+
+
+class InfoNCELoss(ContrastiveLoss):
+    r"""Contrast of pairs: each query against its own key, the other keys being negatives.
+
+    .. math::
+        \ell(q_i) = \log \sum_{j} e^{\langle q_i, k_j \rangle / T} - \langle q_i, k_i \rangle / T
+
+    Three uses, told apart by the arguments of ``forward``:
+
+    - views, ``loss(embeddings)`` with embeddings [n, 2, d]: NT-Xent (SimCLR), every row against all other rows;
+    - two towers, ``loss(queries, keys)``: CLIP, the mean of both directions; one direction if not ``symmetric``;
+    - extra negatives or a queue, ``negatives=``: further keys in every anchor's sum (MoCo with ``symmetric=False``).
+
+    van den Oord et al. (arXiv:1807.03748); Chen et al., SimCLR (arXiv:2002.05709); Radford et al., CLIP
+    (arXiv:2103.00020); He et al., MoCo (arXiv:1911.05722).
+
+    Args:
+        temperature: T, > 0; the initial value if learnable.
+        symmetric: two towers contrast in both directions (keys are anchors too).
+        learnable_temperature, normalize, reduction, backend: as in `CCLLoss`.
+
+    Raises:
+        ValueError: an argument has the wrong type, shape, dtype, device or value.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        symmetric: bool = True,
+        learnable_temperature: bool = False,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ):
+        super().__init__(temperature, learnable_temperature, normalize, reduction, backend)
+        self.symmetric = symmetric
+
+    def forward(self, queries: Tensor, keys: Tensor | None = None, negatives: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            queries: ``[n, d]``, or ``[n, 2, d]`` (two views) without ``keys``.
+            keys: ``[n, d]``; row i is the positive of query i.
+            negatives: ``[m, d]``, such as a queue.
+
+        Returns:
+            The loss, float32 (float64 for float64 input). With reduction "none" a loss per anchor: ``[n, 2]`` for
+            views and for two towers in both directions (second column: the keys), else ``[n]``.
+        """
+        if keys is None:
+            if not isinstance(queries, Tensor) or queries.ndim != 3 or queries.shape[1] != 2:
+                got = list(queries.shape) if isinstance(queries, Tensor) else type(queries).__name__
+                raise ValueError(f"queries: expected shape [n, 2, d] without keys, got {got}")
+        else:
+            check_matrix("queries", queries)
+            check_matrix("keys", keys, columns=queries.shape[1])
+            check_same("keys", keys, "queries", queries)
+            if keys.shape != queries.shape:
+                raise ValueError(
+                    f"keys: expected shape {list(queries.shape)} (that of queries), got {list(keys.shape)}"
+                )
+        check_floating("queries", queries)
+        scale = 1.0 / self.temperature
+
+        if keys is not None and not self.symmetric:
+            anchors, positives = self.unit(queries), self.unit(keys)
+            logsumexp = streaming_logsumexp(anchors, positives, scale=scale, backend=self.backend)
+            shape = queries.shape[:1]
+        else:
+            pairs = queries if keys is None else torch.stack((queries, keys), dim=1)
+            n = pairs.shape[0]
+            # Both directions of two towers are one self-contrast between them: a pair of rows is met once.
+            # Tower by tower, so that whole tiles within a tower can be passed over.
+            anchors = self.unit(pairs.transpose(0, 1).flatten(0, 1))
+            positives = anchors.roll(n, dims=0)
+            towers = None
+            if keys is not None:
+                towers = torch.arange(2, device=anchors.device).repeat_interleave(n)
+            logsumexp = streaming_logsumexp(
+                anchors,
+                scale=scale,
+                q_ids=towers,
+                candidates="all" if towers is None else "other_id",
+                backend=self.backend,
+            )
+            shape = pairs.shape[:2]
+        if negatives is not None:
+            check_matrix("negatives", negatives, columns=queries.shape[-1])
+            check_same("negatives", negatives, "queries", queries)
+            extra = streaming_logsumexp(anchors, self.unit(negatives), scale=scale, backend=self.backend)
+            logsumexp = logaddexp(logsumexp, extra)
+        wide = torch.promote_types(anchors.dtype, torch.float32)
+        losses = logsumexp - torch.linalg.vecdot(anchors.to(wide), positives.to(wide)) * scale
+        if len(shape) == 2:
+            losses = losses.view(2, -1).T.flatten()
+        return self.reduce(losses, torch.ones_like(losses, dtype=torch.bool), shape)

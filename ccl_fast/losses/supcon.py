@@ -1,0 +1,60 @@
+"""Supervised contrastive learning."""
+
+from torch import Tensor
+
+from ccl_fast.losses.ccl import CCLLoss
+from ccl_fast.ops.validation import check_choice
+
+FORMS = ("outside", "inside")
+
+
+class SupConLoss(CCLLoss):
+    r"""Contrast with all views of the same label as positives: CCL without centres.
+
+    .. math::
+        \text{outside:}\quad & \ell_i = -\frac{1}{|P(i)|} \sum_{p \in P(i)}
+            \log \frac{e^{s_{ip}}}{\sum_{j \in A(i)} e^{s_{ij}}} \\
+        \text{inside:}\quad & \ell_i = -\log \frac{\sum_{p \in P(i)} e^{s_{ip}}}{\sum_{j \in A(i)} e^{s_{ij}}}
+
+    with :math:`s_{ij} = \langle z_i, z_j \rangle / T`, A(i) all other views and P(i) those of the same label. The
+    mean is over the anchors that have a positive. (The paper's "inside" adds the constant log |P(i)|, which has no
+    gradient.) Khosla et al., "Supervised Contrastive Learning" (arXiv:2004.11362).
+
+    Args:
+        temperature: T, > 0; the initial value if learnable.
+        form: "outside" (the paper's L_out) or "inside" (L_in) of the logarithm.
+        learnable_temperature, normalize, reduction, backend: as in `CCLLoss`.
+
+    Raises:
+        ValueError: an argument has the wrong type, shape, dtype, device or value.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        form: str = "outside",
+        learnable_temperature: bool = False,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ):
+        check_choice("form", form, FORMS)
+        super().__init__(
+            temperature=temperature,
+            form="joint" if form == "outside" else form,
+            learnable_temperature=learnable_temperature,
+            normalize=normalize,
+            reduction=reduction,
+            backend=backend,
+        )
+
+    def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            embeddings: ``[n, d]`` (one row per view) or ``[n, views, d]``.
+            labels: ``[n]`` int32 or int64, -1 for unlabelled; None (with [n, views, d]) is NT-Xent.
+
+        Returns:
+            The loss, float32 (float64 for float64 embeddings).
+        """
+        return super().forward(embeddings, labels)

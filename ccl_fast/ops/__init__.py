@@ -1,0 +1,6 @@
+"""Operators: a contract, one dense reference, and backends that agree with it."""
+
+from ccl_fast.ops.same_id_similarity import same_id_similarity
+from ccl_fast.ops.streaming_logsumexp import logaddexp, streaming_logsumexp
+
+__all__ = ["logaddexp", "same_id_similarity", "streaming_logsumexp"]

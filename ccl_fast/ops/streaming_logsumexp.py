@@ -1,0 +1,193 @@
+"""The streaming log-sum-exp: its contract, its gradient, its registration with torch, its backends."""
+
+import torch
+from torch import Tensor
+
+from ccl_fast.ops import streaming_logsumexp_blocked as blocked
+from ccl_fast.ops import streaming_logsumexp_triton as triton_kernels
+from ccl_fast.ops.backends import choose_backend
+from ccl_fast.ops.streaming_logsumexp_reference import logsumexp_by_relation
+from ccl_fast.ops.validation import check_floating, check_ids, check_matrix, check_same, check_vector
+
+CANDIDATES = ("all", "other_id", "same_id")
+
+# In the order in which "auto" prefers them; each names its obstacles on a device and dtype.
+BACKENDS = {
+    "triton": triton_kernels.obstacles,
+    "blocked": lambda device, dtype: [],
+    "reference": lambda device, dtype: [],
+}
+
+
+def streaming_logsumexp(
+    q: Tensor,
+    k: Tensor | None = None,
+    *,
+    scale: float | Tensor,
+    key_bias: Tensor | None = None,
+    q_ids: Tensor | None = None,
+    k_ids: Tensor | None = None,
+    candidates: str = "all",
+    return_same: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Log-sum-exp of scaled similarities, row by row, without the matrix of similarities.
+
+    .. math::
+        \mathrm{LSE}_i = \log \sum_{j \in A(i)} e^{s_{ij}}, \qquad
+        s_{ij} = \mathrm{scale} \cdot \langle q_i, k_j \rangle + \mathrm{bias}_j
+
+    Memory is linear in n and m, forward and backward. Gradients flow to ``q``, ``k``, ``scale`` and
+    ``key_bias``; a second derivative raises (only ``backend="reference"`` has one).
+
+    Args:
+        q: ``[n, d]``, float64, float32, bfloat16 or float16. Under autocast it is cast to autocast's dtype.
+        k: ``[m, d]``, same dtype and device. None is self-contrast: the keys are ``q`` and j = i is left out.
+        scale: the inverse temperature, a number or a tensor of one element (it may require a gradient).
+        key_bias: ``[m]``, added to the logits of a key; -inf removes the key.
+        q_ids: ``[n]``, integers: the cluster (or class, or tower) of each row.
+        k_ids: ``[m]``, integers; with ``k`` only.
+        candidates: A(i). "all" keys, those of an "other_id" than the row's, or those of the "same_id".
+        return_same: return also the log-sum-exp over the keys of the same id, from the same pass.
+        backend: "auto", "triton" (CUDA), "blocked" (plain torch, any device) or "reference" (dense).
+
+    Returns:
+        ``[n]`` float32 (float64 for float64 input); -inf, with zero gradient, where A(i) is empty. With
+        ``return_same`` a pair: this, and the log-sum-exp over the same id.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or value; the backend cannot run here.
+    """
+    _check(q, k, scale, key_bias, q_ids, k_ids, candidates, return_same)
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        q = q.to(torch.get_autocast_dtype(q.device.type))
+        k = None if k is None else k.to(q.dtype)
+    backend = choose_backend("streaming_logsumexp", BACKENDS, backend, q.device, q.dtype)
+    accumulation = torch.promote_types(q.dtype, torch.float32)
+    if isinstance(scale, Tensor):
+        scale = scale.to(device=q.device, dtype=accumulation).reshape(())
+    else:
+        scale = torch.full((), scale, dtype=accumulation, device=q.device)
+    if key_bias is not None:
+        key_bias = key_bias.to(accumulation)
+
+    want_same = return_same or (q_ids is not None and candidates != "other_id")
+    want_other = candidates != "same_id"
+    if backend == "reference":
+        same, other = logsumexp_by_relation(q, k, scale, key_bias, q_ids, k_ids)
+    else:
+        same, other = _op(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, backend)
+    if q_ids is None:
+        return other
+    chosen = {"all": lambda: logaddexp(same, other), "other_id": lambda: other, "same_id": lambda: same}
+    result = chosen[candidates]()
+    return (result, same) if return_same else result
+
+
+def logaddexp(a: Tensor, b: Tensor) -> Tensor:
+    """``torch.logaddexp`` whose gradient is zero, not NaN, where both sides are -inf (two empty sums)."""
+    empty = torch.maximum(a, b) == -torch.inf
+    return torch.logaddexp(a.masked_fill(empty, 0.0), b).masked_fill(empty, -torch.inf)
+
+
+def _check(q, k, scale, key_bias, q_ids, k_ids, candidates, return_same) -> None:
+    check_matrix("q", q)
+    check_floating("q", q)
+    m = q.shape[0]
+    if k is not None:
+        check_matrix("k", k, columns=q.shape[1])
+        check_same("k", k, "q", q)
+        m = k.shape[0]
+    if isinstance(scale, Tensor) and scale.numel() != 1:
+        raise ValueError(
+            f"scale: expected a number or a tensor of one element, got shape {tuple(scale.shape)}"
+        )
+    if key_bias is not None:
+        check_vector("key_bias", key_bias, m)
+        check_floating("key_bias", key_bias)
+        check_same("key_bias", key_bias, "q", q, dtype=False)
+    if candidates not in CANDIDATES:
+        raise ValueError(f"candidates: expected one of {', '.join(CANDIDATES)}, got {candidates!r}")
+    if q_ids is None and (candidates != "all" or return_same or k_ids is not None):
+        raise ValueError("q_ids: expected integers [n] for candidates, return_same or k_ids, got None")
+    if q_ids is not None:
+        check_ids("q_ids", q_ids, q)
+        if (k_ids is None) != (k is None):
+            raise ValueError("k_ids: expected integers [m] exactly when k and q_ids are given")
+        if k_ids is not None:
+            check_ids("k_ids", k_ids, k)
+
+
+# ---- registration: one operator forward, one backward, so that torch.compile sees two opaque nodes ----
+
+
+@torch.library.custom_op("ccl_fast::streaming_logsumexp", mutates_args=())
+def _op(
+    q: Tensor,
+    k: Tensor | None,
+    scale: Tensor,
+    key_bias: Tensor | None,
+    q_ids: Tensor | None,
+    k_ids: Tensor | None,
+    want_same: bool,
+    want_other: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    forward = triton_kernels.forward if backend == "triton" else blocked.forward
+    return forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other)
+
+
+@_op.register_fake
+def _(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, backend):
+    n, dtype = q.shape[0], torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(n if want_same else 0, dtype=dtype), q.new_empty(n if want_other else 0, dtype=dtype)
+
+
+@torch.library.custom_op("ccl_fast::streaming_logsumexp_backward", mutates_args=())
+def _backward_op(
+    q: Tensor,
+    k: Tensor | None,
+    scale: Tensor,
+    key_bias: Tensor | None,
+    q_ids: Tensor | None,
+    k_ids: Tensor | None,
+    same: Tensor,
+    other: Tensor,
+    grad_same: Tensor,
+    grad_other: Tensor,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    backward = triton_kernels.backward if backend == "triton" else blocked.backward
+    grads = backward(q, k, scale, key_bias, q_ids, k_ids, same, other, grad_same, grad_other, needs)
+    return tuple(q.new_empty(0) if g is None else g for g in grads)
+
+
+@_backward_op.register_fake
+def _(q, k, scale, key_bias, q_ids, k_ids, same, other, grad_same, grad_other, needs, backend):
+    inputs = (q, k, scale, key_bias)
+    return tuple(torch.empty_like(x) if n else q.new_empty(0) for x, n in zip(inputs, needs, strict=True))
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, _want_same, _want_other, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx, grad_same: Tensor, grad_other: Tensor):
+    needs = list(ctx.needs_input_grad[:4])
+    grads = torch.ops.ccl_fast.streaming_logsumexp_backward(
+        *ctx.saved_tensors, grad_same, grad_other, needs, ctx.backend
+    )
+    return (*(g if n else None for g, n in zip(grads, needs, strict=True)), None, None, None, None, None)
+
+
+def _double_backward(ctx, *grads):
+    raise RuntimeError(
+        "streaming_logsumexp: the gradient of its gradient is not implemented (double backward, "
+        'create_graph=True). Use backend="reference", which is dense and differentiable any number of times.'
+    )
+
+
+torch.library.register_autograd("ccl_fast::streaming_logsumexp", _backward, setup_context=_save)
+torch.library.register_autograd("ccl_fast::streaming_logsumexp_backward", _double_backward)

@@ -1,0 +1,251 @@
+"""The streaming log-sum-exp in plain torch, tile by tile: any device, any dtype, linear memory.
+
+Notation: x_ij = scale <q_i, k_j>, b the key bias, and for each row two sums, over the keys of the same id and over
+all others. A row's weight on a key in the backward is C_i exp(x_ij + b_j - R_i), where (R, C) is the row's
+log-sum-exp and incoming gradient, of the kind that the pair belongs to.
+
+Self-contrast walks the upper triangle only, in both directions: x_ij = x_ji, so a tile serves its rows and its
+columns (one half and three halves of a matrix product instead of one and two). Where all logits are bounded
+(`logit_bound`), exponentials need no shift and are themselves symmetric.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ccl_fast.ops.logit_bound import logits_are_bounded
+
+# Rows and columns of a tile. On CPUs from 256 to 2048 the matrix products run at the same rate; at 1024 a tile
+# (4 MB) still lies in a shared cache and the calls are few (benchmarks/LOG.md).
+BLOCK = 1024
+
+
+@dataclass
+class _Tile:
+    rows: slice
+    cols: slice
+    mirrored: bool  # self-contrast, off the diagonal: the tile stands for its transpose too
+    relation: str  # "same": every pair has one id, "other": none has, "mixed"
+
+
+class _Problem:
+    """The operands in accumulation precision and, on a CPU, sorted by id, so that most tiles need no mask."""
+
+    def __init__(self, q, k, scale, key_bias, q_ids, k_ids):
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        self.is_self = k is None
+        # On a CPU a branch on a value is free. On a GPU it would stall the queue: take the general path.
+        on_cpu = q.device.type == "cpu"
+        self.bounded = on_cpu and bool(logits_are_bounded(q, k, scale, key_bias))
+        self.scale = float(scale) if on_cpu else None
+        self.scale_tensor = scale
+        self.order_q = self.order_k = None
+        self.q, self.q_ids = q.to(dtype), q_ids
+        self.k, self.k_ids, self.bias = (
+            (self.q, q_ids, key_bias) if k is None else (k.to(dtype), k_ids, key_bias)
+        )
+        if q_ids is not None and on_cpu:
+            self.q_ids, self.order_q = q_ids.sort()
+            self.q = self.q[self.order_q]
+            self.k, self.k_ids, self.order_k = self.q, self.q_ids, self.order_q
+            if k is not None:
+                self.k_ids, self.order_k = k_ids.sort()
+                self.k = k.to(dtype)[self.order_k]
+            if key_bias is not None:
+                self.bias = key_bias[self.order_k]
+        self.q_range, self.k_range = self._id_ranges(self.q_ids), self._id_ranges(self.k_ids)
+        self._buffers = torch.empty(2, BLOCK * BLOCK, dtype=dtype, device=q.device)
+
+    def _id_ranges(self, ids):
+        if ids is None or self.order_q is None:
+            return None
+        first, last = ids[::BLOCK].tolist(), ids[BLOCK - 1 :: BLOCK].tolist() + ids[-1:].tolist()
+        return list(zip(first, last, strict=False))
+
+    def tiles(self, want_same: bool, want_other: bool) -> Iterator[_Tile]:
+        n, m = self.q.shape[0], self.k.shape[0]
+        for i in range(0, n, BLOCK):
+            for j in range(i if self.is_self else 0, m, BLOCK):
+                relation = self._relation(i // BLOCK, j // BLOCK)
+                if (relation == "same" and not want_same) or (relation == "other" and not want_other):
+                    continue
+                rows, cols = slice(i, min(i + BLOCK, n)), slice(j, min(j + BLOCK, m))
+                yield _Tile(rows, cols, self.is_self and i != j, relation)
+
+    def _relation(self, i: int, j: int) -> str:
+        if self.q_ids is None:
+            return "other"
+        if self.q_range is None:
+            return "mixed"
+        (a, b), (c, d) = self.q_range[i], self.k_range[j]
+        if b < c or d < a:
+            return "other"
+        return "same" if a == b == c == d else "mixed"
+
+    def products(self, tile: _Tile) -> Tensor:
+        """x over the tile, -inf on the diagonal of self-contrast; in a buffer that the next tile reuses."""
+        q, k = self.q[tile.rows], self.k[tile.cols]
+        x = self._buffers[0, : q.shape[0] * k.shape[0]].view(q.shape[0], k.shape[0])
+        if self.scale is None:
+            torch.mm(q, k.T, out=x).mul_(self.scale_tensor)
+        else:
+            torch.addmm(x, q, k.T, beta=0, alpha=self.scale, out=x)
+        if self.is_self and not tile.mirrored:
+            x.fill_diagonal_(-torch.inf)
+        return x
+
+    def scratch(self, like: Tensor) -> Tensor:
+        return self._buffers[1, : like.numel()].view(like.shape)
+
+    def same_mask(self, tile: _Tile) -> Tensor:
+        return self.q_ids[tile.rows, None] == self.k_ids[None, tile.cols]
+
+    def rows_to_sorted(self, x: Tensor) -> Tensor:
+        return x if self.order_q is None else x[self.order_q]
+
+    def rows_from_sorted(self, x: Tensor) -> Tensor:
+        return x if self.order_q is None else torch.empty_like(x).index_copy_(0, self.order_q, x)
+
+    def keys_from_sorted(self, x: Tensor) -> Tensor:
+        return x if self.order_k is None else torch.empty_like(x).index_copy_(0, self.order_k, x)
+
+
+def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple[Tensor, Tensor]:
+    problem = _Problem(q, k, scale, key_bias, q_ids, k_ids)
+    sums = _UnshiftedSums if problem.bounded else _ShiftedSums
+    totals = {name: sums(problem) for name, want in (("same", want_same), ("other", want_other)) if want}
+    for tile in problem.tiles(want_same, want_other):
+        x = problem.products(tile)
+        if problem.bounded:
+            x.exp_()
+        mask = problem.same_mask(tile) if tile.relation == "mixed" else None
+        for name, total in totals.items():
+            if mask is not None:
+                total.add(tile, x.masked_fill(~mask if name == "same" else mask, total.nothing))
+            elif tile.relation == name:
+                total.add(tile, x)
+    empty = problem.q.new_empty(0)
+    lse = {name: problem.rows_from_sorted(total.log()) for name, total in totals.items()}
+    return lse.get("same", empty), lse.get("other", empty)
+
+
+class _UnshiftedSums:
+    """Row sums of exp(x + b) for bounded logits: tiles arrive exponentiated."""
+
+    nothing = 0.0
+
+    def __init__(self, problem: _Problem):
+        self.total = problem.q.new_zeros(problem.q.shape[0])
+        self.weight = None if problem.bias is None else problem.bias.exp()
+
+    def add(self, tile: _Tile, e: Tensor) -> None:
+        self.total[tile.rows] += e.sum(1) if self.weight is None else e @ self.weight[tile.cols]
+        if tile.mirrored:
+            self.total[tile.cols] += e.sum(0) if self.weight is None else self.weight[tile.rows] @ e
+
+    def log(self) -> Tensor:
+        return self.total.log()
+
+
+class _ShiftedSums:
+    """Row sums of exp(x + b - maximum) with the running maximum: any logits."""
+
+    nothing = -torch.inf
+
+    def __init__(self, problem: _Problem):
+        n = problem.q.shape[0]
+        self.maximum, self.total = problem.q.new_full((n,), -torch.inf), problem.q.new_zeros(n)
+        self.bias = problem.bias
+
+    def add(self, tile: _Tile, x: Tensor) -> None:
+        self._merge(tile.rows, x if self.bias is None else x + self.bias[tile.cols], 1)
+        if tile.mirrored:
+            self._merge(tile.cols, x if self.bias is None else x + self.bias[tile.rows, None], 0)
+
+    def _merge(self, rows: slice, x: Tensor, dim: int) -> None:
+        maximum = torch.maximum(self.maximum[rows], x.amax(dim))
+        shift = maximum.masked_fill(maximum == -torch.inf, 0.0)
+        self.total[rows] *= (self.maximum[rows] - shift).exp_()
+        self.total[rows] += (x - shift.unsqueeze(dim)).exp_().sum(dim)
+        self.maximum[rows] = maximum
+
+    def log(self) -> Tensor:
+        return self.maximum + self.total.log()
+
+
+def backward(
+    q, k, scale, key_bias, q_ids, k_ids, same, other, grad_same, grad_other, needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    problem = _Problem(q, k, scale, key_bias, q_ids, k_ids)
+    rows = {"same": _row_weights(problem, same, grad_same), "other": _row_weights(problem, other, grad_other)}
+    need_q, need_k, need_scale, need_bias = needs
+    need_q = need_q or need_scale
+    need_k = need_k and not problem.is_self
+    # Gradients before the factor `scale`: sum_j W_ij k_j for the rows and sum_i W_ij q_i for the keys.
+    to_q = torch.zeros_like(problem.q) if need_q else None
+    to_k = to_q if problem.is_self else torch.zeros_like(problem.k) if need_k else None
+    to_bias = torch.zeros_like(problem.bias) if need_bias else None
+    for tile in problem.tiles(same.numel() > 0, other.numel() > 0):
+        w = _weights(problem, tile, rows, to_bias)
+        if need_q:
+            to_q[tile.rows].addmm_(w, problem.k[tile.cols])
+        if (need_q and tile.mirrored) or need_k:
+            to_k[tile.cols].addmm_(w.T, problem.q[tile.rows])
+
+    grad_scale = None
+    if need_scale:
+        # In self-contrast every product <z_i, z_j> is met from both its ends.
+        grad_scale = torch.linalg.vecdot(to_q, problem.q).sum() * (0.5 if problem.is_self else 1.0)
+    grad_q = problem.rows_from_sorted(to_q.mul_(scale)).to(q.dtype) if needs[0] else None
+    grad_k = problem.keys_from_sorted(to_k.mul_(scale)).to(k.dtype) if need_k else None
+    grad_bias = problem.keys_from_sorted(to_bias) if need_bias else None
+    return grad_q, grad_k, grad_scale, grad_bias
+
+
+def _row_weights(problem: _Problem, lse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, C) of the module's notation; a row without candidates weighs nothing. Unshifted, C holds exp(-R)."""
+    if lse.numel() == 0:
+        return problem.q.new_zeros(problem.q.shape[0]), problem.q.new_zeros(problem.q.shape[0])
+    empty = lse == -torch.inf
+    reference = problem.rows_to_sorted(lse.masked_fill(empty, 0.0))
+    coefficient = problem.rows_to_sorted(grad.to(lse.dtype).masked_fill(empty, 0.0))
+    return (reference, coefficient * (-reference).exp()) if problem.bounded else (reference, coefficient)
+
+
+def _weights(problem: _Problem, tile: _Tile, rows: dict, to_bias: Tensor | None) -> Tensor:
+    """W over the tile: the rows' weights on the keys and, in self-contrast, the keys' weights on the rows."""
+    x = problem.products(tile)
+    mask = problem.same_mask(tile) if tile.relation == "mixed" else None
+
+    def spread(part: int, index: slice, dim: int) -> Tensor:
+        """R (part 0) or C (part 1) of the rows at `index`, of the kind of each pair, along the tile's dim."""
+        same, other = (rows[name][part][index].unsqueeze(dim) for name in ("same", "other"))
+        if mask is not None:
+            return torch.where(mask, same, other)
+        return same if tile.relation == "same" else other
+
+    mirror = None
+    if problem.bounded:
+        e = x.exp_()
+        own = spread(1, tile.rows, 1)
+        if problem.is_self:
+            mirror = spread(1, tile.cols, 0)
+        if problem.bias is None:
+            return e.mul_(own if mirror is None else torch.add(own, mirror, out=problem.scratch(e)))
+        own = e * own * problem.bias[tile.cols].exp()
+        if problem.is_self:
+            mirror = e * mirror * problem.bias[tile.rows, None].exp()
+    else:
+        bias = x.new_zeros(problem.k.shape[0]) if problem.bias is None else problem.bias
+        own = (x + bias[tile.cols]).sub_(spread(0, tile.rows, 1)).exp_().mul_(spread(1, tile.rows, 1))
+        if problem.is_self:
+            mirror = (
+                (x + bias[tile.rows, None]).sub_(spread(0, tile.cols, 0)).exp_().mul_(spread(1, tile.cols, 0))
+            )
+    if to_bias is not None:
+        to_bias[tile.cols] += own.sum(0)
+        if tile.mirrored:
+            to_bias[tile.rows] += mirror.sum(1)
+    return own if mirror is None else own.add_(mirror)

@@ -1,0 +1,38 @@
+"""The dense definition of the streaming log-sum-exp: the truth of the tests, the baseline of the benchmarks."""
+
+import torch
+from torch import Tensor
+
+
+def logsumexp_by_relation(
+    q: Tensor,
+    k: Tensor | None,
+    scale: Tensor,
+    key_bias: Tensor | None,
+    q_ids: Tensor | None,
+    k_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp over the keys of the row's own id, and over all other keys; O(n m) memory.
+
+    Without ids every key counts as other, and the first result is -inf. The products are taken in the dtype
+    of ``q``, everything after them in float32 (float64 for float64): what a careful dense loss would do.
+    """
+    logits = q @ (q if k is None else k).T
+    logits = logits.to(torch.promote_types(q.dtype, torch.float32)) * scale
+    if key_bias is not None:
+        logits = logits + key_bias
+    excluded = torch.zeros_like(logits, dtype=torch.bool)
+    if k is None:
+        excluded.fill_diagonal_(True)
+        k_ids = q_ids
+    same = torch.zeros_like(excluded) if q_ids is None else q_ids[:, None] == k_ids[None, :]
+    return _masked_logsumexp(logits, same & ~excluded), _masked_logsumexp(logits, ~same & ~excluded)
+
+
+def _masked_logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
+    """Row-wise log-sum-exp over ``mask``; -inf with zero gradient (not NaN) where a row has nothing."""
+    if logits.shape[1] == 0:
+        return logits.new_full((logits.shape[0],), -torch.inf)
+    empty = ~mask.any(dim=1)
+    kept = logits.masked_fill(~mask, -torch.inf).masked_fill(empty[:, None], 0.0)
+    return torch.logsumexp(kept, dim=1).masked_fill(empty, -torch.inf)

@@ -1,0 +1,2 @@
+def obstacles(device, dtype):
+    return ["not written"]
