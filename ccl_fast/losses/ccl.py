@@ -20,8 +20,8 @@ class CCLLoss(ContrastiveLoss):
     .. math::
         \text{joint:}\quad & \ell_i = \log\Big(\sum_{j \in A(i)} e^{s_{ij}} + \sum_c e^{s_{ic}}\Big)
             - \frac{\sum_{p \in P(i)} s_{ip} + \lambda s_{i y_i}}{|P(i)| + \lambda} \\
-        \text{split:}\quad & \ell_i = \Big[\log \sum_{j \in A(i)} e^{s_{ij}} - \frac{1}{|P(i)|}\sum_{p \in P(i)} s_{ip}\Big]
-            + \lambda \Big[\log \sum_c e^{s_{ic}} - s_{i y_i}\Big] \\
+        \text{split:}\quad & \ell_i = \Big[\log \sum_{j \in A(i)} e^{s_{ij}}
+            - \frac{1}{|P(i)|}\sum_{p \in P(i)} s_{ip}\Big] + \lambda \Big[\log \sum_c e^{s_{ic}} - s_{i y_i}\Big] \\
         \text{inside:}\quad & \ell_i = \log\Big(\sum_{j \in A(i)} e^{s_{ij}} + \sum_c e^{s_{ic}}\Big)
             - \log\Big(\sum_{p \in P(i)} e^{s_{ip}} + \lambda e^{s_{i y_i}}\Big)
 
@@ -161,8 +161,6 @@ def _check_center_temperature(value: float | Tensor | None) -> None:
                 f"center_temperature: expected floating point of shape [k], got {value.dtype} {list(value.shape)}"
             )
         if value.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((value > 0).all()):
-            raise ValueError(
-                f"center_temperature: expected positive numbers, got a smallest of {value.min():g}"
-            )
+            raise ValueError(f"center_temperature: expected positive numbers, got a smallest of {value.min():g}")
     elif value is not None:
         check_positive("center_temperature", value)

@@ -61,16 +61,12 @@ class ContrastiveLoss(nn.Module):
             f"reduction={self.reduction!r}, backend={self.backend!r}"
         )
 
-    def prepare(
-        self, embeddings: Tensor, ids: Tensor | None, ids_name: str, number_of_ids: int | None = None
-    ) -> Batch:
+    def prepare(self, embeddings: Tensor, ids: Tensor | None, ids_name: str, number_of_ids: int | None = None) -> Batch:
         """Flatten views into rows, give each unassigned sample an id of its own, normalise."""
         check_tensor("embeddings", embeddings)
         check_floating("embeddings", embeddings)
         if embeddings.ndim not in (2, 3):
-            raise ValueError(
-                f"embeddings: expected shape [n, d] or [n, views, d], got {list(embeddings.shape)}"
-            )
+            raise ValueError(f"embeddings: expected shape [n, d] or [n, views, d], got {list(embeddings.shape)}")
         if embeddings.ndim == 2 and ids is None:
             raise ValueError(
                 f"{ids_name}: expected integers [n] with embeddings [n, d], got None "

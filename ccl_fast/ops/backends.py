@@ -14,16 +14,12 @@ def choose_backend(
     """The requested backend if it can run; for "auto" the first in order that runs natively on the device."""
     if requested == "auto":
         return next(
-            name
-            for name, obstacles in backends.items()
-            if _is_native(name, device) and not obstacles(device, dtype)
+            name for name, obstacles in backends.items() if _is_native(name, device) and not obstacles(device, dtype)
         )
     if requested not in backends:
         raise ValueError(f"backend: expected one of auto, {', '.join(backends)}, got {requested!r}")
     if reasons := backends[requested](device, dtype):
-        raise ValueError(
-            f"backend: {requested!r} cannot run {op} on {device} with {dtype}: {'; '.join(reasons)}"
-        )
+        raise ValueError(f"backend: {requested!r} cannot run {op} on {device} with {dtype}: {'; '.join(reasons)}")
     return requested
 
 

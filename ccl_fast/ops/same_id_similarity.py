@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ccl_fast.ops.ids import consecutive_ids
+
 
 def same_id_similarity(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     r"""Sum of a row's inner products with the other rows of its id, and their number.
@@ -22,14 +24,6 @@ def same_id_similarity(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     counts = torch.zeros(z.shape[0], dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
     counts = counts.index_add(0, group, torch.ones_like(counts))[group] - 1
     return _SameIdSimilarity.apply(z, group), counts
-
-
-def consecutive_ids(ids: Tensor) -> Tensor:
-    """Relabel ids to 0, 1, ... in their order, int64 [n]; unlike torch.unique without a host copy."""
-    ordered, order = ids.sort()
-    rank = torch.zeros(ids.shape, dtype=torch.int64, device=ids.device)
-    rank[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
-    return torch.empty_like(rank).scatter_(0, order, rank)
 
 
 class _SameIdSimilarity(torch.autograd.Function):

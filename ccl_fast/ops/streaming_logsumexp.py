@@ -99,9 +99,7 @@ def _check(q, k, scale, key_bias, q_ids, k_ids, candidates, return_same) -> None
         check_same("k", k, "q", q)
         m = k.shape[0]
     if isinstance(scale, Tensor) and scale.numel() != 1:
-        raise ValueError(
-            f"scale: expected a number or a tensor of one element, got shape {tuple(scale.shape)}"
-        )
+        raise ValueError(f"scale: expected a number or a tensor of one element, got shape {tuple(scale.shape)}")
     if key_bias is not None:
         check_vector("key_bias", key_bias, m)
         check_floating("key_bias", key_bias)

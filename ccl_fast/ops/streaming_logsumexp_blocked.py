@@ -43,9 +43,7 @@ class _Problem:
         self.scale_tensor = scale
         self.order_q = self.order_k = None
         self.q, self.q_ids = q.to(dtype), q_ids
-        self.k, self.k_ids, self.bias = (
-            (self.q, q_ids, key_bias) if k is None else (k.to(dtype), k_ids, key_bias)
-        )
+        self.k, self.k_ids, self.bias = (self.q, q_ids, key_bias) if k is None else (k.to(dtype), k_ids, key_bias)
         if q_ids is not None and on_cpu:
             self.q_ids, self.order_q = q_ids.sort()
             self.q = self.q[self.order_q]
@@ -205,11 +203,12 @@ def backward(
 
 
 def _row_weights(problem: _Problem, lse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """(R, C) of the module's notation; a row without candidates weighs nothing. Unshifted, C holds exp(-R)."""
+    """(R, C) of the module's notation; R = inf, nothing, without candidates. Unshifted, C holds exp(-R)."""
     if lse.numel() == 0:
-        return problem.q.new_zeros(problem.q.shape[0]), problem.q.new_zeros(problem.q.shape[0])
+        n = problem.q.shape[0]
+        return problem.q.new_full((n,), torch.inf), problem.q.new_zeros(n)
     empty = lse == -torch.inf
-    reference = problem.rows_to_sorted(lse.masked_fill(empty, 0.0))
+    reference = problem.rows_to_sorted(lse.masked_fill(empty, torch.inf))
     coefficient = problem.rows_to_sorted(grad.to(lse.dtype).masked_fill(empty, 0.0))
     return (reference, coefficient * (-reference).exp()) if problem.bounded else (reference, coefficient)
 
@@ -241,9 +240,7 @@ def _weights(problem: _Problem, tile: _Tile, rows: dict, to_bias: Tensor | None)
         bias = x.new_zeros(problem.k.shape[0]) if problem.bias is None else problem.bias
         own = (x + bias[tile.cols]).sub_(spread(0, tile.rows, 1)).exp_().mul_(spread(1, tile.rows, 1))
         if problem.is_self:
-            mirror = (
-                (x + bias[tile.rows, None]).sub_(spread(0, tile.cols, 0)).exp_().mul_(spread(1, tile.cols, 0))
-            )
+            mirror = (x + bias[tile.rows, None]).sub_(spread(0, tile.cols, 0)).exp_().mul_(spread(1, tile.cols, 0))
     if to_bias is not None:
         to_bias[tile.cols] += own.sum(0)
         if tile.mirrored:

@@ -1,0 +1,41 @@
+# `make train` and `make test` work in a fresh clone: the environment is made on first use, in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The installation is redone when the project's metadata change.
+INSTALLED := $(VENV)/installed
+
+.PHONY: train test lint bench gpu-check launch-table clean
+
+train: $(INSTALLED)
+	$(BIN)/ccl-fast train
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks cpu
+	$(BIN)/python -m benchmarks memory
+
+# On a machine with a GPU, with whatever Python it has: no network, no virtual environment.
+gpu-check:
+	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'gpu-check needs a CUDA device'"
+	PYTHONPATH=. $(PYTHON) -m pytest -x tests
+	PYTHONPATH=. $(PYTHON) -m benchmarks gpu
+
+# Registers, spills, shared memory and tensor-core instructions of every shipped launch configuration.
+launch-table: $(INSTALLED)
+	$(BIN)/python tests/offline_compile.py
+
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[train,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

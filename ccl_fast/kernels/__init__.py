@@ -1,0 +1,1 @@
+"""Triton kernels and the table of their launch configurations; imported only where Triton is."""
