@@ -324,17 +324,18 @@ def _weigh(
             _spread(same, coef_same, coef_other, 1, HAS_IDS) + _spread(same, ccoef_same, ccoef_other, 0, HAS_IDS)
         )
     else:
+        # A weight is at most 1: where rounding of huge logits says otherwise it would explode.
         w = tl.zeros_like(x)
         if ROW_ANCHORS:
             logit = x - _spread(same, ref_same, ref_other, 1, HAS_IDS)
             if bias_ptr is not None:
                 logit += tl.load(bias_ptr + col_index, mask=col_index < n_cols, other=0.0)[None, :] * LOG2E
-            w += tl.exp2(logit) * _spread(same, coef_same, coef_other, 1, HAS_IDS)
+            w += tl.exp2(tl.minimum(logit, 0.0)) * _spread(same, coef_same, coef_other, 1, HAS_IDS)
         if COL_ANCHORS:
             logit = x - _spread(same, cref_same, cref_other, 0, HAS_IDS)
             if bias_ptr is not None:
                 logit += tl.load(bias_ptr + row_index, mask=row_index < n_rows, other=0.0)[:, None] * LOG2E
-            w += tl.exp2(logit) * _spread(same, ccoef_same, ccoef_other, 0, HAS_IDS)
+            w += tl.exp2(tl.minimum(logit, 0.0)) * _spread(same, ccoef_same, ccoef_other, 0, HAS_IDS)
     if MASKED:
         w = tl.where(_is_candidate(row_index, col_index, n_cols, IS_SELF), w, 0.0)
     return w

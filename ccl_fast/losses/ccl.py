@@ -47,6 +47,8 @@ class CCLLoss(ContrastiveLoss):
         ValueError: an argument has the wrong type, shape, dtype, device or value.
     """
 
+    _ids_name = "cluster_ids"
+
     def __init__(
         self,
         temperature: float = 0.1,
@@ -92,12 +94,15 @@ class CCLLoss(ContrastiveLoss):
             ValueError: an argument has the wrong type, shape, dtype, device or value.
             IndexError: a cluster id is below -1 or not less than k (on a GPU: an assertion on the device).
         """
+        k = None
         if centers is not None:
             if cluster_ids is None:
                 raise ValueError("cluster_ids: expected integers [n] with centers, got None")
             check_matrix("centers", centers)
-        k = None if centers is None else centers.shape[0]
-        batch = self.prepare(embeddings, cluster_ids, "cluster_ids", number_of_ids=k)
+            k = centers.shape[0]
+        batch = self.prepare(embeddings, cluster_ids, self._ids_name, number_of_ids=k)
+        if k == 0:  # before the first clustering: all unassigned
+            centers = None
         scale = 1.0 / self.temperature
         if centers is not None:
             center_logsumexp, own_center = self._contrast_centers(batch, centers, center_temperature, scale)
@@ -139,19 +144,37 @@ class CCLLoss(ContrastiveLoss):
         check_same("centers", centers, "embeddings", batch.z, dtype=False)
         _check_center_temperature(temperature)
         temperature = self.center_temperature if temperature is None else temperature
-        centers = self.unit(centers.detach())
-        if isinstance(temperature, Tensor) and temperature.numel() != 1:
-            check_vector("center_temperature", temperature, centers.shape[0])
-            check_same("center_temperature", temperature, "embeddings", batch.z, dtype=False)
-            centers, scale = centers / temperature[:, None], 1.0
-        elif temperature is not None:
-            scale = 1.0 / temperature
-        centers = centers.to(batch.z.dtype)
         accumulation = torch.promote_types(batch.z.dtype, torch.float32)
-        own = centers[batch.ids.clamp(min=0)].to(accumulation)
-        own_center = torch.linalg.vecdot(batch.z.to(accumulation), own) * scale
+        centers = self.unit(centers.detach().to(accumulation)).to(batch.z.dtype)
+        own = batch.ids.clamp(min=0)
+        own_center = _OwnCenter.apply(batch.z, centers, own)
+        if isinstance(temperature, Tensor):
+            check_same("center_temperature", temperature, "embeddings", batch.z, dtype=False)
+        if isinstance(temperature, Tensor) and temperature.ndim == 1:
+            check_vector("center_temperature", temperature, centers.shape[0])
+            own_center = own_center / temperature[own]
+            centers, scale = (centers / temperature[:, None]).to(batch.z.dtype), 1.0
+        else:
+            scale = scale if temperature is None else 1.0 / temperature
+            own_center = own_center * scale
         logsumexp = streaming_logsumexp(batch.z, centers, scale=scale, backend=self.backend)
         return logsumexp, own_center.masked_fill(~batch.assigned, 0.0)
+
+
+class _OwnCenter(torch.autograd.Function):
+    """<z_i, c_{y_i}> in float32: linear in z, so nothing of the size of z is kept for the backward."""
+
+    @staticmethod
+    def forward(ctx, z, centers, ids):
+        ctx.save_for_backward(centers, ids)
+        ctx.dtype = z.dtype
+        wide = torch.promote_types(z.dtype, torch.float32)
+        return torch.linalg.vecdot(z.to(wide), centers[ids].to(wide))
+
+    @staticmethod
+    def backward(ctx, grad):
+        centers, ids = ctx.saved_tensors
+        return (grad[:, None] * centers[ids]).to(ctx.dtype), None, None
 
 
 def _check_center_temperature(value: float | Tensor | None) -> None:

@@ -29,6 +29,8 @@ class SupConLoss(CCLLoss):
         ValueError: an argument has the wrong type, shape, dtype, device or value.
     """
 
+    _ids_name = "labels"
+
     def __init__(
         self,
         temperature: float = 0.1,

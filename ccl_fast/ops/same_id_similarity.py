@@ -40,13 +40,14 @@ class _SameIdSimilarity(torch.autograd.Function):
         z, group = ctx.saved_tensors
         x, g = _accumulated(z), grad[:, None]
         # d/dz_i of sum_j g_j <z_j, S_j - z_j>: as the anchor g_i (S - z_i), as another's positive (G - g_i z_i).
-        own = (_group_sums(x, group) - x) * g
-        return (own + _group_sums(g * x, group) - g * x).to(z.dtype), None
+        grad_z = g * _group_sums(x, group).sub_(x)
+        weighted = g * x
+        return grad_z.add_(_group_sums(weighted, group).sub_(weighted)).to(z.dtype), None
 
 
 def _group_sums(x: Tensor, group: Tensor) -> Tensor:
     """For each row the sum of the rows of its group."""
-    return torch.zeros_like(x).index_add(0, group, x)[group]
+    return torch.zeros_like(x).index_add_(0, group, x)[group]
 
 
 def _accumulated(z: Tensor) -> Tensor:

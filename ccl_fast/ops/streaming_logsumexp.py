@@ -85,9 +85,10 @@ def streaming_logsumexp(
 
 
 def logaddexp(a: Tensor, b: Tensor) -> Tensor:
-    """``torch.logaddexp`` whose gradient is zero, not NaN, where both sides are -inf (two empty sums)."""
-    empty = torch.maximum(a, b) == -torch.inf
-    return torch.logaddexp(a.masked_fill(empty, 0.0), b).masked_fill(empty, -torch.inf)
+    """``torch.logaddexp`` of sums that may be empty (-inf): no derivative of any order is NaN there."""
+    a_empty, b_empty = a == -torch.inf, b == -torch.inf
+    both = torch.logaddexp(a.masked_fill(a_empty, 0.0), b.masked_fill(b_empty, 0.0))
+    return torch.where(a_empty, b, torch.where(b_empty, a, both))
 
 
 def _check(q, k, scale, key_bias, q_ids, k_ids, candidates, return_same) -> None:

@@ -238,9 +238,11 @@ def _weights(problem: _Problem, tile: _Tile, rows: dict, to_bias: Tensor | None)
             mirror = e * mirror * problem.bias[tile.rows, None].exp()
     else:
         bias = x.new_zeros(problem.k.shape[0]) if problem.bias is None else problem.bias
-        own = (x + bias[tile.cols]).sub_(spread(0, tile.rows, 1)).exp_().mul_(spread(1, tile.rows, 1))
+        # A weight is at most 1: where rounding of huge logits says otherwise it would explode.
+        own = (x + bias[tile.cols]).sub_(spread(0, tile.rows, 1)).clamp_(max=0).exp_().mul_(spread(1, tile.rows, 1))
         if problem.is_self:
-            mirror = (x + bias[tile.rows, None]).sub_(spread(0, tile.cols, 0)).exp_().mul_(spread(1, tile.cols, 0))
+            mirror = (x + bias[tile.rows, None]).sub_(spread(0, tile.cols, 0)).clamp_(max=0).exp_()
+            mirror *= spread(1, tile.cols, 0)
     if to_bias is not None:
         to_bias[tile.cols] += own.sum(0)
         if tile.mirrored:

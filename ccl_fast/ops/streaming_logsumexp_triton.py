@@ -114,7 +114,8 @@ def _backward_on_chip(q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, n
 
 
 def _backward_pass(
-    a, b, a_ids, b_ids, scale, out_scale, key_bias, anchors, roles, is_self, need_out, need_scale, need_bias, bounded=None
+    a, b, a_ids, b_ids, scale, out_scale, key_bias, anchors, roles, is_self,
+    need_out, need_scale, need_bias, bounded=None,
 ):  # fmt: skip
     """Rows of a against all of b: gradient of a, and per row the shares of the gradients of scale and of the bias."""
     kernels, launch = _kernels()

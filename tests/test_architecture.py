@@ -1,0 +1,49 @@
+"""Calls go one way: training, ood -> losses, clustering -> ops -> kernels."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ccl_fast
+
+PACKAGE = Path(ccl_fast.__file__).parent
+# What each layer may import of the package, besides itself and the version.
+MAY_IMPORT = {
+    "kernels": set(),
+    "ops": {"kernels"},
+    "losses": {"ops"},
+    "clustering": {"ops"},
+    "ood": {"losses", "clustering", "ops"},
+    "training": {"losses", "clustering", "ood", "ops"},
+}
+
+
+@pytest.mark.parametrize("layer", MAY_IMPORT)
+def test_layers_import_only_what_lies_below(layer):
+    files = sorted((PACKAGE / layer).glob("*.py"))
+    assert files
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                if name.startswith("ccl_fast."):
+                    target = name.split(".")[1]
+                    assert target in MAY_IMPORT[layer] | {layer, "version"}, f"{file.name} imports {name}"
+
+
+def test_every_folder_is_a_known_layer():
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(MAY_IMPORT)
+
+
+def test_importing_the_library_needs_no_extra():
+    extras = ["torchvision", "torchmetrics", "mlxtend", "matplotlib", "jsonargparse", "sklearn"]
+    code = (
+        "import sys, ccl_fast; "
+        f"extras = [m for m in {extras} if m in sys.modules]; "
+        "assert not extras, extras; assert 'ccl_fast.kernels' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
