@@ -7,11 +7,13 @@ INSTALLED := $(VENV)/installed
 
 .PHONY: train test lint bench gpu-check launch-table clean
 
+# On a busy machine OpenMP's threads would otherwise spin while they wait for each other.
 train: $(INSTALLED)
-	$(BIN)/ccl-fast train
+	OMP_WAIT_POLICY=passive $(BIN)/ccl-fast train
 
+# Two processes of one thread each: most tests are small.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

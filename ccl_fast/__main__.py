@@ -4,24 +4,37 @@ import platform
 
 import torch
 
+from ccl_fast.ops.backends import Obstacles
 from ccl_fast.ops.streaming_logsumexp import BACKENDS
 from ccl_fast.version import __version__
 
 OPERATORS = {"streaming_logsumexp": BACKENDS}
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
 def main() -> None:
     print(f"ccl_fast {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     for device in devices:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
-        print(f"\n{device} ({name})")
+        name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+        print(f"\n{device}{name}")
         for operator, backends in OPERATORS.items():
             for backend, obstacles in backends.items():
-                for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-                    reasons = obstacles(device, dtype)
-                    verdict = "runs" if not reasons else f"does not run: {'; '.join(reasons)}"
-                    print(f"  {operator:20} {backend:10} {str(dtype).removeprefix('torch.'):9} {verdict}")
+                print(f"  {operator}, {backend:9} {_verdict(device, obstacles)}")
+
+
+def _verdict(device: torch.device, obstacles: Obstacles) -> str:
+    runs = [_name(dtype) for dtype in DTYPES if not obstacles(device, dtype)]
+    if not runs:
+        return f"does not run: {'; '.join(obstacles(device, torch.float32))}"
+    fails = [f"not {_name(dtype)}: {'; '.join(r)}" for dtype in DTYPES if (r := obstacles(device, dtype))]
+    return "; ".join([f"runs {', '.join(runs)}", *fails])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 if __name__ == "__main__":

@@ -255,3 +255,16 @@ BAD = {
 def test_errors_name_the_argument_what_was_expected_and_what_came(message):
     with pytest.raises(ValueError, match=message):
         streaming_logsumexp(**({"scale": 1.0} | BAD[message]))
+
+
+@pytest.mark.parametrize("scale", [10.0, 100.0])
+def test_autocast_does_not_reach_into_the_operator(scale):
+    """Sums weighted by the key bias are matrix-vector products, which autocast would round."""
+    q, bias = torch.randn(30, 16, dtype=torch.float64), torch.randn(30, dtype=torch.float64)
+    q, results = torch.nn.functional.normalize(q, dim=1).bfloat16(), []
+    for enabled in (False, True):
+        x, b = q.clone().requires_grad_(), bias.float().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = streaming_logsumexp(x, scale=scale, key_bias=b, backend="blocked")
+            results.append((out, *torch.autograd.grad(out.sum(), (x, b))))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))

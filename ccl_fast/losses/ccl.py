@@ -1,10 +1,12 @@
 """Cluster-aware contrastive learning."""
 
+from math import inf
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ccl_fast.losses.contrast import Batch, ContrastiveLoss, check_positive
-from ccl_fast.ops import logaddexp, same_id_similarity, streaming_logsumexp
+from ccl_fast.ops import logaddexp, row_dot, same_id_similarity, streaming_logsumexp
 from ccl_fast.ops.validation import check_choice, check_floating, check_matrix, check_same, check_vector
 
 FORMS = ("joint", "split", "inside")
@@ -62,14 +64,17 @@ class CCLLoss(ContrastiveLoss):
     ):
         super().__init__(temperature, learnable_temperature, normalize, reduction, backend)
         check_choice("form", form, FORMS)
-        if not (isinstance(center_weight, int | float) and 0 <= center_weight < float("inf")):
+        if isinstance(center_weight, bool) or not (isinstance(center_weight, int | float) and 0 <= center_weight < inf):
             raise ValueError(f"center_weight: expected a number >= 0, got {center_weight!r}")
         _check_center_temperature(center_temperature)
         self.form, self.center_weight = form, center_weight
-        if isinstance(center_temperature, Tensor):
+        if isinstance(center_temperature, Tensor) and not isinstance(center_temperature, nn.Parameter):
             self.register_buffer("center_temperature", center_temperature, persistent=False)
         else:
             self.center_temperature = center_temperature
+
+    def extra_repr(self) -> str:
+        return f"form={self.form!r}, center_weight={self.center_weight}, {super().extra_repr()}"
 
     def forward(
         self,
@@ -150,6 +155,7 @@ class CCLLoss(ContrastiveLoss):
         own_center = _OwnCenter.apply(batch.z, centers, own)
         if isinstance(temperature, Tensor):
             check_same("center_temperature", temperature, "embeddings", batch.z, dtype=False)
+            temperature = temperature.to(accumulation)
         if isinstance(temperature, Tensor) and temperature.ndim == 1:
             check_vector("center_temperature", temperature, centers.shape[0])
             own_center = own_center / temperature[own]
@@ -168,8 +174,7 @@ class _OwnCenter(torch.autograd.Function):
     def forward(ctx, z, centers, ids):
         ctx.save_for_backward(centers, ids)
         ctx.dtype = z.dtype
-        wide = torch.promote_types(z.dtype, torch.float32)
-        return torch.linalg.vecdot(z.to(wide), centers[ids].to(wide))
+        return row_dot(z, centers[ids])
 
     @staticmethod
     def backward(ctx, grad):

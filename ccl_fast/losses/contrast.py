@@ -106,7 +106,7 @@ class ContrastiveLoss(nn.Module):
 
 
 def check_positive(name: str, value: float) -> None:
-    if not (isinstance(value, int | float) and 0 < value < math.inf):
+    if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < math.inf):
         raise ValueError(f"{name}: expected a positive number, got {value!r}")
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ccl_fast.losses.contrast import ContrastiveLoss
-from ccl_fast.ops import logaddexp, streaming_logsumexp
+from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
 from ccl_fast.ops.validation import check_floating, check_matrix, check_same
 
 
@@ -43,6 +43,9 @@ class InfoNCELoss(ContrastiveLoss):
     ):
         super().__init__(temperature, learnable_temperature, normalize, reduction, backend)
         self.symmetric = symmetric
+
+    def extra_repr(self) -> str:
+        return f"symmetric={self.symmetric}, {super().extra_repr()}"
 
     def forward(self, queries: Tensor, keys: Tensor | None = None, negatives: Tensor | None = None) -> Tensor:
         """
@@ -97,8 +100,7 @@ class InfoNCELoss(ContrastiveLoss):
             check_same("negatives", negatives, "queries", queries)
             extra = streaming_logsumexp(anchors, self.unit(negatives), scale=scale, backend=self.backend)
             logsumexp = logaddexp(logsumexp, extra)
-        wide = torch.promote_types(anchors.dtype, torch.float32)
-        losses = logsumexp - torch.linalg.vecdot(anchors.to(wide), positives.to(wide)) * scale
+        losses = logsumexp - row_dot(anchors, positives) * scale
         if len(shape) == 2:
             losses = losses.view(2, -1).T.flatten()
         return self.reduce(losses, torch.ones_like(losses, dtype=torch.bool), shape)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ccl_fast.ops.ids import consecutive_ids
+from ccl_fast.ops.row_dot import row_dot
 
 
 def same_id_similarity(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,7 +34,7 @@ class _SameIdSimilarity(torch.autograd.Function):
     def forward(ctx, z, group):
         ctx.save_for_backward(z, group)
         x = _accumulated(z)
-        return torch.linalg.vecdot(_group_sums(x, group).sub_(x), x)
+        return row_dot(_group_sums(x, group).sub_(x), x)
 
     @staticmethod
     def backward(ctx, grad):

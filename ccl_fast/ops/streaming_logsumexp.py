@@ -133,7 +133,8 @@ def _op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     forward = triton_kernels.forward if backend == "triton" else blocked.forward
-    return forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other)
+    with torch.autocast(q.device.type, enabled=False):
+        return forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other)
 
 
 @_op.register_fake
@@ -158,7 +159,8 @@ def _backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     backward = triton_kernels.backward if backend == "triton" else blocked.backward
-    grads = backward(q, k, scale, key_bias, q_ids, k_ids, same, other, grad_same, grad_other, needs)
+    with torch.autocast(q.device.type, enabled=False):
+        grads = backward(q, k, scale, key_bias, q_ids, k_ids, same, other, grad_same, grad_other, needs)
     return tuple(q.new_empty(0) if g is None else g for g in grads)
 
 

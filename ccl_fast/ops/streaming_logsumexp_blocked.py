@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ccl_fast.ops.logit_bound import logits_are_bounded
+from ccl_fast.ops.row_dot import row_dot
 
 # Rows and columns of a tile. On CPUs from 256 to 2048 the matrix products run at the same rate; at 1024 a tile
 # (4 MB) still lies in a shared cache and the calls are few (benchmarks/LOG.md).
@@ -195,7 +196,7 @@ def backward(
     grad_scale = None
     if need_scale:
         # In self-contrast every product <z_i, z_j> is met from both its ends.
-        grad_scale = torch.linalg.vecdot(to_q, problem.q).sum() * (0.5 if problem.is_self else 1.0)
+        grad_scale = row_dot(to_q, problem.q).sum() * (0.5 if problem.is_self else 1.0)
     grad_q = problem.rows_from_sorted(to_q.mul_(scale)).to(q.dtype) if needs[0] else None
     grad_k = problem.keys_from_sorted(to_k.mul_(scale)).to(k.dtype) if need_k else None
     grad_bias = problem.keys_from_sorted(to_bias) if need_bias else None

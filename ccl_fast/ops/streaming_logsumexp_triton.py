@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ccl_fast.ops.ids import consecutive_ids
 from ccl_fast.ops.logit_bound import logits_are_bounded
+from ccl_fast.ops.row_dot import row_dot
 
 # Below this the time is that of the launches: one kernel that is always right beats two and a flag.
 TRIANGLE_MIN_ROWS = 4096
@@ -173,7 +174,7 @@ def _backward_in_strips(q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors,
             _add_product(to_k, weights.T, q[start:stop])
         if need_bias:
             grad_bias += weights.sum(0, dtype=torch.float32)
-    grad_scale = torch.linalg.vecdot(to_q, q.float()).sum() / (2 if symmetric else 1) if need_scale else None
+    grad_scale = row_dot(to_q, q).sum() / (2 if symmetric else 1) if need_scale else None
     if is_self and to_k is not None:
         to_q += to_k
     grad_q = (to_q * out_scale).to(q.dtype) if need_q else None

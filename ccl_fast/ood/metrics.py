@@ -1,0 +1,71 @@
+"""How well scores (higher = more outlying) separate OOD samples from those of the training distribution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def auroc(scores: Tensor, is_ood: Tensor) -> float:
+    """Area under the ROC curve: ``P(score of an OOD sample > score of an ID sample) + P(equal) / 2``.
+
+    Args:
+        scores: floating point [N], higher = more outlying.
+        is_ood: bool [N], with both kinds present.
+
+    Returns:
+        A float in [0, 1]; 0.5 is chance.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    from torchmetrics.functional.classification import binary_auroc
+
+    _check(scores, is_ood)
+    return binary_auroc(_ranks(scores), is_ood.int()).item()
+
+
+def fpr95(scores: Tensor, is_ood: Tensor, positive: str) -> float:
+    """False-positive rate at the threshold that catches at least 95 % of the positive class.
+
+    With ``positive="ood"``: the share of ID samples flagged as OOD when 95 % of the OOD samples are.
+    With ``positive="id"``: the share of OOD samples accepted as ID when 95 % of the ID samples are.
+    Publications use both, and the numbers differ, so the positive class has no default.
+
+    Args:
+        scores: floating point [N], higher = more outlying.
+        is_ood: bool [N], with both kinds present.
+        positive: "ood" or "id".
+
+    Returns:
+        A float in [0, 1]; lower is better.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    from torchmetrics.functional.classification import binary_specificity_at_sensitivity
+
+    _check(scores, is_ood)
+    if positive not in ("ood", "id"):
+        raise ValueError(f'positive: expected "ood" or "id", got {positive!r}')
+    if positive == "id":
+        scores, is_ood = -scores, ~is_ood
+    specificity, _ = binary_specificity_at_sensitivity(_ranks(scores), is_ood.int(), min_sensitivity=0.95)
+    return 1 - specificity.item()
+
+
+def _check(scores: Tensor, is_ood: Tensor) -> None:
+    if scores.ndim != 1 or not scores.is_floating_point():
+        raise ValueError(f"scores: expected a floating-point tensor [N], got {scores.dtype} {list(scores.shape)}")
+    if scores.isnan().any():
+        raise ValueError("scores: expected numbers, got NaN")
+    if is_ood.dtype != torch.bool or is_ood.shape != scores.shape:
+        raise ValueError(f"is_ood: expected bool {list(scores.shape)}, got {is_ood.dtype} {list(is_ood.shape)}")
+    if is_ood.all() or not is_ood.any():
+        raise ValueError("is_ood: expected both ID and OOD samples, got only one kind")
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """The scores' ranks in [0, 1], ties kept: torchmetrics squashes anything else by a sigmoid, which makes ties."""
+    rank = scores.unique(return_inverse=True)[1].double()
+    return rank / rank.max().clamp(min=1)

@@ -1,0 +1,10 @@
+"""Train on a data set and judge the features by OOD detection. Needs the packages of ``ccl-fast[train]``."""
+
+try:
+    from ccl_fast.training.experiment import train
+except ModuleNotFoundError as missing:
+    if missing.name.startswith("ccl_fast"):
+        raise
+    raise ModuleNotFoundError(f"{missing}; try: pip install 'ccl-fast[train]'", name=missing.name) from missing
+
+__all__ = ["train"]

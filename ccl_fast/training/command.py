@@ -1,0 +1,46 @@
+"""The ``ccl-fast`` command. Its options are the arguments of the functions below."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+
+from jsonargparse import ArgumentParser
+
+from ccl_fast.training.experiment import ArgumentError, train
+
+COMMANDS = {"train": train}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``ccl-fast <command> ...``. Returns the exit code: 2 for wrong arguments, 1 if the loss diverges."""
+    parser = ArgumentParser(prog="ccl-fast", description="Cluster-aware contrastive learning.")
+    subcommands = parser.add_subcommands()
+    for name, function in COMMANDS.items():
+        subcommands.add_subcommand(name, _parser(function), help=_summary(function))
+    parsed = parser.parse_args(arguments)
+    try:
+        COMMANDS[parsed.subcommand](**parsed[parsed.subcommand].as_dict())
+    except (ArgumentError, OSError, FloatingPointError) as error:
+        print(f"ccl-fast {parsed.subcommand}: error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError) else 2
+    return 0
+
+
+def _parser(function: Callable) -> ArgumentParser:
+    """One option per argument, its help from the docstring; False by default makes a flag."""
+    parser = ArgumentParser(description=_summary(function))
+    flags = {name for name, p in inspect.signature(function).parameters.items() if p.default is False}
+    parser.add_function_arguments(function, as_group=False, skip=flags)
+    for name in sorted(flags):
+        parser.add_argument(f"--{name}", action="store_true")
+    return parser
+
+
+def _summary(function: Callable) -> str:
+    return inspect.getdoc(function).splitlines()[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,553 @@
+"""What every loss promises whatever its formula: dtypes, errors, NaN, graphs, compilation, state."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from loss_oracle import (
+    assert_matches,
+    batch,
+    ccl,
+    differentiate,
+    evaluate,
+    evaluate_oracle,
+    infonce,
+    learnable,
+    one_thread,
+    supcon,
+)
+from tolerance import assert_as_accurate
+from torch import nn
+
+from ccl_fast import CCLLoss, InfoNCELoss, SupConLoss
+from ccl_fast.ops import streaming_logsumexp_blocked
+
+LOSSES = (CCLLoss, SupConLoss, InfoNCELoss)
+IDS = torch.tensor([0, 2, -1, 0, 1, 2, 0, -1, 2])
+CENTERS = batch(1, 0, 6, 3, seed=5)[2]
+CONCENTRATIONS = torch.tensor([0.05, 0.3, 0.12])
+
+
+class Use:
+    """A loss as a function of views [9, 2, d] alone, and its oracle."""
+
+    def __init__(self, loss, oracle, arguments, **options):
+        self.loss, self.oracle, self.arguments, self.options = loss, oracle, arguments, options
+
+    def module(self, **options):
+        return Bound(self.loss(**self.options, **options), self.arguments)
+
+    def learnable(self, **options):
+        return Bound(learnable(self.loss, **self.options, **options), self.arguments)
+
+    def exact(self, z, **options):
+        def oracle(z, **options):
+            return self.oracle(*self.arguments(z), **options)
+
+        return evaluate_oracle(oracle, z, **self.options, **options)
+
+
+class Bound(nn.Module):
+    def __init__(self, loss_fn, arguments):
+        super().__init__()
+        self.loss_fn, self.arguments = loss_fn, arguments
+
+    def forward(self, z):
+        return self.loss_fn(*self.arguments(z))
+
+
+def with_centers(z):
+    return z, IDS[: len(z)], CENTERS.to(z.dtype)
+
+
+def rows_with_centers(z):
+    return z[:, 0], IDS[: len(z)], CENTERS.to(z.dtype)
+
+
+USES = {
+    "ccl joint": Use(CCLLoss, ccl, with_centers, form="joint"),
+    "ccl split": Use(CCLLoss, ccl, rows_with_centers, form="split"),
+    "ccl inside": Use(CCLLoss, ccl, with_centers, form="inside"),
+    "ccl with concentrations": Use(CCLLoss, ccl, lambda z: (*with_centers(z), CONCENTRATIONS), center_weight=2),
+    "ccl without centres": Use(CCLLoss, ccl, lambda z: (z, IDS[: len(z)])),
+    "supcon outside": Use(SupConLoss, supcon, lambda z: (z[:, 0], IDS[: len(z)])),
+    "supcon inside": Use(SupConLoss, supcon, lambda z: (z, IDS[: len(z)]), form="inside"),
+    "supcon without labels": Use(SupConLoss, supcon, lambda z: (z,)),
+    "infonce views": Use(InfoNCELoss, infonce, lambda z: (z,)),
+    "infonce towers": Use(InfoNCELoss, infonce, lambda z: (z[:, 0], z[:, 1])),
+    "infonce queue": Use(InfoNCELoss, infonce, lambda z: (z[:5, 0], z[:5, 1], z[5:, 0]), symmetric=False),
+}
+every_use = pytest.mark.parametrize("use", USES.values(), ids=USES)
+every_loss = pytest.mark.parametrize("loss", LOSSES)
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    with one_thread():
+        yield
+
+
+@pytest.fixture(params=("reference", "blocked"))
+def backend(request):
+    return request.param
+
+
+def views(dtype=torch.float64, seed=0):
+    return batch(9, 2, 6, 1, seed, dtype)[0]
+
+
+# ---- dtypes ----
+
+
+@every_use
+def test_float64_in_float64_out(use, backend):
+    results = evaluate(use.learnable(backend=backend), views())
+    assert all(x.dtype == torch.float64 for x in results)
+    assert_matches(results, use.exact(views()))
+
+
+@every_use
+@pytest.mark.parametrize("dtype", (torch.float32, *HALVES))
+@pytest.mark.parametrize("temperature", (0.005, 0.1, 1.0))
+def test_as_accurate_as_the_reference_in_the_same_dtype(use, dtype, temperature):
+    for seed in range(2):
+        z = views(dtype, seed)
+        options = {"temperature": temperature, "learnable_temperature": True}
+        plain = evaluate(use.module(backend="reference", **options), z)
+        actual = evaluate(use.module(backend="blocked", **options), z)
+        assert actual[0].dtype == torch.float32 and actual[1].dtype == dtype
+        for a, e, p in zip(actual, use.exact(z, temperature=temperature), plain, strict=True):
+            # Logits are at most 1 / T, and a softmax of them cannot be better than they are rounded.
+            magnitude = max(e.norm().item(), 1.0) * max(1, 0.02 / temperature)
+            assert_as_accurate(a, e, p, dtype, magnitude=magnitude)
+
+
+@every_use
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("temperature", (0.01, 0.1))
+@pytest.mark.parametrize("backward_inside", (False, True))
+def test_autocast_gives_a_float32_loss_and_near_gradients(use, dtype, temperature, backward_inside, backend):
+    z = views(torch.float32).requires_grad_()
+    module = use.module(temperature=temperature, learnable_temperature=True, backend=backend)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = module(z)
+        if backward_inside:
+            loss.backward()
+    if not backward_inside:
+        loss.backward()
+    assert loss.dtype == torch.float32 and z.grad.dtype == torch.float32
+    # Unit vectors rounded to eps: a logit is off by eps / T, a weight of the softmax by that share.
+    tolerance = 2 * torch.finfo(dtype).eps * (1 + 0.1 / temperature)
+    actual = [loss.detach(), z.grad, module.loss_fn.log_temperature.grad]
+    assert_matches(actual, use.exact(z, temperature=temperature), tolerance)
+
+
+@pytest.mark.parametrize("form", ("joint", "split", "inside"))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32, torch.float64))
+@pytest.mark.parametrize("shape", ((), (3,)))
+def test_center_temperature_of_another_dtype_keeps_the_dtype_of_the_loss(form, dtype, shape, backend):
+    temperature = torch.full(shape, 0.25, dtype=dtype)  # a number that every dtype has
+    loss_fn = learnable(CCLLoss, form=form, backend=backend)
+    for z in (views(), views(torch.float32), views(torch.float16)):
+        loss, gradient, _ = evaluate(loss_fn, z, IDS, CENTERS, temperature)
+        exact = evaluate_oracle(ccl, z, IDS, CENTERS, 0.25, form=form)
+        assert loss.dtype == torch.promote_types(z.dtype, torch.float32) and gradient.dtype == z.dtype
+        assert_matches([loss, gradient], exact[:2], 1e-10 if z.dtype == torch.float64 else 1e-2)
+
+
+@every_use
+def test_float16_rows_longer_than_float16_can_say(use, backend):
+    z = (6e4 * views().clamp(-1, 1)).half()
+    assert z.double().norm(dim=-1).max() > torch.finfo(torch.float16).max
+    loss, gradient, _ = use.exact(z)
+    assert_matches(evaluate(use.module(backend=backend), z), [loss, gradient], 1e-2)
+
+
+@every_use
+def test_autocast_leaves_float64_alone(use, backend):
+    module = use.learnable(backend=backend)
+    expected = evaluate(module, views())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_matches(evaluate(module, views()), expected, 1e-12)
+
+
+@every_use
+def test_a_module_serves_one_dtype_after_another(use, backend):
+    module = use.module(learnable_temperature=True, backend=backend)
+    first = evaluate(module, views())
+    for dtype in HALVES:
+        assert_matches(evaluate(module, views(dtype)), first, 3e-2)
+    assert all(torch.equal(a, b) for a, b in zip(evaluate(module, views()), first, strict=True))
+
+
+@every_use
+@pytest.mark.parametrize("dtype", (torch.float64, *HALVES))
+def test_module_cast_to_another_dtype(use, dtype, backend):
+    module = use.module(learnable_temperature=True, backend=backend).to(dtype)
+    results = evaluate(module, views(dtype))
+    assert results[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_matches(results, use.exact(views()), 1e-6 if dtype == torch.float64 else 3e-2)
+
+
+# ---- graphs ----
+
+
+@every_use
+def test_no_grad_builds_no_graph(use, backend):
+    module = use.module(learnable_temperature=True, backend=backend)
+    z = views().requires_grad_()
+    expected = module(z)
+    with torch.no_grad():
+        loss = module(z)
+    with torch.inference_mode():
+        inferred = module(views())
+    assert expected.requires_grad and not loss.requires_grad and loss.grad_fn is None
+    assert torch.equal(loss, expected) and torch.equal(inferred, expected)
+    assert not use.module(backend=backend)(views()).requires_grad
+
+
+@every_use
+def test_only_the_temperature_needs_a_gradient(use, backend):
+    module = use.learnable(backend=backend)
+    module(views()).backward()
+    expected = use.exact(views())[2]
+    assert torch.isclose(module.loss_fn.log_temperature.grad, expected, rtol=1e-10)
+
+
+@every_use
+def test_only_the_embeddings_need_a_gradient(use, backend):
+    module = use.learnable(backend=backend).requires_grad_(False)
+    z = views().requires_grad_()
+    assert_matches(differentiate(module(z), [z]), use.exact(z)[:2])
+    assert module.loss_fn.log_temperature.grad is None
+
+
+@every_use
+@pytest.mark.parametrize("normalize", (True, False))
+def test_double_backward_is_a_clear_error(use, normalize):
+    z = views().requires_grad_()
+    module = use.learnable(normalize=normalize, backend="blocked")
+    for leaf in (z, module.loss_fn.log_temperature):
+        gradient = torch.autograd.grad(module(z), leaf, create_graph=True)[0]
+        with pytest.raises(RuntimeError, match=r"double backward.*reference"):
+            gradient.square().sum().backward()
+
+
+@every_use
+def test_backward_twice_needs_retain_graph_and_repeats_the_gradient(use, backend):
+    z = views().requires_grad_()
+    loss = use.module(backend=backend)(z)
+    loss.backward(retain_graph=True)
+    first = z.grad.clone()
+    loss.backward()
+    assert torch.equal(z.grad, 2 * first)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@every_use
+def test_changing_the_embeddings_before_backward_is_an_error_or_harmless(use, backend):
+    z = views().requires_grad_()
+    module = use.module(normalize=False, backend=backend)
+    expected = differentiate(module(z), [z])[1]
+    rows = z * 1.0
+    loss = module(rows)
+    rows.detach().zero_()  # autograd counts writes through a detached alias too
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        assert torch.allclose(z.grad, expected, rtol=1e-12)
+
+
+@every_use
+def test_inputs_are_left_alone_and_results_repeat_bit_for_bit(use, backend):
+    for normalize in (True, False):
+        z = views()
+        arguments = [x.clone() for x in use.arguments(z)]
+        state = torch.random.get_rng_state()
+        module = use.learnable(normalize=normalize, backend=backend)
+        first, second = evaluate(module, z), evaluate(module, z)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(use.arguments(z), arguments, strict=True))
+        assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@every_use
+def test_auto_is_blocked_on_a_cpu(use):
+    results = zip(evaluate(use.module(), views()), evaluate(use.module(backend="blocked"), views()), strict=True)
+    assert all(torch.equal(a, b) for a, b in results)
+
+
+# ---- not a number ----
+
+
+@every_use
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.float16))
+@pytest.mark.parametrize("bad, normalize", ((torch.nan, True), (torch.nan, False), (torch.inf, True)))
+def test_a_bad_number_in_the_embeddings_gives_nan(use, bad, normalize, dtype, backend):
+    for row in (0, 2, 8):  # assigned, unassigned, the last
+        z = views(dtype)
+        z[row, 0, 1] = bad
+        loss, gradient = evaluate(use.module(normalize=normalize, backend=backend), z)
+        assert loss.isnan() and gradient.isnan().any()
+
+
+@pytest.mark.parametrize("form", ("joint", "split", "inside"))
+def test_nan_in_the_centers_gives_nan(form, backend):
+    centers = CENTERS.clone()
+    centers[1, 1] = torch.nan
+    assert CCLLoss(form=form, backend=backend)(views(), IDS, centers).isnan()
+
+
+@every_use
+def test_nan_temperature_gives_nan(use, backend):
+    module = use.learnable(backend=backend)
+    nn.init.constant_(module.loss_fn.log_temperature, torch.nan)
+    assert module(views()).isnan()
+
+
+@pytest.mark.parametrize("form", ("joint", "split", "inside"))
+def test_nan_reaches_every_anchor_and_crosses_tiles(form, monkeypatch):
+    monkeypatch.setattr(streaming_logsumexp_blocked, "BLOCK", 4)
+    z = views()
+    z[-1, -1, 0] = torch.nan
+    rows = CCLLoss(form=form, reduction="none", backend="blocked")(z, IDS)
+    assert rows.isnan().all()
+
+
+# ---- torch.compile ----
+
+
+def compiled(module, backend="aot_eager", **options):
+    torch.compiler.reset()
+    return torch.compile(module, backend=backend, fullgraph=True, **options)
+
+
+@every_use
+def test_compiled_loss_and_gradients_are_the_same(use):
+    module = use.learnable()
+    assert_matches(evaluate(compiled(module), views()), evaluate(module, views()), 1e-12)
+
+
+def test_compiled_reference_is_the_same():
+    module = USES["ccl joint"].learnable(backend="reference")
+    assert_matches(evaluate(compiled(module), views()), evaluate(module, views()), 1e-12)
+
+
+def test_compiled_loss_follows_the_batch_size():
+    module = USES["ccl joint"].learnable()
+    fast = compiled(module, dynamic=True)
+    for n in (9, 7, 3, 0, 9):
+        assert_matches(evaluate(fast, views()[:n]), evaluate(module, views()[:n]), 1e-12)
+
+
+def test_compiled_loss_still_refuses_an_id_out_of_range():
+    # A graph cannot raise an IndexError that depends on data; torch's own assertion is a RuntimeError.
+    with pytest.raises((IndexError, RuntimeError), match=r"cluster_ids: expected ids from -1 to 2"):
+        compiled(CCLLoss())(views(), IDS + 1, CENTERS)
+
+
+def test_compiled_by_inductor_is_the_same():
+    module = USES["ccl joint"].module(learnable_temperature=True)
+    z = views(torch.float32)
+    assert_matches(evaluate(compiled(module, "inductor"), z), evaluate(module, z), 1e-5)
+
+
+# ---- state ----
+
+
+@every_loss
+def test_temperature_is_a_parameter_only_if_learnable(loss):
+    assert not list(loss(temperature=0.07).parameters()) and not loss().state_dict()
+    assert loss(temperature=0.07).temperature == 0.07
+    loss_fn = loss(temperature=0.07, learnable_temperature=True)
+    assert [name for name, _ in loss_fn.named_parameters()] == ["log_temperature"]
+    assert loss_fn.log_temperature.shape == () and abs(loss_fn.temperature.item() - 0.07) < 1e-8
+
+
+@every_use
+def test_learnable_and_constant_temperature_agree(use, backend):
+    learned = evaluate(use.learnable(temperature=0.3, backend=backend), views())[:2]
+    assert_matches(learned, evaluate(use.module(temperature=0.3, backend=backend), views()), 1e-13)
+
+
+@every_loss
+def test_state_dict_round_trip(loss):
+    source = loss(temperature=0.03, learnable_temperature=True)
+    target = loss(temperature=0.5, learnable_temperature=True)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target.temperature, source.temperature)
+
+
+@every_use
+def test_copy_and_pickle(use):
+    loss_fn = use.module(learnable_temperature=True).loss_fn
+    for other in (copy.deepcopy(loss_fn), pickle.loads(pickle.dumps(loss_fn))):
+        arguments = use.arguments(views())
+        assert torch.equal(other(*arguments), loss_fn(*arguments))
+
+
+@every_use
+def test_optimiser_lowers_the_loss_and_keeps_the_temperature_positive(use, backend):
+    module = use.module(temperature=0.5, learnable_temperature=True, backend=backend)
+    z = nn.Parameter(views(torch.float32))
+    optimiser = torch.optim.SGD([z, *module.parameters()], lr=0.1)
+    losses = []
+    for _ in range(5):
+        optimiser.zero_grad()
+        loss = module(z)
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+    assert 0 < module.loss_fn.temperature != 0.5
+    for _ in range(3):  # however large the step
+        module.loss_fn.log_temperature.grad.fill_(50.0)
+        optimiser.step()
+        assert module.loss_fn.temperature > 0
+
+
+@every_loss
+def test_arguments_are_in_the_documented_order(loss):
+    names = {
+        CCLLoss: "temperature center_weight form center_temperature learnable_temperature normalize reduction backend",
+        SupConLoss: "temperature form learnable_temperature normalize reduction backend",
+        InfoNCELoss: "temperature symmetric learnable_temperature normalize reduction backend",
+    }
+    inputs = {
+        CCLLoss: "embeddings cluster_ids centers center_temperature",
+        SupConLoss: "embeddings labels",
+        InfoNCELoss: "queries keys negatives",
+    }
+    assert list(inspect.signature(loss).parameters) == names[loss].split()
+    assert list(inspect.signature(loss().forward).parameters) == inputs[loss].split()
+    defaults = {name: p.default for name, p in inspect.signature(loss).parameters.items()}
+    shared = {"learnable_temperature": False, "normalize": True, "reduction": "mean", "backend": "auto"}
+    assert defaults["temperature"] == 0.1 and shared.items() <= defaults.items()
+
+
+# ---- errors: the argument, what was expected, what came ----
+
+
+@every_loss
+@pytest.mark.parametrize("learnable_temperature", (False, True))
+@pytest.mark.parametrize("temperature", (0, -1, -0.0, float("nan"), float("inf"), "0.1", None))
+def test_temperature_must_be_positive(loss, learnable_temperature, temperature):
+    with pytest.raises(ValueError, match=rf"temperature: expected a positive number, got .*{temperature}"):
+        loss(temperature=temperature, learnable_temperature=learnable_temperature)
+
+
+@every_loss
+def test_temperature_as_a_tensor_is_an_error(loss):
+    with pytest.raises(ValueError, match=r"temperature: expected .* number, got .*tensor"):
+        loss(temperature=torch.tensor(0.1))
+
+
+@every_loss
+def test_reduction_names_its_choices(loss):
+    with pytest.raises(ValueError, match=r"reduction: .*'mean', 'sum', 'none'.*'max'"):
+        loss(reduction="max")
+
+
+@every_loss
+def test_unknown_backend_names_the_choices(loss):
+    with pytest.raises(ValueError, match=r"backend: .*blocked.*reference.*'cuda'"):
+        loss(backend="cuda")(views())
+
+
+@every_loss
+def test_backend_that_cannot_run_here_says_why(loss):
+    with pytest.raises(ValueError, match=r"backend: 'triton' cannot run .*float64: ."):
+        loss(backend="triton")(views())
+
+
+OPTIONS = {
+    "form": ({"form": "both"}, r"form: .*'joint', 'split', 'inside'.*'both'"),
+    "negative weight": ({"center_weight": -0.5}, r"center_weight: .*0.*-0\.5"),
+    "nan weight": ({"center_weight": float("nan")}, r"center_weight: .*0.*nan"),
+    "infinite weight": ({"center_weight": float("inf")}, r"center_weight: .*0.*inf"),
+    "weight type": ({"center_weight": "1"}, r"center_weight: .*'1'"),
+    "weight tensor": ({"center_weight": torch.tensor(1.0)}, r"center_weight: .*tensor"),
+    "center temperature 0": ({"center_temperature": 0}, r"center_temperature: .*positive.*0"),
+    "center temperature nan": ({"center_temperature": float("nan")}, r"center_temperature: .*positive.*nan"),
+    "center temperature type": ({"center_temperature": [0.1]}, r"center_temperature: .*\[0\.1\]"),
+    "center temperature 2-D": ({"center_temperature": torch.ones(3, 1)}, r"center_temperature: .*\[k\].*\[3, 1\]"),
+    "center temperature ints": ({"center_temperature": torch.ones(3).int()}, r"center_temperature: .*int32"),
+}
+
+
+@pytest.mark.parametrize("options, message", OPTIONS.values(), ids=OPTIONS)
+def test_option_error_names_it(options, message):
+    with pytest.raises(ValueError, match=message):
+        CCLLoss(**options)
+
+
+Z, C = torch.ones(4, 2, 3), torch.ones(5, 3)
+I = torch.tensor([0, 4, -1, 2])
+INPUTS = {
+    "embeddings type": ((Z.tolist(), I), r"embeddings: .*Tensor.*list"),
+    "embeddings 1-D": ((Z[0, 0], I), r"embeddings: .*\[n, d\] or \[n, views, d\].*\[3\]"),
+    "embeddings 4-D": ((Z[None], I), r"embeddings: .*\[n, d\] or \[n, views, d\].*\[1, 4, 2, 3\]"),
+    "embeddings ints": ((Z.long(), I), r"embeddings: .*float32.*int64"),
+    "embeddings complex": ((Z + 0j, I), r"embeddings: .*float32.*complex64"),
+    "ids type": ((Z, I.tolist()), r"cluster_ids: .*Tensor.*list"),
+    "ids length": ((Z, I[:3]), r"cluster_ids: .*\[4\].*\[3\]"),
+    "ids per view": ((Z, torch.stack([I, I], 1)), r"cluster_ids: .*\[4\].*\[4, 2\]"),
+    "ids floats": ((Z, I.float()), r"cluster_ids: .*int32 or int64.*float32"),
+    "ids bools": ((Z, I > 0), r"cluster_ids: .*int32 or int64.*bool"),
+    "ids int16": ((Z, I.short()), r"cluster_ids: .*int32 or int64.*int16"),
+    "ids device": ((Z, I.to("meta")), r"cluster_ids: .*cpu.*meta"),
+    "no ids, rows": ((Z[:, 0],), r"cluster_ids: .*\[n, d\].*None"),
+    "no ids, centers": ((Z, None, C), r"cluster_ids: .*centers.*None"),
+    "centers type": ((Z, I, C.tolist()), r"centers: .*Tensor.*list"),
+    "centers 1-D": ((Z, I, C[0]), r"centers: .*\[.*d\].*\[3\]"),
+    "centers width": ((Z, I, C[:, :2]), r"centers: .*3\].*\[5, 2\]"),
+    "centers ints": ((Z, I, C.int()), r"centers: .*float32.*int32"),
+    "centers device": ((Z, I, C.to("meta")), r"centers: .*cpu.*meta"),
+    "center_temperature number": ((Z, I, C, -1.0), r"center_temperature: .*positive.*-1"),
+    "center_temperature scalar": ((Z, I, C, torch.tensor(-1.0)), r"center_temperature: .*positive.*-1"),
+    "center_temperature value": ((Z, I, C, torch.arange(5.0)), r"center_temperature: .*positive.*0"),
+    "center_temperature nan": ((Z, I, C, torch.full((5,), torch.nan)), r"center_temperature: .*positive.*nan"),
+    "center_temperature length": ((Z, I, C, torch.ones(4)), r"center_temperature: .*\[5\].*\[4\]"),
+    "center_temperature of one": ((Z, I, C, torch.ones(1)), r"center_temperature: .*\[5\].*\[1\]"),
+    "center_temperature ints": ((Z, I, C, torch.ones(5).int()), r"center_temperature: .*int32"),
+    "center_temperature device": ((Z, I, C, torch.ones(5, device="meta")), r"center_temperature: .*cpu.*meta"),
+    "center_temperature scalar device": (
+        (Z, I, C, torch.ones((), device="meta")),
+        r"center_temperature: .*cpu.*meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("arguments, message", INPUTS.values(), ids=INPUTS)
+def test_input_error_names_the_argument_what_was_expected_and_what_came(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        CCLLoss()(*arguments)
+
+
+OUT_OF_RANGE = {
+    "not below k": ([0, 5, -1, 2], C, r"cluster_ids: .*-1 to 4 .*5 centers.*5"),
+    "below -1": ([0, 1, -2, 2], C, r"cluster_ids: .*-1.*-2"),
+    "below -1 without centers": ([0, 1, -7, 2], None, r"cluster_ids: .*-1.*-7"),
+    "no centers at all": ([0, 1, -1, 2], C[:0], r"cluster_ids: .*0 centers.*2"),
+}
+
+
+@pytest.mark.parametrize("ids, centers, message", OUT_OF_RANGE.values(), ids=OUT_OF_RANGE)
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+def test_id_out_of_range_is_an_index_error(ids, centers, message, dtype):
+    with pytest.raises(IndexError, match=message):
+        CCLLoss()(Z, torch.tensor(ids, dtype=dtype), centers)
+
+
+def test_no_centers_at_all_and_all_unassigned_is_nt_xent(backend):
+    # The first epoch, before any clustering.
+    z, unassigned = views(), torch.full((9,), -1)
+    for form in ("joint", "split", "inside"):
+        actual = evaluate(learnable(CCLLoss, form=form, backend=backend), z, unassigned, z.new_zeros(0, 6))
+        assert_matches(actual, evaluate_oracle(infonce, z))
