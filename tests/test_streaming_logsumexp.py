@@ -70,13 +70,9 @@ def test_blocked_agrees_at_any_shape(n, m, d, ids, scale, seed):
     assert_agrees(Case(n, m, d, scale, ids=ids, return_same=ids is not None), "blocked", seed=seed)
 
 
-@pytest.mark.parametrize("m", [None, 21])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("needs", ["".join(c) for r in (1, 2, 3) for c in itertools.combinations("qksb", r)])
+@pytest.mark.parametrize("m,bias", list(itertools.product([None, 21], [False, True])))
+@pytest.mark.parametrize("needs", ["q", "s", "qk", "qs", "qb", "ks", "sb", "qks", "ksb", "qkb"])
 def test_blocked_gives_only_the_gradients_asked_for(m, bias, needs):
-    present = {"q", "s"} | ({"k"} if m else set()) | ({"b"} if bias else set())
-    if not set(needs) & present:
-        pytest.skip("nothing is asked for")
     assert_agrees(Case(m=m, bias=bias, needs=needs), "blocked")
 
 

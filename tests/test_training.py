@@ -142,18 +142,6 @@ def test_a_diverging_loss_stops_with_its_step_and_leaves_no_folder(tmp_path, cap
     assert not (tmp_path / "new").exists()
 
 
-def test_the_library_does_not_import_the_training_extras():
-    code = """
-import sys, torch
-of_torch = set(sys.modules)
-import ccl_fast, ccl_fast.clustering, ccl_fast.ood
-extras = {"torchvision", "torchmetrics", "mlxtend", "matplotlib", "tqdm", "jsonargparse"}
-extras &= sys.modules.keys() - of_torch
-sys.exit(f"imported {extras}" if extras else 0)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_split_is_stratified_disjoint_and_seeded():
     digits = load_digits([1, 8], seed=0)
     assert [len(images) for images in digits] == [800, 200, 4000]

@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 
+import docstring_parser
 from jsonargparse import ArgumentParser
 
 from ccl_fast.training.experiment import ArgumentError, train
@@ -33,8 +34,9 @@ def _parser(function: Callable) -> ArgumentParser:
     parser = ArgumentParser(description=_summary(function))
     flags = {name for name, p in inspect.signature(function).parameters.items() if p.default is False}
     parser.add_function_arguments(function, as_group=False, skip=flags)
-    for name in sorted(flags):
-        parser.add_argument(f"--{name}", action="store_true")
+    for parameter in docstring_parser.parse(inspect.getdoc(function)).params:
+        if parameter.arg_name in flags:
+            parser.add_argument(f"--{parameter.arg_name}", action="store_true", help=parameter.description)
     return parser
 
 
