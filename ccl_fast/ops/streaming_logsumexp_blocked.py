@@ -18,9 +18,9 @@ from torch import Tensor
 from ccl_fast.ops.logit_bound import logits_are_bounded
 from ccl_fast.ops.row_dot import row_dot
 
-# Rows and columns of a tile. On CPUs from 256 to 2048 the matrix products run at the same rate; at 1024 a tile
-# (4 MB) still lies in a shared cache and the calls are few (benchmarks/LOG.md).
-BLOCK = 1024
+# Rows and columns of a tile. On a CPU 512 is within 3 % of the best from N = 512 to 16,384: larger tiles waste half of
+# those on the diagonal, smaller ones their calls (benchmarks/LOG.md).
+BLOCK = 512
 
 
 @dataclass

@@ -1,0 +1,54 @@
+"""The run on a CPU: all cases in float32, time and peak memory."""
+
+from pathlib import Path
+
+import torch
+
+from benchmarks.cases import CASES, Size
+from benchmarks.contenders import CONTENDERS
+from benchmarks.measure import measure
+from benchmarks.memory import bar, peak_on_cpu
+from benchmarks.results import ResultsFile, Row, table
+from benchmarks.timing import host_clock
+
+CPU = torch.device("cpu")
+# Compiling inside the measured process would count the compiler's memory.
+NO_MEMORY = ("dense compiled", "two products")
+
+
+def run_cpu(quick: bool, directory: Path) -> str:
+    """Time (and, unless quick, memory) of all cases and contenders; the table."""
+    sizes = (512, 2048) if quick else (512, 2048, 8192, 32768)
+    file, all_rows = ResultsFile("cpu", CPU, directory), []
+    for case in CASES.values():
+        for n in sizes:
+            size = Size(n, 128)
+            rows, _ = measure(case, size, CPU, host_clock, seconds=2.0 if quick else 20.0)
+            for row in rows:
+                if row.p50 is not None and not quick and row.contender not in NO_MEMORY:
+                    row.peak_bytes = peak_on_cpu(case, row.contender, size)
+            file.add(rows)
+            all_rows += rows
+    return f"{table(all_rows)}\n\n{file.path}"
+
+
+def run_memory(directory: Path) -> str:
+    """Peak memory of all cases and contenders at N = 8192 and 32768 against the bar; the table."""
+    file, all_rows = ResultsFile("memory", CPU, directory), []
+    for case in CASES.values():
+        for size in (Size(8192, 128), Size(32768, 128)):
+            for name in case.contenders:
+                if name in NO_MEMORY or CONTENDERS[name].cuda_only:
+                    continue
+                row = Row(case.name, name, size.n, size.d, "float32")
+                row.note = CONTENDERS[name].obstacle(size, CPU) or ""
+                if not row.note:
+                    row.peak_bytes = peak_on_cpu(case, name, size)
+                    row.note = "the process died" if row.peak_bytes is None else _verdict(row, size)
+                file.add([row])
+                all_rows.append(row)
+    return f"{table(all_rows)}\n\n{file.path}"
+
+
+def _verdict(row: Row, size: Size) -> str:
+    return f"{'within' if row.peak_bytes <= bar(size) else 'OVER'} the bar of {bar(size) / 2**20:.0f} MiB"

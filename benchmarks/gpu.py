@@ -1,0 +1,96 @@
+"""The run on a GPU, at most four minutes: ceilings, small batches, then large ones against their floor.
+
+A dry run walks the same path on CPU tensors of tiny sizes, where the losses take the backend "blocked".
+"""
+
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.cases import CASES, Case, Size
+from benchmarks.ceilings import Ceilings, measure_ceilings
+from benchmarks.measure import measure
+from benchmarks.memory import peak_on_gpu
+from benchmarks.results import ResultsFile, Row, table
+from benchmarks.timing import DeviceClock, host_clock, latency_clock
+
+SECONDS = 240.0
+SECONDS_PER_SIZE = 4.0
+CALLS = 6  # of a step at least: warm-up, three rounds, memory, one to spare
+
+# Products of the method: upper triangle forward; backward all columns on chip (D <= 256), or strips of the triangle.
+ON_CHIP_D, ON_CHIP_UNITS, STRIP_UNITS = 256, 2.5, 2.0
+# Exponentials forward N^2 / 2; backward one a pair and visit (N^2), or in strips two a pair (N^2): both the same.
+EXPONENTIALS = 1.5
+
+SMALL = (256, 512, 1024)
+LARGE = (*((n, d) for n in (8192, 16384, 65536, 262144) for d in (128, 768)), (1048576, 128))
+DRY_SMALL, DRY_LARGE = (32, 64), ((128, 16), (256, 32))
+
+# Ours first: should a rival leave the device in a bad state, our figures are on disk.
+CASES_AND_CONTENDERS = (
+    (CASES["ccl"], ("ours", "dense")),
+    (CASES["nt-xent"], ("ours", "dense", "inf-cl", "memeff")),
+)
+
+
+def run_gpu(dry_run: bool, directory: Path) -> str:
+    """All rows, written as soon as they are measured; the table."""
+    return _Run(torch.device("cpu" if dry_run else "cuda"), directory).table()
+
+
+class _Run:
+    def __init__(self, device: torch.device, directory: Path):
+        self.deadline = time.monotonic() + SECONDS
+        self.device, self.on_gpu = device, device.type == "cuda"
+        self.clock = DeviceClock(device) if self.on_gpu else host_clock
+        self.latency = latency_clock if self.on_gpu else host_clock
+        self.seconds_per_size = SECONDS_PER_SIZE if self.on_gpu else 0.0
+        self.file = ResultsFile("gpu" if self.on_gpu else "gpu-dry-run", device, directory)
+        self.rows: list[Row] = []
+        # Seconds for each N x N x D of the last size of (case, contender, D): predicts the next.
+        self.pace: dict[tuple[str, str, int], float] = {}
+
+    def table(self) -> str:
+        ceilings = self._ceilings()
+        for n in SMALL if self.on_gpu else DRY_SMALL:
+            self._add(measure(CASES["ccl"], self._size(n, 128), self.device, self.latency, 0.5, ("ours", "dense"))[0])
+        for case, contenders in CASES_AND_CONTENDERS:
+            for n, d in LARGE if self.on_gpu else DRY_LARGE:
+                self._large(case, self._size(n, d), contenders, ceilings)
+        return f"{table(self.rows)}\n\n{ceilings}\n{self.file.path}"
+
+    def _ceilings(self) -> Ceilings:
+        small = {} if self.on_gpu else {"n": 64, "copied": 2**16}
+        ceilings = measure_ceilings(self.device, self.clock, **small)
+        for name, value in vars(ceilings).items():
+            self._add([Row("ceiling", name, 0, 0, "bfloat16", note=f"{value:.4g}")])
+        return ceilings
+
+    def _large(self, case: Case, size: Size, contenders: tuple[str, ...], ceilings: Ceilings) -> None:
+        work = size.n**2 * size.d
+        remaining = self.deadline - time.monotonic()
+        skip = {}
+        for name in contenders:
+            expected = CALLS * work * self.pace.get((case.name, name, size.d), 0.0)
+            if expected > remaining or remaining < 0:
+                skip[name] = f"not started: about {expected:.0f} s, {max(0, remaining):.0f} s are left"
+        rows, steps = measure(case, size, self.device, self.clock, self.seconds_per_size, contenders, skip)
+        for row in rows:
+            if row.p50 is None:
+                continue
+            self.pace[case.name, row.contender, size.d] = row.p50 / work
+            if row.contender in steps and self.on_gpu:
+                row.peak_bytes = peak_on_gpu(steps[row.contender])
+            if row.contender == "ours":
+                row.units = ON_CHIP_UNITS if size.d <= ON_CHIP_D else STRIP_UNITS
+                row.floor = ceilings.floor(size, row.units, EXPONENTIALS * size.n**2)
+        self._add(rows)
+
+    def _size(self, n: int, d: int) -> Size:
+        return Size(n, d, torch.bfloat16, clusters=128 if self.on_gpu else 8)
+
+    def _add(self, rows: list[Row]) -> None:
+        self.file.add(rows)
+        self.rows += rows

@@ -1,0 +1,127 @@
+"""Rows: appended to a file of JSON lines that is never overwritten, and printed as a table."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+DIRECTORY = Path(__file__).parent / "results"
+
+
+@dataclass
+class Row:
+    case: str
+    contender: str
+    n: int
+    d: int
+    dtype: str
+    note: str = ""  # why there is no time
+    p20: float | None = None  # seconds, as p50, p80 and floor
+    p50: float | None = None
+    p80: float | None = None
+    repetitions: int | None = None
+    to_ours: float | None = None  # time over ours, median over the rounds
+    to_products: float | None = None  # time over two bare N x N x D products
+    peak_bytes: int | None = None  # above the inputs
+    error: float | None = None  # relative, of value and gradient, against float64
+    units: float | None = None  # N x N x D products that the method needs
+    floor: float | None = None
+
+
+def machine(device: torch.device) -> dict:
+    """What a figure depends on."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "commit": _output("git", "rev-parse", "HEAD"),
+        "dirty": bool(_output("git", "status", "--porcelain", "--", ".", f":!{DIRECTORY}")),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+class ResultsFile:
+    """<date>-<device>-<what>.jsonl, numbered if that exists. A row is on disk as soon as it is added."""
+
+    def __init__(self, what: str, device: torch.device, directory: Path = DIRECTORY):
+        self.machine = machine(device)
+        name = re.sub(r"[^a-z0-9]+", "-", self.machine["device"].lower()).strip("-")
+        stem = f"{self.machine['date'][:10]}-{name}-{what}"
+        directory.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while (path := directory / (f"{stem}-{number}.jsonl" if number > 1 else f"{stem}.jsonl")).exists():
+            number += 1
+        self.path = path
+        self.path.touch(exist_ok=False)
+
+    def add(self, rows: list[Row]) -> None:
+        with self.path.open("a") as file:
+            for row in rows:
+                file.write(json.dumps(asdict(row) | self.machine | {"load": os.getloadavg()[0]}) + "\n")
+
+
+def table(rows: list[Row]) -> str:
+    """One line for each case, size and contender."""
+    head = ("case", "N", "D", "contender", "p50", "p20..p80", "/ ours", "/ 2 products", "/ floor", "peak", "note")
+    lines = [head, *(_cells(row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    def cell(value, form):
+        return "" if value is None else form(value)
+
+    return (
+        row.case,
+        str(row.n),
+        str(row.d),
+        row.contender,
+        cell(row.p50, _seconds),
+        cell(row.p50, lambda _: f"{_seconds(row.p20)}..{_seconds(row.p80)}"),
+        cell(row.to_ours, "{:.2f}".format),
+        cell(row.to_products, "{:.2f}".format),
+        cell(row.floor and row.p50, lambda p50: f"{p50 / row.floor:.2f}"),
+        cell(row.peak_bytes, lambda b: f"{b / 2**20:,.1f} MiB"),
+        row.note,
+    )
+
+
+def _seconds(x: float) -> str:
+    return f"{x:.3g} s" if x >= 1 else f"{x * 1e3:.3g} ms"
+
+
+def _cpu() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.check_output(
+            command, text=True, stderr=subprocess.DEVNULL, cwd=DIRECTORY.parent.parent, timeout=20
+        ).strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
