@@ -26,7 +26,7 @@ bench: $(INSTALLED)
 # On a machine with a GPU, with whatever Python it has: no network, no virtual environment.
 gpu-check:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'gpu-check needs a CUDA device'"
-	PYTHONPATH=. $(PYTHON) -m pytest -x tests
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 4 tests
 	PYTHONPATH=. $(PYTHON) -m benchmarks gpu
 
 # Registers, spills, shared memory and tensor-core instructions of every shipped launch configuration.

@@ -23,7 +23,7 @@ def run_cpu(quick: bool, directory: Path) -> str:
     for case in CASES.values():
         for n in sizes:
             size = Size(n, 128)
-            rows, _ = measure(case, size, CPU, host_clock, seconds=2.0 if quick else 20.0)
+            rows, _ = measure(case, size, CPU, host_clock, seconds=2.0 if quick else 8.0)
             for row in rows:
                 if row.p50 is not None and not quick and row.contender not in NO_MEMORY:
                     row.peak_bytes = peak_on_cpu(case, row.contender, size)

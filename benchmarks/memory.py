@@ -4,7 +4,7 @@ import argparse
 import ctypes
 import gc
 import json
-import resource
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -49,18 +49,20 @@ def _peak_of_this_process(case: Case, contender: str, size: Size) -> int:
     step = step_of(loss, case, case.inputs(size, device))
     before = _forget_peak()
     step()
-    return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    return max(0, _status("VmHWM") - before)
 
 
 def _forget_peak() -> int:
-    """Give freed memory back, lower the high-water mark to the resident size (Linux), return that size.
-
-    Where the mark cannot be lowered, the peak that is read afterwards is an upper bound.
-    """
+    """Give freed memory back, lower the high-water mark to the resident size (Linux), return that size."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    """Bytes, from the kernel's page on this process. (Not ru_maxrss: it starts with the size of the parent.)"""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 if __name__ == "__main__":

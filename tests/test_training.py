@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (the extra must be there)
 """The training command end to end on a tiny run, and the parts whose errors it would not show."""
 
 import copy
@@ -6,6 +7,9 @@ import json
 import pytest
 import torch
 from torch.nn import functional as F
+
+for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "matplotlib"):
+    pytest.importorskip(extra)  # the extra "train"
 
 from ccl_fast.ood import NearestNeighbor, auroc
 from ccl_fast.training import train
