@@ -11,6 +11,8 @@ from ccl_fast.ops import streaming_logsumexp_triton as launcher
 pytestmark = [
     # NumPy, which the interpreter computes with, reports what IEEE arithmetic defines: log2(0), exp2 of large numbers.
     pytest.mark.filterwarnings("ignore:(divide by zero|overflow|invalid value) encountered:RuntimeWarning"),
+    # The interpreter of Triton 3.6 reads a number from an array of one (NumPy 2.4 refuses: it needs an older one).
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"),
 ]
 HALF = [torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
 
