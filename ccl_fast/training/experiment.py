@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import platform
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,6 +19,7 @@ from ccl_fast.training.data import N_CLASSES, load_digits
 from ccl_fast.training.loop import Plan, Run
 from ccl_fast.training.model import Model
 from ccl_fast.training.report import DEFAULT, evaluate, format_table, write_report
+from ccl_fast.version import __version__
 
 
 class ArgumentError(ValueError):
@@ -101,6 +104,13 @@ def train(
             "results": results,
             "losses": {name: run.losses for name, run in runs.items()},
             "seconds": round(time.perf_counter() - start, 1),
+            "environment": {
+                "ccl_fast": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "device": torch.cuda.get_device_name(where) if where.type == "cuda" else f"cpu, {os.cpu_count()} cores",
+                "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+            },
         }
         write_report(folder, report, scores, {name: run.model for name, run in runs.items()})
     except BaseException:
