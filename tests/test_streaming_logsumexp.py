@@ -264,3 +264,28 @@ def test_autocast_does_not_reach_into_the_operator(scale):
             out = streaming_logsumexp(x, scale=scale, key_bias=b, backend="blocked")
             results.append((out, *torch.autograd.grad(out.sum(), (x, b))))
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def test_compiled_gradients_of_column_major_rows():
+    """The compiler is promised row-major gradients, whatever the strides that come in."""
+    ids = torch.randint(0, 3, (40,))
+
+    def f(x):
+        return streaming_logsumexp(x.T, scale=1.0, q_ids=ids, backend="blocked").sum()
+
+    grads = []
+    for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
+        x = torch.randn(8, 40, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        g(x).backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_a_row_whose_keys_are_all_removed_by_the_bias_has_no_gradient(backend):
+    q, k = torch.randn(3, 4, requires_grad=True), torch.randn(2, 4)
+    bias = torch.full((2,), -torch.inf, requires_grad=True)
+    out = streaming_logsumexp(q, k, scale=1.0, key_bias=bias, backend=backend)
+    assert (out == -torch.inf).all()
+    out.masked_fill(out == -torch.inf, 0.0).sum().backward()
+    assert torch.equal(q.grad, torch.zeros_like(q)) and torch.equal(bias.grad, torch.zeros_like(bias))

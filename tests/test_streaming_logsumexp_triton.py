@@ -90,6 +90,12 @@ def test_small_gradients_survive_float16(kernel_device):
     assert grad_scale.item() == pytest.approx(expected.item(), rel=2e-2, abs=1e-9)
 
 
+def test_tiny_gradients_do_not_overflow_the_gain_of_float16(kernel_device):
+    q = torch.randn(20, 8, device=kernel_device).half().requires_grad_()
+    (streaming_logsumexp(q, scale=1.0, backend="triton") * 1e-36).sum().backward()
+    assert q.grad.isfinite().all()
+
+
 def test_the_flag_is_decided_on_the_device(monkeypatch, kernel_device):
     """One captured program serves temperatures on both sides of the bound: no host value selects the path."""
     monkeypatch.setattr(launcher, "TRIANGLE_MIN_ROWS", 1)

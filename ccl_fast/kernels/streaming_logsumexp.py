@@ -431,8 +431,9 @@ def backward_weights(
 
     For D where an accumulator [BLOCK_M, D] does not fit on chip. Rows are anchors; in self-contrast columns may be too.
     """
-    rows = row_start + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = col_start + tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Columns on the first axis of the grid: the second ends at 65,535 blocks.
+    rows = row_start + tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = col_start + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     scale = tl.load(scale_ptr) * LOG2E
     q = _load_rows_once(q_ptr, rows, n, q_row, q_col, D, BLOCK_D)
     x = _products(

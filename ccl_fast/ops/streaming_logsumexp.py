@@ -161,13 +161,15 @@ def _backward_op(
     backward = triton_kernels.backward if backend == "triton" else blocked.backward
     with torch.autocast(q.device.type, enabled=False):
         grads = backward(q, k, scale, key_bias, q_ids, k_ids, same, other, grad_same, grad_other, needs)
-    return tuple(q.new_empty(0) if g is None else g for g in grads)
+    # Row-major whatever the strides of the inputs, as the fake promises to the compiler.
+    return tuple(q.new_empty(0) if g is None else g.contiguous() for g in grads)
 
 
 @_backward_op.register_fake
 def _(q, k, scale, key_bias, q_ids, k_ids, same, other, grad_same, grad_other, needs, backend):
     inputs = (q, k, scale, key_bias)
-    return tuple(torch.empty_like(x) if n else q.new_empty(0) for x, n in zip(inputs, needs, strict=True))
+    shapes = [(x.shape, x.dtype) if n else ((0,), q.dtype) for x, n in zip(inputs, needs, strict=True)]
+    return tuple(q.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
 
 
 def _save(ctx, inputs, output) -> None:

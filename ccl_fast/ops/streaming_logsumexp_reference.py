@@ -33,6 +33,6 @@ def _masked_logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
     """Row-wise log-sum-exp over ``mask``; -inf with zero gradient (not NaN) where a row has nothing."""
     if logits.shape[1] == 0:
         return logits.sum(dim=1) - torch.inf
-    empty = ~mask.any(dim=1)
-    kept = logits.masked_fill(~mask, -torch.inf).masked_fill(empty[:, None], 0.0)
-    return torch.logsumexp(kept, dim=1).masked_fill(empty, -torch.inf)
+    kept = logits.masked_fill(~mask, -torch.inf)
+    empty = (kept == -torch.inf).all(dim=1)  # a key bias of -inf removes a key too
+    return torch.logsumexp(kept.masked_fill(empty[:, None], 0.0), dim=1).masked_fill(empty, -torch.inf)

@@ -78,7 +78,7 @@ def backward(
     if q.dtype == torch.float16:
         # A weight of the size of 1/n^2 would vanish in float16: the gradients are raised to 2^14 at most, and back.
         largest = torch.cat((grad_same, grad_other)).abs().amax() if q.shape[0] else scale
-        gain = torch.where(largest > 0, 2.0**14 / largest, 1.0)
+        gain = torch.where(largest > 0, 2.0**14 / largest.clamp(min=1e-30), 1.0)
         grad_same, grad_other, out_scale = grad_same * gain, grad_other * gain, scale / gain
     anchors = (same, other, grad_same.contiguous(), grad_other.contiguous())
     on_chip = _kernels()[1]("backward_rows", q.dtype, q.shape[1], q_ids is not None) is not None
@@ -159,7 +159,7 @@ def _backward_in_strips(q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors,
     for start in range(0, n if m else 0, max(rows, 1)):
         stop, first = min(start + rows, n), start if symmetric else 0
         weights = workspace[: (stop - start) * (m - first)].view(stop - start, m - first)
-        kernels.backward_weights[(_blocks(stop - start, table.block_m), _blocks(m - first, table.block_n))](
+        kernels.backward_weights[(_blocks(m - first, table.block_n), _blocks(stop - start, table.block_m))](
             q, k, scale, key_bias, q_ids, k_ids, *anchors, weights, n, m, start, first, stop,
             *q.stride(), *k.stride(), m - first,
             IS_SELF=is_self, COL_ANCHORS=symmetric, WANT_SAME=anchors[0].numel() > 0, WANT_OTHER=anchors[1].numel() > 0,
