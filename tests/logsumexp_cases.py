@@ -16,6 +16,7 @@ class Case:
     d: int = 8
     scale: float = 10.0
     bias: bool = False
+    removed: bool = False  # two thirds of the keys have a bias of -inf
     ids: int | None = None  # how many different
     candidates: str = "all"
     return_same: bool = False
@@ -30,11 +31,14 @@ class Case:
 
         keys = self.n if self.m is None else self.m
         draw = {"generator": generator, "dtype": torch.float64}
+        bias = torch.randn(keys, **draw) if self.bias else None
+        if self.removed:
+            bias[torch.arange(keys) % 3 != 0] = -torch.inf
         return {
             "q": unit(self.n),
             "k": None if self.m is None else unit(keys),
             "scale": torch.tensor(self.scale, dtype=torch.float64),
-            "key_bias": torch.randn(keys, **draw) if self.bias else None,
+            "key_bias": bias,
             "q_ids": None if self.ids is None else torch.randint(self.ids, (self.n,), generator=generator),
             "k_ids": None if None in (self.ids, self.m) else torch.randint(self.ids, (keys,), generator=generator),
             "weights": torch.randn(2, self.n, **draw),

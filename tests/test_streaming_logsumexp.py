@@ -289,3 +289,10 @@ def test_a_row_whose_keys_are_all_removed_by_the_bias_has_no_gradient(backend):
     assert (out == -torch.inf).all()
     out.masked_fill(out == -torch.inf, 0.0).sum().backward()
     assert torch.equal(q.grad, torch.zeros_like(q)) and torch.equal(bias.grad, torch.zeros_like(bias))
+
+
+@pytest.mark.parametrize("m", [None, 21])
+@pytest.mark.parametrize("relation", RELATIONS, ids=str)
+@pytest.mark.parametrize("scale", [10.0, 200.0])
+def test_keys_removed_by_the_bias(m, relation, scale):
+    assert_agrees(Case(m=m, bias=True, removed=True, scale=scale, **relation), "blocked")

@@ -232,3 +232,10 @@ def test_captured_in_a_cuda_graph():
         graph.replay()
         for x, y in zip(captured, step(), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("m", [None, 21])
+@pytest.mark.parametrize("relation", RELATIONS, ids=str)
+@pytest.mark.parametrize("scale", [10.0, 200.0])
+def test_keys_removed_by_the_bias(m, relation, scale, kernel_device):
+    assert_agrees(Case(m=m, bias=True, removed=True, scale=scale, **relation), "triton", torch.float32, kernel_device)
