@@ -18,7 +18,7 @@ from torch import Tensor
 from ccl_fast.ops.logit_bound import logits_are_bounded
 from ccl_fast.ops.row_dot import row_dot
 
-# Rows and columns of a tile. On a CPU 512 is within 3 % of the best from N = 512 to 16,384: larger tiles waste half of
+# Rows and columns of a tile. On a CPU 512 is within 7 % of the best from N = 512 to 16,384: larger tiles waste half of
 # those on the diagonal, smaller ones their calls (benchmarks/LOG.md).
 BLOCK = 512
 
