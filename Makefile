@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The installation is redone when the project's metadata change.
+# The installation is redone when the project's metadata or the CUDA extension change.
 INSTALLED := $(VENV)/installed
+EXTENSION := setup.py CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: train test lint bench gpu-check launch-table clean
+.PHONY: train test lint bench gpu-check launch-table registers clean
 
 # On a busy machine OpenMP's threads would otherwise spin while they wait for each other.
 train: $(INSTALLED)
@@ -26,6 +27,7 @@ bench: $(INSTALLED)
 # On a machine with a GPU, with whatever Python it has: no network, no virtual environment.
 gpu-check:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'gpu-check needs a CUDA device'"
+	CCL_FAST_CUDA=on $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 4 tests
 	PYTHONPATH=. $(PYTHON) -m benchmarks gpu
 
@@ -33,11 +35,15 @@ gpu-check:
 launch-table: $(INSTALLED)
 	$(BIN)/python tests/offline_compile.py
 
-$(INSTALLED): pyproject.toml
+# Registers, spills and shared memory of every kernel of the CUDA extension; needs nvcc where it is not installed.
+registers: $(INSTALLED)
+	$(BIN)/python tests/registers.py
+
+$(INSTALLED): pyproject.toml $(EXTENSION)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[train,dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build ccl_fast/_cuda.*.so *.egg-info .pytest_cache .ruff_cache .hypothesis
