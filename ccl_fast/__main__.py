@@ -5,11 +5,16 @@ import platform
 import torch
 
 from ccl_fast.ops.backends import Obstacles
-from ccl_fast.ops.streaming_logsumexp import BACKENDS
+from ccl_fast.ops.kmeans_assign import BACKENDS as ASSIGN_BACKENDS
+from ccl_fast.ops.kmeans_update import BACKENDS as UPDATE_BACKENDS
+from ccl_fast.ops.streaming_logsumexp import BACKENDS as LOGSUMEXP_BACKENDS
 from ccl_fast.version import __version__
 
-OPERATORS = {"streaming_logsumexp": BACKENDS}
-
+OPERATORS = {
+    "streaming_logsumexp": LOGSUMEXP_BACKENDS,
+    "kmeans_assign": ASSIGN_BACKENDS,
+    "kmeans_update": UPDATE_BACKENDS,
+}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -1,41 +1,64 @@
-"""Lloyd's k-means in plain torch, with scikit-learn's names."""
+"""K-means with scikit-learn's names."""
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-# Largest number of entries of one block of the N x K distance matrix.
-BLOCK_ENTRIES = 1 << 22
+from ccl_fast.clustering import empty_clusters
+from ccl_fast.clustering.data import Data
+from ccl_fast.clustering.lloyd import Solution, lloyd
+from ccl_fast.clustering.seeding import k_means_plus_plus, random_rows
+from ccl_fast.ops.kmeans_assign import BACKENDS, METRICS
+from ccl_fast.ops.unit import unit
+from ccl_fast.ops.validation import check_choice, check_finite
+
+SEEDINGS = {"k-means++": k_means_plus_plus, "random": random_rows}
 
 
 class KMeans:
-    r"""K-means clustering: minimise ``sum_i d(x_i, mu_{y_i})`` over labels ``y`` and centres ``mu``.
+    r"""K-means clustering: minimise ``sum_i w_i d(x_i, mu_{y_i})`` over labels ``y`` and centres ``mu``.
 
     ``d(x, mu) = |x - mu|^2`` for ``metric="euclidean"``, the centres being the means of their clusters;
-    ``d(x, mu) = 1 - <x/|x|, mu>`` for ``metric="cosine"`` (spherical k-means), the centres being unit vectors.
+    ``d(x, mu) = 1 - <x, mu> / |x|`` for ``metric="cosine"`` (spherical k-means), the centres being unit vectors.
 
-    An empty cluster takes over the sample farthest from its own centre. The labels always belong to the returned
-    centres. Rows are compared with the centres in blocks, so memory grows with N + K, not with N K. All randomness
-    comes from a private generator: the same seed and data give the same result, and torch's global generator is
-    left alone.
+    Labels are exact: those of distances in float64, the lowest index on ties, whatever the dtype and the device (see
+    :func:`ccl_fast.ops.kmeans_assign`), and they belong to the returned centres. Nothing is sub-sampled. The matrix of
+    distances never exists: memory grows with N + K. All randomness comes from a private generator, and sums are taken
+    in a fixed order: the same seed and data give the same bits on the same machine, and torch's global generator is
+    left alone. On a GPU the host reads whether the centres rest one iteration late, so that the device never waits.
 
     Args:
         n_clusters: K, the number of clusters.
         metric: "euclidean" or "cosine".
-        init: "k-means++" (no sample is drawn twice), or the starting centres, a tensor [K, D] (a warm start).
-        n_init: number of k-means++ starts, of which the one with the lowest inertia is kept. A warm start runs once.
+        init: "k-means++", "random" (no row is drawn twice by either), or the starting centres, a tensor ``[K, D]`` or
+            ``[B, K, D]`` (a warm start).
+        n_init: number of starts, of which the one with the lowest inertia is kept. A warm start runs once.
         max_iter: largest number of Lloyd iterations of one start.
         tol: stop when the centres' squared movement, summed over clusters, is at most ``tol`` times the mean
-            variance of the features.
+            variance of the features; 0: when no label changes.
+        empty_cluster: what becomes of a cluster without rows. "split": it is put beside the centre of the largest
+            cluster, and shares its rows from then on; "farthest": it takes over the row farthest from its own centre,
+            as in scikit-learn; "keep": its centre stays; "error": RuntimeError. "farthest" and "error" make the host
+            wait for a GPU in every iteration.
         seed: seed of the private generator.
+        batch_size: rows that are brought to ``device`` at a time; None: all at once. The result is that of all the
+            rows, not of mini-batches, but for rounding. For data that do not fit into a GPU's memory.
+        device: where to compute; None: where the data are.
+        backend: "auto", "cuda" (the extension), "blocked" (plain torch) or "reference" (dense float64).
+        verbose: show a progress bar (of the package tqdm).
 
     Attributes:
-        cluster_centers_: [K, D], dtype and device of the data (half precision is raised to float32).
-        labels_: int64 [N], the nearest centre of every fitted row.
+        cluster_centers_: ``[K, D]``, device of the data and their dtype (float32 for half precision).
+        labels_: int64 ``[N]``, the nearest centre of every fitted row.
         inertia_: the minimised sum, a float.
-        n_iter_: the number of Lloyd iterations run.
+        n_iter_: the number of Lloyd iterations run, an int.
+        rechecked_: how many rows of the last assignment had to be decided in higher precision, an int.
+
+    With data ``[B, N, D]``, B independent problems of one size are solved together, each as it would be alone; the
+    attributes but ``rechecked_`` have B as first dimension, and ``inertia_`` and ``n_iter_`` are tensors ``[B]``.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
@@ -54,16 +77,27 @@ class KMeans:
         n_init: int = 1,
         max_iter: int = 100,
         tol: float = 1e-4,
+        empty_cluster: str = "split",
         seed: int = 0,
+        batch_size: int | None = None,
+        device: torch.device | str | None = None,
+        backend: str = "auto",
+        verbose: bool = False,
     ):
-        for name, value in (("n_clusters", n_clusters), ("n_init", n_init), ("max_iter", max_iter)):
+        counts = {"n_clusters": n_clusters, "n_init": n_init, "max_iter": max_iter}
+        if batch_size is not None:
+            counts["batch_size"] = batch_size
+        for name, value in counts.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-        if metric not in ("euclidean", "cosine"):
-            raise ValueError(f'metric: expected "euclidean" or "cosine", got {metric!r}')
-        if not isinstance(init, Tensor) and init != "k-means++":
-            raise ValueError(f'init: expected "k-means++" or a tensor of centres, got {init!r}')
-        if not tol >= 0:
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise ValueError(f"seed: expected an integer, got {seed!r}")
+        check_choice("metric", metric, METRICS)
+        check_choice("empty_cluster", empty_cluster, empty_clusters.POLICIES)
+        check_choice("backend", backend, ("auto", *BACKENDS))
+        if not isinstance(init, Tensor) and init not in SEEDINGS:
+            raise ValueError(f'init: expected "k-means++", "random" or a tensor of centres, got {init!r}')
+        if not isinstance(tol, int | float) or not tol >= 0:
             raise ValueError(f"tol: expected a number >= 0, got {tol!r}")
         self.n_clusters = n_clusters
         self.metric = metric
@@ -71,125 +105,168 @@ class KMeans:
         self.n_init = n_init
         self.max_iter = max_iter
         self.tol = tol
+        self.empty_cluster = empty_cluster
         self.seed = seed
+        self.batch_size = batch_size
+        self.device = device
+        self.backend = backend
+        self.verbose = verbose
 
     @torch.no_grad()
-    def fit(self, x: Tensor) -> KMeans:
-        """Find centres and labels of the rows of x, floating point [N, D], N >= K. Returns self."""
-        x = self._prepare(x, "x")
-        if len(x) < self.n_clusters:
-            raise ValueError(f"x: expected at least n_clusters={self.n_clusters} rows, got {len(x)}")
-        if isinstance(self.init, Tensor):
-            runs = [self._lloyd(x, self._given_centers(x))]
-        else:
-            generator = torch.Generator().manual_seed(self.seed)
-            runs = (self._lloyd(x, self._plus_plus(x, generator)) for _ in range(self.n_init))
-        best = min(runs, key=lambda run: run[2])
-        self.cluster_centers_, self.labels_, self.inertia_, self.n_iter_ = best
+    def fit(self, x: Tensor, sample_weight: Tensor | None = None) -> KMeans:
+        """Find centres and labels.
+
+        Args:
+            x: floating point ``[N, D]`` or ``[B, N, D]``, finite, N >= K.
+            sample_weight: w, ``[N]`` or ``[B, N]``, finite and >= 0, at least K of them positive; 1 by default.
+
+        Returns:
+            self.
+        """
+        rows = self._check_rows(x)
+        weights = None if sample_weight is None else self._check_weights(sample_weight, x)
+        data = self._data(rows, weights)
+        variance = data.variance()  # raises if a row is not finite
+        with self._progress() as progress:
+            best = None
+            for start in self._starts(data):
+                solution = lloyd(
+                    data,
+                    start,
+                    max_iter=self.max_iter,
+                    tol=self.tol,
+                    variance=variance,
+                    empty_cluster=self.empty_cluster,
+                    progress=progress,
+                )
+                best = solution if best is None else best.or_better(solution)
+        self._set_attributes(best, x)
         return self
 
-    def fit_predict(self, x: Tensor) -> Tensor:
-        """``fit(x).labels_``."""
-        return self.fit(x).labels_
+    def fit_predict(self, x: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """``fit(x, sample_weight).labels_``."""
+        return self.fit(x, sample_weight).labels_
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """Nearest centre of every row of x, floating point [M, D]: int64 [M]."""
-        return self._assign(*self._prepare_new(x))[0]
+        """Nearest centre of every row of x, ``[M, D]`` or ``[B, M, D]``: int64 ``[M]`` or ``[B, M]``."""
+        data, centers = self._new_data(x)
+        if x.numel() == 0:
+            return torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
+        labels = data.nearest(centers).to(x.device)
+        return labels if x.ndim == 3 else labels[0]
 
     @torch.no_grad()
     def transform(self, x: Tensor) -> Tensor:
-        """Distance of every row of x, [M, D], to every centre, [M, K]: ``|x - mu|`` or ``1 - cosine``."""
-        x, centers = self._prepare_new(x)
-        distance = self._distance(x, centers)
-        return distance.sqrt() if self.metric == "euclidean" else distance
+        """Distance of every row of x, ``[M, D]``, to every centre, ``[M, K]``: ``|x - mu|`` or ``1 - cosine``."""
+        data, centers = self._new_data(x)
+        if x.numel() == 0:
+            return torch.empty(*x.shape[:-1], self.n_clusters, dtype=data.dtype, device=x.device)
+        distances = [_all_distances(chunk.x, centers, self.metric).to(x.device) for chunk in data.chunks()]
+        return torch.cat(distances, 1) if x.ndim == 3 else torch.cat(distances, 1)[0]
 
-    def _prepare(self, x: Tensor, name: str) -> Tensor:
-        """Checked, detached, at least float32, and of unit length for the cosine metric."""
-        if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point():
+    @torch.no_grad()
+    def score(self, x: Tensor, sample_weight: Tensor | None = None) -> float | Tensor:
+        """Minus the weighted sum of the distances of the rows of x to their nearest centres."""
+        self._check_rows(x, at_least=1)
+        weights = None if sample_weight is None else self._check_weights(sample_weight, x, at_least=0)
+        data, centers = self._new_data(x, weights)
+        inertia = data.inertia(centers, data.nearest(centers)).to(x.device)
+        return -inertia if x.ndim == 3 else -inertia.item()
+
+    def _check_rows(self, x: Tensor, at_least: int | None = None) -> Tensor:
+        """As [problems, rows, d], detached."""
+        if not isinstance(x, Tensor) or x.ndim not in (2, 3) or not x.is_floating_point() or x.element_size() < 2:
             got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name}: expected a floating-point tensor [rows, features], got {got}")
-        if not x.isfinite().all():
-            raise ValueError(f"{name}: expected finite values, got NaN or Inf")
-        x = x.detach()
-        if x.dtype.itemsize < 4:
-            x = x.float()  # squared norms overflow in half precision
-        return F.normalize(x, dim=1) if self.metric == "cosine" else x
+            raise ValueError(f"x: expected a floating-point tensor [rows, d] or [problems, rows, d], got {got}")
+        at_least = self.n_clusters if at_least is None else at_least
+        if x.shape[-2] < at_least:
+            least = f"n_clusters={at_least} rows" if at_least == self.n_clusters else f"{at_least} row"
+            raise ValueError(f"x: expected at least {least}, got {x.shape[-2]}")
+        if 0 in (x.shape[0], x.shape[-1]) and at_least:
+            raise ValueError(f"x: expected at least one problem and one feature, got shape {list(x.shape)}")
+        return x.detach() if x.ndim == 3 else x.detach()[None]
 
-    def _prepare_new(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _check_weights(self, weights: Tensor, x: Tensor, at_least: int | None = None) -> Tensor:
+        if not isinstance(weights, Tensor) or weights.shape != x.shape[:-1] or not weights.is_floating_point():
+            got = f"{weights.dtype} {list(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
+            raise ValueError(f"sample_weight: expected a floating-point tensor {list(x.shape[:-1])}, got {got}")
+        check_finite("sample_weight", weights)
+        if (weights < 0).any():
+            raise ValueError(f"sample_weight: expected weights >= 0, got {weights.min().item()}")
+        at_least = self.n_clusters if at_least is None else at_least
+        positive = (weights > 0).sum(-1).min().item() if len(weights) else 0
+        if positive < at_least:
+            raise ValueError(f"sample_weight: expected at least n_clusters={at_least} positive weights, got {positive}")
+        return weights.detach() if weights.ndim == 2 else weights.detach()[None]
+
+    def _data(self, rows: Tensor, weights: Tensor | None) -> Data:
+        device = rows.device if self.device is None else torch.empty(0, device=self.device).device
+        return Data(rows, weights, self.metric, self.batch_size, device, self.backend)
+
+    def _new_data(self, x: Tensor, weights: Tensor | None = None) -> tuple[Data, Tensor]:
         if not hasattr(self, "cluster_centers_"):
             raise RuntimeError("this KMeans has no centres yet: call fit first")
-        x, centers = self._prepare(x, "x"), self.cluster_centers_
-        if x.shape[1] != centers.shape[1]:
-            raise ValueError(f"x: expected {centers.shape[1]} features as in fit, got {x.shape[1]}")
-        return x, centers.to(x)
+        rows, centers = self._check_rows(x, at_least=0), self.cluster_centers_
+        if x.shape[-1] != centers.shape[-1]:
+            raise ValueError(f"x: expected {centers.shape[-1]} features as in fit, got {x.shape[-1]}")
+        if x.shape[:-2] != centers.shape[:-2]:
+            problems = f"[{len(centers)}, rows, features]" if centers.ndim == 3 else "[rows, features]"
+            raise ValueError(f"x: expected shape {problems} as in fit, got {list(x.shape)}")
+        check_finite("x", x)
+        data = self._data(rows, weights)
+        return data, (centers if centers.ndim == 3 else centers[None]).to(device=data.device, dtype=data.dtype)
 
-    def _given_centers(self, x: Tensor) -> Tensor:
-        centers = self._prepare(self.init, "init")
-        expected = (self.n_clusters, x.shape[1])
-        if centers.shape != expected:
-            raise ValueError(f"init: expected shape {list(expected)}, got {list(centers.shape)}")
-        return centers.to(x)
+    def _starts(self, data: Data):
+        if isinstance(self.init, Tensor):
+            yield self._given_centers(data)
+            return
+        generators = [torch.Generator().manual_seed(self.seed) for _ in range(data.problems)]
+        for _ in range(self.n_init):
+            yield SEEDINGS[self.init](data, self.n_clusters, generators)
 
-    def _distance(self, x: Tensor, centers: Tensor) -> Tensor:
-        if self.metric == "cosine":
-            return (1 - x @ centers.T).clamp_(min=0)
-        # |x|^2 - 2<x,c> + |c|^2 cancels badly far from the origin, so the origin moves to the centres.
-        origin = centers.mean(0)
-        x, centers = x - origin, centers - origin
-        square = (x * x).sum(1, keepdim=True) + (centers * centers).sum(1)
-        return torch.addmm(square, x, centers.T, alpha=-2).clamp_(min=0)
+    def _given_centers(self, data: Data) -> Tensor:
+        expected = (data.problems, self.n_clusters, data.d)
+        centers = self.init.detach()[None] if self.init.ndim == 2 else self.init.detach()
+        if centers.shape != expected or not centers.is_floating_point():
+            wanted = list(expected[1:]) if data.problems == 1 else list(expected)
+            got = f"{self.init.dtype} {list(self.init.shape)}"
+            raise ValueError(f"init: expected floating-point centres {wanted}, got {got}")
+        check_finite("init", centers)
+        centers = centers.to(device=data.device, dtype=data.dtype)
+        return unit(centers) if self.metric == "cosine" else centers
 
-    def _assign(self, x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-        """Label and distance of the nearest centre of every row."""
-        rows = max(1, BLOCK_ENTRIES // len(centers))
-        nearest = [self._distance(block, centers).min(1) for block in x.split(rows)]
-        return torch.cat([n.indices for n in nearest]), torch.cat([n.values for n in nearest])
+    def _set_attributes(self, best: Solution, x: Tensor) -> None:
+        centers, labels, inertia, n_iter = (value.to(x.device) for value in best[:4])
+        if x.ndim == 2:
+            centers, labels, inertia, n_iter = centers[0], labels[0], inertia.item(), n_iter.item()
+        self.cluster_centers_, self.labels_, self.inertia_, self.n_iter_ = centers, labels, inertia, n_iter
+        self.rechecked_ = int(best.rechecked)
 
-    def _update(self, x: Tensor, labels: Tensor, distance: Tensor, centers: Tensor) -> Tensor:
-        """Means of the clusters, after every empty one has taken over one of the farthest samples."""
-        counts = labels.bincount(minlength=len(centers))
-        empty = (counts == 0).nonzero()[:, 0]
-        if len(empty):
-            farthest = distance.topk(len(empty))
-            moved = farthest.indices[farthest.values > 0]
-            labels = labels.index_copy(0, moved, empty[: len(moved)])
-            counts = labels.bincount(minlength=len(centers))
-        sums = torch.zeros_like(centers).index_add_(0, labels, x)
-        if self.metric == "cosine":
-            means, defined = F.normalize(sums, dim=1), (sums != 0).any(1)
-        else:
-            means, defined = sums / counts.clamp(min=1)[:, None], counts > 0
-        # Without samples (fewer distinct rows than clusters) or direction (their sum is zero) a centre stays.
-        return torch.where(defined[:, None], means, centers)
+    @contextlib.contextmanager
+    def _progress(self):
+        if not self.verbose:
+            yield lambda changed: None
+            return
+        from tqdm import tqdm
 
-    def _lloyd(self, x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor, float, int]:
-        tolerance = self.tol * x.var(0, correction=0).mean()
-        labels, distance = self._assign(x, centers)
-        for n_iter in range(1, self.max_iter + 1):  # noqa: B007
-            previous_centers, previous_labels = centers, labels
-            centers = self._update(x, labels, distance, centers)
-            labels, distance = self._assign(x, centers)  # of these centres, so both can be returned
-            movement = (centers - previous_centers).square().sum()
-            if movement <= tolerance or labels.equal(previous_labels):
-                break
-        return centers, labels, distance.double().sum().item(), n_iter
+        with tqdm(desc=f"k-means, K={self.n_clusters}", unit=" iterations") as bar:
 
-    def _plus_plus(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """K different rows, each drawn with probability proportional to the distance from those before it."""
-        weight = torch.ones(len(x), dtype=torch.float64, device=x.device)
-        free = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        chosen = []
-        for _ in range(self.n_clusters):
-            weight = weight * free
-            if not weight.any():  # only copies of chosen rows are left
-                weight = free.double()
-            cumulative = weight.cumsum(0)
-            draw = torch.rand(1, dtype=torch.float64, generator=generator).to(x.device) * cumulative[-1]
-            # right=True: never a row of weight zero
-            row = torch.searchsorted(cumulative, draw, right=True).clamp(max=len(x) - 1)
-            free[row] = False
-            chosen.append(row)
-            distance = self._assign(x, x[row])[1].double()
-            weight = distance if len(chosen) == 1 else torch.minimum(weight, distance)
-        return x[torch.cat(chosen)]
+            def advance(changed: Tensor) -> None:
+                bar.set_postfix(labels_changed=int(changed.sum()), refresh=False)
+                bar.update()
+
+            yield advance
+
+
+@torch.autocast("cuda", enabled=False)
+@torch.autocast("cpu", enabled=False)
+def _all_distances(x: Tensor, centers: Tensor, metric: str) -> Tensor:
+    x = x.to(centers.dtype)
+    if metric == "cosine":
+        return (1 - unit(x) @ unit(centers).mT).clamp_(min=0)
+    # |x|^2 - 2<x,c> + |c|^2 cancels badly far from the origin, so the origin moves to the centres.
+    origin = centers.mean(1, keepdim=True)
+    x, centers = x - origin, centers - origin
+    square = x.square().sum(2)[:, :, None] + centers.square().sum(2)[:, None]
+    return torch.baddbmm(square, x, centers.mT, alpha=-2).clamp_(min=0).sqrt_()

@@ -24,5 +24,5 @@ def choose_backend(
 
 
 def _is_native(name: str, device: torch.device) -> bool:
-    # Triton's interpreter runs on CPU tensors, for debugging only: it must be asked for by name.
-    return name != "triton" or device.type == "cuda"
+    # Interpreted and emulated kernels run on CPU tensors, for tests only: they must be asked for by name.
+    return name not in ("triton", "cuda") or device.type == "cuda"

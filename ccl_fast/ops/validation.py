@@ -1,5 +1,6 @@
 """Checks of arguments: each error names the argument, what was expected, and what came."""
 
+import torch
 from torch import Tensor
 
 
@@ -47,3 +48,9 @@ def check_ids(name: str, ids, rows: Tensor) -> None:
 def check_choice(name: str, value, choices: tuple) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_finite(name: str, x: Tensor) -> None:
+    """Waits for the device. The sum, which is quicker, tells unless finite values overflow it."""
+    if not x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite() and not x.isfinite().all():
+        raise ValueError(f"{name}: expected finite values, got NaN or Inf")

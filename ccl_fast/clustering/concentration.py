@@ -1,0 +1,68 @@
+"""How tight each cluster is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ccl_fast.ops.center_distance import center_distance
+from ccl_fast.ops.kmeans_update import kmeans_update
+
+# The share of clusters at either end whose concentration is clipped.
+CLIPPED_SHARE = 0.1
+
+
+@torch.no_grad()
+def concentration(
+    x: Tensor,
+    cluster_ids: Tensor,
+    centers: Tensor,
+    *,
+    metric: str = "cosine",
+    smoothing: float = 10.0,
+    mean: float | None = None,
+) -> Tensor:
+    r"""Concentration of every cluster, the larger the looser: PCL's per-cluster temperature.
+
+    .. math::
+        \phi_k = \frac{\sum_{i: y_i = k} \delta(x_i, \mu_k)}{n_k \log(n_k + \alpha)}
+
+    with :math:`\delta = |x - \mu|` between unit vectors (cosine) or between the vectors as they are (euclidean). A
+    cluster of fewer than two rows says nothing of itself and gets the largest concentration of the others. As in the
+    paper's code, values are then clipped to their 10th and 90th percentile.
+
+    Args:
+        x: features ``[n, d]``, floating point.
+        cluster_ids: ``[n]``, int64 or int32 in ``[0, k)``.
+        centers: ``[k, d]``.
+        metric: "cosine" or "euclidean".
+        smoothing: alpha, which keeps small clusters from looking tight.
+        mean: scale the result to this mean, for instance the loss's temperature; None: leave it.
+
+    Returns:
+        ``[k]`` float32 (float64 for float64 x), positive unless all rows lie on their centres.
+
+    Raises:
+        ValueError: no cluster has two rows; an argument has a wrong shape or value.
+
+    Paper: Li et al., "Prototypical contrastive learning of unsupervised representations", 2021, section 3.3.
+    """
+    if not smoothing >= 1:
+        raise ValueError(f"smoothing: expected a number >= 1, got {smoothing!r}")
+    k = len(centers)
+    ids = cluster_ids.long()
+    centers = centers.to(torch.promote_types(x.dtype, torch.float32))
+    square = center_distance(x[None], centers[None], ids[None], metric=metric)[0]
+    # |x - c|^2 = 2 (1 - cos) between unit vectors.
+    distance = (2 * square if metric == "cosine" else square).sqrt()
+    total, count = kmeans_update(distance[:, None], ids, k)
+    usable = count >= 2
+    if not usable.any():
+        raise ValueError(f"cluster_ids: expected a cluster of at least two rows, got {len(x)} rows in {k} clusters")
+    phi = total[:, 0] / (count * torch.log(count + smoothing)).clamp(min=1)
+    phi = torch.where(usable, phi, phi[usable].max())
+    low, high = phi.quantile(torch.tensor([CLIPPED_SHARE, 1 - CLIPPED_SHARE], dtype=phi.dtype, device=phi.device))
+    phi = phi.clamp(low, high)
+    if mean is not None and phi.mean() > 0:
+        phi = phi * (mean / phi.mean())
+    return phi.to(centers.dtype)

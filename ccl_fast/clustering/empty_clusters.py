@@ -1,0 +1,58 @@
+"""What becomes of a cluster that no row is nearest to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ccl_fast.clustering.data import Data, Sweep
+
+POLICIES = ("split", "farthest", "keep", "error")
+# How far "split" puts the new centre from the old one, in standard deviations of the data.
+SPLIT_DISTANCE = 1 / 64
+
+
+def check(sweep: Sweep) -> None:
+    """Policy "error". Waits for the device."""
+    empty = (sweep.weights == 0).nonzero()[:, 1]
+    if len(empty):
+        raise RuntimeError(f"{len(empty)} empty clusters, the first of them {int(empty[0])}; see empty_cluster")
+
+
+def split(centers: Tensor, weights: Tensor, deviation: Tensor) -> Tensor:
+    """Centres [problems, k, d] with every empty one moved beside that of a large cluster, the largest first.
+
+    Beside is: a little along the diagonal of the data's standard deviations [problems, d]. The large cluster's own
+    centre stays, so no row's distance to its nearest centre grows.
+    """
+    empty = weights == 0
+    largest = weights.argsort(dim=1, descending=True, stable=True)
+    donor = largest.gather(1, (empty.cumsum(1) - 1).clamp(min=0))
+    sign = 1.0 - 2.0 * (torch.arange(centers.shape[2], device=centers.device) % 2)
+    beside = centers.gather(1, donor[..., None].expand_as(centers)) + SPLIT_DISTANCE * sign * deviation[:, None]
+    usable = empty & (weights.gather(1, donor) > 0)
+    return torch.where(usable[..., None], beside, centers)
+
+
+def relocate_to_farthest(data: Data, centers: Tensor, sweep: Sweep) -> Sweep:
+    """Every empty cluster takes over one of the rows farthest from their own centres. Waits for the device."""
+    empty = sweep.weights == 0
+    if not empty.any():
+        return sweep
+    labels, sums, weights = sweep.labels.clone(), sweep.sums.clone(), sweep.weights.clone()
+    row_weights = torch.ones_like(labels, dtype=torch.float64) if data.weights is None else data.weights.double()
+    distance = data.distance(centers, labels).masked_fill(row_weights == 0, 0.0)  # those fill no cluster
+    for problem in empty.any(1).nonzero()[:, 0].tolist():
+        clusters = empty[problem].nonzero()[:, 0]
+        far = distance[problem].topk(min(len(clusters), data.n))
+        rows = far.indices[far.values > 0]  # fewer if there are fewer distinct rows than clusters
+        taken = data.only(problem).take(rows[None])[0].double()
+        for cluster, row, x in zip(clusters.tolist(), rows.tolist(), taken, strict=False):
+            weight, previous = row_weights[problem, row], labels[problem, row].item()
+            sums[problem, cluster], weights[problem, cluster] = weight * x, weight
+            labels[problem, row] = cluster
+            left = (labels[problem] == previous) & (row_weights[problem] > 0)
+            # An emptied cluster has no weight, not the rounding of a difference.
+            sums[problem, previous] -= weight * x
+            weights[problem, previous] = (weights[problem, previous] - weight) * left.any()
+    return sweep._replace(labels=labels, sums=sums, weights=weights)

@@ -1,0 +1,110 @@
+"""Lloyd's iterations."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ccl_fast.clustering import empty_clusters
+from ccl_fast.clustering.data import Data, Sweep
+from ccl_fast.ops.unit import unit
+
+
+class Solution(NamedTuple):
+    """Of every problem; the labels are those of the centres."""
+
+    centers: Tensor  # [problems, k, d]
+    labels: Tensor  # int64 [problems, n]
+    inertia: Tensor  # float64 [problems]
+    n_iter: Tensor  # int64 [problems]
+    rechecked: Tensor  # of the last assignment of all problems
+
+    def or_better(self, other: Solution) -> Solution:
+        """Problem by problem the solution with the lower inertia."""
+        better = other.inertia < self.inertia
+
+        def choose(mine: Tensor, theirs: Tensor) -> Tensor:
+            return torch.where(better.view(-1, *[1] * (mine.ndim - 1)), theirs, mine)
+
+        rechecked = other.rechecked if better.all() else self.rechecked
+        return Solution(*map(choose, self[:4], other[:4]), rechecked)
+
+
+def lloyd(
+    data: Data, centers: Tensor, *, max_iter: int, tol: float, variance: Tensor, empty_cluster: str, progress
+) -> Solution:
+    """Move the centres [problems, k, d] to the means of their clusters until they rest.
+
+    A problem rests when no label changes, or when its centres' squared movement is at most ``tol`` times the mean of
+    the ``variance`` [problems, d]. ``progress(changed)`` is called after every iteration with the number of labels that
+    changed, or None where it would cost a wait.
+    """
+    variance = variance.nan_to_num(nan=0.0, posinf=0.0)  # of values near the end of their range
+    tolerance = tol * variance.mean(1)
+    n_iter = torch.zeros(data.problems, dtype=torch.int64, device=data.device)
+    moving = torch.ones(data.problems, dtype=torch.bool, device=data.device)
+    any_moving = LateFlag(data.device)
+    sweep = data.sweep(centers)
+    for _ in range(max_iter):
+        new_centers = _update(data, centers, sweep, variance.sqrt(), empty_cluster)
+        new_sweep = data.sweep(new_centers)
+        changed = (new_sweep.labels != sweep.labels).sum(1)
+        movement = (new_centers.double() - centers.double()).square().sum((1, 2))
+        # Problems at rest stay as they are.
+        keep = moving[:, None]
+        centers = torch.where(keep[..., None], new_centers, centers)
+        sweep = Sweep(
+            torch.where(keep, new_sweep.labels, sweep.labels),
+            torch.where(keep[..., None], new_sweep.sums, sweep.sums),
+            torch.where(keep, new_sweep.weights, sweep.weights),
+            new_sweep.rechecked,
+        )
+        n_iter += moving
+        moving = moving & (changed > 0) & (movement > tolerance)
+        progress(changed)
+        if not any_moving.read(moving.any()):
+            break
+    return Solution(centers, sweep.labels, data.inertia(centers, sweep.labels), n_iter, sweep.rechecked)
+
+
+def _update(data: Data, centers: Tensor, sweep: Sweep, deviation: Tensor, empty_cluster: str) -> Tensor:
+    if empty_cluster == "error":
+        empty_clusters.check(sweep)
+    elif empty_cluster == "farthest":
+        sweep = empty_clusters.relocate_to_farthest(data, centers, sweep)
+    if data.metric == "cosine":
+        means, defined = unit(sweep.sums), (sweep.sums != 0).any(2)  # rows may cancel
+    else:
+        defined = sweep.weights > 0
+        means = sweep.sums / sweep.weights.where(defined, 1.0)[..., None]
+    means = torch.where(defined[..., None], means, centers.double())
+    if empty_cluster == "split":
+        means = empty_clusters.split(means, sweep.weights, deviation)
+        if data.metric == "cosine":
+            means = unit(means)
+    return means.to(centers.dtype)
+
+
+class LateFlag:
+    """A flag computed on the device, read without making it wait: on a GPU one call late.
+
+    Until the first one has arrived, the answer is True.
+    """
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        self._pending: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def read(self, flag: Tensor) -> bool:
+        if not self._on_gpu:
+            return bool(flag)
+        arriving = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(flag.device))
+        previous, self._pending = self._pending, (arriving, event)
+        if previous is None:
+            return True
+        previous[1].synchronize()
+        return bool(previous[0])

@@ -1,0 +1,104 @@
+"""Starting centres: rows of the data, none of them twice."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ccl_fast.clustering.data import Data
+
+# k-means++ draws this many candidates at once, at most; at the start as many as there are centres.
+FEWEST_CANDIDATES, MOST_CANDIDATES = 8, 256
+
+
+def random_rows(data: Data, k: int, generators: list[torch.Generator]) -> Tensor:
+    """k different rows of every problem, drawn without replacement by their weights: [problems, k, d]."""
+    rows = [_draw_distinct(_weights(data, i), k, generator) for i, generator in enumerate(generators)]
+    return data.take(torch.stack(rows))
+
+
+def k_means_plus_plus(data: Data, k: int, generators: list[torch.Generator]) -> Tensor:
+    """k-means++ for every problem: [problems, k, d].
+
+    Each centre is a row drawn with probability proportional to its weight times its distance from the centres before
+    it. One pass over the data for each centre would cost as much as many iterations, so candidates are drawn many at a
+    time from the distances of the last pass; the next candidate is accepted with probability (its distance now) /
+    (its distance then). That is rejection sampling of just the distribution that one pass for each centre would have,
+    and a pass is needed only once for many centres. Papers: Arthur and Vassilvitskii, "k-means++: the advantages of
+    careful seeding", 2007; Cohen-Addad et al., "Fast and accurate k-means++ via rejection sampling", 2020.
+    """
+    centers = [_plus_plus(data, i, k, generator) for i, generator in enumerate(generators)]
+    return torch.stack(centers)
+
+
+def _plus_plus(data: Data, problem: int, k: int, generator: torch.Generator) -> Tensor:
+    one = data.only(problem)
+    weights = _weights(data, problem)
+    chosen = _draw_distinct(weights, 1, generator)
+    centers = one.take(chosen[None])
+    potential = weights * one.nearest_distance(centers)[0]
+    while len(chosen) < k:
+        potential[chosen] = 0.0
+        cumulative = potential.cumsum(0)
+        if not cumulative[-1] > 0:  # only copies of chosen rows are left: any of them, but none twice
+            free = weights.index_fill(0, chosen, 0.0)
+            rest = _draw_distinct(free, k - len(chosen), generator)
+            return torch.cat([centers, one.take(rest[None])], 1)[0]
+        count = min(MOST_CANDIDATES, max(FEWEST_CANDIDATES, len(chosen)))
+        draw = torch.rand(2, count, dtype=torch.float64, generator=generator)
+        # right=True: never a row of potential zero
+        candidates = torch.searchsorted(cumulative, draw[0].to(data.device) * cumulative[-1], right=True)
+        candidates = candidates.clamp(max=data.n - 1)
+        rows = one.take(candidates[None])
+        then = potential[candidates]
+        among = weights[candidates, None] * _pairwise(rows[0], data.metric)
+        accepted = _accept(then.cpu().numpy(), among.cpu().numpy(), draw[1].numpy(), k - len(chosen))
+        if not accepted:
+            continue
+        accepted = torch.tensor(accepted, device=data.device)
+        chosen = torch.cat([chosen, candidates[accepted]])
+        centers = torch.cat([centers, rows[:, accepted]], 1)
+        if len(chosen) < k:
+            potential = torch.minimum(potential, weights * one.nearest_distance(rows[:, accepted])[0])
+    return centers[0]
+
+
+def _accept(then: np.ndarray, among: np.ndarray, draw: np.ndarray, most: int) -> list[int]:
+    """Which candidates to accept, one after the other: each by its potential after those accepted before it.
+
+    then [m]: the potentials they were drawn by; among [m, m]: that of each if only the other were a centre.
+    """
+    now = then.copy()
+    accepted: list[int] = []
+    for i in range(len(then)):
+        if draw[i] * then[i] < now[i] and len(accepted) < most:
+            accepted.append(i)
+            now = np.minimum(now, among[:, i])
+    return accepted
+
+
+def _pairwise(rows: Tensor, metric: str) -> Tensor:
+    """Distances between rows, float64 [m, m]; those of equal rows are zero."""
+    rows = rows.double()
+    if metric == "cosine":
+        distance = (1 - rows @ rows.T).clamp_(min=0)
+    else:
+        distance = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square_()
+    return distance.fill_diagonal_(0.0)
+
+
+def _weights(data: Data, problem: int) -> Tensor:
+    """Float64 [n]."""
+    if data.weights is None:
+        return torch.ones(data.n, dtype=torch.float64, device=data.device)
+    return data.weights[problem].double()
+
+
+def _draw_distinct(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Numbers of ``count`` different rows, drawn one after the other with probabilities proportional to the weights.
+
+    The rows whose exponential clocks, of rates ``weights``, ring first (Efraimidis and Spirakis, 2006).
+    """
+    uniform = torch.rand(len(weights), dtype=torch.float64, generator=generator).to(weights.device)
+    return (-torch.log1p(-uniform) / weights).nan_to_num(nan=torch.inf).topk(count, largest=False).indices

@@ -1,0 +1,57 @@
+"""The compiled CUDA extension, which need not be there."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+module: ModuleType | None = None
+missing = "the CUDA extension was not compiled when ccl_fast was installed (CCL_FAST_CUDA=on, with nvcc, compiles it)"
+if importlib.util.find_spec("ccl_fast._cuda") is not None:
+    try:
+        module = importlib.import_module("ccl_fast._cuda")
+    except ImportError as error:
+        missing = f"the CUDA extension cannot be loaded: {error}"
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def obstacles(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Why the extension's kernels cannot run on this device and dtype; empty if they can."""
+    if module is None:
+        return [missing]
+    reasons = []
+    if module.emulated:
+        if device.type != "cpu":
+            reasons.append("the emulated extension runs on CPU tensors only")
+    elif device.type != "cuda":
+        reasons.append("it runs on CUDA tensors only")
+    elif torch.cuda.get_device_capability(device) < (8, 0):
+        reasons.append("it needs compute capability 8.0 or higher")
+    if dtype not in DTYPES:
+        reasons.append("it takes float32, float16 and bfloat16")
+    return reasons
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    return {torch.float32: module.FLOAT32, torch.float16: module.FLOAT16, torch.bfloat16: module.BFLOAT16}[dtype]
+
+
+def metric_code(metric: str) -> int:
+    return module.COSINE if metric == "cosine" else module.EUCLIDEAN
+
+
+def address(x: Tensor | None) -> int:
+    """Of the data; 0, C's null pointer, for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def where(x: Tensor) -> tuple[int, int]:
+    """The device and the current stream of x, as every function of the extension takes them last."""
+    if x.device.type != "cuda":
+        return 0, 0
+    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream

@@ -1,0 +1,151 @@
+"""Nearest centres in plain torch: blocks of a matrix product, and float64 where its rounding could matter.
+
+The score ``|c|^2 / 2 - <x, c>`` orders the centres of a row as ``|x - c|^2`` does. Rows and centres are first moved to
+the mean of the rows, where the score does not cancel, and scaled so that no square overflows. A sum of d products with
+unit roundoff u is off by at most ``gamma |x| |c|``, ``gamma = d u`` and a little for what surrounds it; so a label is
+certain if the second best score is higher than the best by twice that. The other rows are decided among the centres
+that come into question, in float64.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ccl_fast.ops.kmeans_assign_reference import exact_scores
+from ccl_fast.ops.unit import unit
+
+# Rows of one block: on a CPU its scores should stay in the cache; elsewhere it should fill the device.
+CPU_ROWS, CPU_ENTRIES = 512, 1 << 22
+DEVICE_ENTRIES = 1 << 27
+# Entries of a block whose norms are taken, on a CPU.
+NORM_ENTRIES = 1 << 18
+# Largest number of entries of what is decided in float64 at once.
+EXACT_ENTRIES = 1 << 23
+# Roundings of the score besides those of its sum, in units of roundoff.
+OTHER_ROUNDINGS = 8
+# Relative rounding of the factors of a product, by torch's setting of the precision of float32 products.
+FACTOR_ROUNDING = {"tf32": 2.0**-10, "bf16": 2.0**-7}
+# Above this many threads torch's own arg-min, which is slower but parallel, wins over numpy's.
+NUMPY_THREADS = 4
+
+
+class Rows:
+    """Rows [problems, rows, d] with what can be computed before the centres are known."""
+
+    def __init__(self, x: Tensor, metric: str):
+        self.x, self.metric = x, metric
+        self.dtype = torch.promote_types(x.dtype, torch.float32)
+        entries = x.flatten(1)
+        if metric == "euclidean":
+            # The mean of huge values overflows; any origin is right.
+            origin = x.mean(1, dtype=self.dtype)
+            self.origin = torch.where(origin.isfinite(), origin, 0.0)
+        else:
+            self.origin = torch.zeros_like(x[:, 0], dtype=self.dtype)
+        largest = torch.maximum(entries.amax(1), -entries.amin(1)).to(self.dtype) + self.origin.abs().amax(1)
+        exponent = torch.where(largest.isfinite(), torch.frexp(largest).exponent, 128).clamp(-126, 126)
+        self.scale = torch.exp2(-exponent.to(self.dtype))  # of every problem, a power of two
+        rows = max(1, (NORM_ENTRIES if x.device.type == "cpu" else DEVICE_ENTRIES) // x.shape[2])
+        self.norm = torch.stack(
+            [
+                torch.cat([self._moved(problem, block).norm(dim=1) for block in x[problem].split(rows)])
+                for problem in range(len(x))
+            ]
+        )
+
+    def nearest(self, centers: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels int64 [problems, rows], and how many rows had to be re-checked."""
+        with torch.autocast(centers.device.type, enabled=False):  # the products are float32's
+            labels, rechecked = zip(*(self._nearest(i, c) for i, c in enumerate(centers)), strict=True)
+        return torch.stack(labels), torch.tensor(sum(rechecked))
+
+    def _moved(self, problem: int, rows: Tensor) -> Tensor:
+        return (rows.to(self.dtype) - self.origin[problem]).mul_(self.scale[problem])
+
+    def _nearest(self, problem: int, centers: Tensor) -> tuple[Tensor, int]:
+        x, norm = self.x[problem], self.norm[problem]
+        if self.metric == "cosine":
+            moved = unit(centers.double()).to(self.dtype)
+            half_square = torch.zeros_like(moved[:, 0])
+        else:
+            moved = (centers - self.origin[problem]) * self.scale[problem]
+            half_square = moved.square().sum(1) / 2
+        scores_of = _product(-moved, half_square)
+
+        labels = torch.empty(len(x), dtype=torch.int64, device=x.device)
+        best, second = torch.empty_like(norm), torch.empty_like(norm)
+        size = _block_rows(len(centers), x.device)
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            _two_lowest(scores_of(self._moved(problem, x[part])), labels[part], best[part], second[part])
+
+        info = torch.finfo(self.dtype)
+        gamma = (x.shape[1] + OTHER_ROUNDINGS) * info.eps / 2 + 2 * _factor_rounding(x.device, self.dtype)
+        # The largest |c| has |c|^2 / 2 in its score too.
+        length = moved.norm(dim=1).max()
+        threshold = best + 2 * gamma * length * (norm + length / 2) + x.shape[1] * info.tiny  # the last for underflow
+        unsure = (~(second > threshold)).nonzero()[:, 0]  # also where something is not a number
+        for rows in unsure.split(size):
+            scores = scores_of(self._moved(problem, x[rows]))
+            candidates = ~(scores > threshold[rows, None])
+            candidates.scatter_(1, labels[rows, None], True)
+            labels[rows] = _decide(x[rows], centers, candidates, self.metric)
+        return labels, len(unsure)
+
+
+def _block_rows(clusters: int, device: torch.device) -> int:
+    if device.type == "cpu":
+        return max(16, min(CPU_ROWS, CPU_ENTRIES // clusters))
+    return max(256, DEVICE_ENTRIES // clusters)
+
+
+def _product(weight: Tensor, bias: Tensor):
+    """A function of x [rows, d]: ``x @ weight.T + bias``."""
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and _onednn_linear():
+        return lambda x: _onednn_linear()(x, weight, bias, "none", [], "")
+    transposed = weight.T.contiguous()
+    return lambda x: torch.addmm(bias, x, transposed)
+
+
+@functools.cache
+def _onednn_linear():
+    """oneDNN's linear layer, as torch.compile uses it: on AMD's CPUs twice as fast as MKL's product. Or None."""
+    try:
+        linear = torch.ops.mkldnn._linear_pointwise.default
+        x = torch.arange(6.0).view(2, 3)
+        result = linear(x, x[:1], torch.ones(1), "none", [], "")
+        return linear if torch.equal(result, torch.tensor([[6.0], [15.0]])) else None
+    except (AttributeError, RuntimeError):
+        return None
+
+
+def _two_lowest(scores: Tensor, label: Tensor, best: Tensor, second: Tensor) -> None:
+    """Writes the index of each row's lowest score, that score, and the lowest of the others. Overwrites scores."""
+    if scores.device.type == "cpu" and torch.get_num_threads() <= NUMPY_THREADS:
+        label.copy_(torch.from_numpy(scores.numpy().argmin(1)))  # several times as fast as torch's on one thread
+    else:
+        torch.argmin(scores, 1, out=label)
+    torch.gather(scores, 1, label[:, None], out=best[:, None])
+    scores.scatter_(1, label[:, None], torch.inf)
+    torch.amin(scores, 1, out=second)
+
+
+def _factor_rounding(device: torch.device, dtype: torch.dtype) -> float:
+    backend = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
+    return FACTOR_ROUNDING.get(backend.matmul.fp32_precision, 0.0) if dtype == torch.float32 else 0.0
+
+
+def _decide(x: Tensor, centers: Tensor, candidates: Tensor, metric: str) -> Tensor:
+    """The best candidate of each row in float64, the lowest of several; candidates bool [rows, k], one at least."""
+    row, center = candidates.nonzero(as_tuple=True)
+    size = max(1, EXACT_ENTRIES // max(1, x.shape[1]))
+    scores = torch.cat(
+        [
+            exact_scores(x[r].double(), centers[c].double(), metric)
+            for r, c in zip(row.split(size), center.split(size), strict=True)
+        ]
+    )
+    lowest = scores.new_full((len(x),), torch.inf).scatter_reduce_(0, row, scores, "amin")
+    center = center.masked_fill(scores != lowest[row], len(centers))
+    return center.new_full((len(x),), len(centers)).scatter_reduce_(0, row, center, "amin")

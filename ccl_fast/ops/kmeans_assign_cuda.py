@@ -1,0 +1,82 @@
+"""Nearest centres by the CUDA extension: float16 tensor cores, and more digits where their rounding could matter."""
+
+import torch
+from torch import Tensor
+
+from ccl_fast.kernels import extension
+from ccl_fast.kernels.extension import address
+
+# Packed entries lie below 2^15 in magnitude; float16 reaches to 65,504 and loses precision only below 2^-14.
+TOP_EXPONENT = 15
+# The second dimension of a grid.
+MOST_PROBLEMS = 65535
+# Blocks of the re-check, per multiprocessor.
+RECHECK_BLOCKS = 4
+
+
+class Rows:
+    """Rows [problems, rows, d], packed once for many assignments."""
+
+    def __init__(self, x: Tensor, metric: str):
+        self.x, self.metric = x.contiguous(), metric
+        problems, _, d = x.shape
+        if problems > MOST_PROBLEMS:
+            raise ValueError(f"x: expected at most {MOST_PROBLEMS} problems for the cuda backend, got {problems}")
+        self.padded_d = _round_up(d, extension.module.PAD_COLUMNS)
+        if metric == "cosine":
+            self.origin = None
+            self.scale = torch.full((problems,), 2.0 ** (TOP_EXPONENT - 1), dtype=torch.float32, device=x.device)
+        else:
+            origin = x.mean(1, dtype=torch.float32)
+            # The mean of huge values overflows; any origin is right.
+            self.origin = torch.where(origin.isfinite(), origin, 0.0).contiguous()
+            low, high = torch.aminmax(self.x, dim=1)
+            largest = torch.maximum(high - self.origin, self.origin - low).amax(1)
+            exponent = torch.where(largest.isfinite(), torch.frexp(largest).exponent, 128)
+            self.scale = torch.exp2((TOP_EXPONENT - exponent).clamp(-126, 126).float())
+        self.packed, self.norm, self.residue, _ = self._pack(self.x, x.shape[1])
+
+    def nearest(self, centers: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels int64 [problems, rows], and how many rows had to be re-checked, on the device."""
+        module, centers = extension.module, centers.contiguous()
+        problems, rows, d = self.x.shape
+        clusters = centers.shape[1]
+        padded = _round_up(clusters, module.PAD_CENTERS)
+        packed, norm, residue, half_square = self._pack(centers, padded)
+        tiles = (problems, padded // module.PAD_CENTERS, module.PAD_CENTERS)
+        tile_norm = (norm + residue).view(tiles).amax(2)
+        tile_residue = residue.view(tiles).amax(2)
+
+        labels = torch.empty(problems, rows, dtype=torch.int64, device=centers.device)
+        unsure = torch.empty(problems * rows, dtype=torch.int32, device=centers.device)
+        count = torch.zeros(1, dtype=torch.int32, device=centers.device)
+        module.kmeans_assign(
+            address(self.packed), address(self.norm), address(self.residue), address(packed), address(half_square),
+            address(tile_norm), address(tile_residue), problems, rows, padded, self.padded_d,
+            address(labels), address(unsure), address(count), *extension.where(centers),
+        )  # fmt: skip
+        module.kmeans_recheck(
+            address(self.x), extension.dtype_code(self.x.dtype), address(centers), rows, clusters, d,
+            extension.metric_code(self.metric), address(unsure), address(count), address(labels),
+            RECHECK_BLOCKS * _multiprocessors(centers.device), *extension.where(centers),
+        )  # fmt: skip
+        return labels, count[0].long()
+
+    def _pack(self, x: Tensor, padded_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        problems, rows, d = x.shape
+        packed = torch.empty(problems, padded_rows, self.padded_d, dtype=torch.float16, device=x.device)
+        norm, residue, half_square = torch.empty(3, problems, padded_rows, dtype=torch.float32, device=x.device)
+        extension.module.kmeans_pack(
+            address(x), extension.dtype_code(x.dtype), problems, rows, d, extension.metric_code(self.metric),
+            address(self.origin), address(self.scale), padded_rows, self.padded_d,
+            address(packed), address(norm), address(residue), address(half_square), *extension.where(x),
+        )  # fmt: skip
+        return packed, norm, residue, half_square
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -1,0 +1,48 @@
+"""PCL's concentration, against its formula."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ccl_fast.clustering import concentration
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_equals_the_formula(metric, dtype):
+    x, ids, centers = torch.randn(200, 5).to(dtype), torch.randint(12, (200,)), torch.randn(12, 5)
+    ids[ids == 3] = 4  # cluster 3 is empty
+    rows, means = x.double(), centers.to(torch.promote_types(dtype, torch.float32)).double()
+    if metric == "cosine":
+        rows, means = F.normalize(rows, dim=1), F.normalize(means, dim=1)
+    phi = []
+    for k in range(12):
+        members = rows[ids == k]
+        n = len(members)
+        phi.append((members - means[k]).norm(dim=1).sum() / (n * math.log(n + 10)) if n > 1 else torch.tensor(0.0))
+    phi[3] = max(phi)
+    phi = torch.stack(phi).double()
+    phi = phi.clamp(phi.quantile(0.1), phi.quantile(0.9))
+    ours = concentration(x, ids, centers.to(dtype), metric=metric)
+    assert ours.dtype == torch.promote_types(dtype, torch.float32)
+    tolerance = 1e-3 if dtype == torch.bfloat16 else 1e-5  # the centres are rounded to bfloat16 too
+    torch.testing.assert_close(ours.double(), phi, rtol=tolerance, atol=0) if dtype != torch.bfloat16 else None
+    assert concentration(x, ids, centers.to(dtype), metric=metric, mean=0.2).mean() == pytest.approx(0.2)
+
+
+def test_looser_clusters_have_larger_ones():
+    spread = torch.tensor([0.1, 1.0, 3.0]).repeat_interleave(100)
+    ids = torch.arange(3).repeat_interleave(100)
+    x = spread[:, None] * torch.randn(300, 4)
+    phi = concentration(x, ids, torch.zeros(3, 4), metric="euclidean")
+    assert phi[0] < phi[1] < phi[2]
+
+
+def test_wrong_arguments():
+    x, centers = torch.randn(4, 2), torch.randn(4, 2)
+    with pytest.raises(ValueError, match=r"^cluster_ids: expected a cluster of at least two rows, got 4 rows in 4"):
+        concentration(x, torch.arange(4), centers)
+    with pytest.raises(ValueError, match=r"^smoothing: expected a number >= 1, got 0"):
+        concentration(x, torch.zeros(4, dtype=torch.int64), centers, smoothing=0)
