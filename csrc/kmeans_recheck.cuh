@@ -36,7 +36,7 @@ struct Exact {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kRecheckWarps * 32)
+__global__ void __launch_bounds__(kRecheckWarps * 32, 2)
     recheck_kernel(const T* __restrict__ x, const float* __restrict__ centers, int64_t rows, int64_t clusters, int64_t d,
                    bool cosine, const int32_t* __restrict__ unsure, const int32_t* __restrict__ unsure_count,
                    int64_t* __restrict__ labels) {
@@ -75,14 +75,15 @@ __global__ void __launch_bounds__(kRecheckWarps * 32)
 #pragma unroll
       for (int r = 0; r < kRecheckRows; ++r) {
         sum[r] = warp_sum(sum[r]);
-        float lowest = sum[r] * (1.0f - unit), square_sum = sum[r];
+        float lowest = sum[r] * (1.0f - unit), least = sum[r], most = sum[r];
         if (cosine) {
-          square_sum = warp_sum(square[r]);
-          const float inverse = 1.0f / sqrtf(square_sum);
+          const float center_square = warp_sum(square[r]), inverse = 1.0f / sqrtf(center_square);
+          least = fminf(center_square, length[r] * length[r]);
+          most = fmaxf(center_square, length[r] * length[r]);
           lowest = -sum[r] * inverse - unit * length[r] - float(d) * 2e-45f * inverse;  // the last for underflow
         }
         // Squares that over- or underflow float32 say nothing.
-        const bool usable = square_sum > kLeastSquare && square_sum < kMostSquare && isfinite(lowest);
+        const bool usable = least > kLeastSquare && most < kMostSquare && isfinite(lowest);
         if (!usable || !(lowest > found[r].score))
           found[r].merge(exact_score(row_of[r], centers_of[r] + k * d, d, cosine), k);
       }

@@ -1,5 +1,7 @@
 import os
+import shutil
 
+import emulated
 import pytest
 import torch
 
@@ -12,6 +14,22 @@ if not torch.cuda.is_available():
 def kernel_device() -> torch.device:
     """Where Triton's kernels run in this session: compiled on a GPU, or interpreted on the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="module")
+def kmeans_device():
+    """Where the CUDA extension runs in this session: compiled on a GPU, or emulated on the CPU.
+
+    Without a C++ compiler for the emulation it runs nowhere, and only the other backends are tested. Undone after every
+    module, for the others see the extension as it is installed.
+    """
+    from ccl_fast.kernels import extension  # not above: importing the package imports the Triton kernels
+
+    with pytest.MonkeyPatch.context() as patch:
+        real = torch.cuda.is_available() and extension.module is not None
+        if not real and shutil.which("c++"):
+            patch.setattr(extension, "module", emulated.build())
+        yield torch.device("cuda" if real else "cpu")
 
 
 @pytest.fixture(autouse=True)

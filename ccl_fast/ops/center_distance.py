@@ -21,10 +21,10 @@ def center_distance(x: Tensor, centers: Tensor, labels: Tensor, *, metric: str, 
     -> [problems, rows] in the dtype of centers.
     """
     if choose_backend("center_distance", BACKENDS, backend, x.device, x.dtype) == "cuda":
-        x, centers = x.contiguous(), centers.contiguous()
+        x, centers, labels = x.contiguous(), centers.contiguous(), labels.contiguous()
         distance = torch.empty(labels.shape, dtype=torch.float32, device=x.device)
         extension.module.kmeans_distance(
-            address(x), extension.dtype_code(x.dtype), address(centers), address(labels.contiguous()),
+            address(x), extension.dtype_code(x.dtype), address(centers), address(labels),
             x.shape[0], x.shape[1], centers.shape[1], x.shape[2], extension.metric_code(metric), address(distance),
             *extension.where(x),
         )  # fmt: skip

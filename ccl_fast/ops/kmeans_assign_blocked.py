@@ -84,7 +84,9 @@ class Rows:
         gamma = (x.shape[1] + OTHER_ROUNDINGS) * info.eps / 2 + 2 * _factor_rounding(x.device, self.dtype)
         # The largest |c| has |c|^2 / 2 in its score too.
         length = moved.norm(dim=1).max()
-        threshold = best + 2 * gamma * length * (norm + length / 2) + x.shape[1] * info.tiny  # the last for underflow
+        threshold = best + 2 * gamma * length * (norm + length / 2)
+        # Float64 distances are rounded too, and what they call equal goes to the lowest index; then, for underflow.
+        threshold += 2 * (x.shape[1] + OTHER_ROUNDINGS) * 2.0**-53 * (norm + length).square() + x.shape[1] * info.tiny
         unsure = (~(second > threshold)).nonzero()[:, 0]  # also where something is not a number
         for rows in unsure.split(size):
             scores = scores_of(self._moved(problem, x[rows]))

@@ -117,7 +117,7 @@ def _blocked(x: Tensor, clusters: Tensor, count: int, weights: Tensor | None) ->
             totals[present] += partial[piece_offsets[present] + i]
         return totals
 
-    rows = x.to(torch.promote_types(x.dtype, torch.float32))
+    rows = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()  # other strides would take other kernels
     if weights is None:
         return add(rows, sums, None), offsets.diff().double()
     total_weights = torch.zeros(count, 1, dtype=torch.float64, device=x.device)
