@@ -71,14 +71,17 @@ class Data:
 
     def sweep(self, centers: Tensor) -> Sweep:
         """Assign every row to its nearest centre [problems, k, d], and sum the clusters' rows."""
-        labels, sums, weights, rechecked = [], 0, 0, 0
+        parts = []
         for chunk in self.chunks():
-            nearest, again = chunk.rows.nearest(centers)
-            part = sum_by_cluster(chunk.x, nearest, centers.shape[1], chunk.sum_weight, self.backend)
-            weight = self._weight_by_cluster(chunk, nearest, centers.shape[1]) if self.metric == "cosine" else part[1]
-            labels.append(nearest)
-            sums, weights, rechecked = sums + part[0], weights + weight, rechecked + again
-        return Sweep(torch.cat(labels, 1) if len(labels) > 1 else labels[0], sums, weights, rechecked)
+            labels, rechecked = chunk.rows.nearest(centers)
+            sums, weights = sum_by_cluster(chunk.x, labels, centers.shape[1], chunk.sum_weight, self.backend)
+            if self.metric == "cosine":
+                weights = self._weight_by_cluster(chunk, labels, centers.shape[1])
+            if parts:
+                sums, weights = parts[-1].sums.add_(sums), parts[-1].weights.add_(weights)
+            parts.append(Sweep(labels, sums, weights, rechecked))
+        labels = torch.cat([part.labels for part in parts], 1) if len(parts) > 1 else parts[0].labels
+        return parts[-1]._replace(labels=labels, rechecked=sum(part.rechecked for part in parts))
 
     def nearest(self, centers: Tensor) -> Tensor:
         """The nearest centre of every row: int64 [problems, n]."""

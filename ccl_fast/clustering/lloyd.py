@@ -39,19 +39,20 @@ def lloyd(
 
     A problem rests when no label changes, or when its centres' squared movement is at most ``tol`` times the mean of
     the ``variance`` [problems, d]. ``progress(changed)`` is called after every iteration with the number of labels that
-    changed, or None where it would cost a wait.
+    changed [problems].
     """
     variance = variance.nan_to_num(nan=0.0, posinf=0.0)  # of values near the end of their range
     tolerance = tol * variance.mean(1)
+    deviation = variance.sqrt().to(centers.dtype)
     n_iter = torch.zeros(data.problems, dtype=torch.int64, device=data.device)
     moving = torch.ones(data.problems, dtype=torch.bool, device=data.device)
     any_moving = LateFlag(data.device)
     sweep = data.sweep(centers)
     for _ in range(max_iter):
-        new_centers = _update(data, centers, sweep, variance.sqrt(), empty_cluster)
+        new_centers = _update(data, centers, sweep, deviation, empty_cluster)
         new_sweep = data.sweep(new_centers)
         changed = (new_sweep.labels != sweep.labels).sum(1)
-        movement = (new_centers.double() - centers.double()).square().sum((1, 2))
+        movement = (new_centers - centers).square_().sum((1, 2), dtype=torch.float64)
         # Problems at rest stay as they are.
         keep = moving[:, None]
         centers = torch.where(keep[..., None], new_centers, centers)
@@ -79,12 +80,12 @@ def _update(data: Data, centers: Tensor, sweep: Sweep, deviation: Tensor, empty_
     else:
         defined = sweep.weights > 0
         means = sweep.sums / sweep.weights.where(defined, 1.0)[..., None]
-    means = torch.where(defined[..., None], means, centers.double())
+    means = torch.where(defined[..., None], means.to(centers.dtype), centers)
     if empty_cluster == "split":
         means = empty_clusters.split(means, sweep.weights, deviation)
         if data.metric == "cosine":
             means = unit(means)
-    return means.to(centers.dtype)
+    return means
 
 
 class LateFlag:
