@@ -1,0 +1,96 @@
+"""Large contrastive batches with the activations of small ones."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def cached_backward(
+    model: nn.Module,
+    inputs: Tensor,
+    loss_fn: Callable[[Tensor], Tensor],
+    micro_batch: int,
+    backward: Callable[[Tensor, Tensor | None], None] | None = None,
+) -> Tensor:
+    r"""Backward pass of ``loss_fn(model(inputs))``, holding the activations of ``micro_batch`` inputs at a time.
+
+    The loss of a contrastive batch needs all embeddings, but its gradient passes through the model row by row:
+
+    .. math::
+        \frac{dL}{d\theta} = \sum_b \frac{\partial L}{\partial z_b} \frac{\partial z_b}{\partial \theta}
+
+    So the inputs are embedded without a graph, the loss and its gradient are taken at the embeddings, and every
+    micro-batch is embedded once more, with a graph, to pass its part of that gradient on. The gradient is that of the
+    full batch (unlike gradient accumulation, which trains on small contrastive batches); the price is one more forward
+    pass. Random numbers (dropout) are the same both times.
+
+    BatchNorm takes its statistics over a micro-batch, as it does over the part of a batch that one GPU of several
+    holds: gradients are then exact for the model that normalises each micro-batch by itself. Running statistics are
+    updated once for each micro-batch.
+
+    Args:
+        model: maps inputs ``[n, ...]`` to embeddings ``[n, ...]``, row by row (but for BatchNorm).
+        inputs: ``[n, ...]``.
+        loss_fn: a scalar of the embeddings ``[n, ...]`` of all inputs; gradients of its own parameters are added too.
+        micro_batch: inputs embedded at a time; n or more is an ordinary forward and backward pass.
+        backward: how to call ``tensor.backward(gradient)``; for loops that scale gradients (``Fabric.backward``).
+
+    Returns:
+        The loss, detached. Gradients are added to the ``.grad`` of the parameters.
+
+    Raises:
+        ValueError: micro_batch is not a positive integer.
+
+    Paper: Gao, Zhang, Han, Callan, "Scaling deep contrastive learning batch size under memory limited setup", 2021.
+    """
+    if not isinstance(micro_batch, int) or isinstance(micro_batch, bool) or micro_batch < 1:
+        raise ValueError(f"micro_batch: expected a positive integer, got {micro_batch!r}")
+    backward = backward or Tensor.backward
+    if micro_batch >= len(inputs):
+        loss = loss_fn(model(inputs))
+        backward(loss, None)
+        return loss.detach()
+
+    blocks = inputs.split(micro_batch)
+    states, embeddings = [], []
+    with torch.no_grad(), _running_statistics_kept(model):
+        for block in blocks:
+            states.append(_random_state(inputs.device))
+            embeddings.append(model(block))
+    after = _random_state(inputs.device)
+    leaves = torch.cat(embeddings).requires_grad_()
+    loss = loss_fn(leaves)
+    backward(loss, None)
+    for block, state, gradient in zip(blocks, states, leaves.grad.split(micro_batch), strict=True):
+        _set_random_state(inputs.device, state)
+        backward(model(block), gradient)
+    _set_random_state(inputs.device, after)
+    return loss.detach()
+
+
+@contextlib.contextmanager
+def _running_statistics_kept(model: nn.Module) -> Iterator[None]:
+    """BatchNorm normalises by the batch, as in training, but does not update its running statistics."""
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
