@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "matplotlib"):
+for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "matplotlib", "lightning"):
     pytest.importorskip(extra)  # importing ccl_fast.training needs the extra "train"
 
 from ccl_fast import CCLLoss, InfoNCELoss

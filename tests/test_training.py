@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "matplotlib"):
+for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "matplotlib", "lightning"):
     pytest.importorskip(extra)  # the extra "train"
+
+from lightning.fabric import Fabric
 
 from ccl_fast.ood import NearestNeighbor, auroc
 from ccl_fast.training import train
@@ -34,7 +36,8 @@ def tiny(tmp_path_factory):
 
 
 def test_writes_report_picture_and_weights(tiny):
-    assert sorted(path.name for path in tiny.iterdir()) == ["ccl.pt", "report.json", "scores.png", "simclr.pt"]
+    files = ["ccl.pt", "checkpoints", "metrics.jsonl", "report.json", "scores.png", "simclr.pt"]
+    assert sorted(path.name for path in tiny.iterdir()) == files
     assert (tiny / "scores.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((tiny / "report.json").read_text())
     assert TINY.items() <= report["arguments"].items()
@@ -79,8 +82,8 @@ def test_another_seed_other_numbers(tmp_path):
 def test_an_existing_folder_is_refused_and_overwritten_on_demand(tiny, tmp_path, capsys):
     folder = tmp_path / "copy"
     folder.mkdir()
-    for path in tiny.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    for name in ("ccl.pt", "simclr.pt", "report.json", "scores.png"):
+        (folder / name).write_bytes((tiny / name).read_bytes())
     command = ["train", f"--output={folder}", "--method=simclr", *OPTIONS, "--epochs=1", "--warmup_epochs=1"]
     assert main(command) == 2
     error = capsys.readouterr().err
@@ -111,6 +114,7 @@ def test_an_existing_folder_is_refused_and_overwritten_on_demand(tiny, tmp_path,
         "in_classes=[0,1,2,3,4,5,6,7,8,9]",
         "seed=-1",
         "device=abacus",
+        "micro_batch=0",
     ],
 )
 def test_wrong_arguments_are_named_without_a_traceback(option, tmp_path, capsys):
@@ -168,19 +172,50 @@ def test_augmentation_differs_per_image_and_view_and_keeps_the_digit():
     assert again.equal(views[:64])
 
 
-def test_a_fork_repeats_its_origin_and_does_not_touch_it():
-    images = load_digits([2], seed=0).train
-    run = Run(Model(), Plan(images, 4, 3, 100, 0.1, 1.0, 1e-3, 0))
-    run.advance(1, clustered=False, name="origin")
-    before = copy.deepcopy(run.model.state_dict())
-    forks = [copy.deepcopy(run) for _ in range(2)]
-    for fork in forks:
-        fork.advance(2, clustered=True, name="fork")
-    assert forks[0].losses == forks[1].losses
-    assert len(forks[0].losses) == 3
-    assert len(run.losses) == 1
-    assert all(value.equal(before[name]) for name, value in run.model.state_dict().items())
-    assert forks[0].plan.images is images
+def test_the_state_is_all_that_the_rest_of_a_run_depends_on():
+    images, fabric = load_digits([2], seed=0).train, Fabric(accelerator="cpu", devices=1)
+    plan = Plan(images, 4, 3, 100, 0.1, 1.0, 1e-3, 0)
+    origin = Run(plan, fabric)
+    states = []
+    origin.advance(3, clustered=True, name="origin", after_step=lambda: states.append(origin.state_dict()))
+    assert len(states) == 12
+    end = origin.state_dict()
+    for at in (0, 3, 4, 9, 11):  # also in the middle and at the end of an epoch
+        fork = Run(plan, fabric)
+        fork.load_state_dict(states[at])
+        fork.advance(3, clustered=True, name="fork")
+        assert_equal(fork.state_dict(), end)
+    assert_equal(origin.state_dict(), end)  # untouched by its forks
+
+
+def assert_equal(ours, theirs):
+    if isinstance(theirs, torch.Tensor):
+        assert ours.equal(theirs)
+    elif isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert_equal(ours[key], value)
+    elif isinstance(theirs, list):
+        for one, other in zip(ours, theirs, strict=True):
+            assert_equal(one, other)
+    else:
+        assert ours == theirs
+
+
+def test_micro_batches_train_and_a_whole_one_changes_nothing(tiny, tmp_path):
+    both = json.loads((tiny / "report.json").read_text())
+    whole = train(str(tmp_path / "whole"), "ccl", **TINY, micro_batch=200)
+    assert whole["losses"]["ccl"] == both["losses"]["ccl"]
+    small = train(str(tmp_path / "small"), "ccl", **TINY, micro_batch=64)
+    assert small["losses"]["ccl"] != both["losses"]["ccl"]  # BatchNorm sees micro-batches
+    assert small["losses"]["ccl"] == pytest.approx(both["losses"]["ccl"], rel=0.05)
+
+
+def test_bfloat16_trains_almost_alike(tiny, tmp_path):
+    both = json.loads((tiny / "report.json").read_text())
+    report = train(str(tmp_path / "bf16"), "ccl", **TINY, precision="bf16-mixed")
+    assert report["losses"]["ccl"] != both["losses"]["ccl"]
+    assert report["losses"]["ccl"] == pytest.approx(both["losses"]["ccl"], rel=0.02)
 
 
 def test_embeddings_are_those_of_evaluation_mode():

@@ -9,13 +9,20 @@ from collections.abc import Callable, Sequence
 import docstring_parser
 from jsonargparse import ArgumentParser
 
-from ccl_fast.training.experiment import ArgumentError, train
+from ccl_fast.training.arguments import ArgumentError
+from ccl_fast.training.checkpoint import CheckpointError
+from ccl_fast.training.experiment import train
+from ccl_fast.training.interruption import Interrupted
 
 COMMANDS = {"train": train}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``ccl-fast <command> ...``. Returns the exit code: 2 for wrong arguments, 1 if the loss diverges."""
+    """Run ``ccl-fast <command> ...``.
+
+    Returns:
+        The exit code: 2 for wrong arguments and files, 1 if the loss diverges, 128 + signal if stopped by one.
+    """
     parser = ArgumentParser(prog="ccl-fast", description="Cluster-aware contrastive learning.")
     subcommands = parser.add_subcommands()
     for name, function in COMMANDS.items():
@@ -23,7 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         COMMANDS[parsed.subcommand](**parsed[parsed.subcommand].as_dict())
-    except (ArgumentError, OSError, FloatingPointError) as error:
+    except Interrupted as interrupted:
+        print(f"ccl-fast {parsed.subcommand}: {interrupted}", file=sys.stderr)
+        return interrupted.code
+    except (ArgumentError, CheckpointError, OSError, FloatingPointError) as error:
         print(f"ccl-fast {parsed.subcommand}: error: {error}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     return 0

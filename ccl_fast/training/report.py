@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from matplotlib.figure import Figure
 
 from ccl_fast.ood import Mahalanobis, NearestCenter, NearestNeighbor, auroc, fpr95
+from ccl_fast.training.checkpoint import write_atomically
 from ccl_fast.training.data import Digits
 from ccl_fast.training.model import Model, embed
 
@@ -70,10 +68,10 @@ def write_report(folder: Path, report: dict, scores: dict, models: dict[str, Mod
         (folder / f"{method}.pt").unlink(missing_ok=True)
     for method, model in models.items():
         weights = {name: value.cpu() for name, value in model.state_dict().items()}
-        _write(folder / f"{method}.pt", lambda file, weights=weights: torch.save(weights, file))
-    _write(folder / "scores.png", _picture(report, scores).savefig)
+        write_atomically(folder / f"{method}.pt", lambda file, weights=weights: torch.save(weights, file))
+    write_atomically(folder / "scores.png", _picture(report, scores).savefig)
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    _write(folder / "report.json", lambda file: file.write(text.encode()))
+    write_atomically(folder / "report.json", lambda file: file.write(text.encode()))
 
 
 def _picture(report: dict, scores: dict[str, dict[str, list[float]]]) -> Figure:
@@ -94,14 +92,3 @@ def _picture(report: dict, scores: dict[str, dict[str, list[float]]]) -> Figure:
     panels[0].set_ylabel("share of images")
     panels[0].legend()
     return figure
-
-
-def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Readers see the old file or the whole new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

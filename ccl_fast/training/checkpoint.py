@@ -1,0 +1,81 @@
+"""Checkpoints that survive what happens while they are written."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+
+
+class CheckpointError(Exception):
+    """A checkpoint that is not there, or cannot be read: its path and what is wrong."""
+
+
+def save(folder: Path, state: dict) -> Path:
+    """Write ``state`` to folder/last.ckpt; what was there becomes folder/previous.ckpt. Returns the path.
+
+    At every moment last.ckpt is complete, the old one or the new one, also if the process is killed or the disk fills.
+
+    Raises:
+        OSError: it could not be written; the checkpoints are as before.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    last = folder / LAST
+    if last.exists():
+        with last.open("rb") as old:
+            write_atomically(folder / PREVIOUS, lambda file: shutil.copyfileobj(old, file))
+    write_atomically(last, lambda file: torch.save(state, file))
+    return last
+
+
+def load(folder: Path, which: str = "last") -> dict:
+    """The state of folder/<which>.ckpt, on the CPU; it may hold tensors and plain values and nothing else.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = folder / {"last": LAST, "previous": PREVIOUS}[which]
+    if not path.exists():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch does not check the sums that its archives carry
+            damaged = archive.testzip()
+        if damaged:
+            raise CheckpointError(f"the checkpoint {path} is damaged (in {damaged}){_advice(folder, which)}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"the checkpoint {path} cannot be read ({reason}){_advice(folder, which)}") from error
+
+
+def _advice(folder: Path, which: str) -> str:
+    if which == "last" and (folder / PREVIOUS).exists():
+        return f"; the one before it is {folder / PREVIOUS}: resume_from=previous"
+    return ""
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Readers see the old file or the whole new one, never a part; after a crash too.
+
+    Raises:
+        OSError: it could not be written; the old file is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save's word for a full disk
+        raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,93 @@
+"""How far an experiment has come, kept on disk: checkpoints, and a line in metrics.jsonl for every epoch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+from ccl_fast.training import checkpoint
+from ccl_fast.training.arguments import ArgumentError
+from ccl_fast.training.interruption import Interrupted, Interruption
+from ccl_fast.training.loop import Run
+
+WARM_UP = "warm-up"
+
+
+class Progress:
+    """What is done of the experiment, and its files: checkpoints and metrics.jsonl."""
+
+    def __init__(self, folder: Path, arguments: dict, state: dict | None):
+        self.folder, self.arguments = folder, arguments
+        self.finished: dict[str, dict] = {}  # the states of runs at the end of their stages
+        self.under_way: tuple[str, dict] | None = None
+        self.lines: list[dict] = []
+        self.seconds_before = 0.0
+        self._start = time.perf_counter()
+        if state is None:
+            if folder.exists():  # to be overwritten
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+                (folder / "metrics.jsonl").unlink(missing_ok=True)
+            return
+        for name, was in state["arguments"].items():
+            if was != arguments[name]:
+                expected = f"{was!r}, as the run to resume has it"
+                raise ArgumentError(f"{name}: expected {expected}, got {arguments[name]!r}")
+        self.finished, self.lines, self.seconds_before = state["finished"], state["lines"], state["seconds"]
+        self.under_way = (state["stage"], state["run"])
+        self.write_lines()  # the last ones may be missing if the run was killed
+
+    def save(self, stage: str, run: Run) -> Path:
+        seconds = self.seconds_before + time.perf_counter() - self._start
+        return checkpoint.save(
+            self.folder / "checkpoints",
+            {
+                "arguments": self.arguments,
+                "finished": self.finished,
+                "stage": stage,
+                "run": run.state_dict(),
+                "lines": self.lines,
+                "seconds": seconds,
+            },
+        )
+
+    def end_epoch(self, stage: str, run: Run) -> None:
+        line = {"stage": stage, "epoch": len(run.losses), "step": run.step, "loss": run.losses[-1]}
+        self.lines.append(line | {"learning_rate": run.learning_rate} | run.clustering)
+        self.save(stage, run)
+        self.write_lines()
+
+    def write_lines(self) -> None:
+        text = "".join(json.dumps(line) + "\n" for line in self.lines)
+        checkpoint.write_atomically(self.folder / "metrics.jsonl", lambda file: file.write(text.encode()))
+
+
+def advance(run: Run, stage: str, epochs: int, progress: Progress, interruption: Interruption) -> None:
+    """Bring one stage to its end, from wherever it is."""
+    if stage in progress.finished:
+        return
+    if progress.under_way and progress.under_way[0] == stage:
+        run.load_state_dict(progress.under_way[1])
+    elif stage != WARM_UP:
+        run.load_state_dict(progress.finished[WARM_UP])
+
+    def stop_if_asked() -> None:
+        if interruption.received:
+            path = progress.save(stage, run)
+            message = f"stopped by {interruption.received.name}; saved to {path}; the same command with resume goes on"
+            raise Interrupted(message, interruption.received)
+
+    try:
+        run.advance(
+            epochs,
+            clustered=stage == "ccl",
+            name=stage,
+            after_step=stop_if_asked,
+            after_epoch=lambda: progress.end_epoch(stage, run),
+        )
+    except FloatingPointError as error:
+        last = progress.folder / "checkpoints" / checkpoint.LAST
+        good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
+        raise FloatingPointError(f"{error}; {good}") from error
+    progress.finished[stage] = run.state_dict()
