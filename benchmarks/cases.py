@@ -1,11 +1,13 @@
 """The registry of cases: what is computed, on which inputs, by whom."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.timing import Step
 from ccl_fast import CCLLoss
 
 TEMPERATURE = 0.1
@@ -50,6 +52,16 @@ class Case:
         if self.centers:
             centers = torch.randn(size.clusters, size.d, generator=random, device=device).to(size.dtype)
         return Inputs(embeddings.requires_grad_(self.backward), ids, centers)
+
+    def step(self, loss: Callable[[Inputs], Tensor], inputs: Inputs) -> Step:
+        """One forward, and with it one backward where the case has one."""
+
+        def step():
+            value = loss(inputs)
+            if self.backward:
+                torch.autograd.grad(value, inputs.embeddings)
+
+        return step
 
 
 DENSE = ("dense", "dense compiled")

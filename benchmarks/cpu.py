@@ -1,4 +1,4 @@
-"""The run on a CPU: all cases in float32, time and peak memory."""
+"""The losses on a CPU: all cases in float32, time and peak memory."""
 
 from pathlib import Path
 

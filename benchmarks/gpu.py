@@ -1,4 +1,4 @@
-"""The run on a GPU, at most four minutes: ceilings, small batches, then large ones against their floor.
+"""The losses on a GPU, at most four minutes: ceilings, small batches, then large ones against their floor.
 
 A dry run walks the same path on CPU tensors of tiny sizes, where the losses take the backend "blocked".
 """
@@ -37,25 +37,41 @@ CASES_AND_CONTENDERS = (
 
 def run_gpu(dry_run: bool, directory: Path) -> str:
     """All rows, written as soon as they are measured; the table."""
-    return _Run(torch.device("cpu" if dry_run else "cuda"), directory).table()
+    return _LossRun("gpu", torch.device("cpu" if dry_run else "cuda"), directory).table()
 
 
-class _Run:
-    def __init__(self, device: torch.device, directory: Path):
+class Run:
+    """Rows of one device within a time budget: what would not fit into the time left is not started."""
+
+    def __init__(self, what: str, device: torch.device, directory: Path):
         self.deadline = time.monotonic() + SECONDS
         self.device, self.on_gpu = device, device.type == "cuda"
         self.clock = DeviceClock(device) if self.on_gpu else host_clock
-        self.latency = latency_clock if self.on_gpu else host_clock
-        self.seconds_per_size = SECONDS_PER_SIZE if self.on_gpu else 0.0
-        self.file = ResultsFile("gpu" if self.on_gpu else "gpu-dry-run", device, directory)
+        self.file = ResultsFile(what if self.on_gpu else f"{what}-dry-run", device, directory)
         self.rows: list[Row] = []
-        # Seconds for each N x N x D of the last size of (case, contender, D): predicts the next.
-        self.pace: dict[tuple[str, str, int], float] = {}
+        # Seconds for each unit of work in the last measurement with this key: predicts the next.
+        self.pace: dict[tuple, float] = {}
 
+    def skip(self, keys: dict[str, tuple], work: float) -> dict[str, str]:
+        """Contenders, each with the key of its pace, for which the time left is too short; with the reason."""
+        remaining, skip = self.deadline - time.monotonic(), {}
+        for name, key in keys.items():
+            expected = work * self.pace.get(key, 0.0)
+            if expected > remaining or remaining < 0:
+                skip[name] = f"not started: about {expected:.0f} s, {max(0, remaining):.0f} s are left"
+        return skip
+
+    def add(self, rows: list[Row]) -> None:
+        self.file.add(rows)
+        self.rows += rows
+
+
+class _LossRun(Run):
     def table(self) -> str:
+        latency = latency_clock if self.on_gpu else host_clock
         ceilings = self._ceilings()
         for n in SMALL if self.on_gpu else DRY_SMALL:
-            self._add(measure(CASES["ccl"], self._size(n, 128), self.device, self.latency, 0.5, ("ours", "dense"))[0])
+            self.add(measure(CASES["ccl"], self._size(n, 128), self.device, latency, 0.5, ("ours", "dense"))[0])
         for case, contenders in CASES_AND_CONTENDERS:
             for n, d in LARGE if self.on_gpu else DRY_LARGE:
                 self._large(case, self._size(n, d), contenders, ceilings)
@@ -65,18 +81,14 @@ class _Run:
         small = {} if self.on_gpu else {"n": 64, "copied": 2**16}
         ceilings = measure_ceilings(self.device, self.clock, **small)
         for name, value in vars(ceilings).items():
-            self._add([Row("ceiling", name, 0, 0, "bfloat16", note=f"{value:.4g}")])
+            self.add([Row("ceiling", name, 0, 0, "bfloat16", note=f"{value:.4g}")])
         return ceilings
 
     def _large(self, case: Case, size: Size, contenders: tuple[str, ...], ceilings: Ceilings) -> None:
         work = size.n**2 * size.d
-        remaining = self.deadline - time.monotonic()
-        skip = {}
-        for name in contenders:
-            expected = CALLS * work * self.pace.get((case.name, name, size.d), 0.0)
-            if expected > remaining or remaining < 0:
-                skip[name] = f"not started: about {expected:.0f} s, {max(0, remaining):.0f} s are left"
-        rows, steps = measure(case, size, self.device, self.clock, self.seconds_per_size, contenders, skip)
+        skip = self.skip({name: (case.name, name, size.d) for name in contenders}, CALLS * work)
+        seconds = SECONDS_PER_SIZE if self.on_gpu else 0.0
+        rows, steps = measure(case, size, self.device, self.clock, seconds, contenders, skip)
         for row in rows:
             if row.p50 is None:
                 continue
@@ -86,11 +98,7 @@ class _Run:
             if row.contender == "ours":
                 row.units = ON_CHIP_UNITS if size.d <= ON_CHIP_D else STRIP_UNITS
                 row.floor = ceilings.floor(size, row.units, EXPONENTIALS * size.n**2)
-        self._add(rows)
+        self.add(rows)
 
     def _size(self, n: int, d: int) -> Size:
         return Size(n, d, torch.bfloat16, clusters=128 if self.on_gpu else 8)
-
-    def _add(self, rows: list[Row]) -> None:
-        self.file.add(rows)
-        self.rows += rows

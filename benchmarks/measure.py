@@ -1,5 +1,7 @@
 """One case at one size: every contender admitted, checked, timed in turns with the others."""
 
+import contextlib
+
 import torch
 
 from benchmarks.cases import Case, Size
@@ -7,7 +9,7 @@ from benchmarks.ceilings import two_products
 from benchmarks.contenders import CONTENDERS
 from benchmarks.correctness import is_wrong, relative_error
 from benchmarks.results import Row
-from benchmarks.timing import Clock, Step, interleave, paired_ratio, percentiles, step_of
+from benchmarks.timing import Clock, Step, interleave, paired_ratio, percentiles
 
 PRODUCTS = "two products"
 
@@ -35,16 +37,14 @@ def measure(
         row.note = (skip or {}).get(name) or contender.obstacle(size, device) or ""
         if row.note:
             continue
-        try:
+        with failure_noted(row):
             row.error = relative_error(contender, case, size, device)
             if is_wrong(row.error, size):
                 row.note = f"wrong: relative error {row.error:.1e} against float64"
                 continue
-            step = step_of(contender.build(case), case, inputs)
+            step = case.step(contender.build(case), inputs)
             clock(step)  # compiles and allocates
             steps[name] = step
-        except Exception as error:  # a rival's failure is a result
-            row.note = "out of memory" if _is_out_of_memory(error) else f"{type(error).__name__}: {error}"[:200]
         if contender.ignores_centers and case.centers:
             row.note = row.note or "without centres"
 
@@ -60,11 +60,30 @@ def measure(
         rows["ours"].to_products = paired_ratio(times["ours"], times[PRODUCTS])
     together = interleave(steps, clock, seconds)
     for name, t in (together | times).items():
-        row = rows[name]
-        row.p20, row.p50, row.p80 = percentiles(t)
-        row.repetitions = len(t)
-        row.to_ours = paired_ratio(together[name], together["ours"]) if {name, "ours"} <= together.keys() else None
+        record(rows[name], t)
+    compare_with_ours(rows, together)
     return list(rows.values()), steps
+
+
+@contextlib.contextmanager
+def failure_noted(row: Row):
+    """A rival's failure is a result."""
+    try:
+        yield
+    except Exception as error:
+        row.note = "out of memory" if _is_out_of_memory(error) else f"{type(error).__name__}: {error}"[:200]
+
+
+def record(row: Row, times: list[float]) -> None:
+    row.p20, row.p50, row.p80 = percentiles(times)
+    row.repetitions = len(times)
+
+
+def compare_with_ours(rows: dict[str, Row], together: dict[str, list[float]]) -> None:
+    """The ratios of times that were taken in turns."""
+    if "ours" in together:
+        for name, times in together.items():
+            rows[name].to_ours = paired_ratio(times, together["ours"])
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import kmeans_cases, kmeans_contenders
 from benchmarks.cases import CASES, Case, Size
-from benchmarks.contenders import CONTENDERS
-from benchmarks.timing import Step, step_of
+from benchmarks.contenders import CONTENDERS, Contender
+from benchmarks.kmeans_cases import KMeansCase
+from benchmarks.timing import Step
 
-WARM_UP_ROWS = 512
+WARM_UP_ROWS, WARM_UP_CLUSTERS = 512, 128
 
 
 def bar(size: Size) -> int:
@@ -33,20 +35,20 @@ def peak_on_gpu(step: Step) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def peak_on_cpu(case: Case, contender: str, size: Size) -> int | None:
+def peak_on_cpu(case: Case | KMeansCase, contender: str, size: Size) -> int | None:
     """The growth of the resident size in a process of its own; None if that process died."""
-    arguments = (case.name, contender, str(size.n), str(size.d), str(size.dtype).removeprefix("torch."))
+    dtype = str(size.dtype).removeprefix("torch.")
+    arguments = (case.name, contender, *map(str, (size.n, size.d, size.clusters)), dtype)
     command = [sys.executable, "-m", "benchmarks.memory", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     return json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else None
 
 
-def _peak_of_this_process(case: Case, contender: str, size: Size) -> int:
-    device = torch.device("cpu")
-    loss = CONTENDERS[contender].build(case)
-    small = replace(size, n=min(size.n, WARM_UP_ROWS))
-    step_of(loss, case, case.inputs(small, device))()  # libraries load, threads start
-    step = step_of(loss, case, case.inputs(size, device))
+def _peak_of_this_process(case: Case | KMeansCase, contender: Contender, size: Size) -> int:
+    device, run = torch.device("cpu"), contender.build(case)
+    small = replace(size, n=min(size.n, WARM_UP_ROWS), clusters=min(size.clusters, WARM_UP_CLUSTERS))
+    case.step(run, case.inputs(small, device))()  # libraries load, threads start
+    step = case.step(run, case.inputs(size, device))
     before = _forget_peak()
     step()
     return max(0, _status("VmHWM") - before)
@@ -71,6 +73,12 @@ if __name__ == "__main__":
     parser.add_argument("contender")
     parser.add_argument("n", type=int)
     parser.add_argument("d", type=int)
+    parser.add_argument("clusters", type=int)
     parser.add_argument("dtype")
     a = parser.parse_args()
-    print(_peak_of_this_process(CASES[a.case], a.contender, Size(a.n, a.d, getattr(torch, a.dtype))))
+    size = Size(a.n, a.d, getattr(torch, a.dtype), a.clusters)
+    if a.case in CASES:
+        case, contender = CASES[a.case], CONTENDERS[a.contender]
+    else:
+        case, contender = kmeans_cases.CASES[a.case], kmeans_contenders.CONTENDERS[a.contender]
+    print(_peak_of_this_process(case, contender, size))

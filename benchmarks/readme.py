@@ -1,25 +1,66 @@
-"""The README's table of measurements: generated from a results file, never typed."""
+"""The README's tables of measurements, of the losses and of k-means: generated from results files, never typed."""
 
 import json
 import re
 from pathlib import Path
 
+from benchmarks.kmeans_cases import ITERATIONS
+
 README = Path(__file__).parent.parent / "README.md"
-SECTION = re.compile(r"<!-- measured(?:: (?P<source>\S+))? -->\n.*?<!-- /measured -->\n", re.DOTALL)
+SECTION = re.compile(
+    r"<!-- measured(?P<what>(?: k-means)?)(?:: (?P<source>\S+))? -->\n.*?<!-- /measured(?P=what) -->\n", re.DOTALL
+)
 CASES = ("ccl", "ccl inside", "supcon", "nt-xent")
 CONTENDERS = ("ours", "dense", "dense compiled", "metric-learning SupCon")
+KMEANS_CONTENDERS = ("ours", "faiss", "scikit-learn", "torch")
 
 
 def update(results: Path, readme: Path = README) -> None:
-    """Replace the section between the markers by that of a results file of `python -m benchmarks cpu`."""
-    readme.write_text(SECTION.sub(lambda _: section(results), readme.read_text()))
+    """Replace the section between the markers of its kind by that of a results file of `python -m benchmarks cpu`."""
+    new = section(results, readme.parent)
+    what = SECTION.match(new)["what"]
+    readme.write_text(SECTION.sub(lambda old: new if old["what"] == what else old[0], readme.read_text()))
 
 
-def section(results: Path) -> str:
+def section(results: Path, root: Path = README.parent) -> str:
     rows = [json.loads(line) for line in results.read_text().splitlines()]
-    source = results.resolve().relative_to(README.parent).as_posix()
-    return "\n".join(
-        (f"<!-- measured: {source} -->", *_table(rows), "", _provenance(rows[0], source), "<!-- /measured -->\n")
+    source = results.resolve().relative_to(root.resolve()).as_posix()
+    of_kmeans = "clusters" in rows[0]
+    what, table, words = (" k-means", _kmeans_table, _kmeans_words) if of_kmeans else ("", _table, _words)
+    text = f"{words(rows[0])} {_provenance(rows[0], source)}"
+    return "\n".join((f"<!-- measured{what}: {source} -->", *table(rows), "", text, f"<!-- /measured{what} -->\n"))
+
+
+def _kmeans_table(rows: list[dict]) -> list[str]:
+    by_key = {(r["case"], r["n"], r["d"], r["clusters"], r["contender"]): r for r in rows}
+    lines = [
+        "| case | N, D, K | ccl_fast | / floor | faiss | scikit-learn | torch | wrong labels | peak: ours | faiss |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key in dict.fromkeys(key[:-1] for key in by_key):
+        runs = ours, *others = [by_key.get((*key, contender), {}) for contender in KMEANS_CONTENDERS]
+        wrong = [str(run["wrong_labels"]) for run in runs if run.get("wrong_labels") is not None]
+        cells = [
+            key[0],
+            ", ".join(f"{x:,}" for x in key[1:]),
+            _time(ours["p50"]),
+            f"{ours['p50'] / ours['floor']:.2f}",
+            *map(_rival, others),
+            f"{', '.join(wrong)} of {ours['checked']:,}",
+            _memory(ours),
+            _memory(others[0]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _kmeans_words(row: dict) -> str:
+    return (
+        f"k-means of {row['dtype']} rows: one iteration, or {ITERATIONS} and the labels of the centres they end in, "
+        "from given or from drawn centres; median of interleaved runs; in brackets the median ratio to ccl_fast. "
+        "Floor: the matrix products of the iterations, without seeding, at the rate of torch's fastest product. Wrong "
+        "labels: given the same starting centres, of the rows checked against all distances in float64; in the order "
+        "of the columns. Peak memory is above the inputs. No sub-sampling; the file has every library's configuration."
     )
 
 
@@ -60,12 +101,17 @@ def _memory(row: dict) -> str:
     return f"{row['peak_bytes'] / 2**20:,.0f} MiB" if row.get("peak_bytes") is not None else "-"
 
 
-def _provenance(row: dict, source: str) -> str:
+def _words(row: dict) -> str:
     d = row["d"]
     return (
         f"Forward and backward, D = {d}, {row['dtype']}, median of interleaved runs; in brackets the median ratio to "
         f'ccl_fast. "2 products": two bare N x N x {d} matrix products. Peak memory is above the inputs. '
-        f'pytorch-metric-learning\'s SupConLoss has no centres and no "inside": it does less than CCL. '
+        f'pytorch-metric-learning\'s SupConLoss has no centres and no "inside": it does less than CCL.'
+    )
+
+
+def _provenance(row: dict, source: str) -> str:
+    return (
         f"{row['device']}, {row['threads']} threads, torch {row['torch']}, Python {row['python']}, "
         f"{row['date'][:10]}, commit {row['commit'][:10]}; [{source}]({source})."
     )

@@ -7,12 +7,14 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 DIRECTORY = Path(__file__).parent / "results"
+PACKAGES = ("triton", "faiss-cpu", "faiss-gpu", "scikit-learn", "flash-kmeans")
 
 
 @dataclass
@@ -43,7 +45,7 @@ def machine(device: torch.device) -> dict:
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        **{package: _version(package) for package in PACKAGES},
         "python": platform.python_version(),
         "commit": _output("git", "rev-parse", "HEAD"),
         "dirty": bool(_output("git", "status", "--porcelain", "--", ".", f":!{DIRECTORY}")),
@@ -71,35 +73,34 @@ class ResultsFile:
                 file.write(json.dumps(asdict(row) | self.machine | {"load": os.getloadavg()[0]}) + "\n")
 
 
-def table(rows: list[Row]) -> str:
-    """One line for each case, size and contender."""
-    head = ("case", "N", "D", "contender", "p50", "p20..p80", "/ ours", "/ 2 products", "/ floor", "peak", "note")
-    lines = [head, *(_cells(row) for row in rows)]
+def table(rows: list[Row], more: dict[str, Callable[[Row], str]] | None = None) -> str:
+    """One line for each case, size and contender; `more` columns, by their heads, before the note."""
+    columns = COLUMNS | (more or {}) | {"note": lambda row: row.note}
+    lines = [tuple(columns), *(tuple(cell(row) for cell in columns.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    def cell(value, form):
-        return "" if value is None else form(value)
-
-    return (
-        row.case,
-        str(row.n),
-        str(row.d),
-        row.contender,
-        cell(row.p50, _seconds),
-        cell(row.p50, lambda _: f"{_seconds(row.p20)}..{_seconds(row.p80)}"),
-        cell(row.to_ours, "{:.2f}".format),
-        cell(row.to_products, "{:.2f}".format),
-        cell(row.floor and row.p50, lambda p50: f"{p50 / row.floor:.2f}"),
-        cell(row.peak_bytes, lambda b: f"{b / 2**20:,.1f} MiB"),
-        row.note,
-    )
+def _cell(value: float | None, form: Callable[[float], str]) -> str:
+    return "" if value is None else form(value)
 
 
 def _seconds(x: float) -> str:
     return f"{x:.3g} s" if x >= 1 else f"{x * 1e3:.3g} ms"
+
+
+COLUMNS = {
+    "case": lambda row: row.case,
+    "N": lambda row: str(row.n),
+    "D": lambda row: str(row.d),
+    "contender": lambda row: row.contender,
+    "p50": lambda row: _cell(row.p50, _seconds),
+    "p20..p80": lambda row: _cell(row.p50, lambda _: f"{_seconds(row.p20)}..{_seconds(row.p80)}"),
+    "/ ours": lambda row: _cell(row.to_ours, "{:.2f}".format),
+    "/ 2 products": lambda row: _cell(row.to_products, "{:.2f}".format),
+    "/ floor": lambda row: _cell(row.floor and row.p50, lambda p50: f"{p50 / row.floor:.2f}"),
+    "peak": lambda row: _cell(row.peak_bytes, lambda b: f"{b / 2**20:,.1f} MiB"),
+}
 
 
 def _cpu() -> str:

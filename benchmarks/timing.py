@@ -6,22 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.cases import Case, Inputs
-from benchmarks.contenders import Loss
-
 Step = Callable[[], None]
 Clock = Callable[[Step], float]  # runs a step, returns seconds
-
-
-def step_of(loss: Loss, case: Case, inputs: Inputs) -> Step:
-    """One forward, and with it one backward where the case has one."""
-
-    def step():
-        value = loss(inputs)
-        if case.backward:
-            torch.autograd.grad(value, inputs.embeddings)
-
-    return step
 
 
 def host_clock(step: Step) -> float:

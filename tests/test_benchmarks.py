@@ -1,4 +1,4 @@
-"""The benchmarks run, refuse what is wrong, and the README's figures come from a committed file."""
+"""The benchmarks run, refuse what is wrong, and the README's figures come from committed files."""
 
 import json
 import re
@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks is a folder of the repository, not an installed package
 
-from benchmarks import readme  # noqa: E402
+from benchmarks import kmeans, kmeans_cases, kmeans_contenders, kmeans_correctness, readme  # noqa: E402
 from benchmarks.cases import CASES, Size  # noqa: E402
 from benchmarks.contenders import CONTENDERS  # noqa: E402
 from benchmarks.correctness import is_wrong, relative_error  # noqa: E402
@@ -36,6 +36,42 @@ def test_a_wrong_contender_is_found_out():
     assert is_wrong(relative_error(wrong, CASES["ccl"], size, torch.device("cpu")), size)
 
 
+@pytest.mark.parametrize("name", kmeans_contenders.CONTENDERS)
+def test_kmeans_contenders_agree_with_float64_before_they_are_timed(name):
+    contender, cpu = kmeans_contenders.CONTENDERS[name], torch.device("cpu")
+    for size in kmeans.QUICK_SIZES:
+        if reason := contender.obstacle(size, cpu):
+            pytest.skip(reason)
+        assert not is_wrong(kmeans_correctness.relative_error(contender, size, cpu), size)
+        inputs = kmeans_cases.CASES["k-means fit"].inputs(size, cpu)
+        wrong = kmeans_correctness.truth(inputs).wrong_labels(contender.assign(*inputs))
+        assert wrong <= (0 if contender.ours else size.n // 1000)
+
+
+@pytest.mark.parametrize("name", ["ours", "torch"])
+def test_wrong_kmeans_labels_are_found_out(name):
+    from dataclasses import replace
+
+    contender, size = kmeans_contenders.CONTENDERS[name], kmeans.QUICK_SIZES[0]
+    wrong = replace(contender, assign=lambda x, centers: contender.assign(x, centers).roll(1))
+    assert is_wrong(kmeans_correctness.relative_error(wrong, size, torch.device("cpu")), size)
+
+
+def test_the_kmeans_run_fills_its_table_in_the_readme(tmp_path):
+    kmeans.run_cpu(True, tmp_path)
+    (file,) = tmp_path.glob("*-cpu-kmeans.jsonl")
+    ours = [r for r in map(json.loads, file.read_text().splitlines()) if r["contender"] == "ours"]
+    assert {r["case"] for r in ours} == set(kmeans_cases.CASES)
+    for row in ours:
+        assert row["p50"] > 0 and row["floor"] > 0 and row["wrong_labels"] == 0 and not row["note"]
+    page = tmp_path / "README.md"
+    losses = "<!-- measured: a -->\nof the losses\n<!-- /measured -->\n"
+    page.write_text(f"{losses}<!-- measured k-means -->\nstale\n<!-- /measured k-means -->\n")
+    readme.update(file, page)
+    assert page.read_text() == losses + readme.section(file, tmp_path)
+    assert f"| {ours[0]['case']} |" in page.read_text()
+
+
 def test_peak_memory_is_linear_and_within_the_bar():
     """One forward and backward at N = 32,768 in a process of its own: an N x N array alone would be 4 GiB."""
     size = Size(32_768, 128)
@@ -46,14 +82,18 @@ def test_peak_memory_is_linear_and_within_the_bar():
 def test_the_gpu_run_walks_its_path_without_a_gpu(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "--output", tmp_path, "gpu", "--dry-run"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    (file,) = tmp_path.glob("*.jsonl")
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    ours = [r for r in rows if r["contender"] == "ours"]
-    assert ours and all(r["p50"] > 0 and not r["note"] for r in ours)
+    files = list(tmp_path.glob("*.jsonl"))
+    assert len(files) == 2  # of the losses, of k-means
+    for file in files:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        ours = [r for r in rows if r["contender"] == "ours"]
+        assert ours and all(r["p50"] > 0 and not r["note"] for r in ours)
 
 
-def test_the_readme_table_is_that_of_the_file_it_names():
-    found = readme.SECTION.search(readme.README.read_text())
-    assert found and found["source"]
-    assert found[0] == readme.section(ROOT / found["source"])
-    assert not re.search(r"H100|H200|A100", found[0]), "a GPU figure needs a GPU results file"
+def test_the_readme_tables_are_those_of_the_files_they_name():
+    text = readme.README.read_text()
+    found = list(readme.SECTION.finditer(text))
+    assert found and len(found) == text.count("<!-- measured")
+    for section in found:
+        assert section["source"] and section[0] == readme.section(ROOT / section["source"])
+        assert not re.search(r"H100|H200|A100", section[0]), "a GPU figure needs a GPU results file"
