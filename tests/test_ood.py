@@ -1,10 +1,28 @@
-"""Detectors against their formulas in float64, metrics against scikit-learn on asymmetric data."""
+"""Detectors against their formulas in float64, metrics against scikit-learn on asymmetric data, both in pytorch-ood."""
+
+import copy
+import pickle
+import sys
 
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import auc, precision_recall_curve, roc_auc_score, roc_curve
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, TensorDataset
 
-from ccl_fast.ood import Mahalanobis, NearestCenter, NearestNeighbor, auroc, detectors, fpr95
+from ccl_fast.ood import (
+    CosineNorm,
+    Ensemble,
+    Mahalanobis,
+    NearestCenter,
+    NearestNeighbor,
+    aupr,
+    auroc,
+    fpr95,
+    neighbors,
+    ood_metrics,
+)
 
 
 def scored(seed: int, n_id: int = 90, n_ood: int = 37) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,6 +38,11 @@ def fpr_at_95(is_positive, scores):
     return false_positive_rate[(true_positive_rate >= 0.95).argmax()]
 
 
+def area_under_precision_recall(is_positive, scores):
+    precision, recall, _ = precision_recall_curve(is_positive, scores)
+    return auc(recall, precision)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_metrics_equal_scikit_learn(seed):
     scores, is_ood = scored(seed)
@@ -29,6 +52,34 @@ def test_metrics_equal_scikit_learn(seed):
     assert as_ood == pytest.approx(fpr_at_95(is_ood, scores))
     assert as_id == pytest.approx(fpr_at_95(~is_ood, -scores))
     assert as_ood != pytest.approx(as_id)
+    as_ood, as_id = aupr(scores, is_ood, positive="ood"), aupr(scores, is_ood, positive="id")
+    assert as_ood == pytest.approx(area_under_precision_recall(is_ood, scores))
+    assert as_id == pytest.approx(area_under_precision_recall(~is_ood, -scores))
+    assert as_ood != pytest.approx(as_id, abs=0.01)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("coarse", [False, True], ids=["all scores differ", "ties"])
+def test_metrics_equal_those_of_pytorch_ood(seed, coarse):
+    metrics = pytest.importorskip("pytorch_ood.metrics").OODMetrics()
+    scores, is_ood = scored(seed)
+    scores = scores.round() if coarse else scores
+    metrics.update(scores, torch.where(is_ood, -1, 3))
+    theirs, ours = metrics.compute(), ood_metrics(scores, is_ood)
+    names = {"auroc": "AUROC", "aupr_ood": "AUPR-OUT", "aupr_id": "AUPR-IN", "fpr95_ood": "FPR95TPR"}
+    assert {name: ours[name] for name in names} == pytest.approx({name: theirs[names[name]] for name in names})
+
+
+def test_all_metrics_at_once_are_the_single_ones_under_the_name_of_the_positive_class():
+    scores, is_ood = scored(0)
+    assert ood_metrics(scores, is_ood) == {
+        "auroc": auroc(scores, is_ood),
+        "aupr_ood": aupr(scores, is_ood, positive="ood"),
+        "aupr_id": aupr(scores, is_ood, positive="id"),
+        "fpr95_ood": fpr95(scores, is_ood, positive="ood"),
+        "fpr95_id": fpr95(scores, is_ood, positive="id"),
+    }
+    assert len(set(ood_metrics(scores, is_ood).values())) == 5
 
 
 def test_metrics_count_ties_and_ignore_the_scale():
@@ -36,6 +87,7 @@ def test_metrics_count_ties_and_ignore_the_scale():
     coarse = scores.round()
     assert auroc(coarse, is_ood) == pytest.approx(roc_auc_score(is_ood, coarse))
     assert fpr95(coarse, is_ood, positive="id") == pytest.approx(fpr_at_95(~is_ood, -coarse))
+    assert aupr(coarse, is_ood, positive="id") == pytest.approx(area_under_precision_recall(~is_ood, -coarse))
     for transformed in (scores + 100, 1e-6 * scores, scores.double() * 1e6):  # saturates a sigmoid
         assert auroc(transformed.double(), is_ood) == pytest.approx(roc_auc_score(is_ood, transformed))
     assert auroc(torch.zeros(10), torch.arange(10) < 3) == 0.5
@@ -45,8 +97,9 @@ def test_metrics_count_ties_and_ignore_the_scale():
 
 def test_wrong_arguments_of_metrics():
     scores, is_ood = scored(0)
-    with pytest.raises(ValueError, match=r"^positive: expected .* got 'in'"):
-        fpr95(scores, is_ood, positive="in")
+    for metric in (fpr95, aupr):
+        with pytest.raises(ValueError, match=r"^positive: expected .* got 'in'"):
+            metric(scores, is_ood, positive="in")
     with pytest.raises(ValueError, match=r"^is_ood: expected both"):
         auroc(scores, torch.ones_like(is_ood))
     with pytest.raises(ValueError, match=r"^is_ood: expected bool"):
@@ -73,13 +126,45 @@ def cosine(a, b):
     return torch.nn.functional.cosine_similarity(a[:, None], b[None], dim=2)
 
 
-@pytest.mark.parametrize("k", [1, 4])
-def test_nearest_neighbor(features, k, monkeypatch):
+@pytest.mark.parametrize("tile", [(512, 8192), (7, 13), (50, 1)])
+@pytest.mark.parametrize("k", [1, 4, 120])
+def test_nearest_neighbor_in_tiles_of_any_size(features, k, tile, monkeypatch):
     x, _, new = features
+    monkeypatch.setattr(neighbors, "CPU_TILE", tile)
     expected = 1 - cosine(new, x).sort(1, descending=True).values[:, k - 1]
     torch.testing.assert_close(NearestNeighbor(k).fit_features(x).predict_features(new), expected)
-    monkeypatch.setattr(detectors, "BLOCK_ENTRIES", 500)
-    torch.testing.assert_close(NearestNeighbor(k).fit_features(x).predict_features(new), expected)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Number of elements of the largest tensor that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor):
+                self.elements = max(self.elements, value.numel())
+        return result
+
+
+@pytest.mark.parametrize("detector", [NearestNeighbor(), NearestNeighbor(5), CosineNorm(), NearestCenter(400)])
+def test_the_matrix_of_cosines_never_exists(detector, monkeypatch):
+    monkeypatch.setattr(neighbors, "CPU_TILE", (64, 64))
+    x = torch.randn(600, 8)
+    detector.fit_features(x, torch.arange(600))
+    with LargestTensor() as largest:
+        detector.predict_features(torch.randn(500, 8))
+    assert 500 <= largest.elements <= 600 * 8
+
+
+def test_cosine_norm(features):
+    x, _, new = features
+    expected = -cosine(new, x).amax(1) * new.norm(dim=1)
+    torch.testing.assert_close(CosineNorm().fit_features(x).predict_features(new), expected)
+    assert (expected - NearestNeighbor().fit_features(x).predict_features(new)).std() > 0.1
 
 
 def test_nearest_center(features):
@@ -106,16 +191,97 @@ def test_mahalanobis(features):
     torch.testing.assert_close(Mahalanobis(shrinkage=0.2).fit_features(x, y).predict_features(new), expected)
 
 
-@pytest.mark.parametrize(
-    "detector", [NearestNeighbor(), NearestCenter(3), Mahalanobis(3)], ids=lambda d: type(d).__name__
-)
-def test_higher_is_more_outlying_and_lengths_do_not_count(features, detector):
+DETECTORS = {
+    "nearest neighbour": NearestNeighbor,
+    "third neighbour": lambda **options: NearestNeighbor(3, **options),
+    "cosine x norm": CosineNorm,
+    "centre": lambda **options: NearestCenter(3, **options),
+    "mahalanobis": lambda **options: Mahalanobis(3, **options),
+    "ensemble": lambda **options: Ensemble([NearestNeighbor(3), NearestCenter(3), Mahalanobis(3)], **options),
+}
+every_detector = pytest.mark.parametrize("make", DETECTORS.values(), ids=DETECTORS)
+
+
+@every_detector
+def test_higher_is_more_outlying(features, make):
     x, _, new = features
-    assert detector.fit_features(x) is detector
-    inside, outside = detector.predict_features(x), detector.predict_features(new)
-    is_ood = torch.arange(len(x) + len(new)) >= len(x)
-    assert auroc(torch.cat([inside, outside]), is_ood) > 0.9
-    torch.testing.assert_close(detector.predict_features(5 * new), outside)
+    detector = make()
+    assert detector.fit_features(x[::2]) is detector
+    inside, outside = detector.predict_features(x[1::2]), detector.predict_features(new)
+    is_ood = torch.arange(len(inside) + len(outside)) >= len(inside)
+    assert auroc(torch.cat([inside, outside]), is_ood) > (0.7 if make is CosineNorm else 0.9)
+    longer = detector.predict_features(5 * new)
+    torch.testing.assert_close(longer, 5 * outside if make is CosineNorm else outside)
+
+
+@every_detector
+def test_rows_with_a_negative_label_are_ignored(features, make):
+    x, y, new = features
+    scores = make().fit_features(x, y).predict_features(new)
+    mixed, labels = torch.cat([new[:9], x]), torch.cat([torch.full((9,), -1), y])
+    torch.testing.assert_close(make().fit_features(mixed, labels).predict_features(new), scores)
+
+
+@every_detector
+def test_the_names_of_clusters_do_not_count(features, make):
+    x, y, new = features
+    scores = make().fit_features(x, y).predict_features(new)
+    names = torch.tensor([7, 0, 1000], dtype=torch.int32)
+    torch.testing.assert_close(make().fit_features(x, names[y]).predict_features(new), scores)
+
+
+@every_detector
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_half_precision_features_are_computed_with_in_float32_also_under_autocast(features, make, dtype):
+    x, y, new = features
+    x, new = x.to(dtype), new.to(dtype)
+    expected = make().fit_features(x.float(), y).predict_features(new.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = make().fit_features(x, y).predict_features(new)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, expected, rtol=0, atol=0)
+
+
+@every_detector
+def test_float32_scores_are_those_of_float64(features, make):
+    x, y, new = features
+    exact = make().fit_features(x, y).predict_features(new)
+    assert exact.dtype == torch.float64
+    scores = make().fit_features(x.float(), y).predict_features(new)
+    torch.testing.assert_close(scores, exact.float(), rtol=1e-3, atol=1e-5)
+
+
+@every_detector
+def test_zero_features_have_a_score(features, make):
+    x, y, new = features
+    x[3] = 0
+    assert make().fit_features(x, y).predict_features(torch.zeros_like(new)).isfinite().all()
+
+
+@every_detector
+def test_no_features_have_no_scores(features, make):
+    x, y, new = features
+    assert make().fit_features(x, y).predict_features(new[:0]).shape == (0,)
+
+
+@every_detector
+def test_scores_are_made_where_the_detector_is(features, make, kernel_device):
+    x, y, new = features
+    there = make().fit_features(x.to(kernel_device), y).predict_features(new)
+    moved = make().fit_features(x, y).to(kernel_device).predict_features(new)
+    assert there.device.type == moved.device.type == kernel_device.type
+    expected = make().fit_features(x, y).predict_features(new)
+    torch.testing.assert_close(there.cpu(), expected)
+    torch.testing.assert_close(moved.cpu(), expected)
+
+
+@every_detector
+def test_a_detector_can_be_pickled_and_copied(features, make):
+    x, y, new = features
+    detector = make().fit_features(x, y)
+    scores = detector.predict_features(new)
+    for again in (pickle.loads(pickle.dumps(detector)), copy.deepcopy(detector)):
+        assert torch.equal(again.predict_features(new), scores)
 
 
 def test_mahalanobis_survives_a_cluster_of_one(features):
@@ -125,15 +291,295 @@ def test_mahalanobis_survives_a_cluster_of_one(features):
     assert Mahalanobis().fit_features(x, y).predict_features(new).isfinite().all()
 
 
+def test_an_ensemble_is_the_mean_of_scores_standardised_by_those_of_unseen_samples(features):
+    x, y, new = features
+    total = 0
+    for make in (NearestNeighbor, Mahalanobis):
+        # As many folds as samples: leave-one-out.
+        training = torch.cat(
+            [
+                make()
+                .fit_features(torch.cat([x[:i], x[i + 1 :]]), torch.cat([y[:i], y[i + 1 :]]))
+                .predict_features(row)
+                for i, row in enumerate(x.split(1))
+            ]
+        )
+        total = total + (make().fit_features(x, y).predict_features(new) - training.mean()) / training.std(correction=0)
+    ensemble = Ensemble([NearestNeighbor(), Mahalanobis()], folds=len(x)).fit_features(x, y)
+    torch.testing.assert_close(ensemble.predict_features(new), total / 2)
+
+
+def test_an_ensemble_gives_new_samples_of_the_training_distribution_standardised_scores():
+    generator = torch.Generator().manual_seed(0)
+    x, new = (torch.randn(n, 24, generator=generator) + 2 for n in (200, 2000))
+    for member in (NearestNeighbor(), Mahalanobis()):
+        scores = Ensemble([member]).fit_features(x).predict_features(new)
+        assert scores.mean().abs() < 0.2
+        assert 0.8 < scores.std() < 1.25
+        seen, unseen = member.predict_features(x), member.predict_features(new)
+        assert (unseen.mean() - seen.mean()) / seen.std() > 0.5  # standardised by its own samples, it would not
+
+
+def test_an_ensemble_repeats_and_survives_a_detector_that_scores_all_alike():
+    x, new = torch.ones(20, 3), torch.randn(5, 3)
+    first, again = (
+        Ensemble([NearestNeighbor(), CosineNorm()], seed=3).fit_features(x).predict_features(new) for _ in range(2)
+    )
+    assert first.isfinite().all()
+    assert torch.equal(first, again)
+
+
+def images_and_labels(seed: int = 0, n: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two classes of images, and a third with the label -1."""
+    generator = torch.Generator().manual_seed(seed)
+    kind = torch.arange(n) % 3
+    bright = torch.tensor([[2.0, 0, 0], [0, 2.0, 0], [-1.0, -1.0, 2.0]])[kind].repeat_interleave(4, 1)
+    images = bright.view(n, 3, 2, 2) + torch.randn(n, 3, 2, 2, generator=generator)
+    return images, torch.where(kind == 2, -1, kind)
+
+
+class Network(nn.Module):
+    """Its features depend on the mode: dropout, and batch normalisation, part of which is always in evaluation mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 6, 2), nn.Flatten(), nn.Dropout(0.5))
+        self.frozen = nn.BatchNorm1d(6)
+        self.train()
+        self.frozen.eval()
+
+    def forward(self, images):
+        assert not torch.is_grad_enabled() and not any(part.training for part in self.modules())
+        return self.frozen(self.body(images))
+
+    features = forward
+
+
+@every_detector
+@pytest.mark.parametrize("callable_of", [lambda model: model, lambda model: model.features], ids=["module", "method"])
+def test_a_loader_and_a_model_do_as_features_do(make, callable_of):
+    model = Network()
+    images, labels = images_and_labels()
+    new, _ = images_and_labels(1)
+    before = copy.deepcopy(model.state_dict())
+    detector = make(model=callable_of(model))
+    assert detector.fit(DataLoader(TensorDataset(images, labels), batch_size=7), device="cpu") is detector
+    scores = detector.predict(new)
+
+    twin = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        expected = make().fit_features(twin(images), labels).predict_features(twin(new))
+    torch.testing.assert_close(scores, expected)
+    torch.testing.assert_close(detector(new), expected)
+    assert not scores.requires_grad
+    assert model.training and model.body.training and not model.frozen.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_loader_of_images_alone_means_clusters_of_the_detector_itself():
+    images, _ = images_and_labels()
+    detector = NearestCenter(2, model=nn.Flatten())
+    expected = NearestCenter(2).fit_features(images.flatten(1)).predict_features(images.flatten(1))
+    for loader in (images.split(7), DataLoader(TensorDataset(images), batch_size=7)):
+        torch.testing.assert_close(detector.fit(loader).predict(images), expected)
+
+
+def test_a_model_that_fails_gets_its_mode_back():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(5, 2))
+    with pytest.raises(RuntimeError):
+        NearestNeighbor(model=model).predict(torch.randn(2, 3, 2, 2))
+    assert model.training and model[1].training
+
+
+@every_detector
+def test_what_is_missing_is_said(features, make):
+    x, y, _ = features
+    with pytest.raises(RuntimeError, match=f"^this {type(make()).__name__} is not fitted yet: call fit"):
+        make().predict_features(x)
+    with pytest.raises(ValueError, match=r"^model: expected one for fit, got None; or use fit_features"):
+        make().fit([(x, y)])
+    with pytest.raises(ValueError, match=r"^model: expected one for predict, got None; or use predict_features"):
+        make().fit_features(x, y).predict(x)
+    with pytest.raises(ValueError, match=r"^model: expected a callable images -> features or None, got str"):
+        make(model="resnet")
+    with pytest.raises(ValueError, match=r"^model\(images\): expected shape \[rows, d\], got \[120, 6, 1\]"):
+        make(model=lambda images: images[:, :, None]).fit([(x, y)])
+    with pytest.raises(ValueError, match=r"^data_loader: expected at least one image with a label >= 0, got none"):
+        make(model=nn.Identity()).fit([(x, y - 9)])
+    with pytest.raises(ValueError, match=r"^x: expected at least one row with a label >= 0, got none"):
+        make().fit_features(x, y - 9)
+    with pytest.raises(ValueError, match=r"^x: expected at least one row, got none"):
+        make().fit_features(x[:0])
+
+
+@every_detector
+def test_wrong_features(features, make):
+    x, y, _ = features
+    with pytest.raises(ValueError, match=r"^y: expected shape \[120\], got \[119\]"):
+        make().fit_features(x, y[1:])
+    with pytest.raises(ValueError, match=r"^y: expected int32 or int64, got torch.float64"):
+        make().fit_features(x, y.double())
+    with pytest.raises(ValueError, match=r"^x: expected shape \[rows, d\], got \[6\]"):
+        make().fit_features(x[0])
+    with pytest.raises(ValueError, match=r"^x: expected .* got torch.int64"):
+        make().fit_features(x.long())
+    with pytest.raises(ValueError, match=r"^x: expected shape \[rows, 6\], got \[120, 5\]"):
+        make().fit_features(x, y).predict_features(x[:, :5])
+    for wrong in (torch.nan, torch.inf):
+        spoilt = x.clone()
+        spoilt[7, 2] = wrong
+        with pytest.raises(ValueError, match=r"^x: expected finite values, got NaN or Inf"):
+            make().fit_features(spoilt, y)
+        with pytest.raises(ValueError, match=r"^x: expected finite values, got NaN or Inf"):
+            make().fit_features(x, y).predict_features(spoilt)
+
+
 def test_wrong_arguments_of_detectors(features):
     x, y, _ = features
     with pytest.raises(ValueError, match=r"^k: expected a positive integer, got 0"):
         NearestNeighbor(0)
     with pytest.raises(ValueError, match=r"^x: expected at least k=200 rows, got 120"):
         NearestNeighbor(200).fit_features(x)
+    with pytest.raises(ValueError, match=r"^x: expected at least k=90 rows, got 80"):
+        NearestNeighbor(90).fit_features(x, torch.where(y == 1, -1, y))
+    with pytest.raises(ValueError, match=r"^x: expected at least n_clusters=121 rows, got 120"):
+        NearestCenter(121).fit_features(x)
+    with pytest.raises(ValueError, match=r"^n_clusters: expected a positive integer, got 0"):
+        Mahalanobis(0)
+    with pytest.raises(ValueError, match=r"^seed: expected an integer, got 0.5"):
+        NearestCenter(seed=0.5)
     with pytest.raises(ValueError, match=r"^shrinkage: expected"):
         Mahalanobis(shrinkage=0)
-    with pytest.raises(ValueError, match=r"^y: expected integer labels \[120\], got torch.int64 \[119\]"):
-        NearestCenter().fit_features(x, y[1:])
-    with pytest.raises(ValueError, match=r"^x: expected a floating-point tensor \[rows, features\]"):
-        NearestCenter().fit_features(x[0])
+    with pytest.raises(ValueError, match=r"^detectors: expected a sequence of detectors of features, got none"):
+        Ensemble([])
+    with pytest.raises(ValueError, match=r"^detectors: expected a sequence of detectors of features, got \['str'\]"):
+        Ensemble([NearestNeighbor(), "knn"])
+    with pytest.raises(ValueError, match=r"^folds: expected an integer >= 2, got 1"):
+        Ensemble([NearestNeighbor()], folds=1)
+    with pytest.raises(ValueError, match=r"^x: expected at least folds=5 rows, got 4"):
+        Ensemble([NearestNeighbor()]).fit_features(x[:4])
+    with pytest.raises(ValueError, match=r"^seed: expected an integer, got '1'"):
+        Ensemble([NearestNeighbor()], seed="1")
+    with pytest.raises(ValueError, match=r"^speed: expected one of \['k'\], got 'speed'"):
+        NearestNeighbor().set_hyperparameters(speed=2)
+    with pytest.raises(ValueError, match=r"^k: expected a positive integer, got -1"):
+        NearestNeighbor().set_hyperparameters(k=-1)
+
+
+def test_detectors_do_without_pytorch_ood(features, monkeypatch):
+    x, _, new = features
+    for name in [name for name in sys.modules if name.split(".")[0] == "pytorch_ood"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pytorch_ood", None)  # now importing it fails
+    assert NearestNeighbor().fit_features(x).predict_features(new).shape == (50,)
+
+
+def flatten(images):
+    return images.flatten(1)
+
+
+@pytest.fixture
+def benchmark_of_images():
+    """A benchmark of pytorch-ood's: two sets of outliers, and test images with class labels."""
+    base = pytest.importorskip("pytorch_ood.benchmark").Benchmark
+    images, labels = images_and_labels(n=300)
+    test_images, test_labels = images_and_labels(1, n=150)
+    inside, outside = test_labels >= 0, test_labels < 0
+
+    class TwoSets(base):
+        ood_names = ("third class", "noise")
+
+        def train_set(self):
+            return TensorDataset(images, labels)
+
+        def test_sets(self, known=True, unknown=True):
+            noise = 3 * torch.randn(40, 3, 2, 2, generator=torch.Generator().manual_seed(5))
+            ood = (test_images[outside], noise)
+            return [
+                TensorDataset(
+                    torch.cat([test_images[inside], x]), torch.cat([test_labels[inside], torch.full((len(x),), -1)])
+                )
+                for x in ood
+            ]
+
+    return TwoSets()
+
+
+def test_pytorch_ood_benchmarks_take_these_detectors_and_compute_features_once(benchmark_of_images):
+    knn = pytest.importorskip("pytorch_ood.detector").KNN
+    batches = []
+
+    def model(images):
+        batches.append(len(images))
+        return images.flatten(1)
+
+    ours = [make(model=model) for make in DETECTORS.values()]
+    training = DataLoader(benchmark_of_images.train_set(), batch_size=32)
+    detectors = [detector.fit(training) for detector in [*ours, knn(model, k=3)]]
+    batches.clear()
+    rows = benchmark_of_images.evaluate(detectors, loader_kwargs={"batch_size": 50}, device="cpu")
+    assert sum(batches) == sum(len(part) for part in benchmark_of_images.test_sets())
+
+    results = {(row["Dataset"], i % len(detectors)): row for i, row in enumerate(rows)}
+    for name, part in zip(benchmark_of_images.ood_names, benchmark_of_images.test_sets(), strict=True):
+        images, labels = part.tensors
+        for i, detector in enumerate(ours):
+            row, expected = results[name, i], ood_metrics(detector.predict(images), labels < 0)
+            assert row["Detector"] == type(detector).__name__
+            assert row["AUROC"] == pytest.approx(expected["auroc"])
+            assert row["AUPR-IN"] == pytest.approx(expected["aupr_id"])
+            assert row["FPR95TPR"] == pytest.approx(expected["fpr95_ood"])
+            assert row["AUROC"] > 0.8 or isinstance(detector, CosineNorm)  # to which this noise is merely long
+        third = list(DETECTORS).index("third neighbour")
+        assert results[name, third]["AUROC"] == pytest.approx(results[name, len(ours)]["AUROC"])
+
+
+def test_a_benchmark_without_caching_and_the_loop_of_pytorch_ood_agree(benchmark_of_images):
+    metrics = pytest.importorskip("pytorch_ood.metrics").OODMetrics()
+    detector = Mahalanobis(model=flatten).fit(DataLoader(benchmark_of_images.train_set(), batch_size=32))
+    for images, labels in DataLoader(benchmark_of_images.test_sets()[0], batch_size=50):
+        metrics.update(detector(images), labels)
+    row = benchmark_of_images.evaluate(detector, loader_kwargs={"batch_size": 50})[0]
+    assert metrics.compute() == pytest.approx({name: row[name] for name in metrics.compute()})
+
+
+@pytest.mark.parametrize(
+    ("detector", "space"),
+    [
+        (NearestNeighbor(model=flatten), {"k": [1, 3, 150]}),
+        (Mahalanobis(model=flatten), {"shrinkage": [0.9, 0.1]}),
+        (NearestNeighbor(model=flatten), None),
+    ],
+    ids=["k", "shrinkage", "its own space"],
+)
+def test_pytorch_ood_searches_hyperparameters(benchmark_of_images, detector, space):
+    search_class = pytest.importorskip("pytorch_ood.utils").GridSearch
+    training, validation = (
+        DataLoader(part, batch_size=64)
+        for part in (benchmark_of_images.train_set(), benchmark_of_images.test_sets()[0])
+    )
+    search = search_class(detector, training, validation, hyperparameter_space=space)
+    best = search.run()
+    images, labels = validation.dataset.tensors
+    (name,) = search.space
+    assert {result["params"][name] for result in search.results_} == set(search.space[name])
+    for result in search.results_:
+        other = type(detector)(**result["params"], model=flatten).fit(training)
+        assert result["score"] == pytest.approx(auroc(other.predict(images), labels < 0))
+    assert detector.get_hyperparameters() == best
+    assert auroc(detector.predict(images), labels < 0) == pytest.approx(search.best_score_)
+
+
+def test_scores_of_the_nearest_neighbor_are_half_the_squared_ones_of_pytorch_ood(features):
+    knn = pytest.importorskip("pytorch_ood.detector").KNN
+    x, y, new = features
+    theirs = knn(None, k=4).fit_features(x, y).predict_features(new)
+    torch.testing.assert_close(NearestNeighbor(4).fit_features(x, y).predict_features(new), theirs.square() / 2)
+
+
+def test_an_ensemble_takes_detectors_of_pytorch_ood(features):
+    knn = pytest.importorskip("pytorch_ood.detector").KNN
+    x, y, new = features
+    mixed = Ensemble([Mahalanobis(), knn(None, k=2)]).fit_features(x, y)
+    scores = mixed.predict_features(torch.cat([x, new]))
+    assert auroc(scores, torch.arange(len(scores)) >= len(x)) > 0.9

@@ -1,6 +1,18 @@
 """Out-of-distribution detection: detectors on features, and the metrics that judge them."""
 
-from ccl_fast.ood.detectors import Mahalanobis, NearestCenter, NearestNeighbor
-from ccl_fast.ood.metrics import auroc, fpr95
+from ccl_fast.ood.clusters import Mahalanobis, NearestCenter
+from ccl_fast.ood.ensemble import Ensemble
+from ccl_fast.ood.metrics import aupr, auroc, fpr95, ood_metrics
+from ccl_fast.ood.neighbors import CosineNorm, NearestNeighbor
 
-__all__ = ["Mahalanobis", "NearestCenter", "NearestNeighbor", "auroc", "fpr95"]
+__all__ = [
+    "CosineNorm",
+    "Ensemble",
+    "Mahalanobis",
+    "NearestCenter",
+    "NearestNeighbor",
+    "aupr",
+    "auroc",
+    "fpr95",
+    "ood_metrics",
+]

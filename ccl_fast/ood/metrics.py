@@ -5,6 +5,55 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ccl_fast.ops.validation import check_choice
+
+
+def ood_metrics(scores: Tensor, is_ood: Tensor) -> dict[str, float]:
+    """All metrics of this file at once.
+
+    Args:
+        scores: floating point [N], higher = more outlying.
+        is_ood: bool [N], with both kinds present.
+
+    Returns:
+        ``{"auroc", "aupr_ood", "aupr_id", "fpr95_ood", "fpr95_id"}``; ``_ood`` and ``_id`` name the positive class.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    return {
+        "auroc": auroc(scores, is_ood),
+        "aupr_ood": aupr(scores, is_ood, positive="ood"),
+        "aupr_id": aupr(scores, is_ood, positive="id"),
+        "fpr95_ood": fpr95(scores, is_ood, positive="ood"),
+        "fpr95_id": fpr95(scores, is_ood, positive="id"),
+    }
+
+
+def aupr(scores: Tensor, is_ood: Tensor, positive: str) -> float:
+    """Area under the precision-recall curve, by the trapezoidal rule.
+
+    That is the rule of OpenOOD and pytorch-ood (AUPR-OUT: ``positive="ood"``, AUPR-IN: ``positive="id"``). Average
+    precision, a sum of rectangles, is a slightly different number. Chance is the share of the positive class, so the
+    two numbers differ, and the positive class has no default.
+
+    Args:
+        scores: floating point [N], higher = more outlying.
+        is_ood: bool [N], with both kinds present.
+        positive: "ood" or "id".
+
+    Returns:
+        A float in [0, 1]; higher is better.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    from torchmetrics.functional.classification import binary_precision_recall_curve
+
+    _check(scores, is_ood)
+    precision, recall, _ = binary_precision_recall_curve(*_toward(positive, scores, is_ood))
+    return -torch.trapezoid(precision.double(), recall.double()).item()
+
 
 def auroc(scores: Tensor, is_ood: Tensor) -> float:
     """Area under the ROC curve: ``P(score of an OOD sample > score of an ID sample) + P(equal) / 2``.
@@ -46,11 +95,7 @@ def fpr95(scores: Tensor, is_ood: Tensor, positive: str) -> float:
     from torchmetrics.functional.classification import binary_specificity_at_sensitivity
 
     _check(scores, is_ood)
-    if positive not in ("ood", "id"):
-        raise ValueError(f'positive: expected "ood" or "id", got {positive!r}')
-    if positive == "id":
-        scores, is_ood = -scores, ~is_ood
-    specificity, _ = binary_specificity_at_sensitivity(_ranks(scores), is_ood.int(), min_sensitivity=0.95)
+    specificity, _ = binary_specificity_at_sensitivity(*_toward(positive, scores, is_ood), min_sensitivity=0.95)
     return 1 - specificity.item()
 
 
@@ -63,6 +108,12 @@ def _check(scores: Tensor, is_ood: Tensor) -> None:
         raise ValueError(f"is_ood: expected bool {list(scores.shape)}, got {is_ood.dtype} {list(is_ood.shape)}")
     if is_ood.all() or not is_ood.any():
         raise ValueError("is_ood: expected both ID and OOD samples, got only one kind")
+
+
+def _toward(positive: str, scores: Tensor, is_ood: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranks that are higher for the positive class, and which samples are of that class, as torchmetrics takes them."""
+    check_choice("positive", positive, ("ood", "id"))
+    return (_ranks(scores), is_ood.int()) if positive == "ood" else (_ranks(-scores), (~is_ood).int())
 
 
 def _ranks(scores: Tensor) -> Tensor:

@@ -1,0 +1,218 @@
+"""What all detectors share: pytorch-ood's protocol, checks, and the way from a loader to features."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ccl_fast.ops.validation import check_finite, check_floating, check_integer, check_matrix, check_vector
+
+
+class FeatureDetector:
+    """Base of the detectors. Scores are higher for outliers; labels below 0 mark outliers and are not fitted to.
+
+    Names and behaviour are those of ``FeaturesDetector`` in pytorch-ood 0.4, which this package does not need: if
+    pytorch-ood has been imported by the time a detector is made, its benchmarks and its grid search take the detector
+    for one of their own.
+
+    Features are finite, of any floating-point dtype; float64 is computed with in float64, all others in float32, also
+    under autocast. Fitted tensors live on ``device``, inputs are moved there, scores come from there.
+
+    Args:
+        model: images [n, ...] -> features [n, D]; only ``fit`` and ``predict`` need it. A module, or a module's method,
+            is run in evaluation mode, without gradients, and left as it was.
+
+    Attributes:
+        device: set by ``to``, or by the first fit; None before.
+
+    A subclass implements ``_fit(x, y)``, where y are cluster ids 0, 1, ... without a gap or None, and ``_score(x)``.
+    """
+
+    requires_fit = True
+    # Values that a search may try, by attribute.
+    hyperparameter_space: ClassVar[dict[str, list]] = {}
+
+    def __new__(cls, *args, **kwargs):  # also called when a detector is unpickled
+        api = sys.modules.get("pytorch_ood.api")
+        if hasattr(api, "FeaturesDetector"):
+            api.FeaturesDetector.register(FeatureDetector)
+        return super().__new__(cls)
+
+    def __init__(self, model: Callable[[Tensor], Tensor] | None = None):
+        if model is not None and not callable(model):
+            raise ValueError(f"model: expected a callable images -> features or None, got {type(model).__name__}")
+        self.model = model
+        self.device: torch.device | None = None
+        self._width: int | None = None  # D, once fitted
+        self._dtype: torch.dtype | None = None
+        self._check_hyperparameters()
+
+    @property
+    def encoder(self) -> Callable[[Tensor], Tensor] | None:
+        """pytorch-ood's name for the model; its benchmarks compute features once for all detectors that share it."""
+        return self.model
+
+    def fit(self, data_loader: Iterable, device: torch.device | str | None = None) -> FeatureDetector:
+        """``fit_features`` on the model's features of a loader's images.
+
+        Args:
+            data_loader: of batches ``(images, labels)``, labels int [n]: clusters, below 0 ignored; or of images alone.
+            device: where model and detector go first; None: they stay, and the images come to the model.
+
+        Returns:
+            self.
+
+        Raises:
+            ValueError: there is no model, or no image with a label >= 0; or as ``fit_features``.
+        """
+        model = self._needed_model("fit")
+        if device is not None:
+            self.to(device)
+        features, labels = [], []
+        with _evaluation(model):
+            for batch in data_loader:
+                images, *y = [batch] if isinstance(batch, Tensor) else batch
+                if y:
+                    inside = y[0] >= 0
+                    images = images[inside]
+                    labels.append(y[0][inside])
+                if len(images):
+                    features.append(self._embed(model, images))
+        if not features:
+            raise ValueError("data_loader: expected at least one image with a label >= 0, got none")
+        return self.fit_features(torch.cat(features), torch.cat(labels) if labels else None)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Scores [n] of images x, [n, ...], through the model; ``detector(x)`` is the same. Raises ValueError."""
+        model = self._needed_model("predict")
+        with _evaluation(model):
+            features = self._embed(model, x)
+        return self.predict_features(features)
+
+    __call__ = predict
+
+    @torch.no_grad()
+    def fit_features(self, x: Tensor, y: Tensor | None = None) -> FeatureDetector:
+        """Fit to training features.
+
+        Args:
+            x: floating point [N, D], finite.
+            y: cluster ids, int [N]; rows with y < 0 are ignored. None: a detector that needs clusters makes its own.
+
+        Returns:
+            self.
+
+        Raises:
+            ValueError: naming the argument, what was expected and what came; also if there are too few rows.
+        """
+        check_matrix("x", x)
+        check_floating("x", x)
+        if y is not None:
+            check_vector("y", y, len(x))
+            check_integer("y", y)
+            inside = y >= 0
+            x, y = x[inside.to(x.device)], y[inside].unique(return_inverse=True)[1]
+        if not len(x):
+            raise ValueError(f"x: expected at least one row{'' if y is None else ' with a label >= 0'}, got none")
+        x = x.to(self.device or x.device, torch.promote_types(x.dtype, torch.float32))
+        check_finite("x", x)
+        with torch.autocast(x.device.type, enabled=False):
+            self._fit(x, None if y is None else y.to(x.device))
+        self.device, self._dtype, self._width = x.device, x.dtype, x.shape[1]
+        return self
+
+    @torch.no_grad()
+    def predict_features(self, x: Tensor) -> Tensor:
+        """Scores of features, higher = more outlying.
+
+        Args:
+            x: floating point [M, D], finite.
+
+        Returns:
+            [M], float32 (float64 if the training features were).
+
+        Raises:
+            RuntimeError: the detector is not fitted.
+            ValueError: naming the argument, what was expected and what came.
+        """
+        if self._width is None:
+            raise RuntimeError(f"this {type(self).__name__} is not fitted yet: call fit or fit_features first")
+        check_matrix("x", x, self._width)
+        check_floating("x", x)
+        x = x.to(self.device, self._dtype)
+        check_finite("x", x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._score(x)
+
+    def to(self, device: torch.device | str) -> FeatureDetector:
+        """Move model and fitted tensors, and what comes later, to the device. Returns self."""
+        self.device = torch.device(device)
+        for name, value in vars(self).items():
+            setattr(self, name, _moved(value, self.device))
+        return self
+
+    def get_hyperparameters(self) -> dict:
+        """The present values of the names in ``hyperparameter_space``."""
+        return {name: getattr(self, name) for name in self.hyperparameter_space}
+
+    def set_hyperparameters(self, **values) -> FeatureDetector:
+        """Set values of names in ``hyperparameter_space``, for the next fit. Returns self; raises ValueError."""
+        for name, value in values.items():
+            if name not in self.hyperparameter_space:
+                raise ValueError(f"{name}: expected one of {sorted(self.hyperparameter_space)}, got {name!r}")
+            setattr(self, name, value)
+        self._check_hyperparameters()
+        return self
+
+    def _fit(self, x: Tensor, y: Tensor | None) -> None:
+        raise NotImplementedError
+
+    def _score(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _check_hyperparameters(self) -> None:
+        """Raises ValueError."""
+
+    def _needed_model(self, method: str) -> Callable[[Tensor], Tensor]:
+        if self.model is None:
+            raise ValueError(f"model: expected one for {method}, got None; or use {method}_features")
+        return self.model
+
+    def _embed(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        device = next((p.device for module in _modules(model) for p in module.parameters()), self.device)
+        features = model(images if device is None else images.to(device))
+        check_matrix("model(images)", features)
+        return features
+
+
+@contextlib.contextmanager
+def _evaluation(model: Callable) -> Iterator[None]:
+    """Without gradients and in evaluation mode; every module gets back the mode it had."""
+    training = [part for module in _modules(model) for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _modules(model: Callable) -> list[nn.Module]:
+    """The module behind a callable: itself, or the one whose method it is; none behind a plain function."""
+    owner = getattr(model, "__self__", model)
+    return [owner] if isinstance(owner, nn.Module) else []
+
+
+def _moved(value, device: torch.device):
+    if isinstance(value, list):
+        return [_moved(item, device) for item in value]
+    for module in _modules(value):
+        module.to(device)
+    return value.to(device) if hasattr(value, "to") else value
