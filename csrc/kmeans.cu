@@ -47,9 +47,10 @@ int ccl_kmeans_assign(const void* x, const float* x_norm, const float* x_residue
                       int64_t rows, int64_t padded_clusters, int64_t padded_d, int64_t* labels, int32_t* unsure,
                       int32_t* unsure_count, int device, void* stream) {
   DeviceGuard guard(device);
-  // Tensor cores add exact products, but may truncate: twice float32's unit roundoff for each column, and for the
-  // subtraction from half_square. half_square itself is rounded once, and the subtraction once more.
-  const float gamma = float(2 * kFloatUnit * (padded_d + 2)), rho = float(2 * kFloatUnit);
+  // Tensor cores add 16 exact products to the sum so far, and may truncate each of these 17 numbers to the digits that
+  // the largest has in float32: twice its unit roundoff. Then come the roundings of half_square and of the subtraction.
+  const double additions = 17.0 / 16.0 * double(padded_d) + 2;
+  const float gamma = float(2 * kFloatUnit * additions), rho = float(2 * kFloatUnit);
   const int64_t steps = padded_d / kStep;
   // 96 KB fit into every GPU from sm_80 on: three steps of centres and up to three of rows, or three of both.
   const bool resident = steps <= 3;

@@ -61,7 +61,6 @@ __global__ void __launch_bounds__(kRecheckWarps * 32, 2)
       for (int64_t j = lane; j < d; j += 32) square += double(to_float(row_of[r][j])) * double(to_float(row_of[r][j]));
       length[r] = float(sqrt(warp_sum(square)));
     }
-    barrier();  // everyone has read the guesses
     for (int64_t k = warp; k < clusters; k += kRecheckWarps) {
       float sum[kRecheckRows] = {}, square[kRecheckRows] = {};
       for (int64_t j = lane; j < d; j += 32)

@@ -188,6 +188,13 @@ def only_opposite_centers(dtype):
     return x, -torch.rand(CENTERS, 5, dtype=torch.float64) - 0.5
 
 
+@hostile(*WIDE)
+def rows_amid_a_sphere_of_centers(dtype):
+    """Their lengths differ by rounding only, and the rows are next to nothing."""
+    x, centers = gaussian(d=20)
+    return 1e-9 * x, torch.nn.functional.normalize(centers)
+
+
 @hostile(torch.float16)
 def the_end_of_float16(dtype):
     return torch.empty(ROWS, 9).uniform_(-6e4, 6e4), torch.empty(CENTERS, 9).uniform_(-6e4, 6e4)

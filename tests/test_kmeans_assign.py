@@ -190,10 +190,15 @@ def test_of_equal_distances_the_lowest_index_wins(dtype, kmeans_device):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_few_rows_of_ordinary_data_are_rechecked(dtype, metric, kmeans_device):
-    x, centers = random_case(1000, 60, 64, dtype, kmeans_device)
+    """In any problem of a batch, and wherever that lies and however large it is."""
+    x, centers = torch.randn(3, 400, 64), torch.randn(3, 60, 64)
+    if metric == "euclidean":
+        x, centers = (rows + torch.tensor([0.0, 100, -300])[:, None, None] for rows in (x, centers))
+    x, centers = (rows * torch.tensor([1, 100, 0.01])[:, None, None] for rows in (x, centers))
+    x, centers = x.to(kmeans_device, dtype), centers.to(kmeans_device, torch.promote_types(dtype, torch.float32))
     for backend in backends(x):
         rechecked = kmeans_assign(x, centers, metric=metric, backend=backend, return_rechecked=True)[2]
-        assert rechecked < 50, backend
+        assert rechecked < 0.05 * 1200, backend
 
 
 def test_nothing_is_rechecked_where_clusters_are_far_apart(kmeans_device):
@@ -388,3 +393,10 @@ def test_the_cuda_backend_says_why_it_cannot_run(kmeans_device, monkeypatch):
     with pytest.raises(ValueError, match=r"backend: 'cuda' cannot run kmeans_assign .*it was not compiled"):
         kmeans_assign(**arguments(kmeans_device), backend="cuda")
     assert_exact(*arguments(kmeans_device).values(), only=["auto"])
+
+
+def test_more_problems_than_a_grid_has_are_refused(kmeans_device):
+    x = torch.zeros(65536, 1, 1, device=kmeans_device)
+    if "cuda" in backends(x):
+        with pytest.raises(ValueError, match=r"x: expected at most 65535 problems.*, got 65536 and"):
+            kmeans_assign(x, x, backend="cuda")

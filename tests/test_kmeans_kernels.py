@@ -28,7 +28,7 @@ RHO = 2 * UNIT
 
 
 def gamma(padded_d: int) -> float:
-    return 2 * UNIT * (padded_d + 2)
+    return 2 * UNIT * (17 / 16 * padded_d + 2)
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +162,11 @@ def assign(x: Tensor, norm: Tensor, residue: Tensor, centers: Tensor, half_squar
     return labels, torch.bincount(listed.long(), minlength=problems * rows).view(problems, rows)
 
 
+@pytest.mark.parametrize("summing", [False, True])
 @pytest.mark.parametrize("padded_d", [64, 192, 256])
 @pytest.mark.parametrize("rows", [1, 100, 130])
-def test_the_unsure_rows_are_those_the_bound_leaves_open(rows, padded_d, module, kmeans_device):
-    """Wherever the best and its rivals are; every tile has a bound of its own."""
+def test_the_unsure_rows_are_those_the_bound_leaves_open(rows, padded_d, summing, module, kmeans_device):
+    """Wherever the best and its rivals are; every tile has a bound of its own, of rounding to float16 or of summing."""
     problems, tiles = 2, 3
     x = torch.randn(problems, rows, padded_d, dtype=torch.float16, device=kmeans_device)
     centers = torch.randn(problems, 128 * tiles, padded_d, dtype=torch.float16, device=kmeans_device)
@@ -173,6 +174,8 @@ def test_the_unsure_rows_are_those_the_bound_leaves_open(rows, padded_d, module,
     half_square[:, -20:] = torch.inf
     norm, residue = torch.rand(2, problems, rows, device=kmeans_device)
     tile_norm, tile_residue = torch.rand(2, problems, tiles, device=kmeans_device)
+    if summing:
+        norm, residue, tile_norm, tile_residue = 300 * norm, 0 * residue, 2000 * tile_norm, 0 * tile_residue
 
     score = half_square[:, None].double() - x.double() @ centers.double().mT
     factor = tile_residue.double() + gamma(padded_d) * tile_norm.double()

@@ -17,6 +17,8 @@ if importlib.util.find_spec("ccl_fast._cuda") is not None:
     except ImportError as error:
         missing = f"the CUDA extension cannot be loaded: {error}"
 
+# The second dimension of a grid.
+MOST_PROBLEMS = 65535
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

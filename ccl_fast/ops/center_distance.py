@@ -21,6 +21,8 @@ def center_distance(x: Tensor, centers: Tensor, labels: Tensor, *, metric: str, 
     -> [problems, rows] in the dtype of centers.
     """
     if choose_backend("center_distance", BACKENDS, backend, x.device, x.dtype) == "cuda":
+        if len(x) > extension.MOST_PROBLEMS:
+            raise ValueError(f"x: expected at most {extension.MOST_PROBLEMS} problems, got {len(x)}")
         x, centers, labels = x.contiguous(), centers.contiguous(), labels.contiguous()
         distance = torch.empty(labels.shape, dtype=torch.float32, device=x.device)
         extension.module.kmeans_distance(

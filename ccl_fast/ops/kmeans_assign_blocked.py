@@ -58,7 +58,7 @@ class Rows:
         """Labels int64 [problems, rows], and how many rows had to be re-checked."""
         with torch.autocast(centers.device.type, enabled=False):  # the products are float32's
             labels, rechecked = zip(*(self._nearest(i, c) for i, c in enumerate(centers)), strict=True)
-        return torch.stack(labels), torch.tensor(sum(rechecked))
+        return torch.stack(labels), torch.tensor(sum(rechecked), device=centers.device)
 
     def _moved(self, problem: int, rows: Tensor) -> Tensor:
         return (rows.to(self.dtype) - self.origin[problem]).mul_(self.scale[problem])

@@ -8,8 +8,8 @@ from ccl_fast.kernels.extension import address
 
 # Packed entries lie below 2^15 in magnitude; float16 reaches to 65,504 and loses precision only below 2^-14.
 TOP_EXPONENT = 15
-# The second dimension of a grid.
-MOST_PROBLEMS = 65535
+# Rows in doubt are listed as int32.
+MOST_ROWS = 2**31 - 1
 # Blocks of the re-check, per multiprocessor.
 RECHECK_BLOCKS = 4
 
@@ -20,8 +20,11 @@ class Rows:
     def __init__(self, x: Tensor, metric: str):
         self.x, self.metric = x.contiguous(), metric
         problems, _, d = x.shape
-        if problems > MOST_PROBLEMS:
-            raise ValueError(f"x: expected at most {MOST_PROBLEMS} problems for the cuda backend, got {problems}")
+        if problems > extension.MOST_PROBLEMS or problems * x.shape[1] > MOST_ROWS:
+            limits = f"{extension.MOST_PROBLEMS} problems and {MOST_ROWS} rows in all"
+            raise ValueError(
+                f"x: expected at most {limits} for the cuda backend, got {problems} and {problems * x.shape[1]}"
+            )
         self.padded_d = _round_up(d, extension.module.PAD_COLUMNS)
         if metric == "cosine":
             self.origin = None
