@@ -306,8 +306,16 @@ def test_every_backend_is_exact_under_autocast(kmeans_device):
         assert_exact(*(rows.to(kmeans_device, torch.float32) for rows in crowded(130, 70, 33)))
 
 
-def test_blocked_is_exact_with_many_threads(kmeans_device, monkeypatch):
-    monkeypatch.setattr(blocked, "NUMPY_THREADS", 0)
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_blocked_is_exact_with_many_threads(kmeans_device, monkeypatch, three_threads):
+    monkeypatch.setattr(blocked, "CPU_ROWS", 16)
     for name in ("ties_on_a_grid", "one_huge_row", "one_huge_center", "only_huge_centers"):
         assert_exact(*make_hostile(name, torch.float32, kmeans_device), only=["blocked"])
     assert_exact(*random_case(300, 130, 20, torch.float32, kmeans_device), only=["blocked"])

@@ -6,6 +6,7 @@ from torch import Tensor
 from ccl_fast.kernels import extension
 from ccl_fast.kernels.extension import address
 from ccl_fast.ops.backends import choose_backend
+from ccl_fast.ops.blocks import for_each_block
 from ccl_fast.ops.unit import unit
 
 BACKENDS = {"cuda": extension.obstacles, "blocked": lambda device, dtype: []}
@@ -34,10 +35,12 @@ def center_distance(x: Tensor, centers: Tensor, labels: Tensor, *, metric: str, 
     size = max(1, (CPU_ENTRIES if x.device.type == "cpu" else DEVICE_ENTRIES) // max(1, x.shape[2]))
     distance = torch.empty(labels.shape, dtype=centers.dtype, device=x.device)
     for problem in range(len(x)):
-        for start in range(0, x.shape[1], size):
-            part = slice(start, start + size)
+
+        def work(part: slice, problem: int = problem) -> None:
             nearest = centers[problem][labels[problem, part]]
             distance[problem, part] = _distance(x[problem, part].to(centers.dtype), nearest, metric)
+
+        for_each_block(x.shape[1], size, work, x.device)
     return distance
 
 

@@ -12,6 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
+from ccl_fast.ops.blocks import for_each_block
 from ccl_fast.ops.kmeans_assign_reference import exact_scores
 from ccl_fast.ops.unit import unit
 
@@ -26,8 +27,6 @@ EXACT_ENTRIES = 1 << 23
 OTHER_ROUNDINGS = 8
 # Relative rounding of the factors of a product, by torch's setting of the precision of float32 products.
 FACTOR_ROUNDING = {"tf32": 2.0**-10, "bf16": 2.0**-7}
-# Above this many threads torch's own arg-min, which is slower but parallel, wins over numpy's.
-NUMPY_THREADS = 4
 
 
 class Rows:
@@ -76,9 +75,11 @@ class Rows:
         labels = torch.empty(len(x), dtype=torch.int64, device=x.device)
         best, second = torch.empty_like(norm), torch.empty_like(norm)
         size = _block_rows(len(centers), x.device)
-        for start in range(0, len(x), size):
-            part = slice(start, start + size)
+
+        def work(part: slice) -> None:
             _two_lowest(scores_of(self._moved(problem, x[part])), labels[part], best[part], second[part])
+
+        for_each_block(len(x), size, work, x.device)
 
         info = torch.finfo(self.dtype)
         gamma = (x.shape[1] + OTHER_ROUNDINGS) * info.eps / 2 + 2 * _factor_rounding(x.device, self.dtype)
@@ -124,7 +125,7 @@ def _onednn_linear():
 
 def _two_lowest(scores: Tensor, label: Tensor, best: Tensor, second: Tensor) -> None:
     """Writes the index of each row's lowest score, that score, and the lowest of the others. Overwrites scores."""
-    if scores.device.type == "cpu" and torch.get_num_threads() <= NUMPY_THREADS:
+    if scores.device.type == "cpu":
         label.copy_(torch.from_numpy(scores.numpy().argmin(1)))  # several times as fast as torch's on one thread
     else:
         torch.argmin(scores, 1, out=label)

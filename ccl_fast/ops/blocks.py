@@ -1,0 +1,60 @@
+"""Work on blocks of rows, on a CPU by threads that each do a block from beginning to end.
+
+torch's own threads share every single operation and meet after it. With the small operations of a block that fits into
+the cache, they wait for each other more than they work, above all where another program wants the cores too.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+
+import torch
+
+
+def for_each_block(rows: int, size: int, work: Callable[[slice], None], device: torch.device) -> None:
+    """Call ``work`` with slices of at most ``size`` that cover ``range(rows)``, on a CPU from as many threads as torch has.
+
+    The calls must not depend on each other. Gradients and autocast are off in them.
+    """
+    starts = iter(range(0, rows, size))
+
+    @torch.no_grad()
+    def work_on() -> None:
+        with torch.autocast(device.type, enabled=False):
+            for start in starts:  # shared: whoever is free takes the next
+                work(slice(start, min(start + size, rows)))
+
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    if threads == 1 or rows <= size:
+        work_on()
+        return
+    for done in wait([_single_threaded(threads).submit(work_on) for _ in range(threads)]).done:
+        done.result()
+
+
+@functools.cache
+def _single_threaded(threads: int) -> ThreadPoolExecutor:
+    """Threads whose torch operations run on them alone."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="ccl_fast")
+    all_here = threading.Barrier(threads)
+
+    def start() -> None:
+        torch.get_num_threads()  # a thread takes over the number that is set when it first asks, and keeps it
+        all_here.wait()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for done in [pool.submit(start) for _ in range(threads)]:
+            done.result()
+    finally:
+        torch.set_num_threads(before)
+    return pool
+
+
+# A forked process has none of the threads.
+os.register_at_fork(after_in_child=_single_threaded.cache_clear)
