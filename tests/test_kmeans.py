@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ccl_fast.clustering import KMeans
 from ccl_fast.clustering.data import Data
 from ccl_fast.clustering.lloyd import LateFlag
-from ccl_fast.clustering.seeding import MOST_CANDIDATES, k_means_plus_plus
+from ccl_fast.clustering.seeding import MOST_CANDIDATES, k_means_plus_plus, plus_plus_rows
 
 
 def blobs(seed: int, n: int = 400, d: int = 7, k: int = 9) -> torch.Tensor:
@@ -89,6 +89,11 @@ def test_plus_plus_never_draws_a_row_twice(seed):
     x = torch.eye(4).repeat(5, 1) * torch.rand(20, 1)  # four directions
     directions = plus_plus(x, 4, seed, metric="cosine")
     assert directions.sum(0).tolist() == pytest.approx([1, 1, 1, 1])
+    # One direction, up to rounding: ten rows of ten lengths are ten different rows.
+    x = torch.randn(1, 9, dtype=torch.float64) * torch.arange(1.0, 11.0)[:, None]
+    data = Data(x[None], None, "cosine", None, x.device, "auto")
+    rows = plus_plus_rows(data, torch.ones(10, dtype=torch.float64), 10, torch.Generator().manual_seed(seed))
+    assert rows.sort().values.tolist() == list(range(10))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -259,6 +264,7 @@ def test_values_whose_squares_overflow_float32():
     small = KMeans(9, init=x[:9].float()).fit(x.float())
     huge = KMeans(9, init=1e25 * x[:9].float()).fit(1e25 * x.float())
     assert huge.labels_.equal(small.labels_)
+    assert KMeans(9).fit(1e25 * x.float()).labels_.unique().numel() > 1  # k-means++ too comes to an end
 
 
 def test_progress_bar(capsys):

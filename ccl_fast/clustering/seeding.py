@@ -28,40 +28,42 @@ def k_means_plus_plus(data: Data, k: int, generators: list[torch.Generator]) -> 
     and a pass is needed only once for many centres. Papers: Arthur and Vassilvitskii, "k-means++: the advantages of
     careful seeding", 2007; Cohen-Addad et al., "Fast and accurate k-means++ via rejection sampling", 2020.
     """
-    centers = [_plus_plus(data, i, k, generator) for i, generator in enumerate(generators)]
-    return torch.stack(centers)
+    rows = [plus_plus_rows(data.only(i), _weights(data, i), k, generator) for i, generator in enumerate(generators)]
+    return data.take(torch.stack(rows))
 
 
-def _plus_plus(data: Data, problem: int, k: int, generator: torch.Generator) -> Tensor:
-    one = data.only(problem)
-    weights = _weights(data, problem)
+def plus_plus_rows(one: Data, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """The numbers of the rows, [k], of a single problem with weights float64 [n]."""
+
+    def potential_to(centers: Tensor) -> Tensor:
+        # Distances that overflow float32 count as very large ones, whose sum is finite.
+        return (weights * one.nearest_distance(centers)[0]).clamp(max=torch.finfo(torch.float64).max / one.n)
+
     chosen = _draw_distinct(weights, 1, generator)
-    centers = one.take(chosen[None])
-    potential = weights * one.nearest_distance(centers)[0]
+    potential = potential_to(one.take(chosen[None]))
     while len(chosen) < k:
         potential[chosen] = 0.0
         cumulative = potential.cumsum(0)
         if not cumulative[-1] > 0:  # only copies of chosen rows are left: any of them, but none twice
             free = weights.index_fill(0, chosen, 0.0)
-            rest = _draw_distinct(free, k - len(chosen), generator)
-            return torch.cat([centers, one.take(rest[None])], 1)[0]
+            return torch.cat([chosen, _draw_distinct(free, k - len(chosen), generator)])
         count = min(MOST_CANDIDATES, max(FEWEST_CANDIDATES, len(chosen)))
         draw = torch.rand(2, count, dtype=torch.float64, generator=generator)
         # right=True: never a row of potential zero
-        candidates = torch.searchsorted(cumulative, draw[0].to(data.device) * cumulative[-1], right=True)
-        candidates = candidates.clamp(max=data.n - 1)
+        candidates = torch.searchsorted(cumulative, draw[0].to(one.device) * cumulative[-1], right=True)
+        candidates = candidates.clamp(max=one.n - 1)
         rows = one.take(candidates[None])
         then = potential[candidates]
-        among = weights[candidates, None] * _pairwise(rows[0], data.metric)
+        among = weights[candidates, None] * _pairwise(rows[0], one.metric)
+        among[candidates[:, None] == candidates] = 0.0  # a row drawn twice, whatever the rounding of its cosine
         accepted = _accept(then.cpu().numpy(), among.cpu().numpy(), draw[1].numpy(), k - len(chosen))
         if not accepted:
             continue
-        accepted = torch.tensor(accepted, device=data.device)
+        accepted = torch.tensor(accepted, device=one.device)
         chosen = torch.cat([chosen, candidates[accepted]])
-        centers = torch.cat([centers, rows[:, accepted]], 1)
         if len(chosen) < k:
-            potential = torch.minimum(potential, weights * one.nearest_distance(rows[:, accepted])[0])
-    return centers[0]
+            potential = torch.minimum(potential, potential_to(rows[:, accepted]))
+    return chosen
 
 
 def _accept(then: np.ndarray, among: np.ndarray, draw: np.ndarray, most: int) -> list[int]:
@@ -79,13 +81,11 @@ def _accept(then: np.ndarray, among: np.ndarray, draw: np.ndarray, most: int) ->
 
 
 def _pairwise(rows: Tensor, metric: str) -> Tensor:
-    """Distances between rows, float64 [m, m]; those of equal rows are zero."""
+    """Distances between rows, float64 [m, m]."""
     rows = rows.double()
     if metric == "cosine":
-        distance = (1 - rows @ rows.T).clamp_(min=0)
-    else:
-        distance = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square_()
-    return distance.fill_diagonal_(0.0)
+        return (1 - rows @ rows.T).clamp_(min=0)
+    return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square_()
 
 
 def _weights(data: Data, problem: int) -> Tensor:

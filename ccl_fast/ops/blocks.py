@@ -16,7 +16,7 @@ import torch
 
 
 def for_each_block(rows: int, size: int, work: Callable[[slice], None], device: torch.device) -> None:
-    """Call ``work`` with slices of at most ``size`` that cover ``range(rows)``, on a CPU from as many threads as torch has.
+    """Call ``work`` with slices of ``size`` or less that cover ``range(rows)``, on a CPU from all of torch's threads.
 
     The calls must not depend on each other. Gradients and autocast are off in them.
     """
