@@ -17,9 +17,9 @@ class ArgumentError(ValueError):
 
 
 def comparable(arguments: dict) -> dict:
-    """The arguments that a resumed run must share, as plain values."""
-    plain = {name: value for name, value in arguments.items() if name not in FREE_ARGUMENTS}
-    return plain | {"in_classes": list(arguments["in_classes"])}
+    """The arguments that a resumed run must share, as a file keeps them."""
+    kept = {name: value for name, value in arguments.items() if name not in FREE_ARGUMENTS}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
 
 
 def check(arguments: dict) -> None:

@@ -11,10 +11,11 @@ from jsonargparse import ArgumentParser
 
 from ccl_fast.training.arguments import ArgumentError
 from ccl_fast.training.checkpoint import CheckpointError
+from ccl_fast.training.comparison import compare
 from ccl_fast.training.experiment import train
 from ccl_fast.training.interruption import Interrupted
 
-COMMANDS = {"train": train}
+COMMANDS = {"train": train, "compare": compare}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,72 @@
+# ruff: noqa: E402 (the extra must be there)
+"""SimCLR against CCL over seeds."""
+
+import json
+import statistics
+
+import pytest
+
+for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "matplotlib", "lightning"):
+    pytest.importorskip(extra)  # the extra "train"
+
+from ccl_fast.training import comparison
+from ccl_fast.training.command import main
+
+OPTIONS = ["--epochs=2", "--warmup_epochs=1", "--clusters=4", "--in_classes=[0,7]", "--batch_size=200"]
+
+
+@pytest.fixture(scope="module")
+def two_seeds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "two"
+    assert main(["compare", f"--output={folder}", "--seeds=[3,5]", *OPTIONS]) == 0
+    return folder
+
+
+def test_says_what_the_reports_of_the_seeds_say(two_seeds):
+    written = json.loads((two_seeds / "comparison.json").read_text())
+    reports = [json.loads((two_seeds / f"seed{seed}" / "report.json").read_text()) for seed in (3, 5)]
+    assert [report["arguments"]["seed"] for report in reports] == written["seeds"] == [3, 5]
+    assert len(written["results"]) == 6
+    for detector, metrics in written["results"].items():
+        for metric, parts in metrics.items():
+            for method in ("simclr", "ccl"):
+                values = [report["results"][method][detector][metric] for report in reports]
+                assert parts[method]["values"] == values
+                assert parts[method]["mean"] == pytest.approx(sum(values) / 2)
+            gains = [a - b for a, b in zip(parts["ccl"]["values"], parts["simclr"]["values"], strict=True)]
+            assert parts["gain"]["values"] == gains
+            assert parts["gain"]["deviation"] == pytest.approx(statistics.stdev(gains))
+
+
+def test_the_table_has_a_line_for_every_detector(two_seeds):
+    written = json.loads((two_seeds / "comparison.json").read_text())
+    lines = comparison.format_comparison(written).splitlines()
+    assert len(lines) == 2 + 6 + 1
+    gain = written["results"]["head/nearest_neighbor"]["auroc"]["gain"]
+    line = next(line for line in lines if line.startswith("head/nearest_neighbor *"))
+    assert f"{gain['mean']:+.3f} +- {gain['deviation']:.3f}" in line
+    assert line.endswith(f"{sum(value > 0 for value in gain['values'])} of 2")
+
+
+def test_resuming_runs_only_what_is_missing(two_seeds):
+    before = (two_seeds / "comparison.json").read_text()
+    (two_seeds / "seed5" / "report.json").unlink()
+    (two_seeds / "comparison.json").unlink()
+    finished = (two_seeds / "seed3" / "report.json").stat()
+    assert main(["compare", f"--output={two_seeds}", "--seeds=[3,5]", "--resume", *OPTIONS]) == 0
+    assert (two_seeds / "seed3" / "report.json").stat() == finished
+    assert (two_seeds / "seed5" / "report.json").exists()
+    assert (two_seeds / "comparison.json").read_text() == before
+
+
+def test_wrong_arguments_are_named(two_seeds, tmp_path, capsys):
+    def fails_with(message, *arguments):
+        assert main(["compare", *OPTIONS, *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+    fails_with("seeds: expected at least two different seeds, got [3]", "--seeds=[3]", f"--output={tmp_path / 'new'}")
+    fails_with("seeds: expected at least two different seeds, got [3, 3]", "--seeds=[3,3]")
+    fails_with("output: expected a folder that does not exist yet", f"--output={two_seeds}")
+    fails_with("resume: expected the output folder of a comparison", "--resume")
+    resumed = (f"--output={two_seeds}", "--seeds=[3,5]", "--resume")
+    fails_with("clusters: expected 4, as the comparison to resume has it, got 5", *resumed, "--clusters=5")
