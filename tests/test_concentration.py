@@ -46,3 +46,17 @@ def test_wrong_arguments():
         concentration(x, torch.arange(4), centers)
     with pytest.raises(ValueError, match=r"^smoothing: expected a number >= 1, got 0"):
         concentration(x, torch.zeros(4, dtype=torch.int64), centers, smoothing=0)
+    good = {"x": x, "cluster_ids": torch.zeros(4, dtype=torch.int64), "centers": centers}
+    for name, value in (
+        ("x", x.long()),
+        ("x", x * torch.nan),
+        ("x", x[0]),
+        ("cluster_ids", torch.zeros(4)),
+        ("cluster_ids", torch.tensor([0, 1])),
+        ("cluster_ids", torch.tensor([0, 0, 0, 4])),
+        ("centers", centers[:, :1]),
+        ("metric", "foo"),
+        ("mean", -1.0),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name}: expected "):
+            concentration(**good | {name: value})

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from sklearn.cluster import KMeans as Oracle
@@ -340,6 +341,9 @@ def test_leaves_input_and_autograd_alone():
         ({"n_clusters": 2.5}, "n_clusters"),
         ({"metric": "manhattan"}, "metric"),
         ({"init": "k-means||"}, "init"),
+        ({"init": [[1.0]]}, "init"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**70}, "seed"),
         ({"empty_cluster": "nan"}, "empty_cluster"),
         ({"backend": "gpu"}, "backend"),
         ({"batch_size": 0}, "batch_size"),
@@ -393,3 +397,63 @@ def test_wrong_centers_and_wrong_use():
             KMeans(3).fit(x, weights)
     with pytest.raises(ValueError, match=r"^x: expected shape \[rows, features\] as in fit, got \[1, 400, 7\]"):
         KMeans(3).fit(x).predict(x[None])
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_works_in_inference_mode_and_with_any_number_of_threads(two_threads):
+    x = blobs(0, n=3000)
+    expected = KMeans(9).fit(x)
+    with torch.inference_mode():
+        inferred = KMeans(9).fit(x)
+        assert inferred.predict(x).equal(expected.labels_)
+    torch.set_num_threads(1)
+    alone = KMeans(9).fit(x)
+    for model in (inferred, alone):
+        assert model.labels_.equal(expected.labels_)
+        assert model.cluster_centers_.equal(expected.cluster_centers_)
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.float64])
+def test_the_default_dtype_does_not_matter(default):
+    x = blobs(0).float()
+    expected = KMeans(9).fit(x)
+    torch.set_default_dtype(default)
+    try:
+        model = KMeans(9).fit(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert model.cluster_centers_.equal(expected.cluster_centers_)
+    assert model.inertia_ == expected.inertia_
+
+
+def test_the_unit_of_weight_does_not_matter():
+    x = blobs(0).float()
+    expected = KMeans(9).fit(x)
+    for unit in (2.0**-100, 2.0**120):
+        model = KMeans(9).fit(x, torch.full((400,), unit))
+        assert model.cluster_centers_.equal(expected.cluster_centers_)
+        assert model.inertia_ == pytest.approx(unit * expected.inertia_)
+
+
+def test_sums_that_overflow_are_an_error():
+    with pytest.raises(ValueError, match=r"^x: expected values whose sums torch.float32 can hold, got up to 3e\+38"):
+        KMeans(2, init="random").fit(torch.full((600, 2), 3e38))
+
+
+def test_one_subnormal_row_spoils_nothing():
+    x = torch.randn(500, 16)
+    expected = KMeans(8, metric="cosine", init=x[8:16]).fit(torch.cat([x[:3], x[4:]])).inertia_
+    x[3] *= 1e-42
+    assert KMeans(8, metric="cosine", init=x[8:16]).fit(x).inertia_ == pytest.approx(expected, abs=5)
+
+
+def test_numbers_of_numpy_are_numbers():
+    model = KMeans(np.int64(3), seed=np.int32(1), tol=np.float32(0)).fit(blobs(0))
+    assert model.cluster_centers_.equal(KMeans(3, seed=1, tol=0).fit(blobs(0)).cluster_centers_)

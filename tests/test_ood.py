@@ -446,7 +446,7 @@ def test_wrong_arguments_of_detectors(features):
         NearestCenter(121).fit_features(x)
     with pytest.raises(ValueError, match=r"^n_clusters: expected a positive integer, got 0"):
         Mahalanobis(0)
-    with pytest.raises(ValueError, match=r"^seed: expected an integer, got 0.5"):
+    with pytest.raises(ValueError, match=r"^seed: expected an integer.*, got 0.5"):
         NearestCenter(seed=0.5)
     with pytest.raises(ValueError, match=r"^shrinkage: expected"):
         Mahalanobis(shrinkage=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.validation import check_integer, check_same, check_vector
+from ccl_fast.ops.validation import check_integer, check_same, check_tensor, check_vector
 
 
 def align_clusters(cluster_ids: Tensor, reference_ids: Tensor, n_clusters: int) -> Tensor:
@@ -16,6 +16,8 @@ def align_clusters(cluster_ids: Tensor, reference_ids: Tensor, n_clusters: int) 
 
     found by the Hungarian method. ``align_clusters(y, z, k)[y]`` are the ids renamed; the share of rows where they
     differ from ``z`` is how much the clustering changed. ``centers[alignment.argsort()]`` puts centres in that order.
+
+    Memory grows with the square of the number of clusters.
 
     Args:
         cluster_ids: y, ``[n]``, int64 or int32 in ``[0, n_clusters)``.
@@ -32,6 +34,10 @@ def align_clusters(cluster_ids: Tensor, reference_ids: Tensor, n_clusters: int) 
     """
     from scipy.optimize import linear_sum_assignment
 
+    if not isinstance(n_clusters, int) or n_clusters < 1:
+        raise ValueError(f"n_clusters: expected a positive integer, got {n_clusters!r}")
+    check_tensor("cluster_ids", cluster_ids)
+    check_vector("cluster_ids", cluster_ids, cluster_ids.numel())
     check_vector("reference_ids", reference_ids, len(cluster_ids))
     check_same("reference_ids", reference_ids, "cluster_ids", cluster_ids, dtype=False)
     for name, ids in (("cluster_ids", cluster_ids), ("reference_ids", reference_ids)):

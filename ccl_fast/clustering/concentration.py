@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from ccl_fast.ops.center_distance import center_distance
+from ccl_fast.ops.kmeans_assign import METRICS
 from ccl_fast.ops.kmeans_update import kmeans_update
+from ccl_fast.ops.validation import check_choice, check_finite, check_floating, check_ids, check_matrix
 
 # The share of clusters at either end whose concentration is clipped.
 CLIPPED_SHARE = 0.1
@@ -49,7 +51,19 @@ def concentration(
     """
     if not smoothing >= 1:
         raise ValueError(f"smoothing: expected a number >= 1, got {smoothing!r}")
+    if mean is not None and not mean > 0:
+        raise ValueError(f"mean: expected a positive number, got {mean!r}")
+    check_choice("metric", metric, METRICS)
+    check_matrix("x", x)
+    check_floating("x", x)
+    check_finite("x", x)
+    check_ids("cluster_ids", cluster_ids, x)
+    check_matrix("centers", centers, columns=x.shape[1])
+    check_finite("centers", centers)
     k = len(centers)
+    if len(x) and not 0 <= cluster_ids.min() <= cluster_ids.max() < k:
+        got = f"{cluster_ids.min().item()} to {cluster_ids.max().item()}"
+        raise ValueError(f"cluster_ids: expected ids in [0, {k}), got {got}")
     ids = cluster_ids.long()
     centers = centers.to(torch.promote_types(x.dtype, torch.float32))
     square = center_distance(x[None], centers[None], ids[None], metric=metric)[0]

@@ -51,7 +51,10 @@ class Data:
         self.x, self.metric, self.device, self.backend = x, metric, device, backend
         self.problems, self.n, self.d = x.shape
         self.dtype = torch.promote_types(x.dtype, torch.float32)
-        self.weights = None if weights is None else weights.to(device=device, dtype=self.dtype)
+        self.weights = self._weight_unit = None
+        if weights is not None:  # at most 1, so that no sum overflows; clusters are the same for every unit of weight
+            self._weight_unit = weights.amax(1, keepdim=True).double().to(device)
+            self.weights = (weights.to(device).double() / self._weight_unit).to(self.dtype)
         self._size = min(batch_size or self.n, self.n)
 
     def only(self, problem: int) -> Data:
@@ -99,7 +102,7 @@ class Data:
     def inertia(self, centers: Tensor, labels: Tensor) -> Tensor:
         """Weighted sum of the distances, float64 [problems]."""
         distance = self.distance(centers, labels).double()
-        return (distance if self.weights is None else distance * self.weights).sum(1)
+        return (distance if self.weights is None else distance * self.weights * self._weight_unit).sum(1)
 
     def take(self, rows: Tensor) -> Tensor:
         """Rows by number, [problems, m] -> [problems, m, d], as centres are: of length 1 for the cosine."""
@@ -150,6 +153,7 @@ class Data:
         weight = None if self.weights is None else self.weights[:, part]
         if self.metric == "cosine":
             length = torch.linalg.vector_norm(x, dim=2, dtype=torch.float64)  # the squares of float32 may overflow it
-            inverse = torch.where(length > 0, 1 / length, 0.0).to(self.dtype)
+            # That of a subnormal length would overflow.
+            inverse = torch.where(length > 0, 1 / length, 0.0).clamp(max=torch.finfo(self.dtype).max).to(self.dtype)
             weight = inverse if weight is None else weight * inverse
         return Chunk(part, x, prepare_rows(x, metric=self.metric, backend=self.backend), weight)

@@ -28,8 +28,8 @@ def split(centers: Tensor, weights: Tensor, deviation: Tensor) -> Tensor:
     empty = weights == 0
     largest = weights.argsort(dim=1, descending=True, stable=True)
     donor = largest.gather(1, (empty.cumsum(1) - 1).clamp(min=0))
-    sign = 1.0 - 2.0 * (torch.arange(centers.shape[2], device=centers.device) % 2)
-    beside = centers.gather(1, donor[..., None].expand_as(centers)) + SPLIT_DISTANCE * sign * deviation[:, None]
+    sign = 1 - 2 * (torch.arange(centers.shape[2], device=centers.device) % 2)
+    beside = centers.gather(1, donor[..., None].expand_as(centers)) + SPLIT_DISTANCE * (sign * deviation[:, None])
     usable = empty & (weights.gather(1, donor) > 0)
     return torch.where(usable[..., None], beside, centers)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -27,8 +28,9 @@ class KMeans:
     Labels are exact: those of distances in float64, the lowest index on ties, whatever the dtype and the device (see
     :func:`ccl_fast.ops.kmeans_assign`), and they belong to the returned centres. Nothing is sub-sampled. The matrix of
     distances never exists: memory grows with N + K. All randomness comes from a private generator, and sums are taken
-    in a fixed order: the same seed and data give the same bits on the same machine, and torch's global generator is
-    left alone. On a GPU the host reads whether the centres rest one iteration late, so that the device never waits.
+    in a fixed order: the same seed and data give the same bits on the same machine and number of threads, and torch's
+    global generator is left alone. On a GPU the host reads whether the centres rest one iteration late, so that the
+    device never waits.
 
     Args:
         n_clusters: K, the number of clusters.
@@ -60,6 +62,9 @@ class KMeans:
     With data ``[B, N, D]``, B independent problems of one size are solved together, each as it would be alone; the
     attributes but ``rechecked_`` have B as first dimension, and ``inertia_`` and ``n_iter_`` are tensors ``[B]``.
 
+    Distances are float32 (float64 for float64 data): beyond 1e19 they overflow and below 1e-20 they vanish, so scale
+    such data first; labels are right all the same.
+
     Raises:
         ValueError: naming the argument, what was expected and what came.
 
@@ -88,26 +93,26 @@ class KMeans:
         if batch_size is not None:
             counts["batch_size"] = batch_size
         for name, value in counts.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise ValueError(f"seed: expected an integer, got {seed!r}")
+        if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed: expected an integer >= 0 and below 2^63, got {seed!r}")
         check_choice("metric", metric, METRICS)
         check_choice("empty_cluster", empty_cluster, empty_clusters.POLICIES)
         check_choice("backend", backend, ("auto", *BACKENDS))
-        if not isinstance(init, Tensor) and init not in SEEDINGS:
+        if not isinstance(init, Tensor) and not (isinstance(init, str) and init in SEEDINGS):
             raise ValueError(f'init: expected "k-means++", "random" or a tensor of centres, got {init!r}')
-        if not isinstance(tol, int | float) or not tol >= 0:
+        if not isinstance(tol, Real) or isinstance(tol, bool) or not tol >= 0:
             raise ValueError(f"tol: expected a number >= 0, got {tol!r}")
-        self.n_clusters = n_clusters
+        self.n_clusters = int(n_clusters)
         self.metric = metric
         self.init = init
-        self.n_init = n_init
-        self.max_iter = max_iter
+        self.n_init = int(n_init)
+        self.max_iter = int(max_iter)
         self.tol = tol
         self.empty_cluster = empty_cluster
-        self.seed = seed
-        self.batch_size = batch_size
+        self.seed = int(seed)
+        self.batch_size = None if batch_size is None else int(batch_size)
         self.device = device
         self.backend = backend
         self.verbose = verbose
@@ -140,6 +145,10 @@ class KMeans:
                     progress=progress,
                 )
                 best = solution if best is None else best.or_better(solution)
+        if not best.centers.isfinite().all():
+            raise ValueError(
+                f"x: expected values whose sums {data.dtype} can hold, got up to {x.abs().max().item():.3g}"
+            )
         self._set_attributes(best, x)
         return self
 

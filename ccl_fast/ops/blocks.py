@@ -21,10 +21,10 @@ def for_each_block(rows: int, size: int, work: Callable[[slice], None], device: 
     The calls must not depend on each other. Gradients and autocast are off in them.
     """
     starts = iter(range(0, rows, size))
+    inference = torch.is_inference_mode_enabled()  # of this thread alone
 
-    @torch.no_grad()
     def work_on() -> None:
-        with torch.autocast(device.type, enabled=False):
+        with torch.inference_mode(inference), torch.no_grad(), torch.autocast(device.type, enabled=False):
             for start in starts:  # shared: whoever is free takes the next
                 work(slice(start, min(start + size, rows)))
 
@@ -32,8 +32,13 @@ def for_each_block(rows: int, size: int, work: Callable[[slice], None], device: 
     if threads == 1 or rows <= size:
         work_on()
         return
-    for done in wait([_single_threaded(threads).submit(work_on) for _ in range(threads)]).done:
+    with _creation:
+        pool = _single_threaded(threads)
+    for done in wait([pool.submit(work_on) for _ in range(threads)]).done:
         done.result()
+
+
+_creation = threading.Lock()
 
 
 @functools.cache

@@ -151,4 +151,5 @@ def _decide(x: Tensor, centers: Tensor, candidates: Tensor, metric: str) -> Tens
     )
     lowest = scores.new_full((len(x),), torch.inf).scatter_reduce_(0, row, scores, "amin")
     center = center.masked_fill(scores != lowest[row], len(centers))
-    return center.new_full((len(x),), len(centers)).scatter_reduce_(0, row, center, "amin")
+    best = center.new_full((len(x),), len(centers)).scatter_reduce_(0, row, center, "amin")
+    return best.clamp_(max=len(centers) - 1)  # where a centre is not finite, no score equals the lowest
