@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ccl_fast.ops.validation import check_finite, check_floating, check_integer, check_matrix, check_vector
 
 
-class FeatureDetector:
+class FeatureDetector(ABC):
     """Base of the detectors. Scores are higher for outliers; labels below 0 mark outliers and are not fitted to.
 
     Names and behaviour are those of ``FeaturesDetector`` in pytorch-ood 0.4, which this package does not need: if
@@ -169,13 +170,15 @@ class FeatureDetector:
         self._check_hyperparameters()
         return self
 
+    @abstractmethod
     def _fit(self, x: Tensor, y: Tensor | None) -> None:
-        raise NotImplementedError
+        """Fit to finite rows [N, D], N >= 1; y: int64 [N], clusters from 0 without gaps, or None."""
 
+    @abstractmethod
     def _score(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Scores [M] of finite rows [M, D]."""
 
-    def _check_hyperparameters(self) -> None:
+    def _check_hyperparameters(self) -> None:  # noqa: B027 (a detector may have nothing to check)
         """Raises ValueError."""
 
     def _needed_model(self, method: str) -> Callable[[Tensor], Tensor]:

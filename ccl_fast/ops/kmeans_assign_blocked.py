@@ -69,7 +69,8 @@ class Rows:
             half_square = torch.zeros_like(moved[:, 0])
         else:
             moved = (centers - self.origin[problem]) * self.scale[problem]
-            half_square = moved.square().sum(1) / 2
+            # Rounded once, for gamma is spent on the product.
+            half_square = (moved.double().square().sum(1) / 2).to(self.dtype)
         scores_of = _product(-moved, half_square)
 
         labels = torch.empty(len(x), dtype=torch.int64, device=x.device)
