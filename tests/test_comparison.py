@@ -27,6 +27,8 @@ def test_says_what_the_reports_of_the_seeds_say(two_seeds):
     reports = [json.loads((two_seeds / f"seed{seed}" / "report.json").read_text()) for seed in (3, 5)]
     assert [report["arguments"]["seed"] for report in reports] == written["seeds"] == [3, 5]
     assert len(written["results"]) == 6
+    assert written["environments"] == [report["environment"] for report in reports]
+    assert written["arguments"]["clusters"] == 4
     for detector, metrics in written["results"].items():
         for metric, parts in metrics.items():
             for method in ("simclr", "ccl"):
@@ -49,14 +51,16 @@ def test_the_table_has_a_line_for_every_detector(two_seeds):
 
 
 def test_resuming_runs_only_what_is_missing(two_seeds):
-    before = (two_seeds / "comparison.json").read_text()
+    before = json.loads((two_seeds / "comparison.json").read_text())
     (two_seeds / "seed5" / "report.json").unlink()
     (two_seeds / "comparison.json").unlink()
     finished = (two_seeds / "seed3" / "report.json").stat()
     assert main(["compare", f"--output={two_seeds}", "--seeds=[3,5]", "--resume", *OPTIONS]) == 0
     assert (two_seeds / "seed3" / "report.json").stat() == finished
     assert (two_seeds / "seed5" / "report.json").exists()
-    assert (two_seeds / "comparison.json").read_text() == before
+    after = json.loads((two_seeds / "comparison.json").read_text())
+    assert after["results"] == before["results"]
+    assert after["environments"][0] == before["environments"][0]
 
 
 def test_wrong_arguments_are_named(two_seeds, tmp_path, capsys):

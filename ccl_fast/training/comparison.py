@@ -36,7 +36,7 @@ def compare(
 
     Returns:
         The content of comparison.json: for every detector and metric the values of both methods and the gains, by
-        seed, with mean and standard deviation.
+        seed, with mean and standard deviation; the arguments, and where and when each seed was run.
 
     Raises:
         ArgumentError: a ValueError naming the argument, what was expected and what came.
@@ -62,7 +62,13 @@ def compare(
         reports.append(
             train(output=str(of_seed), seed=seed, method="compare", overwrite=overwrite, resume=started, **options)
         )
-    comparison = {"seeds": seeds, "default": DEFAULT, "results": summarize([report["results"] for report in reports])}
+    comparison = {
+        "seeds": seeds,
+        "arguments": comparable(reports[0]["arguments"]) | {"seed": None},
+        "environments": [report["environment"] for report in reports],
+        "default": DEFAULT,
+        "results": summarize([report["results"] for report in reports]),
+    }
     text = json.dumps(comparison, indent=2, allow_nan=False) + "\n"
     write_atomically(folder / "comparison.json", lambda file: file.write(text.encode()))
     print(format_comparison(comparison))
