@@ -1,0 +1,225 @@
+"""The image files below a folder, without those that cannot be read."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from ccl_fast.data.checks import check_loading, check_shape
+from ccl_fast.data.images import Images
+from ccl_fast.data.loading import load
+from ccl_fast.data.pixels import native_shape, pillow_silenced
+from ccl_fast.data.reading import BATCH, progress_bar, read
+from ccl_fast.data.source import Sampled, Source, reason
+from ccl_fast.errors import ArgumentError
+
+N_NAMED = 3  # of the files that were skipped
+
+
+def load_folder(
+    path: str | Path, shape: tuple[int, int, int], *, strict: bool = False, workers: int = 0, memory: float = 4.0
+) -> tuple[Images, list[Path]]:
+    """All images below a folder, brought to a shape: grey or RGB, shorter side resized, centre cropped.
+
+    They come in the order of their paths. Files and folders whose name begins with a dot are not looked at. Files that
+    cannot be read are left out, and a line on stderr says so; of images on demand that is found out by their header.
+
+    Args:
+        path: the folder.
+        shape: (1 or 3, h, w).
+        strict: a file that cannot be read is an error.
+        workers: processes that read; 0: this one does.
+        memory: GiB that the decoded images may take; if they take more, they are read on demand.
+
+    Returns:
+        The images, and the path of each. Their classes are the subfolders of ``path``, or None where there are none.
+
+    Raises:
+        ArgumentError: naming the argument; also if there is no image, or none that can be read.
+        FileNotFoundError: there is no such folder.
+        OSError: a file cannot be read, and ``strict``; images on demand raise it when they are used.
+    """
+    check_loading(seed=0, workers=workers, memory=memory, limit=None)
+    check_shape("shape", shape)
+    [source] = open_folders([Path(path)], "path", strict=strict, workers=workers)
+    images, rows = read(source, torch.arange(len(source)), tuple(shape), workers=workers, memory=memory)
+    report_skipped(source)
+    if not len(images):
+        raise ArgumentError(f"path: expected images in {path}, got none that can be read; {source.skipped[0]}")
+    return images, [source.items.paths[row] for row in rows.tolist()]
+
+
+class Files(Dataset):
+    """Image files.
+
+    Args:
+        paths: of the files.
+        targets: their classes, or None.
+    """
+
+    def __init__(self, paths: Sequence[Path], targets: Sequence[int] | None):
+        self.paths = paths
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int | None]:
+        with _open(self.paths[i]) as image:
+            image.load()
+        return image, None if self.targets is None else self.targets[i]
+
+
+class FolderSource(Source):
+    """Image files whose header could be read.
+
+    Args:
+        files: at least one.
+        shapes: their own, [n].
+        argument: how errors call them.
+        strict: a file that cannot be read is an error; else it is skipped.
+        skipped: why files were skipped so far.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        shapes: Sequence[tuple[int, int, int]],
+        argument: str,
+        *,
+        strict: bool,
+        skipped: list[Exception],
+    ):
+        super().__init__(files, argument)
+        self.strict = strict
+        self.skipped = skipped
+        # All headers are known: an item of every shape stands for all items.
+        first = {shape: i for i, shape in reversed(list(enumerate(shapes)))}
+        self.sample = [
+            Sampled(i, shape, None if files.targets is None else files.targets[i])
+            for shape, i in sorted(first.items(), key=lambda pair: pair[1])
+        ]
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int | None]:
+        with pillow_silenced():
+            return super().__getitem__(i)
+
+    def failure(self, i: int, reason: str) -> Exception:
+        return _unreadable(self.items.paths[i], reason)
+
+    def skip(self, error: Exception) -> None:
+        if self.strict:
+            raise error
+        self.skipped.append(error)
+
+
+def open_folders(folders: Sequence[Path], argument: str, *, strict: bool, workers: int) -> list[FolderSource]:
+    """The images below each folder; their classes are the subfolders by name, if all images lie in subfolders.
+
+    Raises:
+        ArgumentError: there are no images, or none that can be read.
+        FileNotFoundError: there is no such folder.
+        OSError: the header of a file cannot be read, and ``strict``.
+    """
+    folders = [Path(os.path.expanduser(folder)) for folder in folders]
+    files = [_image_files(folder, argument) for folder in folders]
+    names = [[_subfolder(path, folder) for path in paths] for folder, paths in zip(folders, files, strict=True)]
+    numbers = {name: i for i, name in enumerate(sorted({name for of_one in names for name in of_one}))}
+    sources = []
+    for folder, paths, of_one in zip(folders, files, names, strict=True):
+        headers = _headers(paths, workers=workers)
+        errors = [header for header in headers if isinstance(header, Exception)]
+        if errors and strict:
+            raise errors[0]
+        if len(errors) == len(paths):
+            raise ArgumentError(
+                f"{argument}: expected images in {folder.absolute()}, got {len(paths)} files that cannot be read; "
+                f"{errors[0]}"
+            )
+        kept = [i for i, header in enumerate(headers) if not isinstance(header, Exception)]
+        targets = None if "" in numbers else [numbers[of_one[i]] for i in kept]
+        images = Files([paths[i] for i in kept], targets)
+        sources.append(FolderSource(images, [headers[i] for i in kept], argument, strict=strict, skipped=errors))
+    return sources
+
+
+def split_folders(folder: Path) -> list[Path]:
+    """The subfolders ``train`` and ``test``, or ``val``, if both are there; else the folder itself."""
+    train, *tests = (Path(os.path.expanduser(folder), name) for name in ("train", "test", "val"))
+    test = [path for path in tests if path.is_dir()]
+    return [train, test[0]] if train.is_dir() and test else [folder]
+
+
+def report_skipped(*sources: Source) -> None:
+    """One line on stderr, if files were skipped."""
+    errors = [error for source in sources for error in source.skipped]
+    if errors:
+        named = "; ".join(map(str, errors[:N_NAMED])) + ("; ..." if len(errors) > N_NAMED else "")
+        print(f"{sources[0].argument}: skipped {len(errors)} files that cannot be read; {named}", file=sys.stderr)
+
+
+def _image_files(folder: Path, argument: str) -> list[Path]:
+    if not folder.exists():
+        raise FileNotFoundError(f"{argument}: expected a folder of images, got {folder.absolute()}, which is not there")
+    if not folder.is_dir():
+        raise ArgumentError(f"{argument}: expected a folder of images, got a file, {folder.absolute()}")
+    paths = []
+    for parent, subfolders, names in os.walk(folder, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        images = [name for name in names if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")]
+        paths += [Path(parent, name) for name in images]
+    if not paths:
+        raise ArgumentError(
+            f"{argument}: expected images ({', '.join(IMG_EXTENSIONS)}) in {folder.absolute()}, got none"
+        )
+    return sorted(paths)
+
+
+def _subfolder(path: Path, folder: Path) -> str:
+    """The folder's subfolder that the file lies in, at whatever depth; empty: in none."""
+    return next(iter(path.relative_to(folder).parts[:-1]), "")
+
+
+def _headers(paths: Sequence[Path], *, workers: int) -> list[tuple[int, int, int] | Exception]:
+    """The shape of every image, or why its header cannot be read."""
+    headers = []
+    with progress_bar(len(paths), "checking") as bar:
+        for batch in load(_Headers(paths), torch.arange(len(paths)).split(BATCH), list, workers=workers):
+            headers += batch
+            bar.update(len(batch))
+    return headers
+
+
+class _Headers(Dataset):
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = paths
+
+    def __getitem__(self, i: int) -> tuple[int, int, int]:
+        path = self.paths[i]
+        try:
+            with pillow_silenced(), _open(path) as image:
+                shape = native_shape(image)
+                image.verify()
+        except Exception as error:  # Pillow's plugins raise whatever a broken file makes them
+            raise _unreadable(path, reason(error)) from error
+        return shape
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError:  # its message is the path
+        what = "a file of another kind" if path.stat().st_size else "an empty file"
+        raise ValueError(what) from None
+
+
+def _unreadable(path: Path, reason: str) -> OSError:
+    return OSError(f"{path}: expected an image, got {reason}")

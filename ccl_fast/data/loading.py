@@ -1,0 +1,83 @@
+"""Batches of a source's images, read by processes or by this one; what cannot be read comes as a value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ccl_fast.data.pixels import fit
+from ccl_fast.data.source import Source
+from ccl_fast.errors import ArgumentError
+
+
+class Batch(NamedTuple):
+    """What could be read of a batch: its rows and classes, pixels uint8 [b, c, h, w]; and why the others could not."""
+
+    rows: list[int]
+    pixels: Tensor
+    classes: list[int | None]
+    errors: list[Exception]
+
+
+def load_images(
+    source: Source,
+    batches: Sequence[Tensor],
+    shape: tuple[int, int, int],
+    *,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Batches of a source's rows, int64 on the CPU, brought to a shape, by processes that read ahead."""
+    dataset = _Fitted(source, shape)
+    return load(dataset, batches, dataset.collate, workers=workers, pin_memory=pin_memory)
+
+
+def load(
+    dataset: Dataset, batches: Sequence[Tensor], collate: Callable, *, workers: int = 0, pin_memory: bool = False
+) -> Iterator:
+    """``collate`` of each batch's items, in order. An item that raises OSError or ArgumentError is that error."""
+    return iter(
+        DataLoader(
+            _Attempts(dataset),
+            batch_sampler=[rows.tolist() for rows in batches],
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # else a seed is drawn from the global one, which is the caller's
+        )
+    )
+
+
+class _Attempts(Dataset):
+    """Errors as values: to one that is raised in a worker the DataLoader would add a traceback, in its message."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, i: int):
+        try:
+            return self.dataset[i]
+        except (ArgumentError, OSError) as error:
+            return error
+
+
+class _Fitted(Dataset):
+    def __init__(self, source: Source, shape: tuple[int, int, int]):
+        self.source = source
+        self.shape = shape
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor, int | None]:
+        pixels, c = self.source[i]
+        return i, fit(pixels, self.shape), c
+
+    def collate(self, items: list) -> Batch:
+        errors = [item for item in items if isinstance(item, Exception)]
+        read = [item for item in items if not isinstance(item, Exception)]
+        if not read:
+            return Batch([], torch.empty(0, *self.shape, dtype=torch.uint8), [], errors)
+        rows, pixels, classes = zip(*read, strict=True)
+        return Batch(list(rows), torch.stack(pixels), list(classes), errors)

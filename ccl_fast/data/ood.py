@@ -1,0 +1,105 @@
+"""OOD sets: held-out classes, made images, other data sets, folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from ccl_fast.data.checks import check_loading
+from ccl_fast.data.folder import report_skipped
+from ccl_fast.data.images import Images
+from ccl_fast.data.made import made_names, make
+from ccl_fast.data.named import canonical
+from ccl_fast.data.opening import open_test
+from ccl_fast.data.reading import limited, read
+from ccl_fast.data.split import Split
+from ccl_fast.errors import ArgumentError
+
+HELD_OUT = "held-out"
+
+
+def load_ood(
+    sets: Sequence[str | Path] | Mapping[str, str | Path | Dataset],
+    split: Split,
+    *,
+    argument: str = "ood",
+    root: str | Path = "data",
+    limit: int | None = None,
+    seed: int = 0,
+    download: bool = False,
+    strict: bool = False,
+    workers: int = 0,
+    memory: float = 4.0,
+) -> dict[str, Images]:
+    """OOD images for a split, brought to the shape of its images.
+
+    Args:
+        sets: "held-out", the split's held-out classes; names of made sets (``made_names``); names of data sets, whose
+            test part is taken, or all of it if it has none; folders, of which all images are taken. Or any of these,
+            or data sets, by a name of their own.
+        split: what the images are OOD to.
+        argument: how errors call ``sets``.
+        root: the folder that torchvision's data sets are in.
+        limit: at most that many images of each set, drawn at random.
+        seed: of the made sets and of the limit.
+        download: fetch what is missing, if torchvision can.
+        strict: a file of a folder that cannot be read is an error; else it is skipped.
+        workers: processes that read; 0: this one does.
+        memory: GiB that the decoded images of a set may take; if they take more, they are read on demand.
+
+    Returns:
+        The sets, in the order of ``sets``, by their names as they were given. Those kept in memory are on the CPU,
+        but for the held-out classes, which are where the split is.
+
+    Raises:
+        ArgumentError: naming the argument, what was expected and what came.
+        FileNotFoundError: a set is not there.
+        OSError: a file cannot be read, or a download failed.
+    """
+    check_loading(seed=seed, workers=workers, memory=memory, limit=limit)
+    loaded = {}
+    for name, data in _by_name(sets, argument).items():
+        given = canonical(data) if isinstance(data, str) else None
+        if given == canonical(HELD_OUT):
+            images = _held_out(split, argument)
+            rows = torch.arange(len(images))
+            loaded[name] = images if limit is None else images.subset(limited(rows, limit, seed))
+        elif given in made_names:
+            loaded[name] = make(given, split, argument, seed=seed, limit=limit)
+        else:
+            source = open_test(
+                data,
+                argument,
+                root=root,
+                download=download,
+                strict=strict,
+                workers=workers,
+                also=(HELD_OUT, *made_names),
+            )
+            rows = limited(torch.arange(len(source)), limit, seed)
+            loaded[name], _ = read(source, rows, split.train.shape, workers=workers, memory=memory)
+            report_skipped(source)
+            if not len(loaded[name]):
+                raise ArgumentError(f"{argument}: expected images in {name}, got none that can be read")
+    return loaded
+
+
+def _by_name(sets: Sequence[str | Path] | Mapping[str, str | Path | Dataset], argument: str) -> dict:
+    if isinstance(sets, Mapping):
+        return dict(sets)
+    if isinstance(sets, str) or not isinstance(sets, Sequence) or not all(isinstance(s, str | Path) for s in sets):
+        raise ArgumentError(f"{argument}: expected a list of names and folders, or data sets by name, got {sets!r}")
+    names = [str(s) for s in sets]
+    for name in names:
+        if names.count(name) > 1:
+            raise ArgumentError(f"{argument}: expected different sets, got {name!r} twice")
+    return dict(zip(names, sets, strict=True))
+
+
+def _held_out(split: Split, argument: str) -> Images:
+    if split.held_out is None:
+        raise ArgumentError(f"{argument}: expected no {HELD_OUT!r}, for no class of {split.name} is held out")
+    return split.held_out

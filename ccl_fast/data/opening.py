@@ -1,0 +1,97 @@
+"""What an argument for data means: the name of a data set, a folder of images, or a data set itself."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch.utils.data import Dataset
+
+from ccl_fast.data.folder import open_folders, split_folders
+from ccl_fast.data.named import DIGITS, canonical, names, open_named
+from ccl_fast.data.source import Source
+from ccl_fast.errors import ArgumentError
+
+# Of the digits some are held out unless it is said otherwise: without a download there is nothing else so near.
+DIGITS_IN_CLASSES = (0, 1, 2, 3, 4, 5)
+
+
+class Opened(NamedTuple):
+    """Data that can be read.
+
+    Attributes:
+        name: what to call it.
+        train: the part to train on.
+        test: the part to test on; None: it has none, and ``train`` is all of it.
+        in_classes: what is trained on by default; None: all classes.
+    """
+
+    name: str
+    train: Source
+    test: Source | None
+    in_classes: tuple[int, ...] | None = None
+
+
+def open_parts(
+    data: str | Path | Dataset | tuple[Dataset, Dataset],
+    argument: str,
+    *,
+    root: str | Path,
+    download: bool,
+    strict: bool,
+    workers: int,
+) -> Opened:
+    """Data in its parts; as ``load_split`` says."""
+    if isinstance(data, tuple):
+        if len(data) != 2:
+            raise ArgumentError(f"{argument}: expected a pair (to train on, to test on), got {len(data)} data sets")
+        train, test = (Source(part, argument) for part in data)
+        return Opened(type(data[0]).__name__, train, test)
+    place = _place(data, argument)
+    if isinstance(place, str):
+        train, test = (open_named(place, p, argument, root=root, download=download) for p in ("train", "test"))
+        return Opened(place, train, test, DIGITS_IN_CLASSES if place == DIGITS else None)
+    if isinstance(place, Path):
+        train, *test = open_folders(split_folders(place), argument, strict=strict, workers=workers)
+        return Opened(place.absolute().name, train, test[0] if test else None)
+    return Opened(type(place).__name__, Source(place, argument), None)
+
+
+def open_test(
+    data: str | Path | Dataset,
+    argument: str,
+    *,
+    root: str | Path,
+    download: bool,
+    strict: bool,
+    workers: int,
+    also: Sequence[str] = (),
+) -> Source:
+    """The part to test on of a named data set that has one; else all of the data. ``also``: names to suggest."""
+    place = _place(data, argument, also)
+    if isinstance(place, str):
+        parts = (open_named(place, part, argument, root=root, download=download) for part in ("test", "train"))
+        return next(part for part in parts if part is not None)
+    if isinstance(place, Path):
+        return open_folders([place], argument, strict=strict, workers=workers)[0]
+    return Source(place, argument)
+
+
+def _place(data: str | Path | Dataset, argument: str, also: Sequence[str] = ()) -> str | Path | Dataset:
+    """The canonical name of a data set, the path of a folder, or the data set that it is."""
+    if not isinstance(data, str):
+        return data
+    if canonical(data) in names():
+        return canonical(data)
+    if {os.sep, os.altsep} & set(data) or os.path.isdir(os.path.expanduser(data)):
+        return Path(data)
+    known = [*also, *names()]
+    close = difflib.get_close_matches(data.lower(), known)
+    raise ArgumentError(
+        f"{argument}: expected the name of a data set ("
+        + (f"did you mean {' or '.join(close)}?" if close else ", ".join(known))
+        + f") or a folder that is there, got {data!r}"
+    )

@@ -1,0 +1,90 @@
+"""A source's images: decoded once and kept where they fit into memory, else read on demand."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ccl_fast.data.images import Images, InMemory, OnDemand
+from ccl_fast.data.loading import load, load_images
+from ccl_fast.data.source import Source
+
+BATCH = 64
+SLOW = 10_000  # images; from here on a terminal shows the progress
+
+
+def read(
+    source: Source, rows: Tensor, shape: tuple[int, int, int], *, workers: int, memory: float
+) -> tuple[Images, Tensor]:
+    """Some images of a source.
+
+    Args:
+        source: one that is not strict notes in ``skipped`` what cannot be read.
+        rows: int64 [n] on the CPU.
+        shape: what the images are brought to.
+        workers: processes that read; 0: this one does.
+        memory: GiB that the decoded images may take; if they take more, they are read on demand.
+
+    Returns:
+        The images, and which of the rows they are.
+
+    Raises:
+        ArgumentError: an item is no image.
+        OSError: a file cannot be read, and the source is strict.
+    """
+    known = source.classes
+    if len(rows) * math.prod(shape) > memory * 2**30:
+        return OnDemand(source, rows, shape, None if known is None else known[rows], workers=workers), rows
+    pixels = torch.empty(len(rows), *shape, dtype=torch.uint8)
+    done, classes = [], []
+    with progress_bar(len(rows)) as bar:
+        for batch in load_images(source, rows.split(BATCH), shape, workers=workers):
+            for error in batch.errors:
+                source.skip(error)
+            pixels[len(done) : len(done) + len(batch.rows)] = batch.pixels
+            done += batch.rows
+            classes += batch.classes
+            bar.update(len(batch.rows) + len(batch.errors))
+    kept = torch.tensor(done, dtype=torch.int64)
+    of_kept = None if None in classes else torch.tensor(classes, dtype=torch.int64)
+    # A copy where images are missing: the memory of the rest is given back.
+    return InMemory(pixels if len(kept) == len(pixels) else pixels[: len(kept)].clone(), of_kept), kept
+
+
+def read_classes(source: Source, *, workers: int) -> Tensor | None:
+    """Classes of all items, int64 [n] on the CPU, if need be by reading every one of them; None: there are none."""
+    if source.classes is not None or not source.labelled:
+        return source.classes
+    classes = []
+    with progress_bar(len(source)) as bar:
+        for batch in load(_Classes(source), torch.arange(len(source)).split(BATCH), list, workers=workers):
+            for item in batch:
+                if isinstance(item, Exception):
+                    raise item
+                classes.append(item)
+            bar.update(len(batch))
+    return None if None in classes else torch.tensor(classes, dtype=torch.int64)
+
+
+def limited(rows: Tensor, limit: int | None, seed: int) -> Tensor:
+    """At most ``limit`` of the rows, drawn at random, in their order."""
+    if limit is None or len(rows) <= limit:
+        return rows
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:limit].sort().values]
+
+
+def progress_bar(n: int, what: str = "reading") -> tqdm:
+    """A bar, where there is a terminal and so many images that it takes long."""
+    return tqdm(total=n, desc=what, unit=" images", leave=False, disable=n <= SLOW or None)
+
+
+class _Classes(Dataset):
+    def __init__(self, source: Source):
+        self.source = source
+
+    def __getitem__(self, i: int) -> int | None:
+        return self.source[i][1]

