@@ -1,50 +1,69 @@
-"""The network: a small convolutional encoder and a projection head."""
+"""The network that is trained: an encoder and a projection head."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ccl_fast.models.backbones import build_backbone
+
+if TYPE_CHECKING:
+    from ccl_fast.data import Images
+
+# Images that are embedded at a time.
+BLOCK = 1024
+
 
 class Model(nn.Module):
-    """``head(encoder(image))``: grey images [n, 1, 28, 28] -> features [n, width] -> embeddings [n, dim].
+    """``head(encoder(images))``: images [n, c, h, w] -> features [n, width] -> embeddings [n, dim].
 
     The embeddings are not of unit length yet: loss and detectors normalise them.
 
     Args:
-        width: number of the encoder's output features.
+        backbone: the encoder: a name or a module, see :func:`build_backbone`.
+        shape: (c, h, w) of the images.
         dim: number of the head's output features.
-        seed: seed of the initial weights (torch's global generator is left as it was).
+        stem: see :func:`build_backbone`.
+        seed: of the initial weights (torch's global generator is left as it was).
+
+    Raises:
+        ArgumentError: there is no such backbone, or it is not for such images.
 
     Paper: Chen, Kornblith, Norouzi, Hinton, "A simple framework for contrastive learning of visual
     representations", 2020 (encoder and two-layer head).
     """
 
-    def __init__(self, width: int = 128, dim: int = 64, *, seed: int = 0):
+    def __init__(
+        self,
+        backbone: str | nn.Module = "small",
+        shape: tuple[int, int, int] = (1, 28, 28),
+        dim: int = 64,
+        *,
+        stem: str = "auto",
+        seed: int = 0,
+    ):
         super().__init__()
+        self.encoder, width = build_backbone(backbone, shape, stem=stem, seed=seed)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.encoder = nn.Sequential(
-                *_block(1, 32), *_block(32, 64), *_block(64, width), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-            )
+            torch.manual_seed(seed + 1)
             self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.encoder(images))
 
 
-def _block(channels: int, out: int) -> tuple[nn.Module, ...]:
-    """Half the resolution."""
-    convolution = nn.Conv2d(channels, out, kernel_size=3, stride=2, padding=1, bias=False)
-    return convolution, nn.BatchNorm2d(out), nn.ReLU()
-
-
 @torch.no_grad()
-def embed(model: Model, images: Tensor) -> dict[str, Tensor]:
-    """Features of images as they are, in evaluation mode: "encoder" [n, width] and "head" [n, dim]."""
-    training = model.training
+def embed(model: Model, images: Images) -> dict[str, Tensor]:
+    """Features of images as they are, in evaluation mode: "encoder" [n, width] and "head" [n, dim], float32."""
+    training = [module for module in model.modules() if module.training]
+    device = next(model.parameters()).device
     model.eval()
-    encoded = torch.cat([model.encoder(block) for block in images.split(1024)])
-    projected = model.head(encoded)
-    model.train(training)
+    try:
+        encoded = torch.cat([model.encoder(batch.to(device)).float() for batch in images.batches(BLOCK)])
+        projected = model.head(encoded)
+    finally:
+        for module in training:
+            module.training = True
     return {"encoder": encoded, "head": projected}

@@ -1,0 +1,88 @@
+"""Encoders by name, and what is said where one cannot be built."""
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("torchvision")
+
+from ccl_fast.errors import ArgumentError
+from ccl_fast.models import Model, build_backbone
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "width"),
+    [
+        ("small", (1, 28, 28), 128),
+        ("small", (3, 50, 40), 128),
+        ("resnet18", (3, 32, 32), 512),
+        ("resnet18", (1, 28, 28), 512),
+        ("resnet50", (3, 96, 96), 2048),
+        ("mobilenet_v3_small", (3, 64, 64), 1024),
+        ("convnext_tiny", (3, 64, 64), 768),
+        ("vit_b_32", (3, 64, 64), 768),
+        ("swin_t", (1, 64, 64), 768),
+        ("densenet121", (3, 64, 64), 1024),
+        ("googlenet", (3, 64, 64), 1024),
+        ("vgg11_bn", (3, 64, 64), 4096),
+        ("efficientnet_b0", (3, 64, 64), 1280),
+        ("shufflenet_v2_x0_5", (3, 64, 64), 1024),
+    ],
+)
+def test_named_backbones_give_features(name, shape, width):
+    backbone, found = build_backbone(name, shape)
+    assert found == width
+    assert backbone.training and all(module.training for module in backbone.modules())
+    features = backbone.eval()(torch.rand(3, *shape))
+    assert features.shape == (3, width)
+    assert features.std(dim=0).max() > 0  # of different images, different ones
+
+
+def test_the_small_stem_keeps_the_resolution_and_can_be_chosen():
+    def first(backbone):
+        return next(m for m in backbone.modules() if isinstance(m, nn.Conv2d))
+
+    for size, stem, kernel in [(32, "auto", 3), (64, "auto", 3), (65, "auto", 7), (32, "7x7", 7), (96, "3x3", 3)]:
+        backbone, _ = build_backbone("resnet18", (3, size, size), stem=stem)
+        convolution = first(backbone)
+        assert convolution.kernel_size == (kernel, kernel)
+        assert convolution.stride == ((1, 1) if kernel == 3 else (2, 2))
+        assert isinstance(backbone.maxpool, nn.Identity) == (kernel == 3)
+
+
+def test_the_seed_fixes_the_weights_and_leaves_the_generator_alone():
+    before = torch.get_rng_state()
+    first, again, other = (Model("resnet18", (3, 32, 32), seed=seed).state_dict() for seed in (0, 0, 1))
+    assert torch.get_rng_state().equal(before)
+    assert all(first[name].equal(again[name]) for name in first)
+    assert not first["encoder.conv1.weight"].equal(other["encoder.conv1.weight"])
+    assert not first["head.0.weight"].equal(other["head.0.weight"])
+
+
+def test_a_module_is_copied_with_its_weights():
+    given = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(12, 5)).train()
+    built, width = build_backbone(given, (3, 2, 2))
+    assert width == 5
+    assert built is not given and built[2].weight.equal(given[2].weight)
+    assert built[1].training
+    with torch.no_grad():
+        built[2].weight.zero_()
+    assert given[2].weight.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options", "said"),
+    [
+        ("resnet19", {}, "did you mean resnet1"),
+        ("squeezenet1_0", {}, "ends in a linear layer"),
+        ("vit_b_16", {"shape": (3, 30, 30)}, "vit_b_16"),
+        ("densenet121", {"shape": (3, 8, 8)}, "densenet121"),
+        ("convnext_tiny", {"stem": "3x3"}, "^stem: expected"),
+        (nn.Conv2d(3, 4, 3), {}, r"got \[2, 4, 30, 30\] of Conv2d"),
+        (nn.Linear(7, 4), {}, "got Linear"),
+        (nn.Sequential(nn.Flatten(0)), {}, r"returns features \[n, width\]"),
+    ],
+)
+def test_what_is_no_backbone_is_named(backbone, options, said):
+    with pytest.raises(ArgumentError, match=said):
+        build_backbone(backbone, options.pop("shape", (3, 32, 32)), **options)
