@@ -21,6 +21,7 @@ from kmeans_cases import (
 )
 
 from ccl_fast.kernels import extension
+from ccl_fast.ops import cpu_product
 from ccl_fast.ops import kmeans_assign_blocked as blocked
 from ccl_fast.ops.kmeans_assign import METRICS, kmeans_assign
 
@@ -275,17 +276,16 @@ def test_blocked_is_exact_whatever_the_precision_of_products(make, truncated, pr
     """As this device multiplies, and as the worst that the setting allows would."""
     setting = torch.backends.mkldnn if kmeans_device.type == "cpu" else torch.backends.cuda
     bits = {"tf32": 13, "bf16": 16}[setting.matmul.fp32_precision]
-    product = blocked._product
+    product = blocked.times_transposed
 
     def truncate(x):
         return (x.view(torch.int32) >> bits << bits).view(torch.float32)
 
-    def truncating_product(weight, bias):
-        multiply = product(truncate(weight), bias)
-        return lambda x: multiply(truncate(x))
+    def truncating_product(x, weight, bias):
+        return product(truncate(x), truncate(weight), bias)
 
     if truncated:
-        monkeypatch.setattr(blocked, "_product", truncating_product)
+        monkeypatch.setattr(blocked, "times_transposed", truncating_product)
     x, centers = (rows.to(kmeans_device, torch.float32) for rows in make(300, 130, 20))
     assert_exact(x, centers, only=["blocked"])
     assert_exact(10 + x, 10 + centers, only=["blocked"])
@@ -294,7 +294,7 @@ def test_blocked_is_exact_whatever_the_precision_of_products(make, truncated, pr
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_blocked_is_exact_without_onednn(autocast, dtype, kmeans_device, monkeypatch):
-    monkeypatch.setattr(blocked, "_onednn_linear", lambda: None)
+    monkeypatch.setattr(cpu_product, "_onednn_linear", lambda: None)
     x, centers = (rows.to(kmeans_device, dtype) for rows in crowded(130, 70, 33))
     with torch.autocast(kmeans_device.type, torch.bfloat16, enabled=autocast):
         assert_exact(x, centers, only=["blocked"])

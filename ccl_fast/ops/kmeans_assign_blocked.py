@@ -7,12 +7,11 @@ certain if the second best score is higher than the best by twice that. The othe
 that come into question, in float64.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
 from ccl_fast.ops.blocks import for_each_block
+from ccl_fast.ops.cpu_product import times_transposed
 from ccl_fast.ops.kmeans_assign_reference import exact_scores
 from ccl_fast.ops.unit import unit
 
@@ -71,7 +70,10 @@ class Rows:
             moved = (centers - self.origin[problem]) * self.scale[problem]
             # Rounded once, for gamma is spent on the product.
             half_square = (moved.double().square().sum(1) / 2).to(self.dtype)
-        scores_of = _product(-moved, half_square)
+        towards = -moved
+
+        def scores_of(rows: Tensor) -> Tensor:
+            return times_transposed(rows, towards, half_square)
 
         labels = torch.empty(len(x), dtype=torch.int64, device=x.device)
         best, second = torch.empty_like(norm), torch.empty_like(norm)
@@ -102,26 +104,6 @@ def _block_rows(clusters: int, device: torch.device) -> int:
     if device.type == "cpu":
         return max(16, min(CPU_ROWS, CPU_ENTRIES // clusters))
     return max(256, DEVICE_ENTRIES // clusters)
-
-
-def _product(weight: Tensor, bias: Tensor):
-    """A function of x [rows, d]: ``x @ weight.T + bias``."""
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and _onednn_linear():
-        return lambda x: _onednn_linear()(x, weight, bias, "none", [], "")
-    transposed = weight.T.contiguous()
-    return lambda x: torch.addmm(bias, x, transposed)
-
-
-@functools.cache
-def _onednn_linear():
-    """oneDNN's linear layer, as torch.compile uses it: on AMD's CPUs twice as fast as MKL's product. Or None."""
-    try:
-        linear = torch.ops.mkldnn._linear_pointwise.default
-        x = torch.arange(6.0).view(2, 3)
-        result = linear(x, x[:1], torch.ones(1), "none", [], "")
-        return linear if torch.equal(result, torch.tensor([[6.0], [15.0]])) else None
-    except (AttributeError, RuntimeError):
-        return None
 
 
 def _two_lowest(scores: Tensor, label: Tensor, best: Tensor, second: Tensor) -> None:

@@ -7,6 +7,10 @@ log-sum-exp and incoming gradient, of the kind that the pair belongs to.
 Self-contrast walks the upper triangle only, in both directions: x_ij = x_ji, so a tile serves its rows and its
 columns (one half and three halves of a matrix product instead of one and two). Where all logits are bounded
 (`logit_bound`), exponentials need no shift and are themselves symmetric.
+
+Tiles come in rounds, and no two tiles of a round share rows or columns. So the tiles of a round are the work of
+different threads, each from beginning to end, nothing needs a lock, and as every row meets its columns in the same
+order whatever the number of threads, the result is the same.
 """
 
 from collections.abc import Iterator
@@ -15,12 +19,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ccl_fast.ops.blocks import for_each
+from ccl_fast.ops.cpu_product import times_transposed
 from ccl_fast.ops.logit_bound import logits_are_bounded
 from ccl_fast.ops.row_dot import row_dot
 
 # Rows and columns of a tile. On a CPU 512 is within 7 % of the best from N = 512 to 16,384: larger tiles waste half of
 # those on the diagonal, smaller ones their calls (benchmarks/LOG.md).
 BLOCK = 512
+LOG2E = 1.4426950408889634
 
 
 @dataclass
@@ -40,8 +47,7 @@ class _Problem:
         # On a CPU a branch on a value is free. On a GPU it would stall the queue: take the general path.
         on_cpu = q.device.type == "cpu"
         self.bounded = on_cpu and bool(logits_are_bounded(q, k, scale, key_bias))
-        self.scale = float(scale) if on_cpu else None
-        self.scale_tensor = scale
+        self.scale = scale
         self.order_q = self.order_k = None
         self.q, self.q_ids = q.to(dtype), q_ids
         self.k, self.k_ids, self.bias = (self.q, q_ids, key_bias) if k is None else (k.to(dtype), k_ids, key_bias)
@@ -55,7 +61,6 @@ class _Problem:
             if key_bias is not None:
                 self.bias = key_bias[self.order_k]
         self.q_range, self.k_range = self._id_ranges(self.q_ids), self._id_ranges(self.k_ids)
-        self._buffers = torch.empty(2, BLOCK * BLOCK, dtype=dtype, device=q.device)
 
     def _id_ranges(self, ids):
         if ids is None or self.order_q is None:
@@ -63,15 +68,19 @@ class _Problem:
         first, last = ids[::BLOCK].tolist(), ids[BLOCK - 1 :: BLOCK].tolist() + ids[-1:].tolist()
         return list(zip(first, last, strict=False))
 
-    def tiles(self, want_same: bool, want_other: bool) -> Iterator[_Tile]:
+    def rounds(self, want_same: bool, want_other: bool) -> Iterator[list[_Tile]]:
+        """Every tile that is wanted, once; within a round no two tiles share rows or columns."""
         n, m = self.q.shape[0], self.k.shape[0]
-        for i in range(0, n, BLOCK):
-            for j in range(i if self.is_self else 0, m, BLOCK):
-                relation = self._relation(i // BLOCK, j // BLOCK)
+        blocks = -(-n // BLOCK), -(-m // BLOCK)
+        for pairs in _triangle(blocks[0]) if self.is_self else _rectangle(*blocks):
+            tiles = []
+            for i, j in pairs:
+                relation = self._relation(i, j)
                 if (relation == "same" and not want_same) or (relation == "other" and not want_other):
                     continue
-                rows, cols = slice(i, min(i + BLOCK, n)), slice(j, min(j + BLOCK, m))
-                yield _Tile(rows, cols, self.is_self and i != j, relation)
+                rows, cols = (slice(b * BLOCK, min(b * BLOCK + BLOCK, size)) for b, size in ((i, n), (j, m)))
+                tiles.append(_Tile(rows, cols, self.is_self and i != j, relation))
+            yield tiles
 
     def _relation(self, i: int, j: int) -> str:
         if self.q_ids is None:
@@ -83,20 +92,17 @@ class _Problem:
             return "other"
         return "same" if a == b == c == d else "mixed"
 
-    def products(self, tile: _Tile) -> Tensor:
-        """x over the tile, -inf on the diagonal of self-contrast; in a buffer that the next tile reuses."""
-        q, k = self.q[tile.rows], self.k[tile.cols]
-        x = self._buffers[0, : q.shape[0] * k.shape[0]].view(q.shape[0], k.shape[0])
-        if self.scale is None:
-            torch.mm(q, k.T, out=x).mul_(self.scale_tensor)
-        else:
-            torch.addmm(x, q, k.T, beta=0, alpha=self.scale, out=x)
-        if self.is_self and not tile.mirrored:
-            x.fill_diagonal_(-torch.inf)
-        return x
+    def logits(self, tile: _Tile) -> Tensor:
+        """x over the tile, -inf on the diagonal of self-contrast."""
+        return self._without_diagonal(times_transposed(self.q[tile.rows], self.k[tile.cols]).mul_(self.scale), tile)
 
-    def scratch(self, like: Tensor) -> Tensor:
-        return self._buffers[1, : like.numel()].view(like.shape)
+    def exponentials(self, tile: _Tile) -> Tensor:
+        """exp(x) over the tile, of bounded logits; 0 on the diagonal of self-contrast."""
+        scaled = self.q[tile.rows] * (self.scale * LOG2E)  # powers of two are faster
+        return self._without_diagonal(times_transposed(scaled, self.k[tile.cols]), tile).exp2_()
+
+    def _without_diagonal(self, x: Tensor, tile: _Tile) -> Tensor:
+        return x.fill_diagonal_(-torch.inf) if self.is_self and not tile.mirrored else x
 
     def same_mask(self, tile: _Tile) -> Tensor:
         return self.q_ids[tile.rows, None] == self.k_ids[None, tile.cols]
@@ -111,20 +117,39 @@ class _Problem:
         return x if self.order_k is None else torch.empty_like(x).index_copy_(0, self.order_k, x)
 
 
+def _triangle(n: int) -> Iterator[list[tuple[int, int]]]:
+    """All pairs i <= j < n in rounds of disjoint ones: the diagonal, then a round-robin tournament (circle method)."""
+    yield [(i, i) for i in range(n)]
+    seats = n + n % 2  # an odd player out meets nobody
+    for turn in range(seats - 1):
+        circle = [(turn + i) % (seats - 1) for i in range(seats - 1)]
+        pairs = [(circle[0], seats - 1)] + [(circle[i], circle[-i]) for i in range(1, seats // 2)]
+        yield [(min(pair), max(pair)) for pair in pairs if max(pair) < n]
+
+
+def _rectangle(n: int, m: int) -> Iterator[list[tuple[int, int]]]:
+    """All pairs i < n, j < m in rounds of disjoint ones."""
+    turns = max(n, m)
+    for turn in range(turns):
+        yield [(i, (i + turn) % turns) for i in range(n) if (i + turn) % turns < m]
+
+
 def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple[Tensor, Tensor]:
     problem = _Problem(q, k, scale, key_bias, q_ids, k_ids)
     sums = _UnshiftedSums if problem.bounded else _ShiftedSums
     totals = {name: sums(problem) for name, want in (("same", want_same), ("other", want_other)) if want}
-    for tile in problem.tiles(want_same, want_other):
-        x = problem.products(tile)
-        if problem.bounded:
-            x.exp_()
+
+    def work(tile: _Tile) -> None:
+        x = problem.exponentials(tile) if problem.bounded else problem.logits(tile)
         mask = problem.same_mask(tile) if tile.relation == "mixed" else None
         for name, total in totals.items():
             if mask is not None:
                 total.add(tile, x.masked_fill(~mask if name == "same" else mask, total.nothing))
             elif tile.relation == name:
                 total.add(tile, x)
+
+    for tiles in problem.rounds(want_same, want_other):
+        for_each(tiles, work, q.device)
     empty = problem.q.new_empty(0)
     lse = {name: problem.rows_from_sorted(total.log()) for name, total in totals.items()}
     return lse.get("same", empty), lse.get("other", empty)
@@ -182,23 +207,30 @@ def backward(
     need_q, need_k, need_scale, need_bias = needs
     need_q = need_q or need_scale
     need_k = need_k and not problem.is_self
-    # Gradients before the factor `scale`: sum_j W_ij k_j for the rows and sum_i W_ij q_i for the keys.
-    to_q = torch.zeros_like(problem.q) if need_q else None
-    to_k = to_q if problem.is_self else torch.zeros_like(problem.k) if need_k else None
+    # Gradients before the factor `scale`: sum_j W_ij k_j for the rows and sum_i W_ij q_i for the keys. They are [d, n],
+    # transposed, as both products with W are fast that way.
+    q_columns = problem.q.T.contiguous()
+    k_columns = q_columns if problem.is_self else problem.k.T.contiguous()
+    to_q = torch.zeros_like(q_columns) if need_q else None
+    to_k = to_q if problem.is_self else torch.zeros_like(k_columns) if need_k else None
     to_bias = torch.zeros_like(problem.bias) if need_bias else None
-    for tile in problem.tiles(same.numel() > 0, other.numel() > 0):
+
+    def work(tile: _Tile) -> None:
         w = _weights(problem, tile, rows, to_bias)
         if need_q:
-            to_q[tile.rows].addmm_(w, problem.k[tile.cols])
+            to_q[:, tile.rows] += times_transposed(k_columns[:, tile.cols], w)
         if (need_q and tile.mirrored) or need_k:
-            to_k[tile.cols].addmm_(w.T, problem.q[tile.rows])
+            to_k[:, tile.cols] += times_transposed(q_columns[:, tile.rows], w.T)
 
+    for tiles in problem.rounds(same.numel() > 0, other.numel() > 0):
+        for_each(tiles, work, q.device)
+    to_q = None if to_q is None else to_q.T.contiguous()
     grad_scale = None
     if need_scale:
         # In self-contrast every product <z_i, z_j> is met from both its ends.
         grad_scale = row_dot(to_q, problem.q).sum() * (0.5 if problem.is_self else 1.0)
     grad_q = problem.rows_from_sorted(to_q.mul_(scale)).to(q.dtype) if needs[0] else None
-    grad_k = problem.keys_from_sorted(to_k.mul_(scale)).to(k.dtype) if need_k else None
+    grad_k = problem.keys_from_sorted(to_k.T.contiguous().mul_(scale)).to(k.dtype) if need_k else None
     grad_bias = problem.keys_from_sorted(to_bias) if need_bias else None
     return grad_q, grad_k, grad_scale, grad_bias
 
@@ -216,7 +248,6 @@ def _row_weights(problem: _Problem, lse: Tensor, grad: Tensor) -> tuple[Tensor, 
 
 def _weights(problem: _Problem, tile: _Tile, rows: dict, to_bias: Tensor | None) -> Tensor:
     """W over the tile: the rows' weights on the keys and, in self-contrast, the keys' weights on the rows."""
-    x = problem.products(tile)
     mask = problem.same_mask(tile) if tile.relation == "mixed" else None
 
     def spread(part: int, index: slice, dim: int) -> Tensor:
@@ -228,16 +259,17 @@ def _weights(problem: _Problem, tile: _Tile, rows: dict, to_bias: Tensor | None)
 
     mirror = None
     if problem.bounded:
-        e = x.exp_()
+        e = problem.exponentials(tile)
         own = spread(1, tile.rows, 1)
         if problem.is_self:
             mirror = spread(1, tile.cols, 0)
         if problem.bias is None:
-            return e.mul_(own if mirror is None else torch.add(own, mirror, out=problem.scratch(e)))
+            return e.mul_(own if mirror is None else own + mirror)
         own = e * own * problem.bias[tile.cols].exp()
         if problem.is_self:
             mirror = e * mirror * problem.bias[tile.rows, None].exp()
     else:
+        x = problem.logits(tile)
         bias = x.new_zeros(problem.k.shape[0]) if problem.bias is None else problem.bias
         # A weight is at most 1: where rounding of huge logits says otherwise it would explode.
         own = (x + bias[tile.cols]).sub_(spread(0, tile.rows, 1)).clamp_(max=0).exp_().mul_(spread(1, tile.rows, 1))
