@@ -14,7 +14,7 @@ train: $(INSTALLED)
 
 # Two processes of one thread each: most tests are small.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -28,7 +28,7 @@ bench: $(INSTALLED)
 gpu-check:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'gpu-check needs a CUDA device'"
 	CCL_FAST_CUDA=on $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
-	PYTHONPATH=. OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 4 tests
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 4 --dist loadgroup tests
 	PYTHONPATH=. $(PYTHON) -m benchmarks gpu
 
 # Registers, spills, shared memory and tensor-core instructions of every shipped launch configuration.

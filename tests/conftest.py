@@ -36,3 +36,11 @@ def kmeans_device():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def no_page():
+    """Runs leave out report.html, whose pictures take seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ccl_fast.training.report.write_page", lambda *_: None)
+        yield

@@ -2,27 +2,38 @@
 """The training command end to end on a tiny run, and the parts whose errors it would not show."""
 
 import copy
+import inspect
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional as F
+import yaml
 
-for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "matplotlib", "lightning"):
+for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "lightning", "kornia", "tensorboard"):
     pytest.importorskip(extra)  # the extra "train"
 
 from lightning.fabric import Fabric
 
+import ccl_fast
+from ccl_fast.data import load_split
+from ccl_fast.models import Model, embed
 from ccl_fast.ood import NearestNeighbor, auroc
 from ccl_fast.training import train
 from ccl_fast.training.command import main
-from ccl_fast.training.data import augment, load_digits
-from ccl_fast.training.loop import Plan, Run
-from ccl_fast.training.model import Model, embed
+from ccl_fast.training.loop import Run
 
-# Two of ten classes: 800 images, a few seconds.
-TINY = {"epochs": 2, "warmup_epochs": 1, "clusters": 4, "in_classes": [0, 7], "batch_size": 200}
+pytestmark = pytest.mark.xdist_group("test_training")  # one process has the runs that all tests share
+
+# 400 images of two classes, a few seconds.
+TINY = {"epochs": 2, "warmup_epochs": 1, "clusters": 4, "in_classes": [0, 7], "batch_size": 100, "limit": 400}
 OPTIONS = [f"--{name}={value}" for name, value in TINY.items()]
+
+
+@pytest.fixture(autouse=True)
+def no_page(tiny, monkeypatch):
+    """Only the run of the fixture ``tiny`` draws pictures, which take seconds."""
+    monkeypatch.setattr("ccl_fast.training.report.write_page", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +47,24 @@ def tiny(tmp_path_factory):
 
 
 def test_writes_report_picture_and_weights(tiny):
-    files = ["ccl.pt", "checkpoints", "metrics.jsonl", "report.json", "scores.png", "simclr.pt"]
+    files = ["ccl.pt", "checkpoints", "config.yaml", "metrics.jsonl"]
+    files += ["report.html", "report.json", "simclr.pt", "tensorboard"]
     assert sorted(path.name for path in tiny.iterdir()) == files
-    assert (tiny / "scores.png").read_bytes().startswith(b"\x89PNG")
+    assert (tiny / "report.html").read_text().lower().startswith("<!doctype html>")
     report = json.loads((tiny / "report.json").read_text())
     assert TINY.items() <= report["arguments"].items()
-    assert report["images"] == {"train": 800, "test": 200, "ood": 4000}
+    made = {"letters": 200, "textures": 200, "blobs": 200, "noise": 200}
+    assert report["images"] == {"train": 400, "test": 200, "ood": {"held-out": 400} | made}
+    assert report["near"] == ["held-out"]
+    assert set(report["far"]) == made.keys()
     assert report["results"].keys() == report["losses"].keys() == {"simclr", "ccl"}
     for method in report["results"].values():
-        assert len(method) == 6
-        assert all(0 <= value <= 1 for metrics in method.values() for value in metrics.values())
+        assert len(method) == 10
+        for by_set in method.values():
+            assert by_set.keys() == {"near", "far", "held-out"} | made.keys()
+            assert by_set["near"] == by_set["held-out"]
+            assert by_set["far"]["auroc"] == pytest.approx(sum(by_set[name]["auroc"] for name in made) / len(made))
+            assert all(0 <= value <= 1 for metrics in by_set.values() for value in metrics.values())
     simclr, ccl = report["losses"]["simclr"], report["losses"]["ccl"]
     assert simclr[0] == ccl[0]  # the warm-up
     assert simclr[1] != ccl[1]
@@ -55,14 +74,42 @@ def test_the_weights_give_the_reported_numbers(tiny):
     report = json.loads((tiny / "report.json").read_text())
     features, detector = report["default"].split("/")
     assert detector == "nearest_neighbor"
-    digits = load_digits(TINY["in_classes"], seed=0)
+    digits = load_split("digits", in_classes=TINY["in_classes"], seed=0, limit=400)
     for method, results in report["results"].items():
         model = Model(seed=1)
         model.load_state_dict(torch.load(tiny / f"{method}.pt", weights_only=True))
-        train_features, test, ood = (embed(model, images)[features] for images in digits)
+        parts = (digits.train, digits.test, digits.held_out)
+        train_features, test, ood = (embed(model, images)[features] for images in parts)
         scores = NearestNeighbor().fit_features(train_features).predict_features(torch.cat([test, ood]))
         is_ood = torch.arange(len(scores)) >= len(test)
-        assert auroc(scores, is_ood) == pytest.approx(results[report["default"]]["auroc"], abs=1e-4)
+        assert auroc(scores, is_ood) == pytest.approx(results[report["default"]]["held-out"]["auroc"], abs=1e-4)
+
+
+def test_the_log_has_a_line_and_tensorboard_an_event_for_every_epoch(tiny):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    lines = [json.loads(line) for line in (tiny / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["epoch"], line["step"]) for line in lines] == [
+        ("warm-up", 1, 4),
+        ("simclr", 2, 8),
+        ("ccl", 2, 8),
+    ]
+    clustering = {"smallest_cluster", "largest_cluster", "nmi", "accuracy"}
+    assert clustering <= lines[2].keys()
+    assert not clustering & lines[1].keys()
+    for line in lines:
+        events = EventAccumulator(str(tiny / "tensorboard" / line["stage"])).Reload()
+        (event,) = events.Scalars("loss")
+        assert (event.step, event.value) == (line["epoch"], pytest.approx(line["loss"]))
+    report = json.loads((tiny / "report.json").read_text())
+    assert report["log"] == {"simclr": lines[:2], "ccl": [lines[0], lines[2]]}
+
+
+def test_the_configuration_that_is_written_repeats_the_run(tiny, tmp_path):
+    again = tmp_path / "again"
+    assert main(["train", f"--config={tiny / 'config.yaml'}", "--output", str(again), "--method=simclr"]) == 0
+    ours, theirs = (json.loads((folder / "report.json").read_text()) for folder in (again, tiny))
+    assert ours["results"]["simclr"] == theirs["results"]["simclr"]
 
 
 def test_same_seed_same_numbers_and_each_method_alone_equals_its_half(tiny, tmp_path, capsys):
@@ -71,7 +118,7 @@ def test_same_seed_same_numbers_and_each_method_alone_equals_its_half(tiny, tmp_
         report = train(str(tmp_path / method), method, **TINY)
         assert report["results"] == {method: both["results"][method]}
         assert report["losses"] == {method: both["losses"][method]}
-        assert f"{both['results'][method][both['default']]['auroc']:.3f}" in capsys.readouterr().out
+        assert f"{both['results'][method][both['default']]['near']['auroc']:.3f}" in capsys.readouterr().out
 
 
 def test_another_seed_other_numbers(tmp_path):
@@ -82,7 +129,7 @@ def test_another_seed_other_numbers(tmp_path):
 def test_an_existing_folder_is_refused_and_overwritten_on_demand(tiny, tmp_path, capsys):
     folder = tmp_path / "copy"
     folder.mkdir()
-    for name in ("ccl.pt", "simclr.pt", "report.json", "scores.png"):
+    for name in ("ccl.pt", "simclr.pt", "report.json", "report.html"):
         (folder / name).write_bytes((tiny / name).read_bytes())
     command = ["train", f"--output={folder}", "--method=simclr", *OPTIONS, "--epochs=1", "--warmup_epochs=1"]
     assert main(command) == 2
@@ -111,10 +158,22 @@ def test_an_existing_folder_is_refused_and_overwritten_on_demand(tiny, tmp_path,
         "in_classes=[]",
         "in_classes=[3,3]",
         "in_classes=[3,10]",
-        "in_classes=[0,1,2,3,4,5,6,7,8,9]",
         "seed=-1",
         "device=abacus",
         "micro_batch=0",
+        "clusters=[]",
+        "clusters=[4,4]",
+        "recluster_every=0",
+        "center_ramp_epochs=-1",
+        "ema=1",
+        "embedding_dim=0",
+        "limit=0",
+        "image_size=0",
+        "weight_decay=-1",
+        "backbone=resnet19",
+        "data=digitz",
+        "near_ood=[held-in]",
+        "far_ood=[held-out]",
     ],
 )
 def test_wrong_arguments_are_named_without_a_traceback(option, tmp_path, capsys):
@@ -125,7 +184,17 @@ def test_wrong_arguments_are_named_without_a_traceback(option, tmp_path, capsys)
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["train", "--epochs=many"], ["train", "--method=magic"], ["tarin"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["train", "--epochs=many"],
+        ["train", "--method=magic"],
+        ["tarin"],
+        ["train", "--config=nowhere.yaml"],
+        ["train", "--augmentation=x"],
+    ],
+)
 def test_unreadable_commands_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit:
         main(arguments)
@@ -138,7 +207,7 @@ def test_help_explains_every_argument(capsys):
         main(["train", "--help"])
     assert exit.value.code == 0
     text = capsys.readouterr().out
-    assert "number of k-means clusters." in text
+    assert "number of k-means clusters" in text
     assert "replace the results in an existing output folder." in text
 
 
@@ -148,44 +217,32 @@ def test_a_diverging_loss_stops_with_its_step_and_leaves_no_folder(tmp_path, cap
     assert not (tmp_path / "new").exists()
 
 
-def test_split_is_stratified_disjoint_and_seeded():
-    digits = load_digits([1, 8], seed=0)
-    assert [len(images) for images in digits] == [800, 200, 4000]
-    assert digits.train.dtype == torch.float32
-    assert digits.train.aminmax() == (0, 1)
-    assert len(torch.cat(digits).flatten(1).unique(dim=0)) == 5000  # every digit is somewhere, once
-    one, _, _ = load_digits([1], seed=0)
-    assert one.equal(digits.train[:400])  # a class's split depends on the seed alone
-    assert not load_digits([1], seed=1).train.equal(one)
-
-
-def test_augmentation_differs_per_image_and_view_and_keeps_the_digit():
-    images = load_digits([3], seed=0).train[:1].expand(64, -1, -1, -1)
-    state = torch.get_rng_state()
-    generator = torch.Generator().manual_seed(0)
-    views = torch.cat([augment(images, generator), augment(images, generator)])
-    assert torch.get_rng_state().equal(state)
-    assert len(views.flatten(1).unique(dim=0)) == 128
-    similar = F.cosine_similarity(F.avg_pool2d(views, 7).flatten(1), F.avg_pool2d(images[:1], 7).flatten(1))
-    assert similar.mean() > 0.75  # still ink in the same places, roughly
-    again = augment(images, torch.Generator().manual_seed(0))
-    assert again.equal(views[:64])
-
-
-def test_the_state_is_all_that_the_rest_of_a_run_depends_on():
-    images, fabric = load_digits([2], seed=0).train, Fabric(accelerator="cpu", devices=1)
-    plan = Plan(images, 4, 3, 100, 0.1, 1.0, 1e-3, 0)
-    origin = Run(plan, fabric)
+@pytest.mark.parametrize("extra", [{}, {"ema": 0.9, "concentration": True, "clusters": [4, 3], "recluster_every": 2}])
+def test_the_state_is_all_that_the_rest_of_a_run_depends_on(extra):
+    digits, fabric = load_split("digits", in_classes=[2], seed=0), Fabric(accelerator="cpu", devices=1)
+    plan = options(**{"epochs": 3, "clusters": [4], "warmup_epochs": 0, "batch_size": 100} | extra)
+    origin = Run(plan, digits.train, fabric)
     states = []
     origin.advance(3, clustered=True, name="origin", after_step=lambda: states.append(origin.state_dict()))
     assert len(states) == 12
     end = origin.state_dict()
     for at in (0, 3, 4, 9, 11):  # also in the middle and at the end of an epoch
-        fork = Run(plan, fabric)
+        fork = Run(plan, digits.train, fabric)
+        torch.manual_seed(at)  # whatever was drawn before
         fork.load_state_dict(states[at])
         fork.advance(3, clustered=True, name="fork")
         assert_equal(fork.state_dict(), end)
     assert_equal(origin.state_dict(), end)  # untouched by its forks
+
+
+def options(**given):
+    """The arguments of ``train`` as its loop gets them."""
+    from types import SimpleNamespace
+
+    defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
+    unknown = given.keys() - defaults.keys()
+    assert not unknown, unknown
+    return SimpleNamespace(**defaults | given)
 
 
 def assert_equal(ours, theirs):
@@ -204,9 +261,9 @@ def assert_equal(ours, theirs):
 
 def test_micro_batches_train_and_a_whole_one_changes_nothing(tiny, tmp_path):
     both = json.loads((tiny / "report.json").read_text())
-    whole = train(str(tmp_path / "whole"), "ccl", **TINY, micro_batch=200)
+    whole = train(str(tmp_path / "whole"), "ccl", **TINY, micro_batch=100)
     assert whole["losses"]["ccl"] == both["losses"]["ccl"]
-    small = train(str(tmp_path / "small"), "ccl", **TINY, micro_batch=64)
+    small = train(str(tmp_path / "small"), "ccl", **TINY, micro_batch=32)
     assert small["losses"]["ccl"] != both["losses"]["ccl"]  # BatchNorm sees micro-batches
     assert small["losses"]["ccl"] == pytest.approx(both["losses"]["ccl"], rel=0.05)
 
@@ -219,12 +276,98 @@ def test_bfloat16_trains_almost_alike(tiny, tmp_path):
 
 
 def test_embeddings_are_those_of_evaluation_mode():
-    images = load_digits([2], seed=0).train[:50]
+    images = load_split("digits", in_classes=[2], seed=0).train.subset(torch.arange(50))
     model = Model()
     before = copy.deepcopy(model.state_dict())
     features = embed(model, images)
-    assert model.training
+    assert all(module.training for module in model.modules())
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     assert {name: list(value.shape) for name, value in features.items()} == {"encoder": [50, 128], "head": [50, 64]}
     torch.testing.assert_close(features["head"], model.head(features["encoder"]))
-    torch.testing.assert_close(embed(model, images[:1])["head"], features["head"][:1])  # no batch statistics
+    alone = embed(model, images.subset(torch.tensor([0])))
+    torch.testing.assert_close(alone["head"], features["head"][:1])  # no batch statistics
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        {"clusters": [4, 7]},
+        {"concentration": True},
+        {"ema": 0.5},
+        {"center_ramp_epochs": 2},
+        {"recluster_every": 2},
+        {"augmentation": "none"},
+        {"weight_decay": 1.0},
+        {"embedding_dim": 32},
+        {"backbone": "shufflenet_v2_x0_5", "limit": 64, "batch_size": 32, "epochs": 2, "warmup_epochs": 0},
+    ],
+    ids=str,
+)
+def test_every_switch_changes_what_is_learned_and_is_repeatable(switch, tmp_path):
+    base = TINY | {"epochs": 3, "limit": 200, "method": "ccl", "far_ood": []}
+    plain = train(tmp_path / "plain", **base | {n: switch[n] for n in ("limit", "batch_size", "epochs") if n in switch})
+    first, again = (train(tmp_path / name, **base | switch) for name in ("first", "again"))
+    assert first["losses"] == again["losses"] and first["results"] == again["results"]
+    assert first["results"] != plain["results"]
+    assert first["arguments"][next(iter(switch))] == next(iter(switch.values()))
+
+
+@pytest.mark.parametrize("switch", ["channels_last", "fused_optimizer"])
+def test_switches_of_speed_change_nothing_but_rounding(switch, tmp_path):
+    base = TINY | {"limit": 200, "method": "ccl", "far_ood": []}
+    plain, switched = (train(tmp_path / str(on), **base, **{switch: on}) for on in (False, True))
+    assert switched["losses"]["ccl"] == pytest.approx(plain["losses"]["ccl"], rel=2e-3)
+
+
+def test_a_compiled_network_trains_the_same_and_leaves_ordinary_weights(tmp_path):
+    backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 20), torch.nn.BatchNorm1d(20))
+    base = TINY | {"limit": 200, "method": "ccl", "far_ood": [], "batch_size": 100, "backbone": backbone}
+    plain, compiled = (train(tmp_path / str(on), **base, compile_model=on) for on in (False, True))
+    assert compiled["losses"]["ccl"] == pytest.approx(plain["losses"]["ccl"], rel=2e-3)
+    Model(backbone).load_state_dict(torch.load(tmp_path / "True" / "ccl.pt", weights_only=True))
+
+
+def test_the_weight_of_the_center_grows_from_nothing():
+    plan = options(epochs=6, warmup_epochs=2, center_ramp_epochs=2, center_weight=0.5, clusters=[2], batch_size=100)
+    run = Run(plan, load_split("digits", in_classes=[2]).train, Fabric(accelerator="cpu", devices=1))
+    weights = []
+    for run.step in range(8, 20):
+        weights.append(run.center_weight)
+    assert weights[0] == 0
+    assert weights[8:] == [0.5] * 4
+    assert weights[:9] == pytest.approx([0.5 * i / 8 for i in range(9)])
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Colour images and no labels."""
+
+    def __init__(self, n, seed):
+        self.images = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index]
+
+
+def test_datasets_and_modules_from_python(tmp_path):
+    backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(), torch.nn.Linear(192, 16))
+    sets = {"data": (Noisy(64, 0), Noisy(20, 1)), "near_ood": {"other noise": Noisy(9, 2)}, "far_ood": {}}
+    report = ccl_fast.train(tmp_path / "run", epochs=2, batch_size=32, clusters=3, backbone=backbone, **sets)
+    assert report["images"] == {"train": 64, "test": 20, "ood": {"other noise": 9}}
+    assert report["near"] == ["other noise"] and report["far"] == []
+    assert "clustering" not in report  # without labels
+    assert "Sequential" in report["arguments"]["backbone"]
+    assert "Noisy" in report["arguments"]["data"][0]
+
+
+@pytest.mark.parametrize("recipe", ["cifar10", "imagenet"])
+def test_recipes_are_arguments_of_train(recipe, tmp_path):
+    data = {"data": (Noisy(48, 0), Noisy(20, 1)), "near_ood": {"noise": Noisy(9, 2)}, "far_ood": []}
+    text = yaml.safe_load((Path(__file__).parents[1] / "recipes" / f"{recipe}.yaml").read_text())
+    assert text["backbone"].startswith("resnet")
+    small = {"epochs": 1, "warmup_epochs": 0, "batch_size": 16, "clusters": [3, 4], "compile_model": False}
+    small |= {"image_size": 16, "workers": 0, "micro_batch": 8 if "micro_batch" in text else None, "backbone": "small"}
+    report = train(tmp_path / "run", **text | small | data)
+    assert report["results"]["ccl"]["head/nearest_neighbor"].keys() == {"near", "noise"}

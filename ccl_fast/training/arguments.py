@@ -3,23 +3,48 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
-from ccl_fast.training.data import N_CLASSES
+from ccl_fast.errors import ArgumentError
 
-# What may differ when a run is resumed: where its files are, and where it is computed.
-FREE_ARGUMENTS = ("output", "overwrite", "resume", "resume_from", "device")
+# What may differ when a run is resumed: where its files are, and where and how fast it is computed.
+FREE_ARGUMENTS = (
+    "output",
+    "overwrite",
+    "resume",
+    "resume_from",
+    "device",
+    "data_root",
+    "download",
+    "workers",
+    "image_memory",
+    "compile_model",
+)
 
 
-class ArgumentError(ValueError):
-    """A wrong argument of ``train``: its name, what was expected and what came."""
+def plain(arguments: dict) -> dict:
+    """The arguments as a file keeps them: a module or a data set by the name of its class."""
+    return {name: _plain(value) for name, value in arguments.items()}
+
+
+def _plain(value):
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, Sequence):
+        return [_plain(item) for item in value]
+    return f"<{type(value).__module__}.{type(value).__qualname__}>"
 
 
 def comparable(arguments: dict) -> dict:
     """The arguments that a resumed run must share, as a file keeps them."""
-    kept = {name: value for name, value in arguments.items() if name not in FREE_ARGUMENTS}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
+    return plain({name: value for name, value in arguments.items() if name not in FREE_ARGUMENTS})
 
 
 def check(arguments: dict) -> None:
@@ -29,31 +54,59 @@ def check(arguments: dict) -> None:
         if not condition:
             raise ArgumentError(f"{name}: expected {expected}, got {arguments[name]!r}")
 
-    for name in ("epochs", "clusters"):
-        expect(is_int(arguments[name]) and arguments[name] >= 1, name, "a positive integer")
+    for name in ("epochs", "recluster_every", "embedding_dim"):
+        expect(_is_int(arguments[name]) and arguments[name] >= 1, name, "a positive integer")
+    for name in ("micro_batch", "limit", "image_size"):
+        expect(
+            arguments[name] is None or (_is_int(arguments[name]) and arguments[name] >= 1), name, "a positive integer"
+        )
+    for name in ("center_ramp_epochs", "workers", "seed"):
+        expect(_is_int(arguments[name]) and arguments[name] >= 0, name, "an integer >= 0")
     for name in ("temperature", "learning_rate"):
-        expect(0 < arguments[name] < math.inf, name, "a positive number")
-    expect(0 <= arguments["center_weight"] < math.inf, "center_weight", "a number >= 0")
+        expect(_is_number(arguments[name]) and 0 < arguments[name] < math.inf, name, "a positive number")
+    for name in ("center_weight", "weight_decay", "image_memory"):
+        expect(_is_number(arguments[name]) and 0 <= arguments[name] < math.inf, name, "a number >= 0")
+    expect(_is_int(arguments["batch_size"]) and arguments["batch_size"] >= 2, "batch_size", "an integer >= 2")
+    clusters = as_list(arguments["clusters"])
+    expect(
+        bool(clusters) and all(_is_int(k) and k >= 1 for k in clusters) and len(set(clusters)) == len(clusters),
+        "clusters",
+        "a positive integer, or several different ones",
+    )
     expect(arguments["method"] in ("compare", "ccl", "simclr"), "method", '"compare", "ccl" or "simclr"')
-    micro_batch = arguments["micro_batch"]
-    expect(micro_batch is None or (is_int(micro_batch) and micro_batch >= 1), "micro_batch", "a positive integer")
     expect(arguments["precision"] in ("32-true", "bf16-mixed"), "precision", '"32-true" or "bf16-mixed"')
+    expect(arguments["stem"] in ("auto", "3x3", "7x7"), "stem", '"auto", "3x3" or "7x7"')
+    expect(
+        arguments["ema"] is None or (_is_number(arguments["ema"]) and 0 < arguments["ema"] < 1),
+        "ema",
+        "a number between 0 and 1",
+    )
     expect(not (arguments["resume"] and arguments["overwrite"]), "overwrite", "False when resuming")
     expect(not arguments["resume"] or arguments["output"] is not None, "output", "the folder of the run to resume")
     expect(arguments["resume_from"] in ("last", "previous"), "resume_from", '"last" or "previous"')
     epochs, warmup = arguments["epochs"], arguments["warmup_epochs"]
-    expect(is_int(warmup) and 0 <= warmup <= epochs, "warmup_epochs", f"0 to epochs={epochs}")
-    expect(is_int(arguments["seed"]) and arguments["seed"] >= 0, "seed", "an integer >= 0")
-    classes = list(arguments["in_classes"])
-    expect(
-        0 < len(classes) == len(set(classes)) < N_CLASSES and set(classes) <= set(range(N_CLASSES)),
-        "in_classes",
-        f"1 to {N_CLASSES - 1} different digits",
-    )
+    expect(_is_int(warmup) and 0 <= warmup <= epochs, "warmup_epochs", f"0 to epochs={epochs}")
 
 
-def is_int(value: object) -> bool:
+def check_sizes(n: int, batch_size: int, clusters: Sequence[int]) -> None:
+    """What depends on the number n of training images."""
+    if batch_size > n:
+        raise ArgumentError(f"batch_size: expected at most {n}, the number of training images, got {batch_size}")
+    if max(clusters) > n:
+        raise ArgumentError(f"clusters: expected at most {n}, the number of training images, got {max(clusters)}")
+
+
+def as_list(value) -> list:
+    """Of one or several numbers."""
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def find_device(name: str) -> torch.device:

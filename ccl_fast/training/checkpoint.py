@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import pickle
 import shutil
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
+
+from ccl_fast.files import write_atomically
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
@@ -51,8 +49,10 @@ def load(folder: Path, which: str = "last") -> dict:
         if damaged:
             raise CheckpointError(f"the checkpoint {path} is damaged (in {damaged}){_advice(folder, which)}")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a damaged file makes zipfile and torch say
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"the checkpoint {path} cannot be read ({reason}){_advice(folder, which)}") from error
 
 
@@ -60,22 +60,3 @@ def _advice(folder: Path, which: str) -> str:
     if which == "last" and (folder / PREVIOUS).exists():
         return f"; the one before it is {folder / PREVIOUS}: resume_from=previous"
     return ""
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Readers see the old file or the whole new one, never a part; after a crash too.
-
-    Raises:
-        OSError: it could not be written; the old file is as it was.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except RuntimeError as error:  # torch.save's word for a full disk
-        raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -9,13 +9,17 @@ from collections.abc import Callable, Sequence
 import docstring_parser
 from jsonargparse import ArgumentParser
 
-from ccl_fast.training.arguments import ArgumentError
+from ccl_fast.errors import ArgumentError
 from ccl_fast.training.checkpoint import CheckpointError
-from ccl_fast.training.comparison import compare
+from ccl_fast.training.comparison import SET_BY_COMPARE, compare
+from ccl_fast.training.evaluate import evaluate
 from ccl_fast.training.experiment import train
 from ccl_fast.training.interruption import Interrupted
+from ccl_fast.training.score import score
 
-COMMANDS = {"train": train, "compare": compare}
+COMMANDS = {"train": train, "compare": compare, "evaluate": evaluate, "score": score}
+# What Python can give and a command line cannot (modules, data sets) is left out of these.
+TYPES = {"data": str, "backbone": str, "near_ood": list[str] | None, "far_ood": list[str] | None}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,9 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subcommands = parser.add_subcommands()
     for name, function in COMMANDS.items():
         subcommands.add_subcommand(name, _parser(function), help=_summary(function))
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_args([_with_underscores(a) for a in (sys.argv[1:] if arguments is None else arguments)])
+    options = parsed[parsed.subcommand].as_dict()
+    del options["config"]
     try:
-        COMMANDS[parsed.subcommand](**parsed[parsed.subcommand].as_dict())
+        COMMANDS[parsed.subcommand](**options)
     except Interrupted as interrupted:
         print(f"ccl-fast {parsed.subcommand}: {interrupted}", file=sys.stderr)
         return interrupted.code
@@ -40,15 +46,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _with_underscores(argument: str) -> str:
+    """``--batch-size=2`` as ``--batch_size=2``: both are accepted."""
+    name, equals, value = argument.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument
+
+
 def _parser(function: Callable) -> ArgumentParser:
     """One option per argument, its help from the docstring; False by default makes a flag."""
     parser = ArgumentParser(description=_summary(function))
-    flags = {name for name, p in inspect.signature(function).parameters.items() if p.default is False}
-    parser.add_function_arguments(function, as_group=False, skip=flags)
-    for parameter in docstring_parser.parse(inspect.getdoc(function)).params:
-        if parameter.arg_name in flags:
-            parser.add_argument(f"--{parameter.arg_name}", action="store_true", help=parameter.description)
+    parser.add_argument("--config", action="config", help="a YAML file with any of the options below.")
+    parameters = _parameters(function)
+    flags = {name for name, p in parameters.items() if p.default is False}
+    special = flags | (TYPES.keys() & parameters.keys())
+    parser.add_function_arguments(function, as_group=False, skip=special)
+    for name in parameters:
+        help_text = _help(function, name)
+        if name in flags:
+            parser.add_argument(f"--{name}", action="store_true", help=help_text)
+        elif name in special:
+            parser.add_argument(f"--{name}", type=TYPES[name], default=parameters[name].default, help=help_text)
     return parser
+
+
+def _parameters(function: Callable) -> dict[str, inspect.Parameter]:
+    """By name; where ``**options`` are those of ``train``, these too."""
+    parameters = dict(inspect.signature(function).parameters)
+    if parameters.pop("options", None):
+        of_train = {n: p for n, p in inspect.signature(train).parameters.items() if n not in SET_BY_COMPARE}
+        parameters = of_train | parameters
+    return parameters
+
+
+def _help(function: Callable, name: str) -> str:
+    for described in (function, train):
+        for parameter in docstring_parser.parse(inspect.getdoc(described)).params:
+            if parameter.arg_name == name:
+                return parameter.description
+    raise AssertionError(f"{name} is not documented")
 
 
 def _summary(function: Callable) -> str:

@@ -9,10 +9,14 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from ccl_fast.training.arguments import ArgumentError, comparable
-from ccl_fast.training.checkpoint import write_atomically
+from ccl_fast.errors import ArgumentError
+from ccl_fast.evaluation import DEFAULT, GROUPS
+from ccl_fast.files import write_atomically
+from ccl_fast.training.arguments import comparable
 from ccl_fast.training.experiment import train
-from ccl_fast.training.report import DEFAULT
+
+# Arguments of ``train`` that are compare's to set.
+SET_BY_COMPARE = ("seed", "method")
 
 
 def compare(
@@ -35,13 +39,17 @@ def compare(
         options: the other arguments of ``train``.
 
     Returns:
-        The content of comparison.json: for every detector and metric the values of both methods and the gains, by
-        seed, with mean and standard deviation; the arguments, and where and when each seed was run.
+        The content of comparison.json: for every detector, kind of OOD set ("near", "far") and metric the values of
+        both methods and the gains, by seed, with mean and standard deviation; the arguments, and where and when each
+        seed was run.
 
     Raises:
         ArgumentError: a ValueError naming the argument, what was expected and what came.
         FileExistsError: the output folder exists.
     """
+    not_options = [name for name in options if name in SET_BY_COMPARE]
+    if not_options:
+        raise ArgumentError(f"{not_options[0]}: expected other arguments of train, as compare sets this one")
     seeds = list(seeds)
     if len(set(seeds)) != len(seeds) or len(seeds) < 2:
         raise ArgumentError(f"seeds: expected at least two different seeds, got {seeds}")
@@ -86,15 +94,17 @@ def _finished(path: Path, options: dict) -> dict:
 
 
 def summarize(results: Sequence[dict]) -> dict:
-    """From the results of each seed: {detector: {metric: {"simclr", "ccl", "gain"}}}, each with mean and spread."""
-    summary = {}
-    for detector, metrics in results[0]["ccl"].items():
+    """From the results of each seed: {detector: {group: {metric: {"simclr", "ccl", "gain"}}}} with mean and spread."""
+    summary: dict = {}
+    for detector, by_set in results[0]["ccl"].items():
         summary[detector] = {}
-        for metric in metrics:
-            simclr, ccl = ([result[method][detector][metric] for result in results] for method in ("simclr", "ccl"))
-            gain = [ours - theirs for ours, theirs in zip(ccl, simclr, strict=True)]
-            moments = {"simclr": _moments(simclr), "ccl": _moments(ccl), "gain": _moments(gain)}
-            summary[detector][metric] = moments
+        for group in [group for group in GROUPS if group in by_set]:
+            summary[detector][group] = {}
+            for metric in by_set[group]:
+                simclr, ccl = ([r[method][detector][group][metric] for r in results] for method in ("simclr", "ccl"))
+                gain = [ours - theirs for ours, theirs in zip(ccl, simclr, strict=True)]
+                moments = {"simclr": _moments(simclr), "ccl": _moments(ccl), "gain": _moments(gain)}
+                summary[detector][group][metric] = moments
     return summary
 
 
@@ -105,19 +115,21 @@ def _moments(values: list[float]) -> dict:
 
 
 def format_comparison(comparison: dict) -> str:
-    """A line for every detector: AUROC of both methods, and the gain, with the spread over seeds."""
+    """A line for every detector and kind of OOD sets: AUROC of both methods, and the gain, with the spread."""
     lines = [
         f"AUROC, mean and standard deviation over {len(comparison['seeds'])} seeds",
-        f"{'features/detector':29}{'SimCLR':>16}{'CCL':>16}{'gain':>17}{'seeds better':>14}",
+        f"{'features/detector':29}{'OOD':6}{'SimCLR':>16}{'CCL':>16}{'gain':>17}{'seeds better':>14}",
     ]
-    for detector, metrics in comparison["results"].items():
-        parts = metrics["auroc"]
-        cells = [f"{parts[name]['mean']:.3f} +- {parts[name]['deviation']:.3f}" for name in ("simclr", "ccl")]
-        gain = parts["gain"]
-        better = f"{sum(value > 0 for value in gain['values'])} of {len(gain['values'])}"
+    for detector, groups in comparison["results"].items():
         name = detector + (" *" if detector == comparison["default"] else "")
-        lines.append(
-            f"{name:29}{cells[0]:>16}{cells[1]:>16}{gain['mean']:+9.3f} +- {gain['deviation']:.3f}{better:>13}"
-        )
+        for group, metrics in groups.items():
+            parts = metrics["auroc"]
+            cells = [f"{parts[method]['mean']:.3f} +- {parts[method]['deviation']:.3f}" for method in ("simclr", "ccl")]
+            gain = parts["gain"]
+            better = f"{sum(value > 0 for value in gain['values'])} of {len(gain['values'])}"
+            lines.append(
+                f"{name:29}{group:6}{cells[0]:>16}{cells[1]:>16}"
+                f"{gain['mean']:+9.3f} +- {gain['deviation']:.3f}{better:>13}"
+            )
     lines.append("* the default. Gain: CCL less SimCLR of the same seed.")
     return "\n".join(lines)

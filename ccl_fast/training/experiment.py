@@ -2,75 +2,141 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
-import torch
+import yaml
 from lightning.fabric import Fabric
+from torch import nn
+from torch.utils.data import Dataset
 
+from ccl_fast.evaluation import judge
+from ccl_fast.files import write_atomically
 from ccl_fast.training import checkpoint
-from ccl_fast.training.arguments import ArgumentError, check, comparable, find_device, is_int
-from ccl_fast.training.data import load_digits
+from ccl_fast.training.arguments import as_list, check, check_sizes, comparable, find_device, plain
+from ccl_fast.training.image_sets import load_image_sets
 from ccl_fast.training.interruption import Interruption
-from ccl_fast.training.loop import Plan, Run
+from ccl_fast.training.loop import Run
 from ccl_fast.training.progress import WARM_UP, Progress, advance
-from ccl_fast.training.report import DEFAULT, evaluate, format_table, write_report
-from ccl_fast.version import __version__
+from ccl_fast.training.report import describe, format_table, write_report
+
+# Of a short run, half is warm-up.
+MOST_WARM_UP = 20
 
 
 def train(
-    output: str | None = None,
+    output: str | Path | None = None,
     method: Literal["compare", "ccl", "simclr"] = "compare",
+    data: str | Path | Dataset | tuple[Dataset, Dataset] = "digits",
+    data_root: str | Path = "data",
+    download: bool = False,
+    in_classes: Sequence[int] | None = None,
+    near_ood: Sequence[str] | Mapping[str, Dataset] | None = None,
+    far_ood: Sequence[str] | Mapping[str, Dataset] | None = None,
+    image_size: int | None = None,
+    augmentation: Literal["auto", "digits", "simclr", "none"] = "auto",
+    limit: int | None = None,
+    strict: bool = False,
+    workers: int = 0,
+    image_memory: float = 4.0,
+    backbone: str | nn.Module = "small",
+    stem: Literal["auto", "3x3", "7x7"] = "auto",
+    embedding_dim: int = 64,
     epochs: int = 40,
-    warmup_epochs: int = 20,
-    clusters: int = 12,
     batch_size: int = 256,
-    temperature: float = 0.1,
-    center_weight: float = 1.0,
+    micro_batch: int | None = None,
     learning_rate: float = 1e-3,
-    in_classes: Sequence[int] = (0, 1, 2, 3, 4, 5),
+    weight_decay: float = 1e-4,
+    temperature: float = 0.1,
+    warmup_epochs: int | None = None,
+    clusters: int | Sequence[int] = 12,
+    recluster_every: int = 1,
+    center_weight: float = 1.0,
+    center_ramp_epochs: int = 0,
+    concentration: bool = False,
+    ema: float | None = None,
     seed: int = 0,
     device: str = "auto",
     precision: Literal["32-true", "bf16-mixed"] = "32-true",
-    micro_batch: int | None = None,
+    channels_last: bool = False,
+    compile_model: bool = False,
+    fused_optimizer: bool = False,
     overwrite: bool = False,
     resume: bool = False,
     resume_from: Literal["last", "previous"] = "last",
 ) -> dict:
-    """Train on some classes of digits without their labels, and tell the digits of all other classes from them.
+    """Train on images without their labels, and tell images of other kinds from them.
 
     SimCLR and CCL get the same budget: the same number of epochs, initial weights, batches, augmentations and
     learning rates. Their warm-up is the same computation, so "compare" runs it once.
 
     After every epoch the state goes to ``<output>/checkpoints/last.ckpt``, and the one before it stays as
     ``previous.ckpt``. Ctrl-C and SIGTERM save it too, in the middle of an epoch, and stop; with ``resume`` the run goes
-    on, on a CPU bit for bit as if it had not been stopped. ``<output>/metrics.jsonl`` has a line for every epoch.
+    on, on a CPU bit for bit as if it had not been stopped. ``<output>/metrics.jsonl`` has a line for every epoch,
+    ``<output>/tensorboard`` the same for TensorBoard, ``<output>/config.yaml`` the arguments.
 
     Args:
-        output: folder for report.json, scores.png and the weights; by default a fresh ``runs/digits-<time>``.
+        output: folder for report.html, report.json, the weights <method>.pt (a state_dict) and the files named above;
+            by default a fresh ``runs/train-<time>``.
         method: "ccl", "simclr", or "compare" for both.
+        data: the images to train on: "digits" (5,000 real ones, part of the installation), one of torchvision's data
+            sets by name ("cifar10", "svhn", "stl10", ...), or a folder of images (with the folders train and test, or
+            split at random); from Python also a torch Dataset, or a pair of them to train and to test on.
+        data_root: folder of torchvision's data sets.
+        download: let torchvision download a data set that is not there.
+        in_classes: numbers of the classes to train on; images of the others are OOD. By default all; of the digits 0
+            to 5. Classes are used for this and for the log, never for training.
+        near_ood: OOD sets that resemble the training images: "held-out" (the other classes), a data set by name (its
+            test images), a folder, or a made set: "textures", "noise", "blobs", "interpolation" (mean of two test
+            images), "letters"; from Python also {name: Dataset}. By default "held-out", or without that
+            "interpolation".
+        far_ood: OOD sets that do not, in the same way. By default the other made sets.
+        image_size: height and width in pixels, to which images are scaled and cropped. By default the data set's own,
+            or 224 if it has none.
+        augmentation: how views are made: "digits" (small affine maps, contrast, noise), "simclr" (crops, flips,
+            colours, blur), "none", or "auto": "digits" for grey images and "simclr" for coloured ones.
+        limit: at most that many images of each part, for a quick run.
+        strict: stop at an unreadable image of a folder; by default they are skipped and counted.
+        workers: processes that read images.
+        image_memory: a set of images up to this size (in GiB, one byte a value) is read once and kept in memory; of a
+            larger one each batch is read when it is needed.
+        backbone: the encoder: "small" (three convolutions), a classifier of torchvision by name ("resnet18", ...) with
+            random weights; from Python also a module, images [n, c, h, w] to features [n, width].
+        stem: "3x3" lets a ResNet begin at full resolution, as is usual for small images; "7x7" leaves it as it is;
+            "auto" means "3x3" for images of up to 64 pixels.
+        embedding_dim: width of the projection head's output, to which the loss is applied.
         epochs: passes over the training images, warm-up included.
-        warmup_epochs: how many of these use instance-level contrast (SimCLR) before the clusters come in.
-        clusters: number of k-means clusters.
         batch_size: images of a step, of two views each; the incomplete last batch of an epoch is left out.
-        temperature: temperature of the similarities in the loss.
-        center_weight: weight of the cluster's centre among the positives.
-        learning_rate: of AdamW at the start; it follows half a cosine down to 0.
-        in_classes: the digits to train on; all others are out of distribution.
-        seed: of weights, split, batches, augmentations and k-means. On one machine it fixes every number.
-        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
-        precision: "32-true", or "bf16-mixed": the network in bfloat16, loss and weights in float32.
         micro_batch: images that pass the network at a time; the gradient is that of the whole batch, memory that of
             a micro-batch, the price one more forward pass. BatchNorm takes its statistics over a micro-batch. By
             default the whole batch.
+        learning_rate: of AdamW at the start; it follows half a cosine down to 0.
+        weight_decay: of AdamW.
+        temperature: temperature of the similarities in the loss.
+        warmup_epochs: how many epochs use instance-level contrast (SimCLR) before the clusters come in. By default half
+            of the epochs, at most 20.
+        clusters: number of k-means clusters, or several: the loss is then the mean over them.
+        recluster_every: epochs from one clustering to the next. Each starts from the last centres.
+        center_weight: weight of the cluster's centre among the positives.
+        center_ramp_epochs: epochs after the warm-up in which that weight grows linearly from 0.
+        concentration: give every centre a temperature of its own, smaller for tight clusters, with ``temperature`` as
+            their mean (PCL).
+        ema: decay of an exponential moving average of the weights, 0.99 to 0.9999 or so. The average is what is
+            clustered, judged and saved. By default there is none.
+        seed: of weights, split, batches, augmentations and k-means. On one machine it fixes every number.
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
+        precision: "32-true", or "bf16-mixed": the network in bfloat16, loss and weights in float32.
+        channels_last: keep images and weights in that memory format, which suits convolutions on tensor cores.
+        compile_model: let torch.compile make the network faster.
+        fused_optimizer: one kernel for the optimiser's step.
         overwrite: replace the results in an existing output folder.
-        resume: go on with the run in the output folder; the other arguments must be the same.
+        resume: go on with the run in the output folder; the other arguments must be the same (``--config
+            <output>/config.yaml`` gives them).
         resume_from: the checkpoint to go on from, "last", or the one before it, "previous".
 
     Returns:
@@ -79,70 +145,68 @@ def train(
     Raises:
         ArgumentError: a ValueError naming the argument, what was expected and what came.
         FileExistsError: the output folder exists.
+        FileNotFoundError: the data is not there; says where it was looked for and how to get it.
         FloatingPointError: the loss is not finite, with the step and the last good checkpoint.
         CheckpointError: there is nothing to resume, or it is damaged.
         Interrupted: the run was asked to stop and has saved its state.
 
     Papers: Chen, Gui, Fan, "Cluster-aware contrastive learning for unsupervised out-of-distribution detection",
     arXiv:2302.02598; Chen, Kornblith, Norouzi, Hinton, "A simple framework for contrastive learning of visual
-    representations", 2020 (SimCLR).
+    representations", 2020 (SimCLR); Li et al., "Prototypical contrastive learning of unsupervised representations",
+    2021 (PCL: several numbers of clusters, concentration).
     """
     arguments = dict(locals())
-    check(arguments)
+    if warmup_epochs is None:
+        warmup_epochs = min(MOST_WARM_UP, epochs // 2) if isinstance(epochs, int) else 0
+    options = SimpleNamespace(**arguments | {"clusters": as_list(clusters), "warmup_epochs": warmup_epochs})
+    check(vars(options))
     start = time.perf_counter()
     where = find_device(device)
-    digits = load_digits(in_classes, seed=seed)
-    if not (is_int(batch_size) and 2 <= batch_size <= len(digits.train)):
-        raise ArgumentError(f"batch_size: expected 2 to {len(digits.train)} training images, got {batch_size}")
-    if clusters > len(digits.train):
-        raise ArgumentError(f"clusters: expected at most {len(digits.train)} training images, got {clusters}")
-    digits = digits._make(images.to(where) for images in digits)
-
-    folder = Path(output or datetime.now().strftime("runs/digits-%Y%m%d-%H%M%S"))
+    folder = Path(output or datetime.now().strftime("runs/train-%Y%m%d-%H%M%S"))
     if folder.exists() and not (overwrite or resume):
         expected = "a folder that does not exist yet, or overwrite or resume"
         raise FileExistsError(f"output: expected {expected}, got {str(folder)!r}")
-    progress = Progress(
-        folder, comparable(arguments), checkpoint.load(folder / "checkpoints", resume_from) if resume else None
+    sets = load_image_sets(options).to(where)
+    check_sizes(len(sets.train), batch_size, options.clusters)
+    fabric = Fabric(
+        accelerator=where.type, devices=[where.index or 0] if where.type == "cuda" else 1, precision=precision
     )
+    first = Run(options, sets.train, fabric)  # before anything is written: its errors are those of the arguments
+
+    state = checkpoint.load(folder / "checkpoints", resume_from) if resume else None
+    progress = Progress(folder, comparable(arguments), state)
     folder.mkdir(parents=True, exist_ok=True)
     try:
+        config = yaml.safe_dump(plain(arguments | {"resume": False, "overwrite": False}), sort_keys=False)
+        write_atomically(folder / "config.yaml", lambda file: file.write(config.encode()))
         with Interruption() as interruption:
-            plan = Plan(
-                digits.train, epochs, clusters, batch_size, temperature, center_weight, learning_rate, seed, micro_batch
-            )
-            fabric = Fabric(
-                accelerator=where.type, devices=[where.index or 0] if where.type == "cuda" else 1, precision=precision
-            )
             methods = ("simclr", "ccl") if method == "compare" else (method,)
             for stage in (WARM_UP, *methods):
-                advance(Run(plan, fabric), stage, warmup_epochs if stage == WARM_UP else epochs, progress, interruption)
-        models, results, scores = {}, {}, {}
+                run = first if stage == WARM_UP else Run(options, sets.train, fabric)
+                last = options.warmup_epochs if stage == WARM_UP else epochs
+                advance(run, stage, last, progress, interruption)
+        progress.close()
+        models, judgements = {}, {}
         for name in methods:
-            run = Run(plan, fabric)
+            run = Run(options, sets.train, fabric)
             run.load_state_dict(progress.finished[name])
-            models[name] = run.model
-            results[name], scores[name] = evaluate(run.model, digits, clusters=clusters, seed=seed)
-        report = {
-            "arguments": arguments | {"in_classes": list(in_classes)},
-            "images": {name: len(images) for name, images in digits._asdict().items()},
-            "default": DEFAULT,
-            "results": results,
+            models[name] = run.result
+            judgements[name] = judge(
+                run.result, sets.train, sets.test, sets.near, sets.far, clusters=options.clusters[0], seed=seed
+            )
+        report = describe(arguments, sets, judgements, where) | {
             "losses": {name: progress.finished[name]["losses"] for name in methods},
+            "log": {name: [line for line in progress.lines if line["stage"] in (WARM_UP, name)] for name in methods},
             "seconds": round(progress.seconds_before + time.perf_counter() - start, 1),
-            "environment": {
-                "ccl_fast": __version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "device": torch.cuda.get_device_name(where) if where.type == "cuda" else f"cpu, {os.cpu_count()} cores",
-                "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-            },
         }
-        write_report(folder, report, scores, models)
+        write_report(folder, report, judgements, sets, models)
     except BaseException:
-        with suppress(OSError):
-            folder.rmdir()  # only where it is still empty, so that the same command can be given again
+        progress.close()
+        if not (folder / "checkpoints").exists():  # nothing to resume: the same command can be given again
+            (folder / "config.yaml").unlink(missing_ok=True)
+            with suppress(OSError):  # an older run's files are in it
+                folder.rmdir()
         raise
     print(format_table(report))
-    print(f"written to {folder}")
+    print(f"written to {folder}; look at {folder / 'report.html'}")
     return report

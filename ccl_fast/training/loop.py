@@ -1,79 +1,90 @@
-"""The schedule: instance-level contrast to warm up, then k-means before every epoch, and contrast on its clusters."""
+"""The schedule: instance-level contrast to warm up, then k-means now and then, and contrast on its clusters."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from lightning.fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from ccl_fast.clustering import KMeans, align_clusters
+from ccl_fast.data import Images, Views
 from ccl_fast.losses import CCLLoss
-from ccl_fast.training.data import augment
+from ccl_fast.models import Model, embed
 from ccl_fast.training.gradient_cache import cached_backward
-from ccl_fast.training.model import Model, embed
+from ccl_fast.training.pseudo_labels import PseudoLabels
+from ccl_fast.training.randomness import seeded, shuffled
 
-WEIGHT_DECAY = 1e-4
 VIEWS = 2
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What all runs of one comparison share."""
-
-    images: Tensor
-    epochs: int
-    clusters: int
-    batch_size: int
-    temperature: float
-    center_weight: float
-    learning_rate: float
-    seed: int
-    micro_batch: int | None = None
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.images) // self.batch_size
+# What the random numbers of a run are for.
+ORDER, STEP = 0, 1
 
 
 class Run:
-    """A model on its way through the plan. After every step ``state_dict`` is all that the rest depends on."""
+    """A model on its way through the schedule. After every step ``state_dict`` is all that the rest depends on.
 
-    def __init__(self, plan: Plan, fabric: Fabric):
-        self.plan, self.fabric = plan, fabric
-        model = Model(seed=plan.seed)
-        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
-        self.model, self.optimizer = fabric.setup(model, optimizer)
-        self.generator = torch.Generator(plan.images.device).manual_seed(plan.seed)
-        self.loss_fn = CCLLoss(plan.temperature, plan.center_weight)
+    Args:
+        options: the arguments of ``train``, checked.
+        images: the training images.
+        fabric: device and precision.
+    """
+
+    def __init__(self, options: SimpleNamespace, images: Images, fabric: Fabric):
+        self.options, self.images, self.fabric = options, images, fabric
+        self.model = Model(
+            options.backbone, images.shape, options.embedding_dim, stem=options.stem, seed=options.seed
+        ).to(fabric.device, memory_format=self._memory_format)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), weight_decay=options.weight_decay, fused=options.fused_optimizer or None
+        )
+        network = torch.compile(self.model) if options.compile_model else self.model
+        self._network, self._stepper = fabric.setup(network, self.optimizer)
+        self.average = None
+        if options.ema is not None:
+            self.average = AveragedModel(
+                self.model, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True
+            ).requires_grad_(False)
+        self.views = Views(options.augmentation, images.shape)
+        self.loss_fn = CCLLoss(options.temperature, options.center_weight)
+        self.pseudo_labels = PseudoLabels(
+            options.clusters,
+            seed=options.seed,
+            temperature=options.temperature,
+            concentration=options.concentration,
+            device=fabric.device,
+        )
         self.step = 0
         self.losses: list[float] = []  # mean of every epoch
         # Of the epoch under way:
-        self.order: Tensor | None = None
         self.step_losses: list[float] = []
-        self.ids: Tensor | None = None
-        self.centers: Tensor | None = None
-        self.clustering: dict[str, float] = {}  # what is worth a line in the log
+        self.log: dict[str, float] = {}
+
+    @property
+    def _memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.options.channels_last else torch.preserve_format
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.images) // self.options.batch_size
 
     def state_dict(self) -> dict:
         """Copies, on the CPU, of tensors and plain values."""
-        state = {name: getattr(self, name) for name in _PLAIN + _TENSORS}
-        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return _copy(state | {"generator": self.generator.get_state()})
+        state = {name: getattr(self, name) for name in _PLAIN}
+        for name in _STATEFUL:
+            state[name] = getattr(self, name).state_dict() if getattr(self, name) is not None else None
+        return _copy(state)
 
     def load_state_dict(self, state: dict) -> None:
         state = _copy(state)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
         for name in _PLAIN:
             setattr(self, name, state[name])
-        for name in _TENSORS:
-            setattr(self, name, None if state[name] is None else state[name].to(self.plan.images.device))
+        for name in _STATEFUL:
+            if state[name] is not None:
+                getattr(self, name).load_state_dict(state[name])
 
     def advance(
         self,
@@ -85,69 +96,83 @@ class Run:
         after_epoch: Callable[[], None] = lambda: None,
     ) -> None:
         """Train until ``epochs`` have been done in all, with clusters (CCL) or by instance-level contrast (SimCLR)."""
-        plan = self.plan
-        used = plan.steps_per_epoch * plan.batch_size
-        images = (epochs - len(self.losses)) * used
-        with tqdm(total=images, desc=name, unit=" images", unit_scale=True) as bar:
-            bar.update(len(self.step_losses) * plan.batch_size)
+        size = self.options.batch_size
+        used = self.steps_per_epoch * size
+        with tqdm(total=(epochs - len(self.losses)) * used, desc=name, unit=" images", unit_scale=True) as bar:
+            bar.update(len(self.step_losses) * size)
             while len(self.losses) < epochs:
-                if self.order is None:
-                    if clustered:
-                        self._cluster()
-                    self.order = torch.randperm(len(plan.images), generator=self.generator, device=plan.images.device)
-                for batch in self.order[:used].split(plan.batch_size)[len(self.step_losses) :]:
-                    self.step_losses.append(self._step(batch))
+                if clustered and not self.step_losses:
+                    self._cluster()
+                order = shuffled(len(self.images), self.options.seed, ORDER, len(self.losses))[:used]
+                order = order[len(self.step_losses) * size :]
+                # Nothing is left if the run was stopped after the last step of an epoch.
+                batches = zip(order.split(size), self.images.batches(size, order), strict=True) if len(order) else ()
+                for rows, images in batches:
+                    with seeded(self.fabric.device, self.options.seed, STEP, self.step):
+                        self.step_losses.append(self._step(rows, images))
                     bar.set_postfix(loss=f"{self.step_losses[-1]:.3f}", refresh=False)
-                    bar.update(len(batch))
+                    bar.update(len(rows))
                     after_step()
                 self.losses.append(sum(self.step_losses) / len(self.step_losses))
-                self.order, self.step_losses = None, []
+                self.step_losses = []
                 after_epoch()
 
     @property
     def learning_rate(self) -> float:
         """Of the next step: half a cosine down to 0."""
-        progress = self.step / (self.plan.epochs * self.plan.steps_per_epoch)
-        return self.plan.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+        progress = self.step / (self.options.epochs * self.steps_per_epoch)
+        return self.options.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+    @property
+    def center_weight(self) -> float:
+        """Of the next step: from 0 at the end of the warm-up, linearly to its full value."""
+        ramp = self.options.center_ramp_epochs * self.steps_per_epoch
+        since = self.step - self.options.warmup_epochs * self.steps_per_epoch
+        return self.options.center_weight * (min(since / ramp, 1.0) if ramp else 1.0)
 
     def _cluster(self) -> None:
-        """Cluster the embeddings of the images as they are, from the last epoch's centres if there are any."""
-        plan, previous = self.plan, self.ids
-        start = "k-means++" if self.centers is None else self.centers
-        kmeans = KMeans(plan.clusters, metric="cosine", init=start, n_init=5, seed=plan.seed)
-        embeddings = embed(self.model, plan.images)["head"]
+        """Before an epoch: cluster the embeddings of the images as they are, if it is time to."""
+        if (len(self.losses) - self.options.warmup_epochs) % self.options.recluster_every:
+            self.log = {}
+            return
+        model = self.model if self.average is None else self.average.module
+        embeddings = embed(model, self.images)["head"]
         if not embeddings.isfinite().all():
             raise FloatingPointError(f"embeddings are not finite at step {self.step}; a lower learning rate may help")
-        self.ids, self.centers = kmeans.fit_predict(embeddings), kmeans.cluster_centers_
-        sizes = self.ids.bincount(minlength=plan.clusters)
-        self.clustering = {"smallest_cluster": sizes.min().item(), "largest_cluster": sizes.max().item()}
-        if previous is not None:
-            renamed = align_clusters(self.ids, previous, plan.clusters)[self.ids]
-            self.clustering["changed_labels"] = (renamed != previous).double().mean().item()
+        self.log = self.pseudo_labels.update(embeddings, self.images.classes)
 
-    def _step(self, batch: Tensor) -> float:
-        plan = self.plan
+    def _step(self, rows: Tensor, images: Tensor) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        images = plan.images[batch]
-        views = torch.stack([augment(images, self.generator) for _ in range(VIEWS)], dim=1)
-        ids = None if self.ids is None else self.ids[batch]
+        self.loss_fn.center_weight = self.center_weight
+        images = images.to(self.fabric.device, non_blocking=True)
+        # [images, views]: an image's views follow one another.
+        views = torch.stack([self.views(images) for _ in range(VIEWS)], dim=1).flatten(0, 1)
+        views = views.contiguous(memory_format=self._memory_format) if self.options.channels_last else views
+        on_device = rows.to(self.fabric.device)
 
         def loss_of(embeddings: Tensor) -> Tensor:
-            return self.loss_fn(embeddings.unflatten(0, (len(batch), VIEWS)), ids, self.centers)
+            return self.pseudo_labels.loss(self.loss_fn, embeddings.unflatten(0, (len(rows), VIEWS)), on_device)
 
         self.optimizer.zero_grad()
-        micro_batch = VIEWS * (plan.micro_batch or plan.batch_size)
-        loss = cached_backward(self.model, views.flatten(0, 1), loss_of, micro_batch, self.fabric.backward).item()
+        micro_batch = VIEWS * (self.options.micro_batch or self.options.batch_size)
+        loss = cached_backward(self._network, views, loss_of, micro_batch, self.fabric.backward).item()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {self.step}; a lower learning rate may help")
-        self.optimizer.step()
+        self._stepper.step()
         self.step += 1
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         return loss
 
+    @property
+    def result(self) -> nn.Module:
+        """The model to use: the average of the weights if there is one."""
+        return self.model if self.average is None else self.average.module
 
-_PLAIN = ("step", "losses", "step_losses", "clustering")
-_TENSORS = ("order", "ids", "centers")
+
+_PLAIN = ("step", "losses", "step_losses", "log")
+_STATEFUL = ("model", "optimizer", "average", "pseudo_labels")
 
 
 def _copy(state):

@@ -1,4 +1,4 @@
-"""How far an experiment has come, kept on disk: checkpoints, and a line in metrics.jsonl for every epoch."""
+"""How far an experiment has come, kept on disk: checkpoints, metrics.jsonl and TensorBoard events of every epoch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ import shutil
 import time
 from pathlib import Path
 
+from torch.utils.tensorboard import SummaryWriter
+
+from ccl_fast.errors import ArgumentError
+from ccl_fast.files import write_atomically
 from ccl_fast.training import checkpoint
-from ccl_fast.training.arguments import ArgumentError
 from ccl_fast.training.interruption import Interrupted, Interruption
 from ccl_fast.training.loop import Run
 
 WARM_UP = "warm-up"
+# What a run writes into its folder besides the results; removed where a folder is overwritten.
+FILES, FOLDERS = ("metrics.jsonl", "config.yaml"), ("checkpoints", "tensorboard")
 
 
 class Progress:
-    """What is done of the experiment, and its files: checkpoints and metrics.jsonl."""
+    """What is done of the experiment, and its files: checkpoints, metrics.jsonl, tensorboard/<stage>."""
 
     def __init__(self, folder: Path, arguments: dict, state: dict | None):
         self.folder, self.arguments = folder, arguments
@@ -25,14 +30,16 @@ class Progress:
         self.lines: list[dict] = []
         self.seconds_before = 0.0
         self._start = time.perf_counter()
+        self._events: tuple[str, SummaryWriter] | None = None
         if state is None:
-            if folder.exists():  # to be overwritten
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-                (folder / "metrics.jsonl").unlink(missing_ok=True)
+            for name in FILES:
+                (folder / name).unlink(missing_ok=True)
+            for name in FOLDERS:
+                shutil.rmtree(folder / name, ignore_errors=True)
             return
         for name, was in state["arguments"].items():
             if was != arguments[name]:
-                expected = f"{was!r}, as the run to resume has it"
+                expected = f"{was!r}, as the run to resume has it (config.yaml in its folder has all)"
                 raise ArgumentError(f"{name}: expected {expected}, got {arguments[name]!r}")
         self.finished, self.lines, self.seconds_before = state["finished"], state["lines"], state["seconds"]
         self.under_way = (state["stage"], state["run"])
@@ -53,14 +60,31 @@ class Progress:
         )
 
     def end_epoch(self, stage: str, run: Run) -> None:
-        line = {"stage": stage, "epoch": len(run.losses), "step": run.step, "loss": run.losses[-1]}
-        self.lines.append(line | {"learning_rate": run.learning_rate} | run.clustering)
+        epoch = len(run.losses)
+        scalars = {"loss": run.losses[-1], "learning_rate": run.learning_rate} | run.log
+        self.lines.append({"stage": stage, "epoch": epoch, "step": run.step} | scalars)
         self.save(stage, run)
         self.write_lines()
+        events = self._events_of(stage, epoch)
+        for name, value in scalars.items():
+            events.add_scalar(name, value, epoch)
+        events.flush()
+
+    def _events_of(self, stage: str, epoch: int) -> SummaryWriter:
+        if self._events is None or self._events[0] != stage:
+            self.close()
+            # What a killed run wrote of this epoch and later ones does not count.
+            self._events = stage, SummaryWriter(self.folder / "tensorboard" / stage, purge_step=epoch)
+        return self._events[1]
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._events[1].close()
+        self._events = None
 
     def write_lines(self) -> None:
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
-        checkpoint.write_atomically(self.folder / "metrics.jsonl", lambda file: file.write(text.encode()))
+        write_atomically(self.folder / "metrics.jsonl", lambda file: file.write(text.encode()))
 
 
 def advance(run: Run, stage: str, epochs: int, progress: Progress, interruption: Interruption) -> None:
@@ -90,4 +114,5 @@ def advance(run: Run, stage: str, epochs: int, progress: Progress, interruption:
         last = progress.folder / "checkpoints" / checkpoint.LAST
         good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
         raise FloatingPointError(f"{error}; {good}") from error
-    progress.finished[stage] = run.state_dict()
+    # Only the warm-up is gone on from.
+    progress.finished[stage] = run.state_dict() | ({} if stage == WARM_UP else {"optimizer": None})

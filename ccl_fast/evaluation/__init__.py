@@ -1,0 +1,7 @@
+"""How well features tell OOD images from those of the training distribution, and the report that shows it."""
+
+from ccl_fast.evaluation.cluster_quality import cluster_quality
+from ccl_fast.evaluation.judge import DEFAULT, GROUPS, Judgement, cluster, judge, make_detectors
+from ccl_fast.evaluation.page import write_page
+
+__all__ = ["DEFAULT", "GROUPS", "Judgement", "cluster", "cluster_quality", "judge", "make_detectors", "write_page"]

@@ -1,0 +1,32 @@
+"""How clusters compare with classes."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torchmetrics.functional.clustering import normalized_mutual_info_score
+
+
+def cluster_quality(ids: Tensor, classes: Tensor) -> dict[str, float]:
+    """Agreement of clusters with classes.
+
+    Args:
+        ids: cluster of every sample, int ``[n]``, from 0.
+        classes: class of every sample, int ``[n]``, from 0.
+
+    Returns:
+        ``{"nmi", "accuracy"}``, both in [0, 1]: normalised mutual information (arithmetic mean of the entropies), and
+        the share of samples in the class that their cluster stands for, where every class has at most one cluster and
+        every cluster one class, chosen so that the share is largest (Hungarian method).
+    """
+    ids, classes = ids.cpu(), classes.cpu()
+    with warnings.catch_warnings():  # torchmetrics builds a sparse tensor, of which torch warns
+        warnings.filterwarnings("ignore", message="Sparse invariant checks")
+        nmi = normalized_mutual_info_score(ids, classes).item()
+    together = torch.zeros(int(ids.max()) + 1, int(classes.max()) + 1, dtype=torch.int64)
+    together.index_put_((ids, classes), torch.ones_like(ids), accumulate=True)
+    rows, columns = linear_sum_assignment(together.numpy(), maximize=True)
+    return {"nmi": nmi, "accuracy": together.numpy()[rows, columns].sum().item() / len(ids)}

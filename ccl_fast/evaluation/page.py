@@ -1,0 +1,337 @@
+"""The report as one HTML file that needs no network: summary, tables, pictures, images, arguments."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ccl_fast.data import Images
+from ccl_fast.evaluation import pictures
+from ccl_fast.evaluation.judge import GROUPS, Judgement
+from ccl_fast.evaluation.pictures import OodSet
+from ccl_fast.files import write_atomically
+
+TITLES = {"simclr": "SimCLR", "ccl": "CCL"}
+
+
+class Metric(NamedTuple):
+    name: str
+    title: str
+    positive: str
+    is_better_high: bool
+
+
+METRICS = (
+    Metric("auroc", "AUROC", "", True),
+    Metric("aupr_ood", "AUPR", "OOD positive", True),
+    Metric("aupr_id", "AUPR", "ID positive", True),
+    Metric("fpr95_id", "FPR95", "ID positive", False),
+    Metric("fpr95_ood", "FPR95", "OOD positive", False),
+)
+CURVES = {  # of a line of the log
+    "loss": "Loss",
+    "changed_labels": "Share of images that changed cluster",
+    "nmi": "NMI of clusters and classes",
+    "accuracy": "Accuracy of clusters as classes",
+    "smallest_cluster": "Images in the smallest cluster",
+    "largest_cluster": "Images in the largest cluster",
+}
+SHOWN_IMAGES = 12  # most outlying, least outlying
+SHOWN_CLUSTERS, SHOWN_PER_CLUSTER = 12, 6
+
+
+def write_page(path: Path, report: dict, judgements: Mapping[str, Judgement], images: Mapping[str, Images]) -> None:
+    """Write the report as a page that opens in any browser, light or dark, wide or narrow, and prints.
+
+    Args:
+        path: of the HTML file; it is whole or not there.
+        report: the content of report.json; without "log", "losses" or "clustering" these parts are left out.
+        judgements: by method, "simclr" and "ccl" or one of them.
+        images: "train", "test" and the OOD sets, by the names that the judgements use.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files(__package__).joinpath("page.html").read_text("utf-8"))
+    page = template.render(_content(report, judgements, images)).encode(errors="replace")
+    write_atomically(path, lambda file: file.write(page))
+
+
+def summarize(report: dict) -> str:
+    """What came out, in a sentence."""
+    methods, groups = list(report["results"]), [group for group in GROUPS if report[group]]
+    if not groups:
+        return "No OOD set was given, so there is nothing to tell from the test images."
+    values = {
+        group: [round(report["results"][method][report["default"]][group]["auroc"], 3) for method in methods]
+        for group in groups
+    }
+    if len(methods) == 1:
+        found = " and ".join(f"{value:.3f} on {group} OOD sets" for group, (value,) in values.items())
+        return f"With its default detector, {TITLES[methods[0]]} reaches an AUROC of {found}."
+    first, second = (TITLES[method] for method in methods)
+    parts = []
+    for group, (a, b) in values.items():
+        verdict = "level with" if a == b else f"{abs(b - a):.3f} {'above' if b > a else 'below'}"
+        parts.append(f"{b:.3f} on {group} OOD sets, {verdict} {first}’s {a:.3f}")
+    return f"With the default detector, {second} reaches an AUROC of {'; and of '.join(parts)}."
+
+
+def _content(report: dict, judgements: Mapping[str, Judgement], images: Mapping[str, Images]) -> dict:
+    methods = list(judgements)
+    sets = [*report["near"], *report["far"]]
+    groups = [group for group in GROUPS if report[group]]
+    counts = report["images"]
+    axis = pictures.ScoreAxis.of([scores for judgement in judgements.values() for scores in judgement.scores.values()])
+    return {
+        "light": Markup(pictures.css_colors(dark=False)),
+        "dark": Markup(pictures.css_colors(dark=True)),
+        "methods": {method: TITLES[method] for method in methods},
+        "default": report["default"],
+        "summary": summarize(report),
+        "facts": _facts(report, sets),
+        "cards": [_card(report, methods, group) for group in groups],
+        "metrics": METRICS,
+        "overview": [_overview(report, methods, group) for group in groups],
+        "of_groups": [
+            {
+                "title": f"{group.capitalize()} OOD",
+                "note": _mean_of(report[group]),
+                "rows": _rows(report, methods, group),
+            }
+            for group in groups
+        ],
+        "of_sets": [
+            {
+                "title": f"{group.capitalize()} OOD sets",
+                "note": "",
+                "rows": [
+                    {"label": name, "note": _count(counts["ood"][name], "image"), "is_default": False}
+                    | {"cells": _cells(report, methods, report["default"], name)}
+                    for name in report[group]
+                ],
+            }
+            for group in groups
+        ],
+        "of_detectors": [
+            {"title": name, "note": "near" if name in report["near"] else "far", "rows": _rows(report, methods, name)}
+            for name in sets
+        ],
+        "scores": [_scores(report, judgements[method], method, axis) for method in methods] if sets else [],
+        "clusters": [_clusters(report, judgements[method], method, images) for method in methods],
+        "training": _training(report, methods),
+        "borders": [_border(report, judgements[method], method, images, sets) for method in methods],
+        "arguments": {name: _plain(value) for name, value in report["arguments"].items()},
+        "environment": {name: _plain(value) for name, value in report["environment"].items()},
+        "counts": [("training images", "", counts["train"]), ("test images", "", counts["test"])]
+        + [(name, group, counts["ood"][name]) for group in GROUPS for name in report[group]],
+        "seconds": _duration(report["seconds"]),
+    }
+
+
+def _facts(report: dict, sets: Sequence[str]) -> list[str]:
+    counts, environment = report["images"], report["environment"]
+    facts = [
+        _count(counts["train"], "training image"),
+        _count(counts["test"], "test image"),
+        f"{_count(sum(counts['ood'].values()), 'image')} of {_count(len(sets), 'OOD set')}" if sets else "",
+        _duration(report["seconds"]),
+        str(environment["device"]),
+        str(environment["date"])[:10],
+    ]
+    return [fact for fact in facts if fact]
+
+
+def _card(report: dict, methods: Sequence[str], group: str) -> dict:
+    values = {method: report["results"][method][report["default"]][group] for method in methods}
+    return {
+        "title": f"{group.capitalize()} OOD",
+        "note": _mean_of(report[group]),
+        "rows": [
+            {"method": method, "auroc": f"{v['auroc']:.3f}", "fpr95": _percent(v["fpr95_id"])}
+            for method, v in values.items()
+        ],
+    }
+
+
+def _overview(report: dict, methods: Sequence[str], group: str) -> dict:
+    values = {
+        method: {detector: by_set[group]["auroc"] for detector, by_set in report["results"][method].items()}
+        for method in methods
+    }
+    best = {method: max(of_method, key=of_method.get) for method, of_method in values.items()}
+    words = ", ".join(
+        f"{TITLES[m]} {values[m][report['default']]:.3f}, at best {values[m][best[m]]:.3f}" for m in methods
+    )
+    alt = f"AUROC of every detector on {group} OOD sets; the default detector: {words}."
+    words = "; ".join(f"{TITLES[m]}: {best[m]}" for m in methods)
+    return {
+        "title": f"{group.capitalize()} OOD",
+        "svg": Markup(pictures.detectors(values, report["default"], alt)),
+        "caption": f"{_mean_of(report[group]).capitalize()}. Highest with {words}.",
+    }
+
+
+def _rows(report: dict, methods: Sequence[str], of: str) -> list[dict]:
+    detectors = report["results"][methods[0]]
+    return [
+        {"label": detector, "note": "", "is_default": detector == report["default"]}
+        | {"cells": _cells(report, methods, detector, of)}
+        for detector in detectors
+    ]
+
+
+def _cells(report: dict, methods: Sequence[str], detector: str, of: str) -> list[dict]:
+    """A metric after the other, of each the methods side by side; the best of these stands out."""
+    cells = []
+    for metric in METRICS:
+        values = [report["results"][method][detector][of][metric.name] for method in methods]
+        shown = [f"{value:.3f}" for value in values]
+        best = (max if metric.is_better_high else min)(shown) if len(set(shown)) > 1 else None
+        cells += [{"value": v, "text": s, "is_best": s == best} for v, s in zip(values, shown, strict=True)]
+    return cells
+
+
+def _scores(report: dict, judgement: Judgement, method: str, axis: pictures.ScoreAxis) -> dict:
+    """Histograms and ROC curves of the default detector."""
+    metrics, test = report["results"][method][report["default"]], judgement.scores["test"]
+    cut = pictures.threshold(test)
+    sets, accepted = [], []
+    for number, name in enumerate((*report["near"], *report["far"])):
+        scores, is_near = judgement.scores[name], name in report["near"]
+        accepted.append(_percent((scores <= cut).double().mean().item()))
+        note = f"{'near' if is_near else 'far'} · {accepted[-1]} accepted"
+        sets.append(OodSet(name, scores, *pictures.look(number, is_near), note))
+    of_sets = ", ".join(f"{s.name} {share}" for s, share in zip(sets, accepted, strict=True))
+    alt = f"{TITLES[method]}: histograms of the outlier scores of the test images and of every OOD set."
+    alt += f" The threshold {cut:.3g} accepts 95 % of the test images, and of the OOD sets: {of_sets}."
+    aurocs = [f"{metrics[s.name]['auroc']:.3f}" for s in sets]
+    of_rocs = ", ".join(f"{s.name} {auroc}" for s, auroc in zip(sets, aurocs, strict=True))
+    return {
+        "method": TITLES[method],
+        "histograms": Markup(pictures.histograms(test, sets, axis, alt)),
+        "roc": Markup(pictures.roc_curves(test, sets, f"{TITLES[method]}: ROC curves. AUROC: {of_rocs}.")),
+        "legend": list(zip(sets, aurocs, strict=True)),
+    }
+
+
+def _clusters(report: dict, judgement: Judgement, method: str, images: Mapping[str, Images]) -> dict:
+    """The map, the sizes and the images of one method's clusters."""
+    title, k = TITLES[method], len(judgement.centers)
+    features = {part: of_part["head"] for part, of_part in judgement.features.items()}
+    near, far = ([features[name] for name in report[group]] for group in GROUPS)
+    colors = pictures.cluster_colors(judgement.centers)
+    sizes = judgement.cluster_ids.bincount(minlength=k)
+    empty = int((sizes == 0).sum())
+    words = f"from {sizes.min():,} to {sizes.max():,} training images" if k > 1 else "of all training images"
+    words += f", {empty} of them empty" if empty else ""
+    points = pictures.sample(features["train"], judgement.cluster_ids, judgement.centers, near, far)
+    alt = f"{title}: map of {len(points.train):,} training images in the colours of their clusters, with"
+    alt += f" {len(points.near)} images of near and {len(points.far)} of far OOD sets."
+    return {
+        "method": title,
+        "map": Markup(pictures.cluster_map(points, colors, alt)),
+        "sizes": Markup(pictures.cluster_sizes(sizes, colors, f"{title}: sizes of {_count(k, 'cluster')}, {words}.")),
+        "caption": f"{_count(k, 'cluster')}, {words}.",
+        "quality": report.get("clustering", {}).get(method, {}),
+        "gallery": _gallery(judgement, images["train"], sizes, colors),
+    }
+
+
+def _gallery(judgement: Judgement, train: Images, sizes: Tensor, colors: Sequence[str]) -> list[dict]:
+    """Of the largest clusters, the training images nearest to the centre."""
+    features = normalize(judgement.features["train"]["head"])
+    rows = []
+    for number in sizes.argsort(descending=True, stable=True)[:SHOWN_CLUSTERS].tolist():
+        members = (judgement.cluster_ids == number).nonzero().flatten()
+        cosines = features[members] @ judgement.centers[number].to(features)
+        chosen = members[cosines.argsort(descending=True, stable=True)[:SHOWN_PER_CLUSTER]]
+        if len(chosen):
+            shown = [
+                (pictures.thumbnail(image), f"cluster {number}, training image {row}")
+                for image, row in zip(train[chosen], chosen.tolist(), strict=True)
+            ]
+            rows.append({"number": number, "size": f"{sizes[number]:,}", "color": colors[number], "images": shown})
+    return rows
+
+
+def _training(report: dict, methods: Sequence[str]) -> list[dict]:
+    """A picture for every number that the log has."""
+    log = report.get("log") or {
+        method: [{"epoch": number, "loss": loss} for number, loss in enumerate(losses, 1)]
+        for method, losses in report.get("losses", {}).items()
+    }
+    shown = []
+    for key, title in CURVES.items():
+        lines = {}
+        for method in methods:
+            points = [(line["epoch"], line[key]) for line in log.get(method, []) if line.get(key) is not None]
+            points = [(epoch, value) for epoch, value in points if math.isfinite(value)]
+            if points:
+                lines[method] = tuple(zip(*points, strict=True))
+        if lines:
+            ends = "; ".join(f"{TITLES[m]} from {v[0]:.3g} to {v[-1]:.3g}" for m, (_, v) in lines.items())
+            alt = f"{title} by epoch: {ends}."
+            shown.append({"title": title, "svg": Markup(pictures.curves(lines, alt)), "methods": lines})
+    return shown
+
+
+def _border(report: dict, judgement: Judgement, method: str, images: Mapping[str, Images], sets: Sequence[str]) -> dict:
+    """The most outlying test images and the least outlying OOD images, each with the nearest training image."""
+    level = report["default"].split("/")[0]
+    features = {part: normalize(of_part[level]) for part, of_part in judgement.features.items()}
+
+    def row(part: str, number: int) -> dict:
+        nearest = int((features["train"] @ features[part][number]).argmax())
+        picture, neighbor = images[part][torch.tensor([number])][0], images["train"][torch.tensor([nearest])][0]
+        score = f"{judgement.scores[part][number]:#.3g}"
+        return {
+            "set": part if part in sets else "",
+            "note": f"no. {number} · {score}",
+            "image": (pictures.thumbnail(picture), f"{part}, image {number}, score {score}"),
+            "nearest": (pictures.thumbnail(neighbor), f"training image {nearest}"),
+        }
+
+    alarms = judgement.scores["test"].argsort(descending=True, stable=True)[:SHOWN_IMAGES].tolist()
+    of_each = max(1, SHOWN_IMAGES // max(1, len(sets)))
+    missed = [(s, n) for s in sets for n in judgement.scores[s].argsort(stable=True)[:of_each].tolist()]
+    return {
+        "method": TITLES[method],
+        "alarms": [row("test", number) for number in alarms],
+        "missed": [row(*entry) for entry in missed],
+    }
+
+
+def _mean_of(names: Sequence[str]) -> str:
+    return f"mean of {len(names)} sets" if len(names) > 1 else "one set"
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -1,0 +1,419 @@
+"""The pictures of the report, one function each: SVG that takes its colours from the page, and thumbnails.
+
+A colour is drawn as ``var(--name, <light colour>)``, and the page, with ``css_colors``, says what the name is in the
+light and in the dark. What users named never passes through matplotlib, which reads "$" as mathematics and warns of
+glyphs that its font has not: the text is put into the finished SVG.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import io
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path as Outline
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+# name: (on a light page, on a dark one). Any two of c0 to c7 differ to the colour-blind too, and all from the page.
+COLORS = {
+    "ink": ("#1b2530", "#e8edf2"),
+    "soft": ("#5a6673", "#9ba8b5"),
+    "rule": ("#e1e6eb", "#2c353f"),
+    "paper": ("#ffffff", "#151b22"),
+    "quiet": ("#b4bec8", "#56626f"),
+    "simclr": ("#7d8894", "#8d99a6"),
+    "ccl": ("#0b6bb8", "#58b0f5"),
+    "c0": ("#18289e", "#356fee"),
+    "c1": ("#a31901", "#d54142"),
+    "c2": ("#1fa59e", "#2db888"),
+    "c3": ("#d57e1b", "#cf810d"),
+    "c4": ("#7b6eff", "#c7c3ff"),
+    "c5": ("#78428c", "#9865b3"),
+    "c6": ("#68083b", "#aef6e1"),
+    "c7": ("#93915e", "#f8d833"),
+}
+HUES = [name for name in COLORS if re.fullmatch(r"c\d", name)]
+LIGHT = {name: light for name, (light, _) in COLORS.items()}
+_NAMES = {light: name for name, light in LIGHT.items()}
+
+WIDTH = 480  # of a picture; the page shows it as wide as there is room
+MOST_NAMED = 30  # clusters
+ACCEPTED = 95  # percent of the test images that the threshold accepts
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "ccl_fast",
+    "font.size": 12.5,
+    "figure.facecolor": "none",
+    "figure.dpi": 72,
+    "axes.facecolor": "none",
+    "axes.edgecolor": LIGHT["quiet"],
+    "axes.labelcolor": LIGHT["soft"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": LIGHT["rule"],
+    "text.color": LIGHT["ink"],
+    "xtick.color": LIGHT["quiet"],
+    "ytick.color": LIGHT["quiet"],
+    "xtick.labelcolor": LIGHT["soft"],
+    "ytick.labelcolor": LIGHT["soft"],
+}
+_UNDRAWN = "@"  # stands for a text while matplotlib draws; its own texts have none
+
+
+class OodSet(NamedTuple):
+    """An OOD set as pictures and their legends show it."""
+
+    name: str
+    scores: Tensor
+    color: str
+    dashes: tuple[int, ...]  # of its line: on, off, ...; () is solid
+    note: str  # what the histograms say of it
+
+
+def look(number: int, is_near: bool) -> tuple[str, tuple[int, ...]]:
+    """Colour and dashes of a set: near ones solid, far ones dashed; when the colours are used up they come dotted."""
+    dashes = () if is_near else (6, 3)
+    return HUES[number % len(HUES)], (*dashes, 1, 2) if number >= len(HUES) else dashes
+
+
+def css_colors(dark: bool) -> str:
+    """Declarations of the custom properties that the pictures use."""
+    return " ".join(f"--{name}: {pair[dark]};" for name, pair in COLORS.items())
+
+
+def threshold(test: Tensor) -> float:
+    """The least score that accepts 95 % of the test images."""
+    return test.sort().values[-(-ACCEPTED * len(test) // 100) - 1].item()
+
+
+class ScoreAxis(NamedTuple):
+    """The scale that the histograms of all methods share."""
+
+    low: float
+    high: float
+    is_log: bool
+
+    @classmethod
+    def of(cls, scores: Iterable[Tensor]) -> ScoreAxis:
+        """Logarithmic where scores crowd near 0, as a cosine distance does; scores below its end count as its end."""
+        values = torch.cat(list(scores)).double().numpy()
+        low, high = values.min().item(), values.max().item()
+        if low >= 0 and np.median(values) < high / 8:
+            low = max(np.quantile(values[values > 0], 0.002).item(), high * 1e-6)
+            return cls(low / 1.05, high * 1.05, True)
+        margin = (high - low) / 40 or 0.1 * abs(low) or 0.1
+        return cls(low - margin, high + margin, False)
+
+    def place(self, scores: Tensor) -> np.ndarray:
+        """Where scores lie, from 0 to 1."""
+        values = np.clip(scores.double().numpy(), self.low, self.high)
+        if self.is_log:
+            return np.log(values / self.low) / math.log(self.high / self.low)
+        return (values - self.low) / (self.high - self.low)
+
+    def ticks(self) -> list[float]:
+        if not self.is_log:
+            ticks = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(self.low, self.high)
+            return [tick for tick in ticks.tolist() if self.low <= tick <= self.high]
+        decades = math.log10(self.high / self.low)
+        first = math.floor(math.log10(self.low))
+        steps = (1, 2, 5) if decades < 2.5 else (1,)
+        ticks = [float(f"{step}e{first + n}") for n in range(math.ceil(decades) + 2) for step in steps]
+        return [tick for tick in ticks if self.low <= tick <= self.high]
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """matplotlib's defaults and this file's, whatever the user has set; undone after."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
+
+
+@_style()
+def histograms(test: Tensor, sets: Sequence[OodSet], axis: ScoreAxis, alt: str) -> str:
+    """Scores of every OOD set over those of the test images, one below the other, and the threshold through all."""
+    row, gap, top, bottom = 62, 24, 26, 40
+    height = top + len(sets) * (row + gap) + bottom
+    figure, texts = _figure(height), []
+    edges = np.linspace(0, 1, 49)
+    ticks = axis.ticks()
+    at = axis.place(torch.tensor([threshold(test), *ticks], dtype=torch.float64)).tolist()
+
+    def shares(scores: Tensor) -> np.ndarray:
+        return np.histogram(axis.place(scores), edges)[0] / len(scores)
+
+    for number, of_set in enumerate(sets):
+        panel = _axes(figure, 10, top + number * (row + gap) + gap, WIDTH - 20, row)
+        color = LIGHT[of_set.color]
+        panel.stairs(shares(test), edges, fill=True, color=LIGHT["quiet"], alpha=0.75, lw=0)
+        panel.stairs(shares(of_set.scores), edges, fill=True, color=color, alpha=0.35, lw=0)
+        panel.stairs(shares(of_set.scores), edges, color=color, lw=1.2)
+        up = (row + gap) / row if number == 0 else 1  # to its label
+        panel.axvline(at[0], color=LIGHT["ink"], lw=1, ymax=up, clip_on=False)
+        panel.set(xlim=(0, 1), yticks=[], ylim=(0, None))
+        panel.set_xticks(at[1:], [f"{tick:g}" for tick in ticks] if number == len(sets) - 1 else [""] * len(ticks))
+        panel.spines["left"].set_visible(False)
+        panel.grid(False)
+        texts += [_shorten(of_set.name), of_set.note]
+        panel.text(0, 1.03, _UNDRAWN, color=color, weight="bold", transform=panel.transAxes)
+        panel.text(1, 1.03, _UNDRAWN, color=LIGHT["soft"], ha="right", transform=panel.transAxes)
+    panel.set_xlabel("outlier score" + (", logarithmic" if axis.is_log else ""))
+    label = f"accepts {ACCEPTED} % of the test images: {threshold(test):.3g}"
+    side = "left" if at[0] < 0.5 else "right"
+    figure.text((10 + at[0] * (WIDTH - 20)) / WIDTH, 1 - 12 / height, label, ha=side, va="center")
+    return _svg(figure, alt, texts)
+
+
+def roc(test: Tensor, ood: Tensor) -> tuple[Tensor, Tensor]:
+    """The ROC curve's corners: shares of test and of OOD images whose score is above a threshold, from (0, 0)."""
+    test, ood = test.double().sort().values, ood.double().sort().values
+    cuts = torch.cat([test, ood]).unique().flip(0)
+    above = (1 - torch.searchsorted(scores, cuts).double() / len(scores) for scores in (test, ood))
+    x, y = (torch.cat([share.new_zeros(1), share]) for share in above)
+    return x, y
+
+
+@_style()
+def roc_curves(test: Tensor, sets: Sequence[OodSet], alt: str) -> str:
+    """How many OOD images are rejected at the price of how many test images."""
+    figure = _figure(400)
+    panel = _axes(figure, 52, 10, WIDTH - 62, 340)
+    panel.plot([0, 1], [0, 1], color=LIGHT["quiet"], lw=1)
+    for of_set in sets:
+        x, y = roc(test, of_set.scores)
+        shown = torch.linspace(0, len(x) - 1, min(len(x), 400)).round().long()
+        (line,) = panel.plot(x[shown].tolist(), y[shown].tolist(), color=LIGHT[of_set.color], lw=1.7, clip_on=False)
+        if of_set.dashes:
+            line.set_dashes([part / 1.7 for part in of_set.dashes])
+    panel.set(xlim=(0, 1), ylim=(0, 1), xlabel="share of test images rejected", ylabel="share of OOD images rejected")
+    return _svg(figure, alt)
+
+
+@_style()
+def detectors(values: Mapping[str, Mapping[str, float]], default: str, alt: str) -> str:
+    """A dot a method on a row a detector: ``values[method][detector]`` is an AUROC."""
+    names = list(next(iter(values.values())))
+    row, top, left = 23, 6, 186
+    figure = _figure(top + row * len(names) + 40)
+    panel = _axes(figure, left, top, WIDTH - left - 14, row * len(names))
+    rows = range(len(names))
+    of_name = [[by_name[name] for by_name in values.values()] for name in names]
+    panel.hlines(rows, [min(v) for v in of_name], [max(v) for v in of_name], color=LIGHT["quiet"], lw=2)
+    for size, (method, by_name) in zip((9.5, 6), values.items(), strict=False):
+        panel.plot(list(by_name.values()), rows, "o", color=LIGHT[method], ms=size, mew=0, clip_on=False)
+    low = min(min(v) for v in of_name)
+    panel.set(xlim=(max(0, math.floor(low * 20 - 0.2) / 20), 1), ylim=(len(names) - 0.5, -0.5), xlabel="AUROC")
+    panel.set_yticks(rows, [_UNDRAWN] * len(names), color=LIGHT["ink"])
+    panel.get_yticklabels()[names.index(default)].set_weight("bold")
+    panel.tick_params(length=0)
+    panel.grid(axis="y", visible=False)
+    panel.spines["left"].set_visible(False)
+    return _svg(figure, alt, [_shorten(name.replace("_", " ").replace("/", " · "), 27) for name in names])
+
+
+def cluster_colors(centers: Tensor) -> list[str]:
+    """A colour for every cluster, other than those of the clusters next to it."""
+    cosines = normalize(centers.double()) @ normalize(centers.double()).T
+    chosen: list[int] = []
+    for number, row in enumerate(cosines):
+        nearest = row[:number].argsort(descending=True, stable=True)[: len(HUES) - 1]
+        taken = {chosen[i] for i in nearest.tolist()}
+        free = [hue for hue in range(len(HUES)) if hue not in taken]
+        chosen.append(min(free, key=chosen.count))
+    return [HUES[hue] for hue in chosen]
+
+
+@_style()
+def cluster_sizes(sizes: Tensor, colors: Sequence[str], alt: str) -> str:
+    """Images of every cluster, the largest first, in the colours of the map."""
+    figure = _figure(210)
+    panel = _axes(figure, 52, 10, WIDTH - 62, 152)
+    order = sizes.argsort(descending=True, stable=True).tolist()
+    hues = [LIGHT[colors[number]] for number in order]
+    panel.bar(range(len(order)), sizes[order].tolist(), 0.8, color=hues, alpha=0.85)
+    even = sizes.double().mean().item()
+    panel.axhline(even, color=LIGHT["ink"], lw=1, ls=(0, (4, 3)))
+    panel.text(0.995, even, "even", transform=panel.get_yaxis_transform(), ha="right", va="bottom", size=11)
+    named = order if len(order) <= MOST_NAMED else []
+    panel.set_xticks(range(len(named)), [str(number) for number in named])
+    panel.set(xlim=(-0.6, len(order) - 0.4), xlabel="cluster, the largest first", ylabel="training images")
+    panel.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+    panel.tick_params(axis="x", length=0)
+    panel.grid(axis="x", visible=False)
+    return _svg(figure, alt)
+
+
+@dataclass
+class Points:
+    """Features to be laid out in the plane."""
+
+    train: Tensor
+    ids: Tensor
+    centers: Tensor
+    near: Tensor
+    far: Tensor
+
+
+def sample(
+    train: Tensor, ids: Tensor, centers: Tensor, near: Sequence[Tensor], far: Sequence[Tensor], seed: int = 0
+) -> Points:
+    """At most 1,000 training images, 120 images of near and 120 of far sets; the centres that have images."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(x: Tensor, n: int) -> Tensor:
+        return torch.randperm(len(x), generator=generator)[:n].sort().values
+
+    def of_sets(sets: Sequence[Tensor]) -> Tensor:
+        return torch.cat([train[:0], *(x[some(x, -(-120 // len(sets)))] for x in sets)])
+
+    rows = some(train, 1000)
+    return Points(train[rows], ids[rows], centers[ids.unique()], of_sets(near), of_sets(far))
+
+
+def plane(x: Tensor) -> np.ndarray:
+    """Where rows of features lie in a plane, [n, 2]: t-SNE of their cosine distances, from two principal components.
+
+    Half the squared distance of unit vectors is the cosine distance, and the perplexity settles the scale.
+    """
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
+
+    x = normalize(x.double())
+    _, _, axes = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    start = (x @ axes[:2].T).numpy()
+    start = np.pad(start, ((0, 0), (0, 2 - start.shape[1])))
+    start = (start / (start.std(0).max() or 1)).astype(np.float32)
+    if len(x) < 4:
+        return start
+    tsne = TSNE(perplexity=min(30, (len(x) - 1) / 3), init=1e-4 * start, max_iter=500, random_state=0)
+    with threadpool_limits(1):  # sums of several threads come in any order
+        return tsne.fit_transform(x.float().numpy())
+
+
+@_style()
+def cluster_map(points: Points, colors: Sequence[str], alt: str) -> str:
+    """Training images in the colours of their clusters, centres with their numbers, OOD images as crosses."""
+    parts = [points.train, points.near, points.far, points.centers]
+    at = plane(torch.cat(parts))
+    low, high = at.min(0), at.max(0)
+    height, margin = 420, 14
+    scale = min((side - 2 * margin) / (span or 1) for side, span in zip((WIDTH, height), high - low, strict=True))
+    at = (at - (low + high) / 2) * scale + (WIDTH / 2, height / 2)
+    train, near, far, centers = np.split(at, np.cumsum([len(part) for part in parts])[:-1])
+    figure = _figure(height)
+    panel = _axes(figure, 0, 0, WIDTH, height)
+    panel.set(xlim=(0, WIDTH), ylim=(0, height))
+    panel.set_axis_off()
+    of_train = np.array([colors[number] for number in points.ids.tolist()])
+    for color in dict.fromkeys(colors):
+        _draw(panel, train[of_train == color], [(0, 0), (0.01, 0)], LIGHT[color], 4.2, 0.55)
+    _draw(panel, near, [(-2.4, -2.4), (2.4, 2.4), (-2.4, 2.4), (2.4, -2.4)], LIGHT["ink"], 1.2, 0.9)
+    _draw(panel, far, [(-3, 0), (3, 0), (0, -3), (0, 3)], LIGHT["ink"], 1.2, 0.9)
+    numbers = points.ids.unique().tolist()
+    is_few = len(numbers) <= MOST_NAMED
+    for number, (x, y) in zip(numbers, centers.tolist(), strict=True):
+        panel.plot(x, y, "o", color=LIGHT["paper"], mec=LIGHT[colors[number]], mew=1.8, ms=17 if is_few else 6)
+        if is_few:
+            panel.text(x, y, str(number), size=10, weight="bold", ha="center", va="center_baseline")
+    return _svg(figure, alt)
+
+
+def _draw(
+    panel: Axes, at: np.ndarray, shape: list[tuple[float, float]], color: str, width: float, alpha: float
+) -> None:
+    """The same strokes, given by their two ends, at many points: one path, small in the file."""
+    if len(at):
+        ends = (at[:, None] + np.array(shape)).reshape(-1, 2)
+        outline = Outline(ends, [Outline.MOVETO, Outline.LINETO] * (len(ends) // 2))
+        panel.add_patch(PathPatch(outline, fill=False, color=color, lw=width, alpha=alpha, capstyle="round"))
+
+
+@_style()
+def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], alt: str) -> str:
+    """Epochs and values of every method, the first one broad enough to be seen where the next one covers it."""
+    figure = _figure(230)
+    panel = _axes(figure, 52, 10, WIDTH - 62, 178)
+    for number, (method, (epochs, values)) in enumerate(lines.items()):
+        width = 1.8 if number == len(lines) - 1 else 5
+        (line,) = panel.plot(epochs, values, color=LIGHT[method], lw=width, alpha=1 if width < 5 else 0.6)
+        line.set(marker="o" if len(epochs) == 1 else "", ms=2 * width, mew=0)
+    panel.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    panel.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    panel.set(xlabel="epoch")
+    return _svg(figure, alt)
+
+
+def thumbnail(image: Tensor) -> str:
+    """An image [1 or 3, h, w] in [0, 1] as a data URI: as it is up to 32 pixels, or else in 64, as JPEG."""
+    pixels = (image.clamp(0, 1) * 255).round().byte().cpu().numpy()
+    picture = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    buffer = io.BytesIO()
+    if max(picture.size) > 32:
+        picture.thumbnail((64, 64))
+        picture.save(buffer, "JPEG", quality=85)
+        kind = "jpeg"
+    else:
+        picture.save(buffer, "PNG", optimize=True)
+        kind = "png"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _figure(height: int) -> Figure:
+    return Figure(figsize=(WIDTH / 72, height / 72))
+
+
+def _axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    """Axes at a place given in points from the upper left corner."""
+    total = figure.get_figheight() * 72
+    return figure.add_axes((left / WIDTH, 1 - (top + height) / total, width / WIDTH, height / total))
+
+
+def _shorten(text: str, longest: int = 36) -> str:
+    """Without the beginning, for the end of a path says more."""
+    return text if len(text) <= longest else "…" + text[1 - longest :]
+
+
+def _svg(figure: Figure, alt: str, texts: Sequence[str] = ()) -> str:
+    """The figure as an element of a page: its colours are the page's, its ids its own, its texts in their places."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    drawn = buffer.getvalue()
+    drawn = drawn[drawn.index(">", drawn.index("<svg")) + 1 :]
+    drawn = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", drawn, flags=re.DOTALL)
+    own = hashlib.sha256((alt + drawn).encode(errors="replace")).hexdigest()[:8]
+    used = set(re.findall(r'(?:url\(|href=")#(\w+)', drawn))
+
+    def tidy(match: re.Match) -> str:
+        tag = re.sub(r"\s+", " ", match[0])
+        tag = re.sub(r' id="([^"]*)"', lambda id: f' id="{id[1]}-{own}"' if id[1] in used else "", tag)
+        tag = re.sub(r'(url\(|href=")#(\w+)', rf"\1#\2-{own}", tag).replace("xlink:href", "href")
+        tag = re.sub(r' transform="rotate\(-0 [^"]*"|font-family: [^;"]*;? ?', "", tag)
+        tag = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", tag)
+        return re.sub(r"#[0-9a-f]{6}(?=[;\"])", lambda color: f"var(--{_NAMES[color[0]]}, {color[0]})", tag)
+
+    drawn = re.sub(r">\s+<", "><", re.sub(r"<[^>]+>", tidy, drawn)).strip()
+    rest = iter(texts)
+    drawn = re.sub(_UNDRAWN, lambda _: html.escape(next(rest)), drawn)
+    size = f"0 0 {WIDTH} {round(figure.get_figheight() * 72)}"
+    root = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}" role="img" aria-label="{html.escape(alt)}"'
+    return f'{root} style="stroke-linejoin: round; font-family: system-ui, sans-serif">{drawn}\n'

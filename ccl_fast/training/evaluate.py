@@ -1,0 +1,92 @@
+"""A trained run against OOD sets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from ccl_fast.evaluation import judge
+from ccl_fast.training.arguments import find_device
+from ccl_fast.training.image_sets import load_image_sets
+from ccl_fast.training.report import describe, format_table, write_report
+from ccl_fast.training.trained import TrainedRun
+
+
+def evaluate(
+    run: str | Path,
+    output: str | Path | None = None,
+    near_ood: Sequence[str] | Mapping[str, Dataset] | None = None,
+    far_ood: Sequence[str] | Mapping[str, Dataset] | None = None,
+    limit: int | None = None,
+    data: str | Path | Dataset | tuple[Dataset, Dataset] | None = None,
+    data_root: str | Path | None = None,
+    backbone: str | nn.Module | None = None,
+    device: str = "auto",
+    download: bool = False,
+    overwrite: bool = False,
+) -> dict:
+    """Judge a trained run by OOD sets: a table, evaluation.json and evaluation.html.
+
+    The images are those of the run, unless an argument says otherwise: its training images fit the detectors, its test
+    images and the OOD sets are told apart.
+
+    Args:
+        run: folder of a finished run of ``train``.
+        output: folder for evaluation.html and evaluation.json; by default ``<run>/evaluation``.
+        near_ood: OOD sets that resemble the training images, as for ``train``; by default those of the run.
+        far_ood: OOD sets that do not; by default those of the run.
+        limit: at most that many images of each part; by default as in the run.
+        data: where the run's images are now; by default where they were.
+        data_root: folder of torchvision's data sets; by default that of the run.
+        backbone: the module that the run was trained with, if it was one (Python only).
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
+        download: let torchvision download a data set that is not there.
+        overwrite: replace an evaluation in the output folder.
+
+    Returns:
+        The content of evaluation.json.
+
+    Raises:
+        ArgumentError: a ValueError naming the argument, what was expected and what came.
+        FileExistsError: there is an evaluation in the output folder.
+        FileNotFoundError: the data is not there; says where it was looked for and how to get it.
+    """
+    start = time.perf_counter()
+    where = find_device(device)
+    trained = TrainedRun(
+        run,
+        near_ood=near_ood,
+        far_ood=far_ood,
+        limit=limit,
+        data=data,
+        data_root=data_root,
+        backbone=backbone,
+        download=download or None,
+    )
+    folder = Path(output) if output is not None else trained.folder / "evaluation"
+    if (folder / "evaluation.json").exists() and not overwrite:
+        raise FileExistsError(f"output: expected a folder without an evaluation, or overwrite, got {str(folder)!r}")
+    sets = load_image_sets(trained.options).to(where)
+    judgements = {
+        method: judge(
+            trained.model(method, sets.train.shape, where),
+            sets.train,
+            sets.test,
+            sets.near,
+            sets.far,
+            clusters=min(trained.options.clusters[0], len(sets.train)),
+            seed=trained.options.seed,
+        )
+        for method in trained.methods
+    }
+    report = describe(vars(trained.options), sets, judgements, where)
+    report["seconds"] = round(time.perf_counter() - start, 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_report(folder, report, judgements, sets, models={}, name="evaluation")
+    print(format_table(report))
+    print(f"written to {folder}; look at {folder / 'evaluation.html'}")
+    return report

@@ -1,0 +1,76 @@
+"""The images of an experiment: those to train on, those to test on, and the OOD sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+
+from ccl_fast.data import Images, Split, load_ood, load_split, made_names
+from ccl_fast.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class ImageSets:
+    """All of one shape; the OOD sets by name."""
+
+    name: str
+    train: Images
+    test: Images
+    near: dict[str, Images]
+    far: dict[str, Images]
+
+    @property
+    def ood(self) -> dict[str, Images]:
+        return self.near | self.far
+
+    @property
+    def parts(self) -> dict[str, Images]:
+        return {"train": self.train, "test": self.test} | self.ood
+
+    def to(self, device: torch.device) -> ImageSets:
+        near, far = ({name: images.to(device) for name, images in s.items()} for s in (self.near, self.far))
+        return ImageSets(self.name, self.train.to(device), self.test.to(device), near, far)
+
+
+def read_split(options: SimpleNamespace) -> Split:
+    """The images to train and to test on, as the arguments of ``train`` say; raises as ``load_image_sets``."""
+    return load_split(options.data, in_classes=options.in_classes, image_size=options.image_size, **_reading(options))
+
+
+def load_image_sets(options: SimpleNamespace) -> ImageSets:
+    """All images of an experiment, as the arguments of ``train`` say.
+
+    Raises:
+        ArgumentError: naming the argument.
+        FileNotFoundError: the data is not there.
+    """
+    split = read_split(options)
+    near, far = options.near_ood, options.far_ood
+    if near is None:
+        near = ["held-out"] if split.held_out is not None else ["interpolation"]
+    if far is None:
+        far = [name for name in made_names if name not in ("interpolation", *near)]
+    twice = [name for name in near if name in far]
+    if twice:
+        raise ArgumentError(f"far_ood: expected other sets than those of near_ood, got {twice[0]!r} in both")
+    if not (near or far):
+        raise ArgumentError("near_ood: expected at least one OOD set in near_ood or far_ood, got none")
+    of_both = [
+        load_ood(names, split, argument=argument, **_reading(options))
+        for names, argument in ((near, "near_ood"), (far, "far_ood"))
+    ]
+    return ImageSets(split.name, split.train, split.test, *of_both)
+
+
+def _reading(options: SimpleNamespace) -> dict:
+    return {
+        "root": options.data_root,
+        "limit": options.limit,
+        "seed": options.seed,
+        "download": options.download,
+        "strict": options.strict,
+        "workers": options.workers,
+        "memory": options.image_memory,
+    }

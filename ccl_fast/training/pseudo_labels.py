@@ -1,0 +1,84 @@
+"""What clustering hands to contrast: ids, centres and temperatures, for one or several numbers of clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ccl_fast.clustering import KMeans, align_clusters, concentration
+from ccl_fast.evaluation import cluster_quality
+from ccl_fast.losses import CCLLoss
+
+# Runs of k-means from different starts, of which the best is kept; later clusterings start from the last centres.
+STARTS = 5
+
+
+class PseudoLabels:
+    """Spherical k-means of the embeddings of all training images, once for every number of clusters.
+
+    Args:
+        clusters: the numbers of clusters; the loss is the mean over them (PCL, section 3.2).
+        seed: of k-means++.
+        temperature: of the loss, which is the mean of the clusters' own ones.
+        concentration: give every cluster its own temperature: small for tight ones.
+        device: where ids and centres are kept.
+    """
+
+    def __init__(
+        self, clusters: Sequence[int], *, seed: int, temperature: float, concentration: bool, device: torch.device
+    ):
+        self.clusters, self.seed, self.temperature = list(clusters), seed, temperature
+        self.concentration, self.device = concentration, device
+        # Per number of clusters: {"ids": [n], "centers": [k, d], "temperatures": [k] or absent}.
+        self.found: list[dict[str, Tensor]] = []
+
+    def update(self, embeddings: Tensor, classes: Tensor | None) -> dict[str, float]:
+        """Cluster anew, from the last centres if there are any; returns what is worth a line in the log.
+
+        Args:
+            embeddings: ``[n, d]``, finite.
+            classes: ``[n]`` if they are known: for the log and for nothing else.
+        """
+        log = {}
+        previous, self.found = self.found, []
+        for i, k in enumerate(self.clusters):
+            start = previous[i]["centers"] if previous else "k-means++"
+            kmeans = KMeans(k, metric="cosine", init=start, n_init=1 if previous else STARTS, seed=self.seed)
+            ids = kmeans.fit_predict(embeddings)
+            found = {"ids": ids, "centers": kmeans.cluster_centers_}
+            if self.concentration:
+                temperatures = concentration(embeddings, ids, kmeans.cluster_centers_, mean=self.temperature)
+                found["temperatures"] = temperatures
+            self.found.append(found)
+            log_of_k = _describe(ids, k, previous[i]["ids"] if previous else None, classes)
+            log |= log_of_k if len(self.clusters) == 1 else {f"{name}/{k}": value for name, value in log_of_k.items()}
+        return log
+
+    def loss(self, loss_fn: CCLLoss, embeddings: Tensor, rows: Tensor) -> Tensor:
+        """Mean of the losses over the numbers of clusters; before the first clustering that of the instances.
+
+        Args:
+            embeddings: ``[b, views, d]``.
+            rows: ``[b]``, which training images they are of.
+        """
+        if not self.found:
+            return loss_fn(embeddings)
+        losses = [loss_fn(embeddings, f["ids"][rows], f["centers"], f.get("temperatures")) for f in self.found]
+        return torch.stack(losses).mean()
+
+    def state_dict(self) -> list[dict[str, Tensor]]:
+        return self.found
+
+    def load_state_dict(self, state: list[dict[str, Tensor]]) -> None:
+        self.found = [{name: tensor.to(self.device) for name, tensor in found.items()} for found in state]
+
+
+def _describe(ids: Tensor, k: int, previous: Tensor | None, classes: Tensor | None) -> dict[str, float]:
+    sizes = ids.bincount(minlength=k)
+    log = {"smallest_cluster": sizes.min().item(), "largest_cluster": sizes.max().item()}
+    if previous is not None:
+        renamed = align_clusters(ids, previous, k)[ids]
+        log["changed_labels"] = (renamed != previous).double().mean().item()
+    return log if classes is None else log | cluster_quality(ids, classes)

@@ -1,0 +1,103 @@
+"""Outlier scores of the images in a folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from ccl_fast.data import load_folder
+from ccl_fast.errors import ArgumentError
+from ccl_fast.evaluation import DEFAULT, cluster, make_detectors
+from ccl_fast.files import write_atomically
+from ccl_fast.models import embed
+from ccl_fast.training.arguments import find_device
+from ccl_fast.training.image_sets import read_split
+from ccl_fast.training.trained import TrainedRun
+
+COLUMNS = ("image", "score", "outlier", "cluster")
+# Share of the run's test images that the threshold accepts.
+ACCEPTED = 0.95
+
+
+def score(
+    run: str | Path,
+    images: str | Path,
+    output: str | Path = "scores.csv",
+    method: str | None = None,
+    detector: str = DEFAULT,
+    data: str | Path | Dataset | tuple[Dataset, Dataset] | None = None,
+    data_root: str | Path | None = None,
+    backbone: str | nn.Module | None = None,
+    workers: int = 0,
+    device: str = "auto",
+    strict: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Write an outlier score for every image in a folder into a CSV file, most outlying first.
+
+    The detector is fitted to the run's training images, which must be at hand. Columns: ``image``, its path;
+    ``score``, higher = more outlying; ``outlier``, 1 if the score is above that of 95 % of the run's test images;
+    ``cluster``, the nearest of the clusters of the training images.
+
+    Args:
+        run: folder of a finished run of ``train``.
+        images: folder of images, with those of its subfolders; they are scaled and cropped to the run's size.
+        output: the CSV file.
+        method: "ccl" or "simclr"; by default "ccl" if the run has it.
+        detector: features and detector, as in the run's report.
+        data: where the run's training images are now; by default where they were.
+        data_root: folder of torchvision's data sets; by default that of the run.
+        backbone: the module that the run was trained with, if it was one (Python only).
+        workers: processes that read images.
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
+        strict: stop at an unreadable image; by default they are skipped and counted.
+        overwrite: replace the output file.
+
+    Returns:
+        The path of the CSV file.
+
+    Raises:
+        ArgumentError: a ValueError naming the argument, what was expected and what came.
+        FileExistsError: the output file exists.
+        FileNotFoundError: the run's data is not there; says where it was looked for and how to get it.
+    """
+    output = Path(output)
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"output: expected a file that does not exist yet, or overwrite, got {str(output)!r}")
+    where = find_device(device)
+    trained = TrainedRun(run, data=data, data_root=data_root, backbone=backbone)
+    method = method or trained.methods[-1]
+    if method not in trained.methods:
+        raise ArgumentError(f"method: expected one that the run has, {' or '.join(trained.methods)}, got {method!r}")
+    clusters, seed = trained.options.clusters[0], trained.options.seed
+    level, _, name = detector.partition("/")
+    detectors = make_detectors(clusters, seed)
+    if level not in ("head", "encoder") or name not in detectors:
+        names = ", ".join(detectors)
+        raise ArgumentError(
+            f'detector: expected "head/<name>" or "encoder/<name>" with one of {names}, got {detector!r}'
+        )
+    split = read_split(trained.options)
+    scored, paths = load_folder(images, split.train.shape, strict=strict, workers=workers)
+
+    model = trained.model(method, split.train.shape, where)
+    train, test, new = (embed(model, part.to(where))[level] for part in (split.train, split.test, scored))
+    kmeans = cluster(train, clusters, seed)
+    fitted = detectors[name].fit_features(train, kmeans.labels_)
+    threshold = fitted.predict_features(test).quantile(ACCEPTED)
+    scores = fitted.predict_features(new)
+    rows = io.StringIO()
+    writer = csv.writer(rows)
+    writer.writerow(COLUMNS)
+    nearest = kmeans.predict(new)
+    for i in torch.argsort(scores, descending=True, stable=True).tolist():
+        writer.writerow([paths[i], f"{scores[i].item():.6g}", int(scores[i] > threshold), nearest[i].item()])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(output, lambda file: file.write(rows.getvalue().encode()))
+    print(f"{len(paths)} images, {int((scores > threshold).sum())} outliers; written to {output}")
+    return output

@@ -1,0 +1,59 @@
+"""A finished run, opened again: its arguments, its images and its models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import yaml
+from torch import nn
+
+from ccl_fast.errors import ArgumentError
+from ccl_fast.models import Model
+from ccl_fast.training.arguments import as_list
+from ccl_fast.training.report import TITLES
+
+
+class TrainedRun:
+    """The folder that ``train`` wrote.
+
+    Args:
+        folder: that folder.
+        replaced: arguments of ``train`` to use instead of the run's own: other OOD sets, another place of the data, and
+            what no file can keep (a module, a Dataset). None leaves the run's own.
+
+    Raises:
+        ArgumentError: that is no finished run, or it was trained with a module or Dataset that ``replaced`` lacks.
+    """
+
+    def __init__(self, folder: str | Path, **replaced):
+        self.folder = Path(folder)
+        if not (self.folder / "config.yaml").exists():
+            raise ArgumentError(f"run: expected the folder of a run (with config.yaml), got {str(folder)!r}")
+        arguments = yaml.safe_load((self.folder / "config.yaml").read_text())
+        arguments |= {name: value for name, value in replaced.items() if value is not None}
+        for name in ("backbone", "data"):
+            if any(isinstance(value, str) and value.startswith("<") for value in as_list(arguments[name])):
+                raise ArgumentError(
+                    f"{name}: expected the one that the run was trained with, as no file can keep {arguments[name]}"
+                )
+        self.options = SimpleNamespace(**arguments | {"clusters": as_list(arguments["clusters"])})
+        self.methods = [method for method in TITLES if (self.folder / f"{method}.pt").exists()]
+        if not self.methods:
+            raise ArgumentError(
+                f"run: expected a finished run (with {' or '.join(f'{m}.pt' for m in TITLES)}), got {str(folder)!r}; "
+                "the same training command with resume goes on with it"
+            )
+
+    def model(self, method: str, shape: tuple[int, int, int], device: torch.device) -> nn.Module:
+        """In evaluation mode."""
+        model = Model(self.options.backbone, shape, self.options.embedding_dim, stem=self.options.stem)
+        path = self.folder / f"{method}.pt"
+        try:
+            model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+        except Exception as error:  # whatever a damaged file makes torch say
+            raise ArgumentError(
+                f"run: expected weights of this run, got {path} ({str(error).splitlines()[0]})"
+            ) from error
+        return model.to(device).eval()

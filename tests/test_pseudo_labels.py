@@ -1,0 +1,122 @@
+# ruff: noqa: E402 (the extra must be there)
+"""What clustering hands to contrast, and random numbers that depend on a name alone."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+for extra in ("torchmetrics", "lightning", "kornia", "tensorboard", "jsonargparse", "mlxtend"):
+    pytest.importorskip(extra)  # the extra "train"
+
+from ccl_fast import CCLLoss
+from ccl_fast.evaluation import cluster_quality
+from ccl_fast.training.pseudo_labels import PseudoLabels
+from ccl_fast.training.randomness import seeded, shuffled
+
+CPU = torch.device("cpu")
+
+
+def blobs(k, each, spread, seed=0):
+    """k directions with rows around them: embeddings [k each, 8] and which direction [k each]."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q[:k]
+    classes = torch.arange(k).repeat_interleave(each)
+    spread = torch.as_tensor(spread).expand(k)[classes, None]
+    return directions[classes] + spread * torch.randn(k * each, 8, generator=generator), classes
+
+
+def make(clusters, concentration=False):
+    return PseudoLabels(clusters, seed=0, temperature=0.2, concentration=concentration, device=CPU)
+
+
+def test_before_the_first_clustering_the_loss_is_that_of_instances():
+    z = torch.randn(6, 2, 8)
+    loss_fn = CCLLoss(0.2)
+    assert make([3]).loss(loss_fn, z, torch.arange(6)).equal(loss_fn(z))
+
+
+def test_the_loss_is_the_mean_over_the_numbers_of_clusters():
+    x, classes = blobs(4, 20, 0.05)
+    labels = make([4, 2])
+    labels.update(x, classes)
+    rows = torch.tensor([0, 3, 25, 70, 41])
+    z, loss_fn = torch.randn(5, 2, 8), CCLLoss(0.2)
+    parts = []
+    for k, found in zip([4, 2], labels.found, strict=True):
+        assert found["centers"].shape == (k, 8)
+        assert (F.normalize(x) @ found["centers"].T).argmax(1).equal(found["ids"])
+        parts.append(loss_fn(z, found["ids"][rows], found["centers"]))
+    assert parts[0] != parts[1]
+    torch.testing.assert_close(labels.loss(loss_fn, z, rows), (parts[0] + parts[1]) / 2)
+
+
+def test_tight_clusters_get_a_lower_temperature_and_use_it():
+    x, _ = blobs(3, 40, [0.01, 0.05, 0.3])
+    labels = make([3], concentration=True)
+    labels.update(x, None)
+    (found,) = labels.found
+    of_class = found["temperatures"][found["ids"][[0, 40, 80]]]
+    assert of_class[0] < of_class[1] < of_class[2]
+    assert found["temperatures"].mean().item() == pytest.approx(0.2)
+    rows, z, loss_fn = torch.arange(0, 120, 7), torch.randn(18, 2, 8), CCLLoss(0.2)
+    plain = loss_fn(z, found["ids"][rows], found["centers"])
+    assert labels.loss(loss_fn, z, rows) != plain
+    assert labels.loss(loss_fn, z, rows).equal(loss_fn(z, found["ids"][rows], found["centers"], found["temperatures"]))
+
+
+def test_the_log_counts_sizes_changes_and_agreement():
+    x, classes = blobs(4, 20, 0.02)
+    labels = make([4])
+    first = labels.update(x, classes)
+    assert first == {"smallest_cluster": 20, "largest_cluster": 20, "nmi": pytest.approx(1), "accuracy": 1}
+    assert labels.update(x, None) == {"smallest_cluster": 20, "largest_cluster": 20, "changed_labels": 0}
+    moved = x.clone()
+    moved[0] = x[20]  # one row goes to another cluster
+    again = labels.update(moved, classes)
+    assert again["changed_labels"] == pytest.approx(1 / 80)
+    assert again["accuracy"] == pytest.approx(79 / 80)
+    both = make([4, 2])
+    assert {"smallest_cluster/4", "smallest_cluster/2"} == both.update(x, None).keys() & {
+        "smallest_cluster/4",
+        "smallest_cluster/2",
+        "smallest_cluster",
+    }
+
+
+def test_the_state_comes_back():
+    x, _ = blobs(3, 10, 0.1)
+    labels, other = make([3, 2], True), make([3, 2], True)
+    labels.update(x, None)
+    other.load_state_dict(labels.state_dict())
+    assert labels.update(x * 0.5, None) == other.update(x * 0.5, None)
+    for ours, theirs in zip(labels.found, other.found, strict=True):
+        assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+def test_cluster_quality_against_scikit_learn_and_by_hand():
+    metrics = pytest.importorskip("sklearn.metrics")
+    generator = torch.Generator().manual_seed(0)
+    for k, n_classes in [(3, 5), (7, 4), (1, 2), (10, 10)]:
+        ids, classes = (torch.randint(m, (200,), generator=generator) for m in (k, n_classes))
+        found = cluster_quality(ids, classes)
+        assert found["nmi"] == pytest.approx(metrics.normalized_mutual_info_score(classes, ids), abs=1e-5)
+    # Two clusters of class 0: only one of them may stand for it.
+    found = cluster_quality(torch.tensor([0, 0, 1, 2, 2]), torch.tensor([0, 0, 0, 1, 1]))
+    assert found["accuracy"] == pytest.approx(4 / 5)
+
+
+def test_random_numbers_depend_on_their_keys_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    draws = []
+    for keys in [(0, 1, 2), (0, 1, 2), (0, 1, 3), (0, 2, 1), (1, 1, 2)]:
+        with seeded(CPU, *keys):
+            draws.append(torch.rand(3))
+        torch.rand(1)
+        torch.set_rng_state(before)
+    assert draws[0].equal(draws[1])
+    assert len(torch.stack(draws).unique(dim=0)) == 4
+    assert shuffled(50, 0, 1).equal(shuffled(50, 0, 1))
+    assert not shuffled(50, 0, 1).equal(shuffled(50, 0, 2))
+    assert shuffled(50, 0, 1).sort().values.equal(torch.arange(50))
+    assert torch.get_rng_state().equal(before)

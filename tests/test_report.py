@@ -1,0 +1,454 @@
+# ruff: noqa: E402 (the extra must be there)
+"""The report's page: what it says, that it needs nothing else, and that no judgement is too odd for it."""
+
+import base64
+import io
+import re
+import statistics
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+for extra in ("torchmetrics", "matplotlib", "jinja2", "sklearn"):
+    pytest.importorskip(extra)  # the extra "train"
+
+import matplotlib
+import numpy as np
+from PIL import Image
+from torch.nn.functional import normalize
+
+from ccl_fast.evaluation import Judgement, pictures
+from ccl_fast.evaluation.page import summarize, write_page
+from ccl_fast.ood import auroc, fpr95, ood_metrics
+
+DEFAULT = "head/nearest_neighbor"
+DETECTORS = (DEFAULT, "head/mahalanobis", "encoder/nearest_neighbor")
+HOSTILE = "/data/<script>alert(\"x\")</script> & 'co' $\\frac{a_b$ 日本 @"
+COLUMNS = {
+    "auroc": "AUROC ↑",
+    "aupr_ood": "AUPR ↑ OOD positive",
+    "aupr_id": "AUPR ↑ ID positive",
+    "fpr95_id": "FPR95 ↓ ID positive",
+    "fpr95_ood": "FPR95 ↓ OOD positive",
+}
+VOID = {"meta", "link", "br", "img", "wbr", "path", "use", "rect", "line", "g"}
+
+
+class Noise:
+    """Images as the page takes them."""
+
+    def __init__(self, n: int, shape: tuple[int, int, int]):
+        self.shape = shape
+        self.values = torch.rand(n, *shape)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, rows):
+        assert rows.dtype == torch.int64
+        return self.values[rows]
+
+
+def make(
+    methods=("simclr", "ccl"),
+    near=("birds", HOSTILE),
+    far=("textures",),
+    sizes=(60, 40, 25),
+    clusters=5,
+    shape=(1, 8, 8),
+    change_features=lambda x: x,
+    change_scores=lambda x: x,
+):
+    """A report, judgements and images of random features; sizes are those of train, test and every OOD set."""
+    sets = [*near, *far]
+    parts = {"train": sizes[0], "test": sizes[1]} | dict.fromkeys(sets, sizes[2])
+    judgements, results = {}, {}
+    for number, method in enumerate(methods):
+        torch.manual_seed(number)
+        centers = normalize(torch.randn(clusters, 6))
+        ids = {part: torch.randint(clusters, (n,)) for part, n in parts.items()}
+        features = {part: change_features(centers[of] + 0.3 * torch.randn(len(of), 6)) for part, of in ids.items()}
+        scores = {part: change_scores(torch.rand(n) ** 2 + 0.2 * (part != "test")) for part, n in parts.items()}
+        del scores["train"]
+        metrics = {}
+        for detector in DETECTORS:
+            by_set = {}
+            for name in sets:
+                is_ood = torch.arange(sizes[1] + sizes[2]) >= sizes[1]
+                shown = torch.cat([scores["test"], scores[name]])
+                by_set[name] = ood_metrics(shown if detector == DEFAULT else torch.rand(len(shown)), is_ood)
+            for group, names in (("near", near), ("far", far)):
+                if names:
+                    of_names = [by_set[name] for name in names]
+                    by_set[group] = {m: statistics.fmean(x[m] for x in of_names) for m in of_names[0]}
+            metrics[detector] = by_set
+        results[method] = metrics
+        both = {part: {"head": x, "encoder": 2 * x} for part, x in features.items()}
+        judgements[method] = Judgement(metrics, both, scores, ids["train"], change_features(centers))
+    report = {
+        "arguments": {"data": HOSTILE, "clusters": clusters, "output": None, "in_classes": [0, 1], "resume": False},
+        "images": {"train": sizes[0], "test": sizes[1], "ood": dict.fromkeys(sets, sizes[2])},
+        "near": list(near),
+        "far": list(far),
+        "default": DEFAULT,
+        "results": results,
+        "losses": {method: [2.5, 1.5] for method in methods},
+        "log": {
+            method: [
+                {"epoch": 1, "loss": 2.5, "learning_rate": 1e-3},
+                {"epoch": 2, "loss": 1.5, "learning_rate": 1e-4, "changed_labels": 0.25, "nmi": 0.5, "accuracy": 0.75},
+            ]
+            for method in methods
+        },
+        "clustering": {method: {"nmi": 0.625, "accuracy": 0.875} for method in methods},
+        "seconds": 4000.0,
+        "environment": {"ccl_fast": "1", "torch": "2", "python": "3", "device": "a <b>", "date": "2026-01-02T03:04:05"},
+    }
+    return report, judgements, {part: Noise(n, shape) for part, n in parts.items()}
+
+
+class Page(HTMLParser):
+    """What a browser would see; an element that is not closed in its turn is an error."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.bytes = path.read_bytes()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.rows: list[tuple[str, list[str]]] = []  # header, cells of every row of every table, as text
+        self.best: list[str] = []
+        self.headers = ""
+        self.captions: list[str] = []
+        self._open: list[str] = []
+        self._in_best = False
+        self.feed(self.bytes.decode())
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID or tag == "g":
+            self._open.append(tag)
+        if tag == "tr":
+            self.rows.append(("", []))
+        elif tag == "td":
+            self.rows[-1][1].append("")
+            self._in_best = "best" in dict(attributes)["class"].split() if "class" in dict(attributes) else False
+        elif tag == "caption":
+            self.captions.append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag in VOID and tag != "g":
+            return
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" in self._open:
+            return
+        self.text += data
+        if "td" in self._open:
+            self.rows[-1][1][-1] += data.strip()
+            if self._in_best and data.strip():
+                self.best.append(data.strip())
+        elif "th" in self._open and "tbody" in self._open:
+            self.rows[-1] = (self.rows[-1][0] + data, self.rows[-1][1])
+        elif "thead" in self._open:
+            self.headers += data + " " * (data != "\xa0")
+        elif "caption" in self._open:
+            self.captions[-1] += data
+
+    def all(self, *names: str) -> list[dict]:
+        return [attributes for tag, attributes in self.tags if tag in names]
+
+
+def write(folder: Path, *made) -> Page:
+    write_page(folder / "report.html", *made)
+    assert [path.name for path in folder.iterdir()] == ["report.html"]
+    return Page(folder / "report.html")
+
+
+@pytest.fixture(scope="module")
+def made():
+    return make()
+
+
+@pytest.fixture(scope="module")
+def page(made, tmp_path_factory):
+    return write(tmp_path_factory.mktemp("report"), *made)
+
+
+def test_needs_nothing_from_outside(page):
+    text = page.bytes.decode()
+    assert not page.all("script", "iframe", "object", "embed", "base", "form")
+    assert [link["rel"] for link in page.all("link")] == ["icon"]
+    sources = [tag["src"] for tag in page.all("img")]
+    assert sources and all(re.match(r"data:image/(png|jpeg);base64,", source) for source in sources)
+    targets = [attributes[name] for _, attributes in page.tags for name in ("href", "xlink:href") if name in attributes]
+    assert targets and all(target.startswith(("#", "data:,")) for target in targets)
+    assert set(re.findall(r"url\(.", text)) == {"url(#"}
+    assert set(re.findall(r"\S*\w+://[^\s>]*", text)) == {'xmlns="http://www.w3.org/2000/svg"'}
+    assert "@import" not in text and "srcset" not in text
+
+
+def test_every_picture_says_what_it_shows(page):
+    drawn = [svg for svg in page.all("svg") if "aria-hidden" not in svg]
+    assert len(drawn) == 2 + 2 * 4 + 4  # detectors near and far; four pictures a method; four curves
+    assert all(svg["role"] == "img" and len(svg["aria-label"]) > 20 for svg in drawn)
+    assert len({svg["aria-label"] for svg in drawn}) == len(drawn)
+    assert all(re.search(r"image \d", image["alt"]) for image in page.all("img"))
+    assert all("scope" in header for header in page.all("th"))
+
+
+def test_ids_are_unique_and_every_reference_leads_somewhere(page):
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r"(?:url\(|href=\")#([\w-]+)", page.bytes.decode())) == set(ids)
+
+
+def test_colors_are_the_pages(page):
+    text = page.bytes.decode()
+    style, body = text[: text.index("</style>")], text[text.index("</style>") :]
+    named = set(re.findall(r"var\(--([\w-]+)", body))
+    for theme in (style[: style.index("@media")], style[style.index("@media") :]):
+        assert named <= set(re.findall(r"--([\w-]+):", theme)) | {"of"}
+    assert set(re.findall(r"[:,] ?#[0-9a-f]{3,}", re.sub(r"var\([^)]*\)", "", body))) == set()
+
+
+def test_tables_have_the_reports_numbers(page, made):
+    report, judgements, _ = made
+    rows = [(" ".join(header.split()), cells) for header, cells in page.rows if len(cells) == 10]
+
+    def expected(detector, of):
+        return [f"{report['results'][method][detector][of][name]:.3f}" for name in COLUMNS for method in judgements]
+
+    sets = [*report["near"], *report["far"]]
+    wanted = [(d, expected(d, group)) for group in ("near", "far") for d in DETECTORS]
+    wanted += [(f"{name} 25 images", expected(DEFAULT, name)) for name in sets]
+    wanted += [(d, expected(d, name)) for name in sets for d in DETECTORS]
+    assert [(header.removesuffix("default"), cells) for header, cells in rows] == wanted
+    assert [header.endswith("default") for header, _ in rows].count(True) == 2 + len(sets)
+    exact = [float(data["value"]) for data in page.all("data")]
+    assert [f"{value:.3f}" for value in exact] == [cell for _, cells in rows for cell in cells]
+    assert exact[0] == report["results"]["simclr"][DEFAULT]["near"]["auroc"]
+    above = " ".join(page.headers.split())
+    assert above.count(" ".join([*COLUMNS.values(), *["SimCLR CCL"] * 5])) == 2 + len(sets)
+    best = []
+    for _, cells in rows:
+        for name, *pair in zip(COLUMNS, cells[::2], cells[1::2], strict=True):
+            if pair[0] != pair[1]:
+                best.append(max(pair) if name.startswith("au") else min(pair))
+    assert page.best == best
+
+
+@pytest.mark.parametrize(
+    ("methods", "values", "expected"),
+    [
+        (
+            ("simclr", "ccl"),
+            {"near": (0.9004, 0.91), "far": (0.97, 0.96)},
+            "With the default detector, CCL reaches an AUROC of 0.910 on near OOD sets, 0.010 above SimCLR’s 0.900; "
+            "and of 0.960 on far OOD sets, 0.010 below SimCLR’s 0.970.",
+        ),
+        (
+            ("simclr", "ccl"),
+            {"far": (0.95, 0.9502)},
+            "With the default detector, CCL reaches an AUROC of 0.950 on far OOD sets, level with SimCLR’s 0.950.",
+        ),
+        (
+            ("ccl",),
+            {"near": (0.9,), "far": (0.8,)},
+            "With its default detector, CCL reaches an AUROC of 0.900 on near OOD sets and 0.800 on far OOD sets.",
+        ),
+    ],
+)
+def test_summary_says_what_came_out(methods, values, expected):
+    by_method = {
+        method: {DEFAULT: {group: {"auroc": of_group[number]} for group, of_group in values.items()}}
+        for number, method in enumerate(methods)
+    }
+    sets = {group: ["some"] * (group in values) for group in ("near", "far")}
+    assert summarize({"results": by_method, "default": DEFAULT} | sets) == expected
+
+
+def test_what_users_named_is_text(page, made):
+    assert summarize(made[0]) in page.text
+    assert page.text.count(HOSTILE) == 1 + 1 + 2 + 8 + 1 + 1  # tables, legends, images, argument, counts
+    assert "a <b>" in page.text
+    labels = [svg["aria-label"] for svg in page.all("svg") if HOSTILE in svg.get("aria-label", "")]
+    assert len(labels) == 4  # histograms and ROC curves of both methods
+
+
+def test_same_input_same_bytes_whatever_else_is_set(page, made, tmp_path):
+    torch.manual_seed(5)
+    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    threads = torch.get_num_threads()
+    with matplotlib.rc_context(
+        {"font.size": 30, "svg.fonttype": "path", "axes.linewidth": 5, "lines.dashed_pattern": [9, 9]}
+    ):
+        torch.set_num_threads(3)
+        try:
+            again = write(tmp_path, *made)
+        finally:
+            torch.set_num_threads(threads)
+        assert matplotlib.rcParams["font.size"] == 30
+    assert again.bytes == page.bytes
+    assert torch.get_rng_state().equal(state) and (np.random.get_state()[1] == numpy_state).all()
+
+
+def test_a_page_that_cannot_be_made_leaves_the_old_one(made, tmp_path):
+    report, judgements, images = made
+    (tmp_path / "report.html").write_text("old")
+    with pytest.raises(KeyError):
+        write_page(tmp_path / "report.html", {**report, "results": {"ccl": {}}}, judgements, images)
+    assert (tmp_path / "report.html").read_text() == "old"
+
+
+def test_shows_the_images_at_the_border_first(page, made):
+    _, judgements, images = made
+    alts = [image["alt"] for image in page.all("img")]
+    sources = [image["src"] for image in page.all("img")]
+    for judgement in judgements.values():
+        worst = int(judgement.scores["test"].argmax())
+        at = alts.index(f"test, image {worst}, score {judgement.scores['test'][worst]:#.3g}")
+        assert sum(alt.startswith("test,") for alt in alts[at : at + 24]) == 12
+        decoded = np.array(Image.open(io.BytesIO(base64.b64decode(sources[at].split(",")[1]))))
+        assert np.abs(decoded / 255 - images["test"].values[worst, 0].numpy()).max() <= 0.5 / 255 + 1e-6
+        features = {part: normalize(of_part["head"]) for part, of_part in judgement.features.items()}
+        nearest = int((features["train"] @ features["test"][worst]).argmax())
+        assert alts[at + 1] == f"training image {nearest}"
+        for name in ("birds", HOSTILE, "textures"):
+            least = judgement.scores[name].argsort()[:4].tolist()
+            shown = [alt for alt in alts if alt.startswith(f"{name}, image")]
+            wanted = [f"{name}, image {row}, score {judgement.scores[name][row]:#.3g}" for row in least]
+            assert any(shown[i : i + 4] == wanted for i in (0, 4))
+
+
+ODD = {
+    "both methods, no set": {"methods": ("simclr", "ccl"), "near": [], "far": []},
+    "no near": {"near": []},
+    "no far": {"far": []},
+    "tiny": {"sizes": (3, 2, 1), "clusters": 1},
+    "one training image": {"sizes": (1, 1, 1), "clusters": 1},
+    "equal scores": {"change_scores": lambda x: torch.full_like(x, 0.25)},
+    "scores of zero": {"change_scores": torch.zeros_like},
+    "negative scores": {"change_scores": lambda x: -5 - x},
+    "some zeros": {"change_scores": lambda x: (x - 0.2).clamp(min=0) ** 4},
+    "mostly zeros": {"change_scores": lambda x: (x - 1).clamp(min=0)},
+    "huge scores": {"change_scores": lambda x: 1e6 + x},
+    "a hundred clusters": {"clusters": 100, "sizes": (300, 40, 5)},
+    "twelve sets": {"near": [f"n{i}" for i in range(6)], "far": [f"f{i}" for i in range(6)], "sizes": (60, 40, 5)},
+    "long names": {"near": ["x" * 300], "far": ["/very/long" * 30]},
+    "other scripts": {"near": ["звук", "צליל", "音 🎵"], "far": ["not \udcff Unicode", "$", "tab\tline\n"]},
+    "constant features": {"change_features": torch.ones_like},
+    "no features": {"change_features": torch.zeros_like},
+    "duplicates": {"change_features": lambda x: x.sign()},
+    "one feature": {"change_features": lambda x: x[:, :1]},
+    "photographs": {"shape": (3, 100, 150), "sizes": (200, 40, 25)},
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_judgements(case, tmp_path):
+    report, judgements, images = make(**{"methods": ("ccl",), "sizes": (40, 20, 6)} | ODD[case])
+    del report["log"], report["losses"]
+    for judgement in judgements.values():
+        judgement.cluster_ids[judgement.cluster_ids == 2] = 0
+    page = write(tmp_path, report, judgements, images)
+    assert len(page.bytes) < 3e6
+    assert not re.search(r"\b(nan|inf|None)\b", page.text)
+    drawn = " ".join(f"{tag.get('d')} {tag.get('x')} {tag.get('y')}" for tag in page.all("path", "text", "use", "rect"))
+    assert "M" in drawn and "nan" not in drawn and "inf" not in drawn
+    sets = report["near"] + report["far"]
+    labels = [svg["aria-label"] for svg in page.all("svg") if "aria-label" in svg]
+    assert sum("ROC curves" in label for label in labels) == (len(judgements) if sets else 0)
+    assert sum("map of" in label for label in labels) == len(judgements)
+    for judgement in judgements.values():
+        empty = len(judgement.centers) - len(judgement.cluster_ids.unique())
+        assert (f"{empty} of them empty" in page.text) == (empty > 0)
+    for name in sets:
+        assert page.text.count(name.encode(errors="replace").decode()) >= 4
+
+
+def test_parts_that_are_not_there_are_left_out(tmp_path):
+    report, judgements, images = make(methods=("ccl",), sizes=(40, 20, 6))
+    del report["log"], report["clustering"]
+    page = write(tmp_path, report, judgements, images)
+    assert "Training" in page.text and "Loss" in page.text and "NMI" not in page.text
+    del report["losses"]
+    page = write(tmp_path, report, judgements, images)
+    assert "Loss" not in page.text and "#training" not in page.bytes.decode()
+
+
+@pytest.mark.parametrize("n", [1, 2, 19, 20, 21, 40, 600])
+def test_threshold_and_curve_are_those_of_the_metrics(n):
+    for digits in (1, 3, None):  # with and without ties
+        test, ood = torch.rand(n), torch.rand(33) + 0.3
+        if digits:
+            test, ood = test.round(decimals=digits), ood.round(decimals=digits)
+        scores, is_ood = torch.cat([test, ood]), torch.arange(n + 33) >= n
+        accepted = (ood <= pictures.threshold(test)).double().mean().item()
+        assert accepted == pytest.approx(fpr95(scores, is_ood, positive="id"), abs=1e-6)
+        x, y = pictures.roc(test, ood)
+        assert x[0] == y[0] == 0 and x[-1] == y[-1] == 1
+        assert torch.trapezoid(y, x).item() == pytest.approx(auroc(scores, is_ood), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scores", "is_log"),
+    [
+        (torch.tensor([0.0, 0.001, 0.002, 0.003, 0.5]), True),
+        (torch.tensor([0.4, 0.5, 0.6]), False),
+        (torch.tensor([-0.1, 0.001, 0.002, 0.5]), False),
+        (torch.zeros(4), False),
+        (torch.full((3,), -7.0), False),
+    ],
+)
+def test_score_axis(scores, is_log):
+    axis = pictures.ScoreAxis.of([scores[:2], scores[2:]])
+    assert axis.is_log == is_log
+    at = axis.place(scores.sort().values)
+    assert (at >= 0).all() and (at <= 1).all() and (np.diff(at) >= 0).all()
+    ticks = axis.ticks()
+    assert 1 <= len(ticks) <= 10 and all(axis.low <= tick <= axis.high for tick in ticks)
+
+
+def test_every_set_looks_different():
+    looks = [pictures.look(number, number < 6) for number in range(12)]
+    assert len(set(looks)) == 12
+
+
+def test_neighboring_clusters_differ_in_color():
+    place = torch.arange(40) % 8 * 5 + torch.arange(40) // 8  # on a ring: 0 and 8 are neighbours, as are 8 and 16
+    angles = place * 2 * torch.pi / 40
+    colors = pictures.cluster_colors(torch.stack([angles.cos(), angles.sin()], 1))
+    around = [colors[i] for i in place.argsort()]
+    assert len(set(colors)) == 8
+    assert all(color != after for color, after in zip(around, around[1:] + around[:1], strict=True))
+
+
+def test_map_keeps_what_is_alike_together():
+    ids = torch.arange(120) % 4
+    x = torch.eye(8)[ids] + 0.1 * torch.randn(120, 8)
+    at = torch.tensor(pictures.plane(x))
+    assert at.equal(torch.tensor(pictures.plane(x * 2.0 ** torch.randint(-3, 3, (120, 1)))))  # lengths do not count
+    nearest = torch.cdist(at, at).fill_diagonal_(torch.inf).argmin(1)
+    assert (ids[nearest] == ids).double().mean() > 0.98
+
+
+def test_sample_is_bounded_and_of_every_set():
+    train, ids, centers = torch.randn(1500, 3), torch.arange(1500) % 7, torch.randn(9, 3)
+    near, far = [torch.zeros(500, 3), torch.ones(500, 3)], []
+    points = pictures.sample(train, ids, centers, near, far)
+    assert len(points.train) == len(points.ids) == 1000 and len(points.far) == 0
+    assert points.near.sum(0).tolist() == [60, 60, 60] and len(points.near) == 120
+    assert points.centers.equal(centers[:7])  # the two that have no image are left out
+    again = pictures.sample(train, ids, centers, near, far)
+    assert again.train.equal(points.train)
+    assert all(
+        bool((train[ids == i] == row).all(1).any()) for row, i in zip(points.train[:5], points.ids, strict=False)
+    )
