@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from logsumexp_cases import Case, assert_agrees, evaluate
 
 from ccl_fast import streaming_logsumexp
+from ccl_fast.ops import cpu_product
 from ccl_fast.ops import streaming_logsumexp_blocked as blocked
 
 RELATIONS = [
@@ -55,6 +56,19 @@ def test_blocked_agrees(m, bias, relation, scale):
 @pytest.mark.parametrize("scale", [10.0, 200.0])
 def test_blocked_agrees_in_every_dtype(m, dtype, scale):
     assert_agrees(Case(m=m, scale=scale, bias=m is not None, ids=3, return_same=True), "blocked", dtype)
+
+
+@pytest.mark.parametrize("m", [None, 21])
+@pytest.mark.parametrize("scale", [10.0, 200.0])
+def test_blocked_agrees_without_onednn(m, scale, monkeypatch):
+    monkeypatch.setattr(cpu_product, "_onednn_linear", lambda: None)
+    assert_agrees(Case(m=m, scale=scale, bias=m is not None, ids=3, return_same=True), "blocked", torch.float32)
+
+
+def test_blocked_agrees_in_large_tiles(monkeypatch):
+    monkeypatch.setattr(blocked, "LARGE_BLOCK", 16)
+    monkeypatch.setattr(blocked, "LARGE", 20)
+    assert_agrees(Case(m=None, scale=10.0, ids=3, return_same=True), "blocked", torch.float32)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -9,40 +9,32 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import TypeVar
 
 import torch
 
-Item = TypeVar("Item")
-
 
 def for_each_block(rows: int, size: int, work: Callable[[slice], None], device: torch.device) -> None:
-    """Call ``work`` with slices of ``size`` or less that cover ``range(rows)``; see :func:`for_each`."""
-    for_each([slice(start, min(start + size, rows)) for start in range(0, rows, size)], work, device)
-
-
-def for_each(items: Sequence[Item], work: Callable[[Item], None], device: torch.device) -> None:
-    """Call ``work`` with every item, on a CPU from all of torch's threads.
+    """Call ``work`` with slices of ``size`` or less that cover ``range(rows)``, on a CPU from all of torch's threads.
 
     The calls must not depend on each other. Gradients and autocast are off in them.
     """
-    left = iter(items)
+    starts = iter(range(0, rows, size))
     inference = torch.is_inference_mode_enabled()  # of this thread alone
 
     def work_on() -> None:
         with torch.inference_mode(inference), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            for item in left:  # shared: whoever is free takes the next
-                work(item)
+            for start in starts:  # shared: whoever is free takes the next
+                work(slice(start, min(start + size, rows)))
 
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    if threads == 1 or len(items) <= 1:
+    if threads == 1 or rows <= size:
         work_on()
         return
     with _creation:
         pool = _single_threaded(threads)
-    for done in wait([pool.submit(work_on) for _ in range(min(threads, len(items)))]).done:
+    for done in wait([pool.submit(work_on) for _ in range(threads)]).done:
         done.result()
 
 

@@ -7,10 +7,6 @@ log-sum-exp and incoming gradient, of the kind that the pair belongs to.
 Self-contrast walks the upper triangle only, in both directions: x_ij = x_ji, so a tile serves its rows and its
 columns (one half and three halves of a matrix product instead of one and two). Where all logits are bounded
 (`logit_bound`), exponentials need no shift and are themselves symmetric.
-
-Tiles come in rounds, and no two tiles of a round share rows or columns. So the tiles of a round are the work of
-different threads, each from beginning to end, nothing needs a lock, and as every row meets its columns in the same
-order whatever the number of threads, the result is the same.
 """
 
 from collections.abc import Iterator
@@ -19,14 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.blocks import for_each
 from ccl_fast.ops.cpu_product import times_transposed
 from ccl_fast.ops.logit_bound import logits_are_bounded
 from ccl_fast.ops.row_dot import row_dot
 
-# Rows and columns of a tile. On a CPU 512 is within 7 % of the best from N = 512 to 16,384: larger tiles waste half of
-# those on the diagonal, smaller ones their calls (benchmarks/LOG.md).
-BLOCK = 512
+# Rows and columns of a tile. Larger tiles waste half of those on the diagonal, smaller ones their calls: on a CPU the
+# large ones are better from about 4,096 rows on (benchmarks/LOG.md).
+BLOCK, LARGE_BLOCK, LARGE = 512, 1024, 4096
 LOG2E = 1.4426950408889634
 
 
@@ -60,27 +55,24 @@ class _Problem:
                 self.k = k.to(dtype)[self.order_k]
             if key_bias is not None:
                 self.bias = key_bias[self.order_k]
+        self.block = LARGE_BLOCK if max(len(self.q), len(self.k)) >= LARGE else BLOCK
         self.q_range, self.k_range = self._id_ranges(self.q_ids), self._id_ranges(self.k_ids)
 
     def _id_ranges(self, ids):
         if ids is None or self.order_q is None:
             return None
-        first, last = ids[::BLOCK].tolist(), ids[BLOCK - 1 :: BLOCK].tolist() + ids[-1:].tolist()
+        first, last = ids[:: self.block].tolist(), ids[self.block - 1 :: self.block].tolist() + ids[-1:].tolist()
         return list(zip(first, last, strict=False))
 
-    def rounds(self, want_same: bool, want_other: bool) -> Iterator[list[_Tile]]:
-        """Every tile that is wanted, once; within a round no two tiles share rows or columns."""
-        n, m = self.q.shape[0], self.k.shape[0]
-        blocks = -(-n // BLOCK), -(-m // BLOCK)
-        for pairs in _triangle(blocks[0]) if self.is_self else _rectangle(*blocks):
-            tiles = []
-            for i, j in pairs:
-                relation = self._relation(i, j)
+    def tiles(self, want_same: bool, want_other: bool) -> Iterator[_Tile]:
+        n, m, block = self.q.shape[0], self.k.shape[0], self.block
+        for i in range(0, n, block):
+            for j in range(i if self.is_self else 0, m, block):
+                relation = self._relation(i // block, j // block)
                 if (relation == "same" and not want_same) or (relation == "other" and not want_other):
                     continue
-                rows, cols = (slice(b * BLOCK, min(b * BLOCK + BLOCK, size)) for b, size in ((i, n), (j, m)))
-                tiles.append(_Tile(rows, cols, self.is_self and i != j, relation))
-            yield tiles
+                rows, cols = slice(i, min(i + block, n)), slice(j, min(j + block, m))
+                yield _Tile(rows, cols, self.is_self and i != j, relation)
 
     def _relation(self, i: int, j: int) -> str:
         if self.q_ids is None:
@@ -117,29 +109,12 @@ class _Problem:
         return x if self.order_k is None else torch.empty_like(x).index_copy_(0, self.order_k, x)
 
 
-def _triangle(n: int) -> Iterator[list[tuple[int, int]]]:
-    """All pairs i <= j < n in rounds of disjoint ones: the diagonal, then a round-robin tournament (circle method)."""
-    yield [(i, i) for i in range(n)]
-    seats = n + n % 2  # an odd player out meets nobody
-    for turn in range(seats - 1):
-        circle = [(turn + i) % (seats - 1) for i in range(seats - 1)]
-        pairs = [(circle[0], seats - 1)] + [(circle[i], circle[-i]) for i in range(1, seats // 2)]
-        yield [(min(pair), max(pair)) for pair in pairs if max(pair) < n]
-
-
-def _rectangle(n: int, m: int) -> Iterator[list[tuple[int, int]]]:
-    """All pairs i < n, j < m in rounds of disjoint ones."""
-    turns = max(n, m)
-    for turn in range(turns):
-        yield [(i, (i + turn) % turns) for i in range(n) if (i + turn) % turns < m]
-
-
 def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple[Tensor, Tensor]:
     problem = _Problem(q, k, scale, key_bias, q_ids, k_ids)
     sums = _UnshiftedSums if problem.bounded else _ShiftedSums
     totals = {name: sums(problem) for name, want in (("same", want_same), ("other", want_other)) if want}
 
-    def work(tile: _Tile) -> None:
+    for tile in problem.tiles(want_same, want_other):
         x = problem.exponentials(tile) if problem.bounded else problem.logits(tile)
         mask = problem.same_mask(tile) if tile.relation == "mixed" else None
         for name, total in totals.items():
@@ -147,9 +122,6 @@ def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple
                 total.add(tile, x.masked_fill(~mask if name == "same" else mask, total.nothing))
             elif tile.relation == name:
                 total.add(tile, x)
-
-    for tiles in problem.rounds(want_same, want_other):
-        for_each(tiles, work, q.device)
     empty = problem.q.new_empty(0)
     lse = {name: problem.rows_from_sorted(total.log()) for name, total in totals.items()}
     return lse.get("same", empty), lse.get("other", empty)
@@ -215,15 +187,13 @@ def backward(
     to_k = to_q if problem.is_self else torch.zeros_like(k_columns) if need_k else None
     to_bias = torch.zeros_like(problem.bias) if need_bias else None
 
-    def work(tile: _Tile) -> None:
+    for tile in problem.tiles(same.numel() > 0, other.numel() > 0):
         w = _weights(problem, tile, rows, to_bias)
         if need_q:
             to_q[:, tile.rows] += times_transposed(k_columns[:, tile.cols], w)
         if (need_q and tile.mirrored) or need_k:
             to_k[:, tile.cols] += times_transposed(q_columns[:, tile.rows], w.T)
 
-    for tiles in problem.rounds(same.numel() > 0, other.numel() > 0):
-        for_each(tiles, work, q.device)
     to_q = None if to_q is None else to_q.T.contiguous()
     grad_scale = None
     if need_scale:
