@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import Step
-from ccl_fast import CCLLoss
+from ccl_fast import CCLLoss, InfoNCELoss
 
 TEMPERATURE = 0.1
 
@@ -27,6 +27,13 @@ class Inputs(NamedTuple):
     centers: Tensor | None  # [clusters, d]
 
 
+class Work(NamedTuple):
+    """What the method cannot do without, by arithmetic."""
+
+    flops: float  # of matrix products
+    exponentials: float
+
+
 @dataclass(frozen=True)
 class Case:
     """An objective of `CCLLoss`; `contenders` are names in `contenders.CONTENDERS`."""
@@ -38,8 +45,23 @@ class Case:
     centers: bool = True
     backward: bool = True
 
-    def loss(self, backend: str = "auto") -> CCLLoss:
+    def loss(self, backend: str = "auto") -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
+        """A module of embeddings, cluster ids and centres."""
         return CCLLoss(temperature=TEMPERATURE, form=self.form, backend=backend)
+
+    def units(self, size: Size, device: torch.device) -> float:
+        """N x N x D matrix products: the upper triangle forward; backward the same again, and both directions."""
+        if not self.backward:
+            return 0.5
+        # On a GPU the backward goes over all columns where the accumulator stays on chip.
+        return 2.5 if device.type == "cuda" and size.d <= ON_CHIP_D else 2.0
+
+    def work(self, size: Size, device: torch.device) -> Work:
+        """With the centres, which get no gradient: their products and exponentials forward, and again backward."""
+        pairs = size.n * size.clusters if self.centers else 0
+        own = size.n**2 * (1.5 if device.type == "cuda" and self.backward else 1.0 if self.backward else 0.5)
+        times = (3, 2) if self.backward else (1, 1)
+        return Work(2 * size.d * (self.units(size, device) * size.n**2 + times[0] * pairs), own + times[1] * pairs)
 
     def inputs(self, size: Size, device: torch.device, seed: int = 0) -> Inputs:
         """Normal random numbers (never zeros: they run faster than data), ids uniform over the clusters."""
@@ -64,6 +86,27 @@ class Case:
         return step
 
 
+@dataclass(frozen=True)
+class TwoTowers(Case):
+    """InfoNCE of two towers of n / 2 rows each, in both directions (CLIP)."""
+
+    ids: bool = False
+    centers: bool = False
+
+    def loss(self, backend: str = "auto") -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
+        module = InfoNCELoss(temperature=TEMPERATURE, backend=backend)
+        return lambda embeddings, *_: module(*embeddings.unbind(1))
+
+    def units(self, size: Size, device: torch.device) -> float:
+        """A product of the towers forward; backward the same again and one for each tower: a quarter of N x N each."""
+        return 1.0
+
+    def work(self, size: Size, device: torch.device) -> Work:
+        return Work(2 * size.d * size.n**2, size.n**2 / 2)
+
+
+# The largest embedding whose gradient a GPU's multiprocessor keeps on chip.
+ON_CHIP_D = 256
 DENSE = ("dense", "dense compiled")
 CASES = {
     case.name: case
@@ -74,9 +117,10 @@ CASES = {
         Case("supcon", ("ours", *DENSE, "metric-learning SupCon"), centers=False),
         Case(
             "nt-xent",
-            ("ours", *DENSE, "metric-learning SupCon", "metric-learning NTXent", "inf-cl", "memeff"),
+            ("ours", *DENSE, "metric-learning SupCon", "metric-learning NTXent", "lightly", "inf-cl", "memeff"),
             ids=False,
             centers=False,
         ),
+        TwoTowers("clip", ("ours", *DENSE, "torch linear_cross_entropy", "inf-cl towers")),
     )
 }

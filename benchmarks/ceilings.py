@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.cases import Inputs, Size
+from benchmarks.cases import Inputs, Size, Work
 from benchmarks.contenders import MEMORY_SHARE, free_memory
 from benchmarks.timing import Clock, Step, interleave, percentiles
 
 EXPONENTIALS_PER_CYCLE = 16  # of a multiprocessor's special-function units
+# On a CPU: exponentials of so many numbers, which stay in the cache, so many times.
+CACHED, EXP_CALLS = 1 << 18, 16
 
 
 def two_products(inputs: Inputs, size: Size) -> Step | None:
@@ -28,34 +30,52 @@ def two_products(inputs: Inputs, size: Size) -> Step | None:
 
 @dataclass(frozen=True)
 class Ceilings:
+    """What one device does at best; `overlapping`: its products and its exponentials have units of their own."""
+
     matrix_rate: float  # floating-point operations per second
     copy_rate: float  # bytes per second, read plus written
-    clock: float  # cycles per second under load
-    multiprocessors: int
+    exponential_rate: float  # per second
+    overlapping: bool
 
-    def floor(self, size: Size, units: float, exponentials: float) -> float:
-        """Seconds: the larger of the products' and the exponentials' time. A unit is an N x N x D product."""
-        products = units * 2 * size.n**2 * size.d / self.matrix_rate
-        return max(products, exponentials / (EXPONENTIALS_PER_CYCLE * self.multiprocessors * self.clock))
+    def floor(self, work: Work) -> float:
+        """Seconds that products and exponentials take; nothing N x N passes the memory."""
+        parts = work.flops / self.matrix_rate, work.exponentials / self.exponential_rate
+        return max(parts) if self.overlapping else sum(parts)
 
 
 def measure_ceilings(
-    device: torch.device, clock: Clock, n: int = 8192, copied: int = 2**32, dtype: torch.dtype = torch.bfloat16
+    device: torch.device,
+    clock: Clock,
+    n: int | None = None,
+    copied: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Ceilings:
-    """An n x n x n product of random numbers, and a copy of `copied` bytes."""
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    """The device's rates by n x n x n products of random numbers, a copy, and exponentials.
+
+    On a CPU the exponentials are those of an array that stays in the cache; on a GPU 16 a cycle and multiprocessor, at
+    the clock that it has under load.
+    """
+    on_gpu = device.type == "cuda"
+    n, copied = n or (8192 if on_gpu else 2048), copied or (2**32 if on_gpu else 2**28)
+    rate = product_rate(device, clock, dtype or (torch.bfloat16 if on_gpu else torch.float32), n)
     source = torch.randint(256, (copied,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    steps = {"product": lambda: torch.mm(a, b), "copy": lambda: target.copy_(source)}
-    for step in (*steps.values(), *steps.values()):
+    seconds = {"copy": lambda: target.copy_(source)}
+    if not on_gpu:
+        cached = torch.rand(CACHED)
+        seconds["exp2"] = lambda: [torch.exp2(cached, out=cached.clamp_(max=1)) for _ in range(EXP_CALLS)]
+        seconds["clamp"] = lambda: [cached.clamp_(max=1) for _ in range(EXP_CALLS)]
+    for step in (*seconds.values(), *seconds.values()):
         clock(step)
-    times = {name: percentiles(t)[1] for name, t in interleave(steps, clock, 1.0).items()}
-    if device.type == "cuda":
+    times = {name: percentiles(t)[1] for name, t in interleave(seconds, clock, 1.0).items()}
+    if on_gpu:
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        frequency = _clock_under_load(device, steps["product"], times["product"])
-    else:  # a dry run: any number will do
-        multiprocessors, frequency = 1, 1e9
-    return Ceilings(2 * n**3 / times["product"], 2 * copied / times["copy"], frequency, multiprocessors)
+        product = torch.randn(2, n, n, device=device).to(dtype or torch.bfloat16)
+        frequency = _clock_under_load(device, lambda: torch.mm(*product), 2 * n**3 / rate)
+        exponentials = EXPONENTIALS_PER_CYCLE * multiprocessors * frequency
+    else:
+        exponentials = EXP_CALLS * CACHED / max(times["exp2"] - times["clamp"], 1e-9)
+    return Ceilings(rate, 2 * copied / times["copy"], exponentials, overlapping=on_gpu)
 
 
 def product_rate(device: torch.device, clock: Clock, dtype: torch.dtype, n: int) -> float:

@@ -27,6 +27,7 @@ class Contender:
     build: Callable[[Case], Loss]
     fairness: str
     package: str | None = None
+    attribute: str | None = None  # of torch.nn, which older releases lack
     cuda_only: bool = False
     ignores_centers: bool = False  # then its truth has none either
     # Bytes of its N x N arrays at the peak, as measured for float32 at N = 4096; 0 for linear memory.
@@ -36,6 +37,8 @@ class Contender:
         """Why it cannot run this size here, or None."""
         if self.package and importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed"
+        if self.attribute and not hasattr(torch.nn, self.attribute):
+            return f"torch {torch.__version__} has no torch.nn.{self.attribute}"
         if self.cuda_only and device.type != "cuda":
             return "runs on CUDA only"
         needed, available = self.arrays(size.n), free_memory(device)
@@ -84,6 +87,44 @@ def _metric_learning(name: str) -> Callable[[Case], Loss]:
         return on_rows
 
     return build
+
+
+def _lightly(case: Case) -> Loss:
+    from lightly.loss import NTXentLoss
+
+    loss = NTXentLoss(TEMPERATURE)
+    return lambda x: loss(*x.embeddings.unbind(1))
+
+
+def _linear_cross_entropy(case: Case) -> Loss:
+    options = torch.nn.LinearCrossEntropyOptions()
+
+    def clip(x: Inputs) -> Tensor:
+        first, second = (normalize(tower, dim=1) for tower in x.embeddings.unbind(1))
+        own = torch.arange(first.shape[0], device=first.device)
+        losses = [
+            torch.nn.functional.linear_cross_entropy(q / TEMPERATURE, k, own, options=options)
+            for q, k in ((first, second), (second, first))
+        ]
+        return (losses[0] + losses[1]) / 2
+
+    return clip
+
+
+def _inf_cl_towers(case: Case) -> Loss:
+    from inf_cl import cal_flash_loss
+
+    def clip(x: Inputs) -> Tensor:
+        towers = (normalize(tower.float(), dim=1).to(tower.dtype).float() for tower in x.embeddings.unbind(1))
+        first, second = (tower.contiguous() for tower in towers)
+        head = next(h for h in (256, 128, 64, 32, 16) if first.shape[1] % h == 0)
+        directions = [
+            cal_flash_loss(q, k, scale=1 / TEMPERATURE, head_dim=head).mean()
+            for q, k in ((first, second), (second, first))
+        ]
+        return (directions[0] + directions[1]) / 2
+
+    return clip
 
 
 def _inf_cl(case: Case) -> Loss:
@@ -146,6 +187,26 @@ CONTENDERS = {
             "the package's loss of that name; it compares every positive pair with every negative pair",
             package="pytorch_metric_learning",
             arrays=lambda n: 18 * n**3,
+        ),
+        Contender(
+            "lightly",
+            _lightly,
+            "its NTXentLoss of two views, without memory bank",
+            package="lightly",
+            arrays=lambda n: 24 * n**2,
+        ),
+        Contender(
+            "torch linear_cross_entropy",
+            _linear_cross_entropy,
+            "torch's own chunked form, default options, a call for each direction with the other tower as weight",
+            attribute="LinearCrossEntropyOptions",
+        ),
+        Contender(
+            "inf-cl towers",
+            _inf_cl_towers,
+            "one call for each direction, the largest head dimension that divides d; float32 with TF32 products",
+            package="inf_cl",
+            cuda_only=True,
         ),
         Contender(
             "inf-cl",

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import CASES, Size
+from benchmarks.ceilings import measure_ceilings
 from benchmarks.contenders import CONTENDERS
 from benchmarks.measure import measure
 from benchmarks.memory import bar, peak_on_cpu
@@ -14,22 +15,31 @@ from benchmarks.timing import host_clock
 CPU = torch.device("cpu")
 # Compiling inside the measured process would count the compiler's memory.
 NO_MEMORY = ("dense compiled", "two products")
+QUICK_SECONDS, SECONDS = 2.0, 6.0
+QUICK = tuple((case, Size(n, 128)) for case in CASES.values() for n in (512, 2048))
+# All cases at four sizes; and how CCL grows: with the batch, with the width of the embeddings, with the centres.
+FULL = (
+    *((case, Size(n, 128)) for case in CASES.values() for n in (512, 2048, 8192, 32768)),
+    *((CASES["ccl"], Size(n, 128)) for n in (64, 256, 1024, 4096, 16384, 65536)),
+    *((CASES["ccl"], Size(4096, d)) for d in (64, 256, 512, 1024, 2048)),
+    *((CASES["ccl"], Size(8192, 128, clusters=k)) for k in (10, 1000, 10_000, 100_000)),
+)
 
 
 def run_cpu(quick: bool, directory: Path) -> str:
     """Time (and, unless quick, memory) of all cases and contenders; the table."""
-    sizes = (512, 2048) if quick else (512, 2048, 8192, 32768)
     file, all_rows = ResultsFile("cpu", CPU, directory), []
-    for case in CASES.values():
-        for n in sizes:
-            size = Size(n, 128)
-            rows, _ = measure(case, size, CPU, host_clock, seconds=2.0 if quick else 8.0)
-            for row in rows:
-                if row.p50 is not None and not quick and row.contender not in NO_MEMORY:
-                    row.peak_bytes = peak_on_cpu(case, row.contender, size)
-            file.add(rows)
-            all_rows += rows
-    return f"{table(all_rows)}\n\n{file.path}"
+    ceilings = measure_ceilings(CPU, host_clock)
+    for name, value in vars(ceilings).items():
+        file.add([Row("ceiling", name, 0, 0, "float32", note=f"{value:.4g}")])
+    for case, size in QUICK if quick else FULL:
+        rows, _ = measure(case, size, CPU, host_clock, QUICK_SECONDS if quick else SECONDS, ceilings=ceilings)
+        for row in rows:
+            if row.p50 is not None and not quick and row.contender not in NO_MEMORY:
+                row.peak_bytes = peak_on_cpu(case, row.contender, size)
+        file.add(rows)
+        all_rows += rows
+    return f"{table(all_rows)}\n\n{ceilings}\n{file.path}"
 
 
 def run_memory(directory: Path) -> str:

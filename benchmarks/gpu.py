@@ -19,11 +19,6 @@ SECONDS = 240.0
 SECONDS_PER_SIZE = 4.0
 CALLS = 6  # of a step at least: warm-up, three rounds, memory, one to spare
 
-# Products of the method: upper triangle forward; backward all columns on chip (D <= 256), or strips of the triangle.
-ON_CHIP_D, ON_CHIP_UNITS, STRIP_UNITS = 256, 2.5, 2.0
-# Exponentials forward N^2 / 2; backward one a pair and visit (N^2), or in strips two a pair (N^2): both the same.
-EXPONENTIALS = 1.5
-
 SMALL = (256, 512, 1024)
 LARGE = (*((n, d) for n in (8192, 16384, 65536, 262144) for d in (128, 768)), (1048576, 128))
 DRY_SMALL, DRY_LARGE = (32, 64), ((128, 16), (256, 32))
@@ -32,6 +27,7 @@ DRY_SMALL, DRY_LARGE = (32, 64), ((128, 16), (256, 32))
 CASES_AND_CONTENDERS = (
     (CASES["ccl"], ("ours", "dense")),
     (CASES["nt-xent"], ("ours", "dense", "inf-cl", "memeff")),
+    (CASES["clip"], ("ours", "dense", "torch linear_cross_entropy", "inf-cl towers")),
 )
 
 
@@ -88,16 +84,13 @@ class _LossRun(Run):
         work = size.n**2 * size.d
         skip = self.skip({name: (case.name, name, size.d) for name in contenders}, CALLS * work)
         seconds = SECONDS_PER_SIZE if self.on_gpu else 0.0
-        rows, steps = measure(case, size, self.device, self.clock, seconds, contenders, skip)
+        rows, steps = measure(case, size, self.device, self.clock, seconds, contenders, skip, ceilings)
         for row in rows:
             if row.p50 is None:
                 continue
             self.pace[case.name, row.contender, size.d] = row.p50 / work
             if row.contender in steps and self.on_gpu:
                 row.peak_bytes = peak_on_gpu(steps[row.contender])
-            if row.contender == "ours":
-                row.units = ON_CHIP_UNITS if size.d <= ON_CHIP_D else STRIP_UNITS
-                row.floor = ceilings.floor(size, row.units, EXPONENTIALS * size.n**2)
         self.add(rows)
 
     def _size(self, n: int, d: int) -> Size:

@@ -46,7 +46,6 @@ NOT_TORCHS_MEMORY = ("faiss-gpu",)
 
 @dataclass
 class KMeansRow(Row):
-    clusters: int = 0
     setting: str = ""  # of the contender: what makes the comparison fair
     iterations: int | None = None  # that were run
     inertia: float | None = None  # of the returned centres, in float64
@@ -178,7 +177,6 @@ def _plan() -> str:
 
 # Of the printed table, instead of those of the losses.
 COLUMNS = {
-    "K": lambda row: str(row.clusters),
     "inertia": lambda row: "" if row.inertia is None else f"{row.inertia:.6g}",
     "wrong labels": lambda row: "" if row.wrong_labels is None else f"{row.wrong_labels} of {row.checked}",
     "re-checked": lambda row: "" if row.rechecked is None else str(row.rechecked),

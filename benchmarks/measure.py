@@ -5,7 +5,7 @@ import contextlib
 import torch
 
 from benchmarks.cases import Case, Size
-from benchmarks.ceilings import two_products
+from benchmarks.ceilings import Ceilings, two_products
 from benchmarks.contenders import CONTENDERS
 from benchmarks.correctness import is_wrong, relative_error
 from benchmarks.results import Row
@@ -22,18 +22,21 @@ def measure(
     seconds: float,
     contenders: tuple[str, ...] | None = None,
     skip: dict[str, str] | None = None,
+    ceilings: Ceilings | None = None,
 ) -> tuple[list[Row], dict[str, Step]]:
     """Rows for all contenders (those of the case if not named), and the steps of those that were timed.
 
     `skip` maps contenders to the reason for leaving them out. A contender that cannot run, is wrong or raises
-    is a row with a note.
+    is a row with a note. With `ceilings` ours has a floor.
     """
     inputs = case.inputs(size, device)
     dtype = str(size.dtype).removeprefix("torch.")
     rows, steps = {}, {}
     for name in contenders or case.contenders:
         contender = CONTENDERS[name]
-        row = rows[name] = Row(case.name, name, size.n, size.d, dtype)
+        row = rows[name] = Row(case.name, name, size.n, size.d, dtype, clusters=size.clusters)
+        if name == "ours" and ceilings:
+            row.units, row.floor = case.units(size, device), ceilings.floor(case.work(size, device))
         row.note = (skip or {}).get(name) or contender.obstacle(size, device) or ""
         if row.note:
             continue
@@ -48,7 +51,7 @@ def measure(
         if contender.ignores_centers and case.centers:
             row.note = row.note or "without centres"
 
-    rows[PRODUCTS] = Row(case.name, PRODUCTS, size.n, size.d, dtype, note="does not fit")
+    rows[PRODUCTS] = Row(case.name, PRODUCTS, size.n, size.d, dtype, clusters=size.clusters, note="does not fit")
     alone = {"ours": steps["ours"]} if "ours" in steps else {}
     if products := two_products(inputs, size):
         clock(products)

@@ -25,7 +25,7 @@ def update(results: Path, readme: Path = README) -> None:
 def section(results: Path, root: Path = README.parent) -> str:
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     source = results.resolve().relative_to(root.resolve()).as_posix()
-    of_kmeans = "clusters" in rows[0]
+    of_kmeans = "setting" in rows[0]
     what, table, words = (" k-means", _kmeans_table, _kmeans_words) if of_kmeans else ("", _table, _words)
     text = f"{words(rows[0])} {_provenance(rows[0], source)}"
     return "\n".join((f"<!-- measured{what}: {source} -->", *table(rows), "", text, f"<!-- /measured{what} -->\n"))

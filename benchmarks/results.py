@@ -14,7 +14,18 @@ from pathlib import Path
 import torch
 
 DIRECTORY = Path(__file__).parent / "results"
-PACKAGES = ("triton", "faiss-cpu", "faiss-gpu", "scikit-learn", "flash-kmeans")
+PACKAGES = (
+    "triton",
+    "pytorch-metric-learning",
+    "lightly",
+    "inf-cl",
+    "memeff",
+    "faiss-cpu",
+    "faiss-gpu",
+    "scikit-learn",
+    "flash-kmeans",
+    "fast-pytorch-kmeans",
+)
 
 
 @dataclass
@@ -35,6 +46,7 @@ class Row:
     error: float | None = None  # relative, of value and gradient, against float64
     units: float | None = None  # N x N x D products that the method needs
     floor: float | None = None
+    clusters: int = 0  # centres of the loss, or of k-means
 
 
 def machine(device: torch.device) -> dict:
@@ -93,6 +105,7 @@ COLUMNS = {
     "case": lambda row: row.case,
     "N": lambda row: str(row.n),
     "D": lambda row: str(row.d),
+    "K": lambda row: str(row.clusters or ""),
     "contender": lambda row: row.contender,
     "p50": lambda row: _cell(row.p50, _seconds),
     "p20..p80": lambda row: _cell(row.p50, lambda _: f"{_seconds(row.p20)}..{_seconds(row.p80)}"),

@@ -22,7 +22,7 @@ from benchmarks.memory import bar, peak_on_cpu  # noqa: E402
 @pytest.mark.parametrize("case", CASES)
 def test_contenders_agree_with_float64_before_they_are_timed(case):
     size, cpu = Size(96, 16, clusters=5), torch.device("cpu")
-    for name in {"ours", "dense", "metric-learning SupCon"} & set(CASES[case].contenders):
+    for name in set(CASES[case].contenders) - {"dense compiled"}:  # the same, a minute later
         if not CONTENDERS[name].obstacle(size, cpu):
             error = relative_error(CONTENDERS[name], CASES[case], size, cpu)
             assert not is_wrong(error, size), f"{name}: {error}"

@@ -71,6 +71,22 @@ def test_blocked_agrees_in_large_tiles(monkeypatch):
     assert_agrees(Case(m=None, scale=10.0, ids=3, return_same=True), "blocked", torch.float32)
 
 
+@pytest.mark.parametrize("m", [None, 21])
+@pytest.mark.parametrize("group", [1, 8])
+@pytest.mark.parametrize("relation", RELATIONS[1:], ids=str)
+def test_blocked_agrees_where_tiles_end_with_an_id(m, group, relation, monkeypatch):
+    monkeypatch.setattr(blocked, "LARGE_GROUP", group)
+    assert_agrees(Case(m=m, scale=10.0, **relation), "blocked", torch.float32)
+
+
+def test_tiles_of_two_towers_hold_no_unwanted_pair():
+    ids = torch.arange(2).repeat_interleave(300)
+    problem = blocked._Problem(torch.randn(600, 4), None, torch.ones(()), None, ids, None, False, True)
+    tiles = list(problem.tiles())
+    assert {tile.relation for tile in tiles} == {"other"}
+    assert sum((t.rows.stop - t.rows.start) * (t.cols.stop - t.cols.start) for t in tiles) == 300 * 300
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     n=st.integers(1, 40),

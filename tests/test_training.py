@@ -362,6 +362,13 @@ def test_datasets_and_modules_from_python(tmp_path):
     assert "Noisy" in report["arguments"]["data"][0]
 
 
+@pytest.mark.parametrize("sets", [{"near": Noisy(9, 2)}, {"test": Noisy(9, 2)}, {}])
+def test_ood_sets_need_names_of_their_own(sets, tmp_path):
+    with pytest.raises(ValueError, match=r"^near_ood: expected"):
+        train(tmp_path / "run", data=Noisy(64, 0), near_ood=sets, far_ood=[])
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("recipe", ["cifar10", "imagenet"])
 def test_recipes_are_arguments_of_train(recipe, tmp_path):
     data = {"data": (Noisy(48, 0), Noisy(20, 1)), "near_ood": {"noise": Noisy(9, 2)}, "far_ood": []}

@@ -9,6 +9,7 @@ columns (one half and three halves of a matrix product instead of one and two). 
 (`logit_bound`), exponentials need no shift and are themselves symmetric.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from ccl_fast.ops.row_dot import row_dot
 # Rows and columns of a tile. Larger tiles waste half of those on the diagonal, smaller ones their calls: on a CPU the
 # large ones are better from about 4,096 rows on (benchmarks/LOG.md).
 BLOCK, LARGE_BLOCK, LARGE = 512, 1024, 4096
+# Mean rows of an id from which on tiles are cut between ids.
+LARGE_GROUP = 128
 LOG2E = 1.4426950408889634
 
 
@@ -36,7 +39,7 @@ class _Tile:
 class _Problem:
     """The operands in accumulation precision and, on a CPU, sorted by id, so that most tiles need no mask."""
 
-    def __init__(self, q, k, scale, key_bias, q_ids, k_ids):
+    def __init__(self, q, k, scale, key_bias, q_ids, k_ids, want_same, want_other):
         dtype = torch.promote_types(q.dtype, torch.float32)
         self.is_self = k is None
         # On a CPU a branch on a value is free. On a GPU it would stall the queue: take the general path.
@@ -55,24 +58,30 @@ class _Problem:
                 self.k = k.to(dtype)[self.order_k]
             if key_bias is not None:
                 self.bias = key_bias[self.order_k]
-        self.block = LARGE_BLOCK if max(len(self.q), len(self.k)) >= LARGE else BLOCK
-        self.q_range, self.k_range = self._id_ranges(self.q_ids), self._id_ranges(self.k_ids)
+        self.wanted = {"same": want_same, "other": want_other, "mixed": True}
+        block = LARGE_BLOCK if max(len(self.q), len(self.k)) >= LARGE else BLOCK
+        # Where one kind of pairs is not wanted, tiles that end with a large group of one id are of one kind.
+        by_group = q_ids is not None and on_cpu and not (want_same and want_other)
+        self.q_blocks = _blocks(len(self.q), block, self.q_ids if by_group else None)
+        self.k_blocks = self.q_blocks if k is None else _blocks(len(self.k), block, self.k_ids if by_group else None)
+        self.q_range = self._id_ranges(self.q_ids, self.q_blocks)
+        self.k_range = self._id_ranges(self.k_ids, self.k_blocks)
 
-    def _id_ranges(self, ids):
+    def _id_ranges(self, ids, blocks):
         if ids is None or self.order_q is None:
             return None
-        first, last = ids[:: self.block].tolist(), ids[self.block - 1 :: self.block].tolist() + ids[-1:].tolist()
-        return list(zip(first, last, strict=False))
+        ends = torch.tensor([[block.start, block.stop - 1] for block in blocks], dtype=torch.int64).reshape(-1, 2)
+        return ids[ends].tolist()
 
-    def tiles(self, want_same: bool, want_other: bool) -> Iterator[_Tile]:
-        n, m, block = self.q.shape[0], self.k.shape[0], self.block
-        for i in range(0, n, block):
-            for j in range(i if self.is_self else 0, m, block):
-                relation = self._relation(i // block, j // block)
-                if (relation == "same" and not want_same) or (relation == "other" and not want_other):
+    def tiles(self) -> Iterator[_Tile]:
+        """Every tile with a pair that is wanted; of self-contrast the upper triangle."""
+        for i, rows in enumerate(self.q_blocks):
+            for j, cols in enumerate(self.k_blocks):
+                if self.is_self and j < i:
                     continue
-                rows, cols = slice(i, min(i + block, n)), slice(j, min(j + block, m))
-                yield _Tile(rows, cols, self.is_self and i != j, relation)
+                relation = self._relation(i, j)
+                if self.wanted[relation]:
+                    yield _Tile(rows, cols, self.is_self and i != j, relation)
 
     def _relation(self, i: int, j: int) -> str:
         if self.q_ids is None:
@@ -109,12 +118,26 @@ class _Problem:
         return x if self.order_k is None else torch.empty_like(x).index_copy_(0, self.order_k, x)
 
 
+def _blocks(n: int, block: int, ids: Tensor | None) -> list[slice]:
+    """Slices of at most ``block`` rows; none crosses from one id to another if the groups of sorted ids are large."""
+    groups = [0, n]
+    if ids is not None and n:
+        changes = ((ids[1:] != ids[:-1]).nonzero()[:, 0] + 1).tolist()
+        if (len(changes) + 1) * LARGE_GROUP <= n:
+            groups = [0, *changes, n]
+    return [
+        slice(start, min(start + block, end))
+        for first, end in itertools.pairwise(groups)
+        for start in range(first, end, block)
+    ]
+
+
 def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple[Tensor, Tensor]:
-    problem = _Problem(q, k, scale, key_bias, q_ids, k_ids)
+    problem = _Problem(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other)
     sums = _UnshiftedSums if problem.bounded else _ShiftedSums
     totals = {name: sums(problem) for name, want in (("same", want_same), ("other", want_other)) if want}
 
-    for tile in problem.tiles(want_same, want_other):
+    for tile in problem.tiles():
         x = problem.exponentials(tile) if problem.bounded else problem.logits(tile)
         mask = problem.same_mask(tile) if tile.relation == "mixed" else None
         for name, total in totals.items():
@@ -174,7 +197,7 @@ class _ShiftedSums:
 def backward(
     q, k, scale, key_bias, q_ids, k_ids, same, other, grad_same, grad_other, needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    problem = _Problem(q, k, scale, key_bias, q_ids, k_ids)
+    problem = _Problem(q, k, scale, key_bias, q_ids, k_ids, same.numel() > 0, other.numel() > 0)
     rows = {"same": _row_weights(problem, same, grad_same), "other": _row_weights(problem, other, grad_other)}
     need_q, need_k, need_scale, need_bias = needs
     need_q = need_q or need_scale
@@ -187,7 +210,7 @@ def backward(
     to_k = to_q if problem.is_self else torch.zeros_like(k_columns) if need_k else None
     to_bias = torch.zeros_like(problem.bias) if need_bias else None
 
-    for tile in problem.tiles(same.numel() > 0, other.numel() > 0):
+    for tile in problem.tiles():
         w = _weights(problem, tile, rows, to_bias)
         if need_q:
             to_q[:, tile.rows] += times_transposed(k_columns[:, tile.cols], w)

@@ -9,6 +9,10 @@ import torch
 
 from ccl_fast.data import Images, Split, load_ood, load_split, made_names
 from ccl_fast.errors import ArgumentError
+from ccl_fast.evaluation import GROUPS
+
+# What stands beside the names of OOD sets in a report.
+RESERVED = ("train", "test", *GROUPS)
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,9 @@ def load_image_sets(options: SimpleNamespace) -> ImageSets:
         near = ["held-out"] if split.held_out is not None else ["interpolation"]
     if far is None:
         far = [name for name in made_names if name not in ("interpolation", *near)]
+    for name in (*near, *far):
+        if name in RESERVED:
+            raise ArgumentError(f"near_ood: expected no set with the name of a figure, got {name!r}")
     twice = [name for name in near if name in far]
     if twice:
         raise ArgumentError(f"far_ood: expected other sets than those of near_ood, got {twice[0]!r} in both")
