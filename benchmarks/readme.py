@@ -1,4 +1,4 @@
-"""The README's tables of measurements, of the losses and of k-means: generated from results files, never typed."""
+"""The README's tables, of the losses, of k-means and of OOD detection: generated from results files, never typed."""
 
 import json
 import re
@@ -8,27 +8,72 @@ from benchmarks.kmeans_cases import ITERATIONS
 
 README = Path(__file__).parent.parent / "README.md"
 SECTION = re.compile(
-    r"<!-- measured(?P<what>(?: k-means)?)(?:: (?P<source>\S+))? -->\n.*?<!-- /measured(?P=what) -->\n", re.DOTALL
+    r"<!-- measured(?P<what>(?: k-means| OOD)?)(?:: (?P<source>\S+))? -->\n.*?<!-- /measured(?P=what) -->\n", re.DOTALL
 )
 CASES = ("ccl", "ccl inside", "supcon", "nt-xent")
 CONTENDERS = ("ours", "dense", "dense compiled", "metric-learning SupCon")
+DETECTORS = ("nearest_neighbor", "mahalanobis", "ensemble")
 KMEANS_CONTENDERS = ("ours", "faiss", "scikit-learn", "torch")
 
 
 def update(results: Path, readme: Path = README) -> None:
-    """Replace the section between the markers of its kind by that of a results file of `python -m benchmarks cpu`."""
+    """Replace the section between the markers of its kind by that of a results file.
+
+    That is one of `python -m benchmarks cpu`, or a comparison.json of `ccl-fast compare` with "commit" and "cpu" added.
+    """
     new = section(results, readme.parent)
     what = SECTION.match(new)["what"]
     readme.write_text(SECTION.sub(lambda old: new if old["what"] == what else old[0], readme.read_text()))
 
 
 def section(results: Path, root: Path = README.parent) -> str:
+    if results.suffix == ".json":
+        return _comparison(json.loads(results.read_text()), results.resolve().relative_to(root.resolve()).as_posix())
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     source = results.resolve().relative_to(root.resolve()).as_posix()
     of_kmeans = "setting" in rows[0]
     what, table, words = (" k-means", _kmeans_table, _kmeans_words) if of_kmeans else ("", _table, _words)
     text = f"{words(rows[0])} {_provenance(rows[0], source)}"
     return "\n".join((f"<!-- measured{what}: {source} -->", *table(rows), "", text, f"<!-- /measured{what} -->\n"))
+
+
+def _comparison(comparison: dict, source: str) -> str:
+    lines = [
+        "| features, detector | OOD | AUROC SimCLR | AUROC CCL | gain | better for | FPR95 SimCLR | FPR95 CCL |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for detector, groups in comparison["results"].items():
+        level, name = detector.split("/")
+        if name not in DETECTORS:
+            continue
+        default = " (default)" if detector == comparison["default"] else ""
+        for group, metrics in groups.items():
+            auroc, fpr = metrics["auroc"], metrics["fpr95_id"]
+            better = sum(value > 0 for value in auroc["gain"]["values"])
+            cells = [
+                f"{level}, {name.replace('_', ' ')}{default}",
+                group,
+                _spread(auroc["simclr"]),
+                _spread(auroc["ccl"]),
+                _spread(auroc["gain"], "+.3f"),
+                f"{better} of {len(comparison['seeds'])}",
+                _spread(fpr["simclr"]),
+                _spread(fpr["ccl"]),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    run = comparison["environments"][0]
+    words = (
+        f"Mean ± standard deviation over {len(comparison['seeds'])} seeds; gain: CCL less SimCLR of the same seed. "
+        "Near: digits of the held-out classes; far: mean over textures, noise, blobs and letters. FPR95: share of OOD "
+        f"images accepted when 95 % of the test images are. {comparison['cpu']}, torch {run['torch']}, "
+        f"Python {run['python']}, {run['date'][:10]}, commit {comparison['commit'][:10]}; [{source}]({source}), which "
+        "has the other detectors."
+    )
+    return "\n".join((f"<!-- measured OOD: {source} -->", *lines, "", words, "<!-- /measured OOD -->\n"))
+
+
+def _spread(moments: dict, form: str = ".3f") -> str:
+    return f"{moments['mean']:{form}} ± {moments['deviation']:.3f}"
 
 
 def _kmeans_table(rows: list[dict]) -> list[str]:
