@@ -7,10 +7,14 @@ import functools
 import torch
 from torch import Tensor
 
+# Multiplications up to which oneDNN's setting up takes longer than MKL's product.
+ONEDNN_ENTRY = 1 << 19
+
 
 def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``: x [n, d], weight [m, d], bias [m] -> [n, m]. Not differentiable."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and _onednn_linear():
+    large = x.shape[0] * weight.shape[0] * x.shape[1] > ONEDNN_ENTRY
+    if large and x.device.type == "cpu" and x.dtype == torch.float32 and _onednn_linear():
         return _onednn_linear()(x, weight, bias, "none", [], "")
     return torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ccl_fast.ops import streaming_logsumexp_blocked as blocked
 from ccl_fast.ops import streaming_logsumexp_triton as triton_kernels
@@ -76,7 +77,10 @@ def streaming_logsumexp(
     if backend == "reference":
         same, other = logsumexp_by_relation(q, k, scale, key_bias, q_ids, k_ids)
     else:
-        same, other = _op(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, backend)
+        # torch.library's dispatch costs as much as a small batch: it is for those who need to see one operator.
+        eager = type(q) in (Tensor, Parameter) and not torch.compiler.is_compiling()
+        run = _Eager.apply if eager else _op
+        same, other = run(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, backend)
     if q_ids is None:
         return other
     chosen = {"all": lambda: logaddexp(same, other), "other_id": lambda: other, "same_id": lambda: same}
@@ -120,8 +124,7 @@ def _check(q, k, scale, key_bias, q_ids, k_ids, candidates, return_same) -> None
 # ---- registration: one operator forward, one backward, so that torch.compile sees two opaque nodes ----
 
 
-@torch.library.custom_op("ccl_fast::streaming_logsumexp", mutates_args=())
-def _op(
+def _forward(
     q: Tensor,
     k: Tensor | None,
     scale: Tensor,
@@ -137,14 +140,16 @@ def _op(
         return forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other)
 
 
+_op = torch.library.custom_op("ccl_fast::streaming_logsumexp", _forward, mutates_args=())
+
+
 @_op.register_fake
 def _(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, backend):
     n, dtype = q.shape[0], torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(n if want_same else 0, dtype=dtype), q.new_empty(n if want_other else 0, dtype=dtype)
 
 
-@torch.library.custom_op("ccl_fast::streaming_logsumexp_backward", mutates_args=())
-def _backward_op(
+def _backward(
     q: Tensor,
     k: Tensor | None,
     scale: Tensor,
@@ -165,6 +170,9 @@ def _backward_op(
     return tuple(q.new_empty(0) if g is None else g.contiguous() for g in grads)
 
 
+_backward_op = torch.library.custom_op("ccl_fast::streaming_logsumexp_backward", _backward, mutates_args=())
+
+
 @_backward_op.register_fake
 def _(q, k, scale, key_bias, q_ids, k_ids, same, other, grad_same, grad_other, needs, backend):
     inputs = (q, k, scale, key_bias)
@@ -177,11 +185,9 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors, *output)
 
 
-def _backward(ctx, grad_same: Tensor, grad_other: Tensor):
+def _gradients(ctx, backward, grad_same: Tensor, grad_other: Tensor):
     needs = list(ctx.needs_input_grad[:4])
-    grads = torch.ops.ccl_fast.streaming_logsumexp_backward(
-        *ctx.saved_tensors, grad_same, grad_other, needs, ctx.backend
-    )
+    grads = backward(*ctx.saved_tensors, grad_same, grad_other, needs, ctx.backend)
     return (*(g if n else None for g, n in zip(grads, needs, strict=True)), None, None, None, None, None)
 
 
@@ -192,5 +198,24 @@ def _double_backward(ctx, *grads):
     )
 
 
-torch.library.register_autograd("ccl_fast::streaming_logsumexp", _backward, setup_context=_save)
+torch.library.register_autograd(
+    "ccl_fast::streaming_logsumexp", lambda ctx, *grads: _gradients(ctx, _backward_op, *grads), setup_context=_save
+)
 torch.library.register_autograd("ccl_fast::streaming_logsumexp_backward", _double_backward)
+
+
+class _Eager(torch.autograd.Function):
+    """The same without torch.library."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_save)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _gradients(ctx, _EagerBackward.apply, *grads)
+
+
+class _EagerBackward(torch.autograd.Function):
+    forward = staticmethod(_backward)
+    setup_context = staticmethod(lambda ctx, inputs, output: None)
+    backward = staticmethod(_double_backward)
