@@ -24,19 +24,18 @@ SIZES = {"n": "N", "d": "D", "clusters": "K"}
 RAN_OUT = ("would take", "out of memory", "does not fit", "the process died")
 REMARKS = ("without centres",)  # notes that belong to a time
 OURS, YARDSTICK = "ours", "two products"
-NAMES = {OURS: "ccl_fast"}
 
 # Ours, then the others in the order of the file. Every colour is dark enough for text on white, any two differ to the
 # colour-blind too, and the markers differ besides.
 LOOKS = (
     ("#0b6bb8", "o"),
-    ("#c23b00", "s"),
-    ("#8a5fbf", "^"),
-    ("#1b7f4d", "D"),
-    ("#7a1f3d", "v"),
-    ("#a06a00", "P"),
-    ("#3a3f8f", "X"),
-    ("#5c6b00", "p"),
+    ("#e62709", "s"),
+    ("#9700fc", "^"),
+    ("#0d3801", "D"),
+    ("#a6674a", "v"),
+    ("#da1a7c", "P"),
+    ("#541039", "h"),
+    ("#3a0886", "p"),
 )
 Looks = dict[str, tuple[str, str]]
 INK, SOFT, QUIET, RULE = "#1b2530", "#5a6673", "#b4bec8", "#e6eaee"
@@ -46,6 +45,7 @@ STYLE = {
     "text.parse_math": False,  # a name with "$" is a name
     "figure.dpi": 72,  # a point is a pixel
     "figure.facecolor": "white",  # legible on a dark page too
+    "font.sans-serif": ["DejaVu Sans"],  # with which it is laid out; other pages' fonts are narrower
     "font.size": 11,
     "text.color": INK,
     "axes.edgecolor": QUIET,
@@ -60,17 +60,17 @@ STYLE = {
 }
 
 # Pixels. In a cell of the grid, lines have ticks on their left and labels on their right, bars names and values.
-COLUMNS, CELL, EDGE, HEAD = 2, 450, 20, 52
+COLUMNS, CELL, EDGE, HEAD = 2, 450, 20, 48
 LINES_LEFT, LINES_WIDTH, LINES_HEIGHT = 62, 216, 190
 BARS_LEFT, BARS_WIDTH, BAR_HEIGHT = 154, 210, 26
-ABOVE, BELOW, LINE = 36, 48, 13.5  # room for title and ticks of a plot; a line of a label
+ABOVE, BELOW, LINE, DIGIT = 46, 46, 13.5, 6.5  # room for title and ticks of a plot; size of a label's text
 
 
 class Quantity(NamedTuple):
     name: str  # of the file
     title: str
     value: str  # field of a row, as are those of band and floor
-    band: tuple[str, str] | None
+    band: tuple[str, ...]  # two, or none
     floor: str | None
     text: Callable[[float], str]
     unit: float
@@ -90,7 +90,7 @@ class Panel(NamedTuple):
     @property
     def sizes(self) -> str:
         """Those that do not grow."""
-        fixed = [size for size in SIZES if size != self.along and self.rows[0][size] is not None]
+        fixed = [size for size in SIZES if size != self.along and self.rows[0][size]]
         return ", ".join(f"{SIZES[size]} = {self.rows[0][size]:,}" for size in fixed)
 
 
@@ -103,6 +103,8 @@ class Label(NamedTuple):
 
 def draw(results: Sequence[Path], folder: Path) -> list[Path]:
     """<file>-time.svg and <file>-memory.svg, for each device and dtype where a file has several; their paths."""
+    if len({path.stem for path in results}) < len(results):
+        raise ValueError(f"expected files of different names, as the figures are named after them, came {results}")
     files = {path: _read(path) for path in results}  # all of them, before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
@@ -123,7 +125,7 @@ def _read(path: Path) -> list[dict]:
     for number, line in enumerate(path.read_text().splitlines(), 1):
         where = f"{path}, line {number}"
         try:
-            row = {"clusters": None} | json.loads(line)
+            row = {"clusters": 0} | json.loads(line)
         except (ValueError, TypeError):
             raise ValueError(f"{where}: expected a row of a benchmark in JSON, came {line[:60]!r}") from None
         if missing := [field for field in FIELDS if field not in row]:
@@ -136,6 +138,11 @@ def _read(path: Path) -> list[dict]:
     if not any(_is_measured(row, quantity) for row in rows.values() for quantity in (TIME, MEMORY)):
         raise ValueError(f"{path}: expected rows with a time or a peak of memory, came {len(rows)} rows without")
     return list(rows.values())
+
+
+def shown(contender: str) -> str:
+    """Its name in the pictures."""
+    return re.sub(rf"^{OURS}\b", "ccl_fast", contender)
 
 
 def _is_measured(row: dict, quantity: Quantity) -> bool:
@@ -153,10 +160,14 @@ def _groups(rows: list[dict], *fields: str) -> list[list[dict]]:
     return list(groups.values())
 
 
+def _remarks(rows: list[dict]) -> list[str]:
+    return [f"({note})" for note in dict.fromkeys(row["note"] for row in rows) if note in REMARKS]
+
+
 def _looks(rows: list[dict]) -> Looks:
-    """Colour and marker of every contender of a file: the same in all its figures."""
-    names = [group[0]["contender"] for group in _groups(rows, "contender")]
-    rivals = [name for name in names if name not in (OURS, YARDSTICK)]
+    """Colour and marker of everyone who was measured: the same in all figures of a file."""
+    measured = [row["contender"] for row in rows if _is_measured(row, TIME) or _is_measured(row, MEMORY)]
+    rivals = [name for name in dict.fromkeys(measured) if name not in (OURS, YARDSTICK)]
     looks = dict(zip(rivals, itertools.cycle(LOOKS[1:]), strict=False))
     return looks | {OURS: LOOKS[0], YARDSTICK: (SOFT, "")}
 
@@ -186,7 +197,7 @@ def _save(panels: list[Panel], quantity: Quantity, looks: Looks, path: Path) -> 
     rows = [row for panel in panels for row in panel.rows]
     width = 2 * EDGE + len(lines[0]) * CELL
     caption = _caption(rows, quantity, width - 2 * EDGE)
-    height = HEAD + sum(heights) + EDGE + 15 * len(caption)
+    height = HEAD + sum(heights) + EDGE + 17 * len(caption)
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user has set
         matplotlib.rcParams.update(STYLE)
@@ -200,14 +211,14 @@ def _save(panels: list[Panel], quantity: Quantity, looks: Looks, path: Path) -> 
                 at = (EDGE + j * CELL + left) / width, bottom / height
                 axes = figure.add_axes((*at, wide / width, panel.height / height))
                 axes.tick_params(which="both", length=0)
-                heading = _write(axes, -left, panel.height + 12, panel.rows[0]["case"], weight="bold", size=12)
-                axes.annotate(panel.sizes, (1, 0), (10, 0), heading, textcoords="offset points", color=SOFT)
+                heading = _write(axes, -left, panel.height + 24, panel.rows[0]["case"], weight="bold", size=12)
+                axes.annotate(panel.sizes, (1, 0), (10, 3), heading, textcoords="offset points", color=SOFT)
                 if panel.along:
                     _lines(axes, panel, quantity, looks, limits)
                 else:
                     _bars(axes, panel, quantity, looks)
-        for number, text in enumerate(reversed(caption)):
-            figure.text(EDGE / width, (EDGE + 15 * number) / height, text, color=SOFT)
+        for number, text in enumerate(caption, 1):
+            figure.text(EDGE / width, (EDGE + 17 * (len(caption) - number)) / height, text, color=SOFT)
         figure.savefig(path, metadata={"Date": None, "Creator": None, "Title": f"{quantity.title}: {path.stem}"})
 
 
@@ -218,7 +229,7 @@ def _lines(axes: Axes, panel: Panel, quantity: Quantity, looks: Looks, limits: t
     margin = (sizes[-1] / sizes[0]) ** 0.03
     ends = sizes[0] / margin, sizes[-1] * margin
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=limits)
-    axes.set_xticks(sizes, [f"{size:,}" for size in sizes], minor=False)
+    axes.set_xticks(sizes, _apart([f"{size:,}" for size in sizes], [LINES_WIDTH * _share(x, *ends) for x in sizes]))
     axes.set_xlabel(SIZES[along])
     ticks = _ticks(limits, quantity)
     axes.set_yticks(ticks, [quantity.text(tick) for tick in ticks])
@@ -231,10 +242,9 @@ def _lines(axes: Axes, panel: Panel, quantity: Quantity, looks: Looks, limits: t
     for rows in _groups(sorted(panel.rows, key=lambda row: row[along]), "contender"):
         name, measured = rows[0]["contender"], [row for row in rows if _is_measured(row, quantity)]
         color, marker = looks[name]
-        remarks = [f"({note})" for note in dict.fromkeys(row["note"] for row in measured) if note in REMARKS]
-        text = [NAMES.get(name, name), *remarks]
+        text = [shown(name), *_remarks(measured)]
         if not measured:
-            labels.append(Label(None, math.inf, [*text, "× runs out of memory everywhere"], color))
+            labels.append(Label(None, math.inf, [*text, "× out of memory everywhere"], color))
             continue
         x, y = [row[along] for row in measured], [max(row[quantity.value], quantity.least) for row in measured]
         style = {"ls": ":"} if name == YARDSTICK else {"marker": marker, "mec": "white", "mew": 0.6}
@@ -254,6 +264,16 @@ def _lines(axes: Axes, panel: Panel, quantity: Quantity, looks: Looks, limits: t
     _label(axes, labels)
 
 
+def _apart(texts: list[str], places: list[float]) -> list[str]:
+    """From the right, those that do not touch the one before; the others are empty."""
+    shown, left = [], math.inf
+    for text, place in zip(reversed(texts), reversed(places), strict=True):
+        is_free = place + DIGIT * len(text) / 2 < left
+        shown.append(text if is_free else "")
+        left = place - DIGIT * (len(text) / 2 + 1) if is_free else left
+    return shown[::-1]
+
+
 def _goal(path: list[tuple[float, float]]) -> float:
     """Where a line goes on to at the right edge; from a single point on, as steeply as the plot is."""
     (x, y), before = path[-1], path[-2] if len(path) > 1 else (path[-1][0] - 1, path[-1][1] - 1)
@@ -265,7 +285,7 @@ def _label(axes: Axes, labels: list[Label]) -> None:
     labels = sorted(labels, key=lambda label: label.goal)
     heights = [LINE * len(label.lines) + 3 for label in labels]
     wanted = [(label.end[1] if label.end else LINES_HEIGHT) - h / 2 for label, h in zip(labels, heights, strict=True)]
-    bottoms, low, high = [], -LINE, LINES_HEIGHT + 2 * LINE
+    bottoms, low, high = [], -LINE, LINES_HEIGHT + 1.4 * LINE
     for bottom, height in zip(wanted, heights, strict=True):
         bottoms.append(max(low, bottom))
         low = bottoms[-1] + height
@@ -285,24 +305,26 @@ def _label(axes: Axes, labels: list[Label]) -> None:
 def _bars(axes: Axes, panel: Panel, quantity: Quantity, looks: Looks) -> None:
     """From zero, with the value beside each; a whisker where lines have a band."""
     axes.set_axis_off()
-    rows = panel.rows
-    longest = max(row[field] for row in rows for field in (quantity.value, *quantity.band) if row.get(field) is not None)
-    axes.set(xlim=(0, longest or 1), ylim=(len(rows) - 0.5, -0.5))
+    rows, fields, floors = panel.rows, (quantity.value, *quantity.band), _floors(panel.rows, quantity, "n")
+    values = [row[field] for row in rows for field in fields if row.get(field) is not None]
+    longest = max(*values, *floors.values(), quantity.least)
+    axes.set(xlim=(0, longest), ylim=(len(rows) - 0.5, -0.5))
     for number, row in enumerate(rows):
         name, color = row["contender"], looks[row["contender"]][0]
         style = {"va": "center", "weight": "bold" if name == OURS else "normal"}
         y = BAR_HEIGHT * (len(rows) - number - 0.5)
-        _write(axes, -8, y, NAMES.get(name, name), ha="right", color=color, **style)
+        _write(axes, -8, y, shown(name), ha="right", color=color, **style)
         if not _is_measured(row, quantity):
             _write(axes, 6, y, "× runs out of memory", color=color, **style)
             continue
-        value, *band = (row[field] for field in (quantity.value, *quantity.band))
+        value, *band = ends = [row[field] for field in fields]
         axes.barh(number, value, 0.66, color=color, alpha=1 if name == OURS else 0.55)
         if band:
             axes.plot(band, [number, number], color=INK, lw=1.1, clip_on=False)
-        right = BARS_WIDTH * max(value, *band) / longest if band...
-    if floors := _floors(rows, quantity, "n"):
-        (floor,) = floors.values()
+        _write(
+            axes, BARS_WIDTH * max(ends) / longest + 7, y, " ".join([quantity.text(value), *_remarks([row])]), **style
+        )
+    for floor in floors.values():
         axes.axvline(floor, color=INK, lw=1.2, ls=(0, (4, 3)))
         style = {"size": 8.5, "ha": "center", "va": "top", "textcoords": "offset points"}
         axes.annotate(f"floor {quantity.text(floor)}", (floor, len(rows) - 0.5), (0, -4), **style)
@@ -322,7 +344,7 @@ def _floors(rows: list[dict], quantity: Quantity, along: str) -> dict[int, float
 
 def _limits(rows: list[dict], quantity: Quantity) -> tuple[float, float]:
     """The scale that all lines of a figure share."""
-    fields = [quantity.value, *(quantity.band or ()), quantity.floor]
+    fields = [quantity.value, *quantity.band, quantity.floor]
     values = [row[field] for row in rows for field in fields if row.get(field) is not None] or [1]
     return max(min(values), quantity.least) / 1.5, max(*values, quantity.least) * 1.5
 
@@ -336,24 +358,26 @@ def _ticks(limits: tuple[float, float], quantity: Quantity) -> list[float]:
     low, high = (math.log(x / quantity.unit, quantity.base) for x in limits)
     powers = range(math.ceil(low) - 1, math.floor(high) + 1)
     step, multiples = 1 + len(powers) // 9, quantity.multiples if len(powers) < 4 else (1,)
-    ticks = [m * quantity.unit * quantity.base**float(p) for p in powers if p % step == 0 for m in multiples]
+    ticks = [m * quantity.unit * quantity.base ** float(p) for p in powers if p % step == 0 for m in multiples]
     return [tick for tick in ticks if limits[0] <= tick <= limits[1]]
 
 
 def _caption(rows: list[dict], quantity: Quantity, width: float) -> list[str]:
-    reading = ["Above what the inputs take." if quantity is MEMORY else "Medians of runs in turns."]
-    if quantity.band:
-        reading.append("Bands and whiskers: 20th to 80th percentile.")
+    what, lines = "Above the inputs.", []
+    if quantity is TIME:
+        what = "Medians of interleaved runs; bands and whiskers: 20th to 80th percentile."
+    if any(row["contender"] == YARDSTICK for row in rows):
+        lines.append("Dotted: two bare N × N × D matrix products.")
     if _floors(rows, quantity, "n"):
-        reading.append("Dashed, the floor: what the method's products would take at the machine's own rate.")
+        lines.append("Dashed: the floor that the machine's rates set.")
 
     def of_rows(field: str, longest: int | None = None) -> str:
-        return " and ".join(dict.fromkeys(str(row[field])[:longest] for row in rows))
+        return " and ".join(dict.fromkeys(str(row[field] or "unknown")[:longest] for row in rows))
 
     machine = f"{of_rows('device')}, {of_rows('threads')} threads, torch {of_rows('torch')}"
     commit = f"commit {of_rows('commit', 10)}{' with changes' * any(row.get('dirty') for row in rows)}"
-    texts = " ".join(reading), f"{machine}, {commit}, {of_rows('date', 10)}."
-    return [line for text in texts for line in textwrap.wrap(text, int(width / 5.9))]
+    texts = what, " ".join(lines), f"{machine}, {commit}, {of_rows('date', 10)}."
+    return [line for text in texts for line in textwrap.wrap(text, int(width / DIGIT))]
 
 
 def _seconds(x: float) -> str:
@@ -372,4 +396,4 @@ def _in_units(x: float, units: Sequence[tuple[float, str]]) -> str:
 
 TIME = Quantity("time", "Time", "p50", ("p20", "p80"), "floor", _seconds, 1, 10, (1, 2, 5), 1e-7)
 # The kernel counts resident memory in pages of 4 KiB.
-MEMORY = Quantity("memory", "Peak memory", "peak_bytes", None, None, _bytes, 2**20, 4, (1, 2), 4096)
+MEMORY = Quantity("memory", "Peak memory", "peak_bytes", (), None, _bytes, 2**20, 4, (1, 2), 4096)

@@ -59,7 +59,8 @@ class Workload:
     d: int
     dtype: torch.dtype  # bfloat16: under autocast, and the loss gets the embeddings as they come out of it
     micro_batch: int  # images
-    # That autograd keeps for the backward pass, per view and for many of them (counted by saved_tensors_hooks).
+    # That autograd keeps for the backward pass of a view, as counted by saved_tensors_hooks. With what lives for a
+    # moment the peak was up to 1.5 times as much on a CPU, which MEMORY_SHARE leaves room for.
     activation_bytes: int
     clusters: int = 128
 
@@ -167,7 +168,7 @@ class Training:
 
 @functools.cache
 def relative_error(contender: TrainingContender, workload: Workload, device: torch.device) -> float:
-    """Of the gradient of the encoder's weights in the 2-norm, against the dense loss in float64 behind the same network.
+    """Of the gradient of the encoder's weights, in the 2-norm, against the dense float64 loss behind the same network.
 
     That network has the workload's precision, for its own rounding is the same for all contenders and would hide what
     the loss does: in float32 it flips a ReLU now and then (1e-3), in bfloat16 it is a third of a ResNet-18's gradient.

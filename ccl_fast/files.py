@@ -21,7 +21,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except RuntimeError as error:  # torch.save's word for a full disk
-        raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
+    except (OSError, RuntimeError) as error:  # the latter is torch.save's word for a full disk
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise OSError(f"{path} could not be written: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)

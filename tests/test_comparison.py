@@ -2,6 +2,7 @@
 """SimCLR against CCL over seeds."""
 
 import json
+import shutil
 import statistics
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "lightning", "kornia", "tensorboard"):
     pytest.importorskip(extra)  # the extra "train"
 
+from ccl_fast.errors import ArgumentError
 from ccl_fast.training import comparison
 from ccl_fast.training.command import main
 
@@ -74,6 +76,32 @@ def test_resuming_runs_only_what_is_missing(two_seeds):
     assert after["environments"][0] == before["environments"][0]
 
 
+def test_a_seed_killed_before_its_first_checkpoint_is_begun_again(two_seeds, tmp_path):
+    folder = tmp_path / "again"
+    shutil.copytree(two_seeds, folder)
+    for name in ("report.json", "report.html", "ccl.pt", "simclr.pt", "metrics.jsonl"):
+        (folder / "seed5" / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "seed5" / "checkpoints")
+    before = json.loads((two_seeds / "comparison.json").read_text())["results"]
+    assert main(["compare", f"--output={folder}", "--seeds=[3,5]", "--resume", *OPTIONS]) == 0
+    assert json.loads((folder / "comparison.json").read_text())["results"] == before
+
+
+def test_another_budget_is_not_mixed_in(two_seeds):
+    with pytest.raises(ArgumentError, match=r"^epochs: expected 2"):
+        comparison.compare(
+            two_seeds,
+            [3, 5],
+            resume=True,
+            warmup_epochs=1,
+            clusters=4,
+            in_classes=[0, 7],
+            batch_size=100,
+            limit=200,
+            far_ood=["noise"],
+        )
+
+
 def test_wrong_arguments_are_named(two_seeds, tmp_path, capsys):
     def fails_with(message, *arguments):
         assert main(["compare", *OPTIONS, *arguments]) == 2
@@ -83,5 +111,6 @@ def test_wrong_arguments_are_named(two_seeds, tmp_path, capsys):
     fails_with("seeds: expected at least two different seeds, got [3, 3]", "--seeds=[3,3]")
     fails_with("output: expected a folder that does not exist yet", f"--output={two_seeds}")
     fails_with("resume: expected the output folder of a comparison", "--resume")
+    fails_with("output: expected the folder of a comparison to resume", "--resume", f"--output={tmp_path / 'typo'}")
     resumed = (f"--output={two_seeds}", "--seeds=[3,5]", "--resume")
     fails_with("clusters: expected 4, as the comparison to resume has it, got 5", *resumed, "--clusters=5")

@@ -1,6 +1,8 @@
 # ruff: noqa: E402 (the extra must be there)
 """OOD sets: made ones, held-out classes, named data sets, folders, data sets of the user."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ for extra in ("torchvision", "kornia", "mlxtend", "matplotlib", "skimage"):
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from ccl_fast.data import Split, load_ood, load_split, made_names
+from ccl_fast.data import Split, canonical, load_ood, load_split, made_names
 from ccl_fast.errors import ArgumentError
 
 
@@ -167,6 +169,10 @@ def test_data_sets_by_a_name_of_their_own(digits, memory):
         (["noise", 3], "expected a list of names and folders"),
         (7, "expected a list of names and folders"),
         (["noise", "noise"], "expected different sets, got 'noise' twice"),
+        (["held_out", "blobs", "held-out"], "expected different sets, got 'held_out' and 'held-out', which are the"),
+        (["Noise", "noise"], "expected different sets, got 'Noise' and 'noise', which are the same"),
+        (["cifar10", "CIFAR-10"], "expected different sets, got 'cifar10' and 'CIFAR-10', which are the same"),
+        ({"a": "noise", "b": "NOISE"}, "expected different sets, got 'noise' and 'NOISE', which are the same"),
         (["leters"], "expected .*did you mean letters"),
         (["held-in"], "expected .*did you mean held-out"),
         (["cifar1"], "expected .*did you mean cifar1"),
@@ -177,6 +183,39 @@ def test_data_sets_by_a_name_of_their_own(digits, memory):
 def test_wrong_sets_are_named_by_the_argument(sets, message, digits):
     with pytest.raises(ArgumentError, match=f"^far_ood: {message}"):
         load_ood(sets, digits, argument="far_ood")
+
+
+def test_one_folder_under_two_paths_is_one_set(digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path)
+    for other in (".", "./", "inner/..", "link", tmp_path / "link" / "link"):
+        with pytest.raises(ArgumentError, match=r"^near_ood: expected different sets, got .* and .*, which are the"):
+            load_ood([tmp_path, other], digits, argument="near_ood")
+
+
+def test_canonical_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("held-out", "Held_Out", "heldout"):
+        assert canonical(name) == "held-out"
+    for name in made_names:
+        assert canonical(name) == canonical(name.upper()) == name
+    assert canonical("CIFAR-10") == canonical("cifar10") == "cifar10"
+    (tmp_path / "Mine").mkdir()
+    (tmp_path / "digits").mkdir()
+    assert canonical("Mine") == canonical("./Mine") == canonical(tmp_path / "Mine") == str(tmp_path.resolve() / "Mine")
+    assert canonical("Digits") == "digits"  # the data set
+    assert canonical("./digits") == canonical(Path("digits")) == str(tmp_path.resolve() / "digits")
+    assert canonical("No-Such") == "No-Such"
+    assert canonical("~/x") == str(Path("~/x").expanduser().resolve())
+
+
+@pytest.mark.parametrize("name", ["strict", "download"])
+@pytest.mark.parametrize("value", ["false", 1, None])
+def test_flags_are_booleans(name, value, digits):
+    with pytest.raises(ArgumentError, match=f"^{name}: expected True or False, got {value!r}$"):
+        load_ood(["noise"], digits, **{name: value})
 
 
 def test_one_test_image_cannot_be_interpolated():

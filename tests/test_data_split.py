@@ -247,6 +247,106 @@ def test_a_folder_is_split_with_the_same_share_of_every_class(folder):
     assert numbers(held_out) == list(range(0, 200, 20))
 
 
+def per_class(images):
+    return torch.bincount(images.classes).tolist()
+
+
+def test_small_classes_have_their_share_together():
+    splits = [load_split(Numbered(60, n_classes=30), seed=s) for s in (0, 0, 1)]
+    tests = [numbers(split.test) for split in splits]
+    assert tests[0] == tests[1] != tests[2]
+    for split, test in zip(splits, tests, strict=True):
+        assert len(test) == len({i % 30 for i in test}) == 12
+        assert sorted(numbers(split.train) + test) == list(range(60))
+    singles = load_split(Numbered(40, n_classes=40))
+    assert len(singles.test) == 8
+    thirds = load_split(Numbered(70, n_classes=10)).test  # 1.4 each
+    assert len(thirds) == 14
+    assert set(per_class(thirds)) == {1, 2}
+
+
+def test_classes_of_one_image_are_trained_on():
+    mixed = Numbered(30)
+    mixed.targets = [*range(10), *(10 + i // 2 for i in range(20))]  # ten classes of one image, ten of two
+    split = load_split(mixed)
+    assert len(split.test) == 6
+    assert split.test.classes.unique().numel() == 6
+    assert split.test.classes.min() >= 10
+    one = Numbered(51)
+    one.targets = [*(i % 5 for i in range(50)), 5]
+    split = load_split(one)
+    assert per_class(split.test) == [2] * 5
+    assert per_class(split.train) == [8] * 5 + [1]
+
+
+def test_large_classes_have_their_rounded_share():
+    large = Numbered(250)
+    large.targets = [0] * 52 + [1] * 53 + [2] * 54 + [3] * 91
+    assert per_class(load_split(large).test) == [10, 11, 11, 18]
+
+
+@pytest.mark.parametrize("link", ["train/loop", "test/loop", "loop"])
+def test_a_link_to_a_parent_folder_leaks_nothing(tmp_path, link):
+    folder = tmp_path / "parts"
+    for i in range(8):
+        save(folder / ("train", "test")[i % 2] / f"{i}.png", i)
+    (folder / link).symlink_to(folder)
+    split = load_split(folder)
+    assert numbers(split.train) == [0, 2, 4, 6]
+    assert numbers(split.test) == [1, 3, 5, 7]
+
+
+@pytest.fixture
+def truncated(tmp_path):
+    """Images 0, 10, ... 110 to train on, of which three turn out to be unreadable when they are decoded."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for i in range(12):
+        path = tmp_path / "parts" / "train" / f"{i:02}.jpg"
+        save(path, 10 * i, size=(64, 64))
+        if i in (3, 4, 11):
+            Image.fromarray(noise).save(path)
+            path.write_bytes(path.read_bytes()[:2000])
+    save(tmp_path / "parts" / "test" / "0.png", 0, size=(64, 64))
+    return tmp_path / "parts"
+
+
+def near(batches):
+    """The images' tens, for JPEG is not exact."""
+    return [[round(v * 25.5) for v in batch.mean((1, 2, 3)).tolist()] for batch in batches]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_on_demand_is_replaced_by_one_of_its_batch(truncated, capfd, workers):
+    images = load_split(truncated, memory=0, workers=workers).train
+    assert len(images) == 12
+    assert capfd.readouterr().err == ""  # their headers are whole
+    assert near(images.batches(4)) == [[0, 1, 2, 0], [5, 5, 6, 7], [8, 9, 10, 8]]
+    error = capfd.readouterr().err
+    assert error.count("\n") == 3
+    for name, line in zip(("03.jpg", "04.jpg", "11.jpg"), error.splitlines(), strict=True):
+        assert line.startswith("data: another image replaces a file that cannot be read; ")
+        assert f"{name}: expected an image, got OSError: " in line
+    order = torch.tensor([3, 9, 4, 3, 8, 11, 4, 3, 2])
+    assert near(images.batches(5, order)) == [[9, 9, 8, 8, 8], [2, 2, 2, 2]]
+    assert near([images[order[:2]]]) == [[9, 9]]
+    # None in the batch can be read: the next one in the set, of a subset in the subset.
+    assert near(images.batches(2, torch.tensor([3, 4, 11, 11]))) == [[5, 5], [0, 0]]
+    subset = images.subset(torch.tensor([3, 4, 9, 1])).to("cpu")
+    assert near(subset.batches(1)) == [[9], [9], [9], [1]]
+    assert capfd.readouterr().err == ""  # each file once
+    with pytest.raises(OSError, match=r"03\.jpg: expected an image, got "):
+        list(images.subset(torch.tensor([3, 4])).batches(1))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_strict_replaces_nothing(truncated, capfd, workers):
+    images = load_split(truncated, memory=0, workers=workers, strict=True).train
+    with pytest.raises(OSError, match=r"03\.jpg: expected an image, got OSError") as error:
+        list(images.batches(4))
+    assert "Traceback" not in str(error.value)
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("test", ["test", "val"])
 def test_subfolders_are_the_parts(folder, test):
     for i in range(4):
@@ -391,6 +491,10 @@ def test_the_first_image_tells_the_size_and_any_the_colours():
         ("workers", -1),
         ("memory", -0.5),
         ("memory", float("nan")),
+        ("strict", "false"),
+        ("strict", 1),
+        ("download", "no"),
+        ("download", None),
     ],
 )
 def test_wrong_arguments_are_named(name, value):

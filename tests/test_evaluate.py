@@ -127,6 +127,10 @@ def test_wrong_arguments_of_score_are_named(run, folder_of_images, tmp_path, opt
 def test_what_is_no_finished_run_is_said(run, tmp_path, capsys):
     assert main(["evaluate", f"--run={tmp_path}"]) == 2
     assert "run: expected the folder of a run" in capsys.readouterr().err
+    for text in ("", "- a\n", "epochs: 3\n", "{", "\0"):
+        (tmp_path / "config.yaml").write_text(text)
+        assert main(["evaluate", f"--run={tmp_path}"]) == 2
+        assert "run: expected the arguments of a run" in capsys.readouterr().err
     (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
     assert main(["evaluate", f"--run={tmp_path}"]) == 2
     assert "run: expected a finished run" in capsys.readouterr().err

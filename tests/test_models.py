@@ -78,8 +78,11 @@ def test_a_module_is_copied_with_its_weights():
         ("vit_b_16", {"shape": (3, 30, 30)}, "vit_b_16"),
         ("densenet121", {"shape": (3, 8, 8)}, "densenet121"),
         ("convnext_tiny", {"stem": "3x3"}, "^stem: expected"),
-        (nn.Conv2d(3, 4, 3), {}, r"got \[2, 4, 30, 30\] of Conv2d"),
+        (nn.Conv2d(3, 4, 3), {}, r"got torch.float32 \[2, 4, 30, 30\] of Conv2d"),
         (nn.Linear(7, 4), {}, "got Linear"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(3072, 4)).double(), {}, "got Sequential"),
+        (nn.Flatten(), {"stem": "3x3"}, "^stem: expected"),
+        ("small", {"stem": "3x3"}, "^stem: expected"),
         (nn.Sequential(nn.Flatten(0)), {}, r"returns features \[n, width\]"),
     ],
 )

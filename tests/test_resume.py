@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 
 import pytest
 import torch
+import yaml
 
 for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "lightning", "kornia", "tensorboard"):
     pytest.importorskip(extra)  # the extra "train"
@@ -91,6 +93,41 @@ def test_a_finished_run_can_be_resumed_and_gives_the_same_report(tmp_path, whole
     train(str(whole), **TINY, resume=True)
     first, again = json.loads(before), json.loads((whole / "report.json").read_text())
     assert first["results"] == again["results"]
+
+
+def test_resuming_from_the_previous_checkpoint_is_not_for_ever(tmp_path, whole):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    train(folder, **TINY, resume=True, resume_from="previous")
+    assert yaml.safe_load((folder / "config.yaml").read_text())["resume_from"] == "last"
+    assert_same_end(folder, whole)
+
+
+def test_other_images_are_not_gone_on_with(tmp_path):
+    class Noise(torch.utils.data.Dataset):
+        def __init__(self, n, seed):
+            self.images = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+        def __len__(self):
+            return len(self.images)
+
+        def __getitem__(self, index):
+            return self.images[index]
+
+    options = {"method": "ccl", "epochs": 2, "batch_size": 16, "clusters": 2, "near_ood": ["noise"], "far_ood": []}
+    train(tmp_path / "run", data=(Noise(40, 0), Noise(9, 1)), **options)
+    for n, seed in ((39, 0), (41, 0), (40, 2)):
+        with pytest.raises(ArgumentError, match=r"^data: expected the training images of the run to resume"):
+            train(tmp_path / "run", data=(Noise(n, seed), Noise(9, 1)), **options, resume=True)
+    train(tmp_path / "run", data=(Noise(40, 0), Noise(9, 1)), **options, resume=True)
+
+
+def test_a_checkpoint_of_something_else_is_named(tmp_path, whole):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "checkpoints" / "last.ckpt").write_bytes((whole / "ccl.pt").read_bytes())
+    with pytest.raises(CheckpointError, match="none of a training run"):
+        train(folder, **TINY, resume=True)
 
 
 def test_only_the_same_run_can_be_resumed(whole, tmp_path, capsys):

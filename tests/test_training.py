@@ -4,8 +4,10 @@
 import copy
 import inspect
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -129,7 +131,10 @@ def test_another_seed_other_numbers(tmp_path):
 def test_an_existing_folder_is_refused_and_overwritten_on_demand(tiny, tmp_path, capsys):
     folder = tmp_path / "copy"
     folder.mkdir()
-    for name in ("ccl.pt", "simclr.pt", "report.json", "report.html"):
+    (folder / "checkpoints").mkdir()
+    (folder / "mine.txt").write_text("mine")
+    (folder / "checkpoints" / "mine.ckpt").write_text("mine")
+    for name in ("ccl.pt", "simclr.pt", "report.json", "report.html", "config.yaml"):
         (folder / name).write_bytes((tiny / name).read_bytes())
     command = ["train", f"--output={folder}", "--method=simclr", *OPTIONS, "--epochs=1", "--warmup_epochs=1"]
     assert main(command) == 2
@@ -139,7 +144,41 @@ def test_an_existing_folder_is_refused_and_overwritten_on_demand(tiny, tmp_path,
     assert (folder / "ccl.pt").exists()
     assert main([*command, "--overwrite"]) == 0
     assert not (folder / "ccl.pt").exists()  # not of this run
+    assert (folder / "mine.txt").exists() and (folder / "checkpoints" / "mine.ckpt").exists()
     assert json.loads((folder / "report.json").read_text())["results"].keys() == {"simclr"}
+
+
+def test_a_folder_of_somebody_else_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text("name: another tool\n")
+    assert main(["train", f"--output={tmp_path}", *OPTIONS, "--overwrite"]) == 2
+    assert "output: expected the folder of a run to overwrite" in capsys.readouterr().err
+    assert (tmp_path / "checkpoints").exists() and (tmp_path / "config.yaml").exists()
+    (tmp_path / "file").write_text("")
+    assert main(["train", f"--output={tmp_path / 'file'}", *OPTIONS, "--overwrite"]) == 2
+    assert "output: expected a folder" in capsys.readouterr().err
+
+
+def test_a_run_that_overwrites_leaves_no_result_of_the_old_one_beside_its_arguments(tiny, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(tiny, folder)
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "evaluation.json").write_text("{}")
+    with pytest.raises(FloatingPointError):
+        train(folder, **TINY | {"learning_rate": 1e30}, overwrite=True)
+    assert not folder.exists()
+
+
+def test_of_two_runs_one_gets_the_folder(tmp_path, monkeypatch):
+    from ccl_fast.training import run_folder
+
+    monkeypatch.chdir(tmp_path)
+    first, second = (run_folder.default_folder("train") for _ in range(2))
+    run_folder.claim(first, overwrite=False, resume=False)
+    (first / "config.yaml").write_text("")
+    with pytest.raises(FileExistsError):
+        run_folder.claim(second, overwrite=False, resume=False)
+    assert run_folder.default_folder("train") != first
 
 
 @pytest.mark.parametrize(
@@ -159,6 +198,9 @@ def test_an_existing_folder_is_refused_and_overwritten_on_demand(tiny, tmp_path,
         "in_classes=[3,3]",
         "in_classes=[3,10]",
         "seed=-1",
+        "seed=18446744073709551616",
+        "device=meta",
+        "embedding_dim=100000000000",
         "device=abacus",
         "micro_batch=0",
         "clusters=[]",
@@ -208,7 +250,7 @@ def test_help_explains_every_argument(capsys):
     assert exit.value.code == 0
     text = capsys.readouterr().out
     assert "number of k-means clusters" in text
-    assert "replace the results in an existing output folder." in text
+    assert "replace the run in an existing output folder" in text
 
 
 def test_a_diverging_loss_stops_with_its_step_and_leaves_no_folder(tmp_path, capsys):
@@ -325,6 +367,49 @@ def test_a_compiled_network_trains_the_same_and_leaves_ordinary_weights(tmp_path
     plain, compiled = (train(tmp_path / str(on), **base, compile_model=on) for on in (False, True))
     assert compiled["losses"]["ccl"] == pytest.approx(plain["losses"]["ccl"], rel=2e-3)
     Model(backbone).load_state_dict(torch.load(tmp_path / "True" / "ccl.pt", weights_only=True))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("near_ood", 5),
+        ("output", 5),
+        ("strict", "no"),
+        ("download", 1),
+        ("epochs", 2.5),
+        ("device", 3),
+        ("clusters", "4"),
+    ],
+)
+def test_wrong_types_from_python_are_named(argument, value, tmp_path):
+    given = TINY | {"output": tmp_path / "run", argument: value}
+    with pytest.raises(ValueError, match=f"^{argument}: expected"):
+        train(**given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    base = TINY | {"limit": 100, "method": "simclr", "far_ood": [], "batch_size": 50}
+    numpy = {"epochs": np.int64(2), "seed": np.int32(0), "learning_rate": np.float64(1e-3), "clusters": np.int64(4)}
+    plain, same = train(tmp_path / "plain", **base), train(tmp_path / "same", **base | numpy)
+    assert same["losses"] == plain["losses"]
+    assert main(["train", f"--config={tmp_path / 'same' / 'config.yaml'}", f"--output={tmp_path / 'again'}"]) == 0
+
+
+def test_concentration_needs_a_cluster_of_two(tmp_path, capsys):
+    command = ["train", f"--output={tmp_path / 'run'}", *OPTIONS, "--limit=100", "--clusters=100", "--concentration"]
+    assert main(command) == 2
+    assert "clusters: expected fewer than the 100 training images" in capsys.readouterr().err
+
+
+def test_few_images_and_labels_of_any_number(tmp_path):
+    labels = torch.tensor([10**12, -1, 7]).repeat(4)
+    images = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    data = torch.utils.data.TensorDataset(images, labels)
+    report = train(
+        tmp_path / "run", data=(data, data), near_ood=["noise"], far_ood=[], batch_size=4, epochs=2, clusters=2
+    )
+    assert 0 <= report["clustering"]["ccl"]["accuracy"] <= 1
 
 
 def test_the_weight_of_the_center_grows_from_nothing():

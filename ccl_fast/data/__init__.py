@@ -4,7 +4,7 @@ from ccl_fast.data.augmentation import Views
 from ccl_fast.data.folder import load_folder
 from ccl_fast.data.images import Images
 from ccl_fast.data.made import made_names
-from ccl_fast.data.ood import load_ood
+from ccl_fast.data.ood import canonical, load_ood
 from ccl_fast.data.split import Split, load_split
 
-__all__ = ["Images", "Split", "Views", "load_folder", "load_ood", "load_split", "made_names"]
+__all__ = ["Images", "Split", "Views", "canonical", "load_folder", "load_ood", "load_split", "made_names"]

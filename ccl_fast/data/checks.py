@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 
+import numpy as np
+
 from ccl_fast.errors import ArgumentError
 
 
-def check_loading(*, seed: int, workers: int, memory: float, limit: int | None) -> None:
+def check_loading(*, seed: int, workers: int, memory: float, limit: int | None, strict: bool, download: bool) -> None:
     """Raises ArgumentError."""
     check_integer("seed", seed, at_least=0)
     check_integer("workers", workers, at_least=0)
@@ -17,6 +19,9 @@ def check_loading(*, seed: int, workers: int, memory: float, limit: int | None) 
         check_integer("limit", limit, at_least=1)
     if isinstance(memory, bool) or not isinstance(memory, Real) or not 0 <= memory < math.inf:
         raise ArgumentError(f"memory: expected a number of GiB >= 0, got {memory!r}")
+    for name, flag in (("strict", strict), ("download", download)):
+        if not isinstance(flag, bool | np.bool_):
+            raise ArgumentError(f"{name}: expected True or False, got {flag!r}")
 
 
 def check_integer(name: str, value: int, *, at_least: int) -> None:

@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
 
 from ccl_fast.data.checks import check_loading, check_shape
 from ccl_fast.data.images import Images
@@ -25,17 +26,26 @@ N_NAMED = 3  # of the files that were skipped
 
 
 def load_folder(
-    path: str | Path, shape: tuple[int, int, int], *, strict: bool = False, workers: int = 0, memory: float = 4.0
+    path: str | Path,
+    shape: tuple[int, int, int],
+    *,
+    argument: str = "images",
+    strict: bool = False,
+    workers: int = 0,
+    memory: float = 4.0,
 ) -> tuple[Images, list[Path]]:
     """All images below a folder, brought to a shape: grey or RGB, shorter side resized, centre cropped.
 
-    They come in the order of their paths. Files and folders whose name begins with a dot are not looked at. Files that
-    cannot be read are left out, and a line on stderr says so; of images on demand that is found out by their header.
+    They come in the order of their paths. Files and folders whose name begins with a dot are not looked at; links to
+    folders are followed, but each folder is looked at once. Files that cannot be read are left out, and a line on
+    stderr says so; for that, images on demand are all decoded once. Every row is the image of its path: none is
+    replaced.
 
     Args:
         path: the folder.
         shape: (1 or 3, h, w).
-        strict: a file that cannot be read is an error.
+        argument: how errors, and the line on stderr, call the folder.
+        strict: a file that cannot be read is an error; of images on demand, when it is used.
         workers: processes that read; 0: this one does.
         memory: GiB that the decoded images may take; if they take more, they are read on demand.
 
@@ -45,15 +55,16 @@ def load_folder(
     Raises:
         ArgumentError: naming the argument; also if there is no image, or none that can be read.
         FileNotFoundError: there is no such folder.
-        OSError: a file cannot be read, and ``strict``; images on demand raise it when they are used.
+        OSError: a file cannot be read, and ``strict``; images on demand raise it when a file cannot be read any more.
     """
-    check_loading(seed=0, workers=workers, memory=memory, limit=None)
+    check_loading(seed=0, workers=workers, memory=memory, limit=None, strict=strict, download=False)
     check_shape("shape", shape)
-    [source] = open_folders([Path(path)], "path", strict=strict, workers=workers)
-    images, rows = read(source, torch.arange(len(source)), tuple(shape), workers=workers, memory=memory)
+    [source] = open_folders([Path(path)], argument, strict=strict, workers=workers)
+    rows = torch.arange(len(source))
+    images, rows = read(source, rows, tuple(shape), workers=workers, memory=memory, verify=not strict)
     report_skipped(source)
     if not len(images):
-        raise ArgumentError(f"path: expected images in {path}, got none that can be read; {source.skipped[0]}")
+        raise ArgumentError(f"{argument}: expected images in {path}, got none that can be read; {source.skipped[0]}")
     return images, [source.items.paths[row] for row in rows.tolist()]
 
 
@@ -101,6 +112,7 @@ class FolderSource(Source):
         super().__init__(files, argument)
         self.strict = strict
         self.skipped = skipped
+        self.told: set[int] = set()
         # All headers are known: an item of every shape stands for all items.
         first = {shape: i for i, shape in reversed(list(enumerate(shapes)))}
         self.sample = [
@@ -120,6 +132,13 @@ class FolderSource(Source):
             raise error
         self.skipped.append(error)
 
+    def missed(self, i: int, error: Exception) -> None:
+        if self.strict:
+            raise error
+        if i not in self.told:
+            self.told.add(i)
+            tqdm.write(f"{self.argument}: another image replaces a file that cannot be read; {error}", sys.stderr)
+
 
 def open_folders(folders: Sequence[Path], argument: str, *, strict: bool, workers: int) -> list[FolderSource]:
     """The images below each folder; their classes are the subfolders by name, if all images lie in subfolders.
@@ -130,7 +149,7 @@ def open_folders(folders: Sequence[Path], argument: str, *, strict: bool, worker
         OSError: the header of a file cannot be read, and ``strict``.
     """
     folders = [Path(os.path.expanduser(folder)) for folder in folders]
-    files = [_image_files(folder, argument) for folder in folders]
+    files = [_image_files(folder, argument, parts=folders) for folder in folders]
     names = [[_subfolder(path, folder) for path in paths] for folder, paths in zip(folders, files, strict=True)]
     numbers = {name: i for i, name in enumerate(sorted({name for of_one in names for name in of_one}))}
     sources = []
@@ -166,16 +185,24 @@ def report_skipped(*sources: Source) -> None:
         print(f"{sources[0].argument}: skipped {len(errors)} files that cannot be read; {named}", file=sys.stderr)
 
 
-def _image_files(folder: Path, argument: str) -> list[Path]:
+def _image_files(folder: Path, argument: str, parts: Sequence[Path]) -> list[Path]:
+    """Paths below a folder, each folder looked at once; a link leads into none of the other parts."""
     if not folder.exists():
         raise FileNotFoundError(f"{argument}: expected a folder of images, got {folder.absolute()}, which is not there")
     if not folder.is_dir():
         raise ArgumentError(f"{argument}: expected a folder of images, got a file, {folder.absolute()}")
-    paths = []
-    for parent, subfolders, names in os.walk(folder, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        images = [name for name in names if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")]
-        paths += [Path(parent, name) for name in images]
+    paths, seen = [], {os.path.realpath(part) for part in parts} - {os.path.realpath(folder)}
+    roots = [str(folder)]
+    for root in roots:  # it grows: links come after the folders themselves, which keep their own paths
+        for parent, subfolders, names in os.walk(root):
+            real = os.path.realpath(parent)
+            subfolders[:] = [] if real in seen else sorted(name for name in subfolders if not name.startswith("."))
+            if real in seen:
+                continue
+            seen.add(real)
+            roots += [link for name in subfolders if os.path.islink(link := os.path.join(parent, name))]
+            images = [name for name in names if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")]
+            paths += [Path(parent, name) for name in images]
     if not paths:
         raise ArgumentError(
             f"{argument}: expected images ({', '.join(IMG_EXTENSIONS)}) in {folder.absolute()}, got none"

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ccl_fast.data.loading import load_images
+from ccl_fast.data.loading import Batch, load_images
 from ccl_fast.data.source import Source
+
+TRIES = 100  # images that are looked at for one that can be read
 
 
 class Images(ABC):
     """Images of one shape, and their classes where known.
 
     ``images[rows]`` are those images, rows int64 [b], as float32 [b, c, h, w] in [0, 1] on ``device``.
+
+    Always as many as there are rows: where files that cannot be read are skipped and one turns out to be so only when
+    it is needed, another image of the same batch stands in its place.
 
     Attributes:
         shape: (c, h, w), c = 1 or 3.
@@ -33,7 +38,12 @@ class Images(ABC):
 
     @abstractmethod
     def __getitem__(self, rows: Tensor) -> Tensor:
-        """Images [b, c, h, w] of rows [b]. Raises OSError: a file cannot be read; ArgumentError: no image."""
+        """Images [b, c, h, w] of rows [b].
+
+        Raises:
+            ArgumentError: an item is no image.
+            OSError: a file cannot be read, and is not replaced.
+        """
 
     def batches(self, batch_size: int, order: Tensor | None = None) -> Iterator[Tensor]:
         """All images, or those of ``order``, in batches; the last one may be smaller.
@@ -87,6 +97,11 @@ class InMemory(Images):
 class OnDemand(Images):
     """Images that are read when they are needed, by ``workers`` processes ahead of it in ``batches``.
 
+    An image that cannot be read is replaced, if ``replace`` and the source is a folder that is not strict: by the next
+    one of its batch that can be read, after the last one by the first; if there is none, by the next one of this set,
+    of which 100 are tried. The number of images of a batch stays the same, the same batch gets the same images, and
+    ``classes`` is what it was. The first time that a file is met a line on stderr names it.
+
     Args:
         source: where they are.
         rows: which of its images, int64 [n] on the CPU.
@@ -94,6 +109,7 @@ class OnDemand(Images):
         classes: int64 [n] or None.
         workers: 0: the calling process reads them.
         device: where batches go.
+        replace: False: what cannot be read is an error, whatever the source is.
     """
 
     def __init__(
@@ -105,6 +121,7 @@ class OnDemand(Images):
         *,
         workers: int = 0,
         device: torch.device | str = "cpu",
+        replace: bool = True,
     ):
         self.source = source
         self.rows = rows
@@ -112,32 +129,59 @@ class OnDemand(Images):
         self.classes = classes
         self.workers = workers
         self.device = torch.device(device)
+        self.replace = replace
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        return next(self._loaded([self.rows[rows.cpu()]], workers=0))
+        return next(self._loaded([rows.cpu()], workers=0))
 
     def batches(self, batch_size: int, order: Tensor | None = None) -> Iterator[Tensor]:
-        rows = self.rows if order is None else self.rows[order.cpu()]
-        return self._loaded(rows.split(batch_size), self.workers)
+        order = torch.arange(len(self)) if order is None else order.cpu()
+        return self._loaded(order.split(batch_size), self.workers)
 
     def subset(self, rows: Tensor) -> OnDemand:
         rows = rows.cpu()
-        return OnDemand(
-            self.source, self.rows[rows], self.shape, _of(self.classes, rows), workers=self.workers, device=self.device
-        )
+        return self._like(self.rows[rows], _of(self.classes, rows), self.device)
 
     def to(self, device: torch.device | str) -> OnDemand:
-        return OnDemand(self.source, self.rows, self.shape, self.classes, workers=self.workers, device=device)
+        return self._like(self.rows, self.classes, device)
 
-    def _loaded(self, batches: list[Tensor] | tuple[Tensor, ...], workers: int) -> Iterator[Tensor]:
+    def _like(self, rows: Tensor, classes: Tensor | None, device: torch.device | str) -> OnDemand:
+        return OnDemand(
+            self.source, rows, self.shape, classes, workers=self.workers, device=device, replace=self.replace
+        )
+
+    def _loaded(self, batches: Sequence[Tensor], workers: int) -> Iterator[Tensor]:
         pinned = self.device.type == "cuda" and workers > 0
-        for batch in load_images(self.source, batches, self.shape, workers=workers, pin_memory=pinned):
-            for error in batch.errors:
+        of_source = [self.rows[rows] for rows in batches]
+        loaded = load_images(self.source, of_source, self.shape, workers=workers, pin_memory=pinned)
+        for rows, batch in zip(batches, loaded, strict=True):
+            pixels = self._completed(batch, rows) if batch.errors else batch.pixels
+            yield pixels.to(self.device, non_blocking=pinned).float() / 255
+
+    def _completed(self, batch: Batch, rows: Tensor) -> Tensor:
+        """Pixels of all rows of a batch, of which some could not be read."""
+        positions = torch.arange(len(rows))
+        read = torch.tensor(batch.positions, dtype=torch.int64)
+        missing = positions[~torch.isin(positions, read)]
+        for i, error in zip(self.rows[rows[missing]].tolist(), batch.errors, strict=True):
+            if not self.replace:
                 raise error
-            yield batch.pixels.to(self.device, non_blocking=pinned).float() / 255
+            self.source.missed(i, error)
+        if not len(read):
+            return self._after(int(rows[0]), batch.errors[0]).expand(len(rows), -1, -1, -1)
+        return batch.pixels[torch.searchsorted(read, positions) % len(read)]
+
+    def _after(self, row: int, error: Exception) -> Tensor:
+        """Pixels [1, c, h, w] of the first image after a row that can be read."""
+        following = self.rows[(row + 1 + torch.arange(min(len(self) - 1, TRIES))) % len(self)]
+        for i, batch in zip(following.tolist(), load_images(self.source, following.split(1), self.shape), strict=False):
+            if not batch.errors:
+                return batch.pixels
+            self.source.missed(i, batch.errors[0])
+        raise error
 
 
 def _of(classes: Tensor | None, rows: Tensor) -> Tensor | None:

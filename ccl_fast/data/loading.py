@@ -15,11 +15,13 @@ from ccl_fast.errors import ArgumentError
 
 
 class Batch(NamedTuple):
-    """What could be read of a batch: its rows and classes, pixels uint8 [b, c, h, w]; and why the others could not."""
+    """What could be read of a batch: its rows and classes, pixels uint8 [b, c, h, w], and where in the batch they were
+    asked for, in order; and why the others could not, in order."""
 
     rows: list[int]
     pixels: Tensor
     classes: list[int | None]
+    positions: list[int]
     errors: list[Exception]
 
 
@@ -76,8 +78,8 @@ class _Fitted(Dataset):
 
     def collate(self, items: list) -> Batch:
         errors = [item for item in items if isinstance(item, Exception)]
-        read = [item for item in items if not isinstance(item, Exception)]
-        if not read:
-            return Batch([], torch.empty(0, *self.shape, dtype=torch.uint8), [], errors)
-        rows, pixels, classes = zip(*read, strict=True)
-        return Batch(list(rows), torch.stack(pixels), list(classes), errors)
+        positions = [p for p, item in enumerate(items) if not isinstance(item, Exception)]
+        if not positions:
+            return Batch([], torch.empty(0, *self.shape, dtype=torch.uint8), [], [], errors)
+        rows, pixels, classes = zip(*(items[p] for p in positions), strict=True)
+        return Batch(list(rows), torch.stack(pixels), list(classes), positions, errors)

@@ -36,7 +36,7 @@ LEFT_OUT = {"ImageFolder", "LFWPairs", "LSUN", "LSUNClass", "SBU", "WIDERFace"}
 GONE = {"StanfordCars", "LFWPeople"}
 
 
-def canonical(name: str) -> str:
+def folded(name: str) -> str:
     """The name as it is looked up: case, "-" and "_" do not matter."""
     return name.lower().replace("-", "").replace("_", "")
 
@@ -135,10 +135,10 @@ def _classes() -> dict[str, type]:
         if (
             needed - {"split"} == {"root"}
             and ("target_transform" in parameters or "kwargs" in parameters)
-            and ("transforms" not in parameters or canonical(class_name) in IRREGULAR_PARTS)
+            and ("transforms" not in parameters or folded(class_name) in IRREGULAR_PARTS)
             and class_name not in LEFT_OUT
         ):
-            found[canonical(class_name)] = cls
+            found[folded(class_name)] = cls
     return found
 
 

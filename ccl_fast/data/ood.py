@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from ccl_fast.data.checks import check_loading
 from ccl_fast.data.folder import report_skipped
 from ccl_fast.data.images import Images
 from ccl_fast.data.made import made_names, make
-from ccl_fast.data.named import canonical
-from ccl_fast.data.opening import open_test
+from ccl_fast.data.named import folded, names
+from ccl_fast.data.opening import is_folder, open_test
 from ccl_fast.data.reading import limited, read
 from ccl_fast.data.split import Split
 from ccl_fast.errors import ArgumentError
@@ -46,7 +47,8 @@ def load_ood(
         limit: at most that many images of each set, drawn at random.
         seed: of the made sets and of the limit.
         download: fetch what is missing, if torchvision can.
-        strict: a file of a folder that cannot be read is an error; else it is skipped.
+        strict: a file of a folder that cannot be read is an error; else it is skipped, or, of images on demand,
+            replaced, as in ``load_split``.
         workers: processes that read; 0: this one does.
         memory: GiB that the decoded images of a set may take; if they take more, they are read on demand.
 
@@ -59,11 +61,11 @@ def load_ood(
         FileNotFoundError: a set is not there.
         OSError: a file cannot be read, or a download failed.
     """
-    check_loading(seed=seed, workers=workers, memory=memory, limit=limit)
+    check_loading(seed=seed, workers=workers, memory=memory, limit=limit, strict=strict, download=download)
     loaded = {}
     for name, data in _by_name(sets, argument).items():
         given = canonical(data) if isinstance(data, str) else None
-        if given == canonical(HELD_OUT):
+        if given == HELD_OUT:
             images = _held_out(split, argument)
             rows = torch.arange(len(images))
             loaded[name] = images if limit is None else images.subset(limited(rows, limit, seed))
@@ -87,16 +89,41 @@ def load_ood(
     return loaded
 
 
+def canonical(name: str | Path) -> str:
+    """The name of an OOD set as it is compared: two names of one set have the same.
+
+    "held-out", and the names of made sets and of data sets, in any spelling that ``load_ood`` takes, as it looks them
+    up; folders by their resolved path; another name as it is.
+    """
+    if isinstance(name, str):
+        known = {folded(HELD_OUT): HELD_OUT} | {known: known for known in (*made_names, *names())}
+        if folded(name) in known:
+            return known[folded(name)]
+        if not is_folder(name):
+            return name
+    return os.path.realpath(os.path.expanduser(name))
+
+
 def _by_name(sets: Sequence[str | Path] | Mapping[str, str | Path | Dataset], argument: str) -> dict:
     if isinstance(sets, Mapping):
+        _check_different([data for data in sets.values() if isinstance(data, str | Path)], argument)
         return dict(sets)
     if isinstance(sets, str) or not isinstance(sets, Sequence) or not all(isinstance(s, str | Path) for s in sets):
         raise ArgumentError(f"{argument}: expected a list of names and folders, or data sets by name, got {sets!r}")
-    names = [str(s) for s in sets]
-    for name in names:
-        if names.count(name) > 1:
+    _check_different(sets, argument)
+    return {str(s): s for s in sets}
+
+
+def _check_different(sets: Sequence[str | Path], argument: str) -> None:
+    spelt, by_canonical = set(), {}
+    for data in sets:
+        name = str(data)
+        first = by_canonical.setdefault(canonical(data), name)
+        if first != name:
+            raise ArgumentError(f"{argument}: expected different sets, got {first!r} and {name!r}, which are the same")
+        if name in spelt:
             raise ArgumentError(f"{argument}: expected different sets, got {name!r} twice")
-    return dict(zip(names, sets, strict=True))
+        spelt.add(name)
 
 
 def _held_out(split: Split, argument: str) -> Images:

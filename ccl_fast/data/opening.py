@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch.utils.data import Dataset
 
 from ccl_fast.data.folder import open_folders, split_folders
-from ccl_fast.data.named import DIGITS, canonical, names, open_named
+from ccl_fast.data.named import DIGITS, folded, names, open_named
 from ccl_fast.data.source import Source
 from ccl_fast.errors import ArgumentError
 
@@ -80,13 +80,18 @@ def open_test(
     return Source(place, argument)
 
 
+def is_folder(data: str) -> bool:
+    """Whether what is no name of a data set is a folder: it is spelt like a path, or is there."""
+    return bool({os.sep, os.altsep} & set(data)) or os.path.isdir(os.path.expanduser(data))
+
+
 def _place(data: str | Path | Dataset, argument: str, also: Sequence[str] = ()) -> str | Path | Dataset:
     """The canonical name of a data set, the path of a folder, or the data set that it is."""
     if not isinstance(data, str):
         return data
-    if canonical(data) in names():
-        return canonical(data)
-    if {os.sep, os.altsep} & set(data) or os.path.isdir(os.path.expanduser(data)):
+    if folded(data) in names():
+        return folded(data)
+    if is_folder(data):
         return Path(data)
     known = [*also, *names()]
     close = difflib.get_close_matches(data.lower(), known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ccl_fast.data.images import Images, InMemory, OnDemand
-from ccl_fast.data.loading import load, load_images
+from ccl_fast.data.loading import Batch, load, load_images
 from ccl_fast.data.source import Source
 
 BATCH = 64
@@ -18,7 +19,7 @@ SLOW = 10_000  # images; from here on a terminal shows the progress
 
 
 def read(
-    source: Source, rows: Tensor, shape: tuple[int, int, int], *, workers: int, memory: float
+    source: Source, rows: Tensor, shape: tuple[int, int, int], *, workers: int, memory: float, verify: bool = False
 ) -> tuple[Images, Tensor]:
     """Some images of a source.
 
@@ -28,6 +29,8 @@ def read(
         shape: what the images are brought to.
         workers: processes that read; 0: this one does.
         memory: GiB that the decoded images may take; if they take more, they are read on demand.
+        verify: images on demand are all decoded once, to find those that cannot be read; what cannot be read later is
+            an error. Else they are replaced then, if the source is not strict.
 
     Returns:
         The images, and which of the rows they are.
@@ -38,17 +41,17 @@ def read(
     """
     known = source.classes
     if len(rows) * math.prod(shape) > memory * 2**30:
-        return OnDemand(source, rows, shape, None if known is None else known[rows], workers=workers), rows
+        if verify:
+            done = [row for batch in _batches(source, rows, shape, workers, "checking") for row in batch.rows]
+            rows = torch.tensor(done, dtype=torch.int64)
+        of_rows = None if known is None else known[rows]
+        return OnDemand(source, rows, shape, of_rows, workers=workers, replace=not verify), rows
     pixels = torch.empty(len(rows), *shape, dtype=torch.uint8)
     done, classes = [], []
-    with progress_bar(len(rows)) as bar:
-        for batch in load_images(source, rows.split(BATCH), shape, workers=workers):
-            for error in batch.errors:
-                source.skip(error)
-            pixels[len(done) : len(done) + len(batch.rows)] = batch.pixels
-            done += batch.rows
-            classes += batch.classes
-            bar.update(len(batch.rows) + len(batch.errors))
+    for batch in _batches(source, rows, shape, workers, "reading"):
+        pixels[len(done) : len(done) + len(batch.rows)] = batch.pixels
+        done += batch.rows
+        classes += batch.classes
     kept = torch.tensor(done, dtype=torch.int64)
     of_kept = None if None in classes else torch.tensor(classes, dtype=torch.int64)
     # A copy where images are missing: the memory of the rest is given back.
@@ -80,6 +83,16 @@ def limited(rows: Tensor, limit: int | None, seed: int) -> Tensor:
 def progress_bar(n: int, what: str = "reading") -> tqdm:
     """A bar, where there is a terminal and so many images that it takes long."""
     return tqdm(total=n, desc=what, unit=" images", leave=False, disable=n <= SLOW or None)
+
+
+def _batches(source: Source, rows: Tensor, shape: tuple[int, int, int], workers: int, what: str) -> Iterator[Batch]:
+    """All rows; what cannot be read is raised, or noted."""
+    with progress_bar(len(rows), what) as bar:
+        for batch in load_images(source, rows.split(BATCH), shape, workers=workers):
+            for error in batch.errors:
+                source.skip(error)
+            yield batch
+            bar.update(len(batch.rows) + len(batch.errors))
 
 
 class _Classes(Dataset):

@@ -70,6 +70,10 @@ class Source(Dataset):
         """An image could not be read: raise that, or note it."""
         raise error
 
+    def missed(self, i: int, error: Exception) -> None:
+        """Item i could not be read when it was needed: raise that, or say so, for another image takes its place."""
+        raise error
+
     @property
     def shapes(self) -> list[tuple[int, int, int]]:
         """(1 or 3, h, w) of the sampled items, the first item's first."""

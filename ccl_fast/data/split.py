@@ -19,6 +19,7 @@ from ccl_fast.data.source import Source
 from ccl_fast.errors import ArgumentError
 
 DEFAULT_SIZE = 224
+SMALL_SHARE = 10  # images of a class to test on; from here on rounding leaves it its share
 
 
 class Split(NamedTuple):
@@ -62,11 +63,13 @@ def load_split(
               part is not public, as ImageNet's, the validation part is tested on);
             - a folder: all image files below it. Subfolders ``train`` and ``test``, or ``val``, are its parts if both
               are there; the classes are the subfolders by name, if all images lie in some. The images are grey if all
-              are, else RGB. Files that cannot be read are skipped, and a line on stderr says so;
+              are, else RGB. Files that cannot be read are skipped, and a line on stderr says so. Links to
+              folders are followed, but each folder is looked at once;
             - a map-style data set, or a pair of them, to train and to test on. Items are images, or tuples of an image
               and a class index: PIL, numpy HWC or tensor CHW, uint8 or floating point in [0, 1].
 
-            What has no part to test on is split at random, with the same share of every class if there are classes.
+            What has no part to test on is split at random, with the same share of every class if there are classes; of
+            classes that are too small for it, with their share of all of them together.
             The classes are those in an attribute ``targets`` or ``labels`` of the data set, if its items agree with
             it; else all items are read for them, where they are needed.
         root: the folder that torchvision's data sets are in.
@@ -78,7 +81,9 @@ def load_split(
         test_fraction: the share of the images to test on, where the data does not tell.
         seed: of the split and of the limit.
         download: fetch what is missing, if torchvision can.
-        strict: a file of a folder that cannot be read is an error.
+        strict: a file of a folder that cannot be read is an error. Else it is skipped; but of images on demand one that
+            turns out to be unreadable only when it is needed is replaced by another image of its batch, and the first
+            time that it is met a line on stderr names it.
         workers: processes that read; 0: this one does.
         memory: GiB that the decoded images of a part may take; if they take more, they are read on demand, and only
             their files' headers are checked before.
@@ -91,7 +96,7 @@ def load_split(
         FileNotFoundError: the data is not there; the message says where it was looked for, and how to get it.
         OSError: a file cannot be read, or the download failed; images on demand raise it when they are used.
     """
-    check_loading(seed=seed, workers=workers, memory=memory, limit=limit)
+    check_loading(seed=seed, workers=workers, memory=memory, limit=limit, strict=strict, download=download)
     check_fraction("test_fraction", test_fraction)
     if image_size is not None:
         check_integer("image_size", image_size, at_least=1)
@@ -140,21 +145,39 @@ def _parts(
 def _split(
     n: int, classes: Tensor | None, in_classes: Sequence[int] | None, test_fraction: float, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows to train on, to test on (the same share of every class), and of the other classes."""
+    """Rows to train on, to test on (their share of every class), and of the other classes."""
     if classes is None:
         classes = torch.zeros(n, dtype=torch.int64)
     if in_classes is None:
         in_classes = classes.unique().tolist()
     generator = torch.Generator().manual_seed(seed)
-    train, test = [], []
-    for c in in_classes:
-        rows = (classes == c).nonzero()[:, 0]
-        rows = rows[torch.randperm(len(rows), generator=generator)]
-        n_test = round(test_fraction * len(rows))
-        test.append(rows[:n_test])
-        train.append(rows[n_test:])
+    of_classes = [(classes == c).nonzero()[:, 0] for c in in_classes]
+    of_classes = [rows[torch.randperm(len(rows), generator=generator)] for rows in of_classes]
+    n_test = _shares([len(rows) for rows in of_classes], test_fraction, generator)
+    train = torch.cat([rows[n:] for rows, n in zip(of_classes, n_test, strict=True)])
+    test = torch.cat([rows[:n] for rows, n in zip(of_classes, n_test, strict=True)])
     held_out = ~torch.isin(classes, torch.tensor(in_classes))
-    return torch.cat(train), torch.cat(test), held_out.nonzero()[:, 0]
+    return train, test, held_out.nonzero()[:, 0]
+
+
+def _shares(sizes: Sequence[int], fraction: float, generator: torch.Generator) -> list[int]:
+    """How many images of each class to test on: its share, rounded.
+
+    Small classes might all be rounded alike, to none: they have their share together, and it is those with the largest
+    remainders that are rounded up, in random order where they are the same; a class's only image comes last.
+    """
+    shares = [fraction * size for size in sizes]
+    counts = [round(share) for share in shares]
+    small = [c for c, share in enumerate(shares) if share < SMALL_SHARE]
+    for c in small:
+        counts[c] = int(shares[c])
+    up = round(sum(shares[c] for c in small)) - sum(counts[c] for c in small)
+    if up:
+        drawn = [small[i] for i in torch.randperm(len(small), generator=generator)]
+        drawn.sort(key=lambda c: (sizes[c] > 1, shares[c] - counts[c]), reverse=True)
+        for c in drawn[:up]:
+            counts[c] += 1
+    return counts
 
 
 def _check_known(in_classes: Sequence[int], classes: Tensor | None, name: str) -> None:

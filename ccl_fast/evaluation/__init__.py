@@ -2,6 +2,18 @@
 
 from ccl_fast.evaluation.cluster_quality import cluster_quality
 from ccl_fast.evaluation.judge import DEFAULT, GROUPS, Judgement, cluster, judge, make_detectors
-from ccl_fast.evaluation.page import write_page
+from ccl_fast.evaluation.page import TITLES, write_page
+from ccl_fast.evaluation.pictures import threshold
 
-__all__ = ["DEFAULT", "GROUPS", "Judgement", "cluster", "cluster_quality", "judge", "make_detectors", "write_page"]
+__all__ = [
+    "DEFAULT",
+    "GROUPS",
+    "TITLES",
+    "Judgement",
+    "cluster",
+    "cluster_quality",
+    "judge",
+    "make_detectors",
+    "threshold",
+    "write_page",
+]

@@ -14,15 +14,15 @@ def cluster_quality(ids: Tensor, classes: Tensor) -> dict[str, float]:
     """Agreement of clusters with classes.
 
     Args:
-        ids: cluster of every sample, int ``[n]``, from 0.
-        classes: class of every sample, int ``[n]``, from 0.
+        ids: cluster of every sample, int ``[n]``.
+        classes: class of every sample, int ``[n]``.
 
     Returns:
         ``{"nmi", "accuracy"}``, both in [0, 1]: normalised mutual information (arithmetic mean of the entropies), and
         the share of samples in the class that their cluster stands for, where every class has at most one cluster and
         every cluster one class, chosen so that the share is largest (Hungarian method).
     """
-    ids, classes = ids.cpu(), classes.cpu()
+    ids, classes = (x.cpu().unique(return_inverse=True)[1] for x in (ids, classes))  # whatever their numbers
     with warnings.catch_warnings():  # torchmetrics builds a sparse tensor, of which torch warns
         warnings.filterwarnings("ignore", message="Sparse invariant checks")
         nmi = normalized_mutual_info_score(ids, classes).item()

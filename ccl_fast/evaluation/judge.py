@@ -21,17 +21,21 @@ DEFAULT = "head/nearest_neighbor"
 GROUPS = ("near", "far")
 # Runs of k-means from different starts, of which the best is kept.
 STARTS = 5
+# Parts of the training images in turn unseen by the ensemble's detectors.
+FOLDS = 5
 
 
-def make_detectors(clusters: int, seed: int) -> dict[str, FeatureDetector]:
-    """New detectors, by name. They see training features and nothing else."""
+def make_detectors(n: int, clusters: int, seed: int) -> dict[str, FeatureDetector]:
+    """New detectors for n training images, by name. They see training features and nothing else."""
     detectors = {
         "nearest_neighbor": NearestNeighbor(),
         "nearest_center": NearestCenter(clusters),
         "mahalanobis": Mahalanobis(clusters),
         "cosine_norm": CosineNorm(),
     }
-    return detectors | {"ensemble": Ensemble([NearestNeighbor(), Mahalanobis(clusters)], seed=seed)}
+    return detectors | {
+        "ensemble": Ensemble([NearestNeighbor(), Mahalanobis(clusters)], folds=min(FOLDS, n), seed=seed)
+    }
 
 
 def cluster(features: Tensor, clusters: int, seed: int) -> KMeans:
@@ -77,7 +81,7 @@ def judge(
         kmeans = cluster(features["train"][level], clusters, seed)
         if level == "head":
             of_head = kmeans
-        for name, detector in make_detectors(clusters, seed).items():
+        for name, detector in make_detectors(len(train), clusters, seed).items():
             detector.fit_features(features["train"][level], kmeans.labels_)
             scores = {p: detector.predict_features(features[p][level]).cpu() for p in parts if p != "train"}
             metrics[f"{level}/{name}"] = _metrics(scores, near, far)

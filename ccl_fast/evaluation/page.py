@@ -266,6 +266,18 @@ def _gallery(judgement: Judgement, train: Images, sizes: Tensor, colors: Sequenc
     return rows
 
 
+def _curves_of(log: Mapping[str, Sequence[Mapping]]) -> dict[str, str]:
+    """Key of a line of the log -> title; where there are several numbers of clusters, the key ends with theirs."""
+    keys = dict.fromkeys(key for lines in log.values() for line in lines for key in line)
+    titles = {}
+    for name, title in CURVES.items():
+        for key in keys:
+            base, _, k = key.partition("/")
+            if base == name:
+                titles[key] = f"{title}, K = {k}" if k else title
+    return titles
+
+
 def _training(report: dict, methods: Sequence[str]) -> list[dict]:
     """A picture for every number that the log has."""
     log = report.get("log") or {
@@ -273,7 +285,7 @@ def _training(report: dict, methods: Sequence[str]) -> list[dict]:
         for method, losses in report.get("losses", {}).items()
     }
     shown = []
-    for key, title in CURVES.items():
+    for key, title in _curves_of(log).items():
         lines = {}
         for method in methods:
             points = [(line["epoch"], line[key]) for line in log.get(method, []) if line.get(key) is not None]

@@ -34,12 +34,27 @@ def build_backbone(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(backbone, nn.Module):
-            built = copy.deepcopy(backbone)
+            _check_stem(stem, False, "a module")
+            built = _copied(backbone)
         elif backbone == "small":
+            _check_stem(stem, False, backbone)
             built = _small(shape[0])
         else:
             built = _torchvision(backbone, shape, stem)
     return built, _width(built, shape, backbone)
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:  # the module may be anybody's
+        expected = "a module that copy.deepcopy can copy"
+        raise ArgumentError(f"backbone: expected {expected}, got {type(module).__name__} ({_line(error)})") from error
+
+
+def _check_stem(stem: str, is_resnet: bool, name: str) -> None:
+    if stem == "3x3" and not is_resnet:
+        raise ArgumentError(f'stem: expected "auto" or "7x7" for {name}, which is no ResNet, got "3x3"')
 
 
 def _small(channels: int) -> nn.Module:
@@ -75,8 +90,7 @@ def _torchvision(name: str, shape: tuple[int, int, int], stem: str) -> nn.Module
     if not _remove_classifier(built):
         raise ArgumentError(f"backbone: expected a classifier that ends in a linear layer, got {name!r}")
     is_resnet = isinstance(built, models.ResNet)
-    if stem == "3x3" and not is_resnet:
-        raise ArgumentError(f'stem: expected "auto" or "7x7" for {name}, which is no ResNet, got "3x3"')
+    _check_stem(stem, is_resnet, name)
     if is_resnet and (stem == "3x3" or (stem == "auto" and max(shape[1:]) <= SMALL_IMAGE)):
         built.conv1 = nn.Conv2d(3, built.conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(built.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
@@ -104,19 +118,23 @@ def _width(built: nn.Module, shape: tuple[int, int, int], name: object) -> int:
     """Of the features, by trying."""
     described = name if isinstance(name, str) else type(name).__name__
     training = [module for module in built.modules() if module.training]
-    like = next(built.parameters(), torch.zeros(()))
+    device = next(built.parameters(), torch.zeros(())).device
     try:
         with torch.no_grad():
-            features = built.eval()(torch.zeros(2, *shape, device=like.device, dtype=like.dtype))
-    except (ValueError, RuntimeError, AssertionError, TypeError, IndexError) as error:
+            features = built.eval()(torch.zeros(2, *shape, device=device))
+    except Exception as error:  # the network may be anybody's
         expected = f"backbone: expected a network for images [n, {', '.join(map(str, shape))}]"
         raise ArgumentError(f"{expected}, got {described} ({_line(error)})") from error
     finally:
         for module in training:
             module.training = True
-    if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != 2:
-        came = list(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
-        raise ArgumentError(f"backbone: expected a network that returns features [n, width], got {came} of {described}")
+    is_tensor = isinstance(features, torch.Tensor)
+    if not is_tensor or features.ndim != 2 or 0 in features.shape or features.dtype != torch.float32:
+        came = f"{features.dtype} {list(features.shape)}" if is_tensor else type(features).__name__
+        expected = "a network that returns features [n, width], float32"
+        raise ArgumentError(f"backbone: expected {expected}, got {came} of {described}")
+    if len(features) != 2:
+        raise ArgumentError(f"backbone: expected features of 2 images, got {list(features.shape)} of {described}")
     return features.shape[1]
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ccl_fast.errors import ArgumentError
@@ -19,10 +21,17 @@ FREE_ARGUMENTS = (
     "device",
     "data_root",
     "download",
+    "data",  # the training images themselves are compared
     "workers",
     "image_memory",
     "compile_model",
 )
+
+FLAGS = (
+    *("download", "strict", "concentration", "channels_last", "compile_model", "fused_optimizer"),
+    *("overwrite", "resume"),
+)
+MOST_DIMENSIONS = 65_536
 
 
 def plain(arguments: dict) -> dict:
@@ -33,6 +42,8 @@ def plain(arguments: dict) -> dict:
 def _plain(value):
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Mapping):
@@ -54,13 +65,24 @@ def check(arguments: dict) -> None:
         if not condition:
             raise ArgumentError(f"{name}: expected {expected}, got {arguments[name]!r}")
 
-    for name in ("epochs", "recluster_every", "embedding_dim"):
+    for name in FLAGS:
+        expect(isinstance(arguments[name], bool), name, "True or False")
+    expect(isinstance(arguments["output"], str | Path | None), "output", "the path of a folder")
+    expect(isinstance(arguments["device"], str), "device", "the name of a device")
+    for name in ("near_ood", "far_ood"):
+        sets = arguments[name]
+        names = isinstance(sets, Sequence) and not isinstance(sets, str)
+        expect(sets is None or names or isinstance(sets, Mapping), name, "a list of names, or data sets by name")
+    for name in ("epochs", "recluster_every"):
         expect(_is_int(arguments[name]) and arguments[name] >= 1, name, "a positive integer")
     for name in ("micro_batch", "limit", "image_size"):
         expect(
             arguments[name] is None or (_is_int(arguments[name]) and arguments[name] >= 1), name, "a positive integer"
         )
-    for name in ("center_ramp_epochs", "workers", "seed"):
+    dimension = arguments["embedding_dim"]
+    expect(_is_int(dimension) and 1 <= dimension <= MOST_DIMENSIONS, "embedding_dim", f"1 to {MOST_DIMENSIONS}")
+    expect(_is_int(arguments["seed"]) and 0 <= arguments["seed"] < 2**62, "seed", "an integer from 0 to 2^62")
+    for name in ("center_ramp_epochs", "workers"):
         expect(_is_int(arguments[name]) and arguments[name] >= 0, name, "an integer >= 0")
     for name in ("temperature", "learning_rate"):
         expect(_is_number(arguments[name]) and 0 < arguments[name] < math.inf, name, "a positive number")
@@ -88,8 +110,12 @@ def check(arguments: dict) -> None:
     expect(_is_int(warmup) and 0 <= warmup <= epochs, "warmup_epochs", f"0 to epochs={epochs}")
 
 
-def check_sizes(n: int, batch_size: int, clusters: Sequence[int]) -> None:
+def check_sizes(n: int, batch_size: int, clusters: Sequence[int], concentration: bool) -> None:
     """What depends on the number n of training images."""
+    if concentration and max(clusters) >= n:
+        raise ArgumentError(
+            f"clusters: expected fewer than the {n} training images for concentration, got {max(clusters)}"
+        )
     if batch_size > n:
         raise ArgumentError(f"batch_size: expected at most {n}, the number of training images, got {batch_size}")
     if max(clusters) > n:
@@ -102,18 +128,21 @@ def as_list(value) -> list:
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def find_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.zeros(0, device=name).device
+        device = torch.zeros(0, device=name).device
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("training runs on a CPU or a CUDA device")
+        return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ArgumentError(f'device: expected "auto" or a device of this machine, got {name!r} ({reason})') from error

@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     del options["config"]
     try:
         COMMANDS[parsed.subcommand](**options)
+    except KeyboardInterrupt:
+        print(f"ccl-fast {parsed.subcommand}: interrupted", file=sys.stderr)
+        return 130
     except Interrupted as interrupted:
         print(f"ccl-fast {parsed.subcommand}: {interrupted}", file=sys.stderr)
         return interrupted.code

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import statistics
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 
 from ccl_fast.errors import ArgumentError
 from ccl_fast.evaluation import DEFAULT, GROUPS
 from ccl_fast.files import write_atomically
-from ccl_fast.training.arguments import comparable
+from ccl_fast.training.arguments import as_list, comparable
+from ccl_fast.training.checkpoint import LAST
 from ccl_fast.training.experiment import train
+from ccl_fast.training.run_folder import CHECKPOINTS, check_free, clear, default_folder, is_empty
 
 # Arguments of ``train`` that are compare's to set.
 SET_BY_COMPARE = ("seed", "method")
+COMPARISON = "comparison.json"
 
 
 def compare(
@@ -50,26 +53,33 @@ def compare(
     not_options = [name for name in options if name in SET_BY_COMPARE]
     if not_options:
         raise ArgumentError(f"{not_options[0]}: expected other arguments of train, as compare sets this one")
-    seeds = list(seeds)
-    if len(set(seeds)) != len(seeds) or len(seeds) < 2:
+    seeds = as_list(seeds)
+    if not all(isinstance(seed, int) for seed in seeds) or len(set(seeds)) != len(seeds) or len(seeds) < 2:
         raise ArgumentError(f"seeds: expected at least two different seeds, got {seeds}")
     if resume and (overwrite or output is None):
         raise ArgumentError("resume: expected the output folder of a comparison, and not to overwrite it")
-    folder = Path(output or datetime.now().strftime("runs/compare-%Y%m%d-%H%M%S"))
-    if folder.exists() and not (overwrite or resume):
-        raise FileExistsError(
-            f"output: expected a folder that does not exist yet, or overwrite or resume, got {folder}"
-        )
+    folder = default_folder("compare") if output is None else Path(output)
+    if resume and not folder.is_dir():
+        raise ArgumentError(f"output: expected the folder of a comparison to resume, got {str(folder)!r}")
+    if folder.exists() and not (overwrite or resume or is_empty(folder)):
+        expected = "a folder that does not exist yet, or overwrite or resume"
+        raise FileExistsError(f"output: expected {expected}, got {str(folder)!r}")
+    if overwrite:  # all at once: a comparison that is stopped and resumed takes no result of an earlier one
+        earlier = [of_seed for seed in seeds if (of_seed := folder / f"seed{seed}").exists()]
+        for of_seed in earlier:
+            check_free(of_seed, overwrite=True, resume=False)
+        for of_seed in earlier:
+            clear(of_seed)
+        (folder / COMPARISON).unlink(missing_ok=True)
     reports = []
     for seed in seeds:
         of_seed = folder / f"seed{seed}"
         if resume and (of_seed / "report.json").exists():
             reports.append(_finished(of_seed / "report.json", options))
             continue
-        started = resume and (of_seed / "checkpoints").exists()
-        reports.append(
-            train(output=str(of_seed), seed=seed, method="compare", overwrite=overwrite, resume=started, **options)
-        )
+        started = resume and (of_seed / CHECKPOINTS / LAST).exists()
+        again = resume and not started and of_seed.exists() and not is_empty(of_seed)  # killed before a checkpoint
+        reports.append(train(output=of_seed, seed=seed, method="compare", overwrite=again, resume=started, **options))
     comparison = {
         "seeds": seeds,
         "arguments": comparable(reports[0]["arguments"]) | {"seed": None},
@@ -78,7 +88,7 @@ def compare(
         "results": summarize([report["results"] for report in reports]),
     }
     text = json.dumps(comparison, indent=2, allow_nan=False) + "\n"
-    write_atomically(folder / "comparison.json", lambda file: file.write(text.encode()))
+    write_atomically(folder / COMPARISON, lambda file: file.write(text.encode()))
     print(format_comparison(comparison))
     print(f"written to {folder}")
     return comparison
@@ -86,8 +96,9 @@ def compare(
 
 def _finished(path: Path, options: dict) -> dict:
     report = json.loads(path.read_text())
-    for name, value in comparable(options).items():
-        was = report["arguments"][name]
+    defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
+    for name, value in comparable(defaults | options).items():
+        was = report["arguments"][name] if name not in SET_BY_COMPARE else value
         if was != value:
             raise ArgumentError(f"{name}: expected {was!r}, as the comparison to resume has it, got {value!r}")
     return report

@@ -9,10 +9,12 @@ from pathlib import Path
 from torch import nn
 from torch.utils.data import Dataset
 
+from ccl_fast.errors import ArgumentError
 from ccl_fast.evaluation import judge
 from ccl_fast.training.arguments import find_device
 from ccl_fast.training.image_sets import load_image_sets
 from ccl_fast.training.report import describe, format_table, write_report
+from ccl_fast.training.run_folder import EVALUATION
 from ccl_fast.training.trained import TrainedRun
 
 
@@ -25,8 +27,10 @@ def evaluate(
     data: str | Path | Dataset | tuple[Dataset, Dataset] | None = None,
     data_root: str | Path | None = None,
     backbone: str | nn.Module | None = None,
+    workers: int = 0,
     device: str = "auto",
     download: bool = False,
+    strict: bool = False,
     overwrite: bool = False,
 ) -> dict:
     """Judge a trained run by OOD sets: a table, evaluation.json and evaluation.html.
@@ -43,8 +47,10 @@ def evaluate(
         data: where the run's images are now; by default where they were.
         data_root: folder of torchvision's data sets; by default that of the run.
         backbone: the module that the run was trained with, if it was one (Python only).
+        workers: processes that read images.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         download: let torchvision download a data set that is not there.
+        strict: stop at an unreadable image of a folder; by default they are skipped and counted.
         overwrite: replace an evaluation in the output folder.
 
     Returns:
@@ -65,9 +71,13 @@ def evaluate(
         data=data,
         data_root=data_root,
         backbone=backbone,
-        download=download or None,
+        download=download,
+        strict=strict,
+        workers=workers,
     )
-    folder = Path(output) if output is not None else trained.folder / "evaluation"
+    folder = Path(output) if output is not None else trained.folder / EVALUATION
+    if folder.exists() and not folder.is_dir():
+        raise ArgumentError(f"output: expected a folder, got the file {str(folder)!r}")
     if (folder / "evaluation.json").exists() and not overwrite:
         raise FileExistsError(f"output: expected a folder without an evaluation, or overwrite, got {str(folder)!r}")
     sets = load_image_sets(trained.options).to(where)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
+import numpy as np
 import yaml
 from lightning.fabric import Fabric
 from torch import nn
@@ -24,6 +24,7 @@ from ccl_fast.training.interruption import Interruption
 from ccl_fast.training.loop import Run
 from ccl_fast.training.progress import WARM_UP, Progress, advance
 from ccl_fast.training.report import describe, format_table, write_report
+from ccl_fast.training.run_folder import CHECKPOINTS, CONFIG, check_free, claim, default_folder
 
 # Of a short run, half is warm-up.
 MOST_WARM_UP = 20
@@ -134,7 +135,7 @@ def train(
         channels_last: keep images and weights in that memory format, which suits convolutions on tensor cores.
         compile_model: let torch.compile make the network faster.
         fused_optimizer: one kernel for the optimiser's step.
-        overwrite: replace the results in an existing output folder.
+        overwrite: replace the run in an existing output folder; files that no run writes stay as they are.
         resume: go on with the run in the output folder; the other arguments must be the same (``--config
             <output>/config.yaml`` gives them).
         resume_from: the checkpoint to go on from, "last", or the one before it, "previous".
@@ -144,7 +145,7 @@ def train(
 
     Raises:
         ArgumentError: a ValueError naming the argument, what was expected and what came.
-        FileExistsError: the output folder exists.
+        FileExistsError: the output folder exists and is not empty.
         FileNotFoundError: the data is not there; says where it was looked for and how to get it.
         FloatingPointError: the loss is not finite, with the step and the last good checkpoint.
         CheckpointError: there is nothing to resume, or it is damaged.
@@ -155,35 +156,35 @@ def train(
     representations", 2020 (SimCLR); Li et al., "Prototypical contrastive learning of unsupervised representations",
     2021 (PCL: several numbers of clusters, concentration).
     """
-    arguments = dict(locals())
+    arguments = {name: value.item() if isinstance(value, np.generic) else value for name, value in locals().items()}
+    epochs, warmup_epochs = arguments["epochs"], arguments["warmup_epochs"]
     if warmup_epochs is None:
         warmup_epochs = min(MOST_WARM_UP, epochs // 2) if isinstance(epochs, int) else 0
     options = SimpleNamespace(**arguments | {"clusters": as_list(clusters), "warmup_epochs": warmup_epochs})
     check(vars(options))
     start = time.perf_counter()
     where = find_device(device)
-    folder = Path(output or datetime.now().strftime("runs/train-%Y%m%d-%H%M%S"))
-    if folder.exists() and not (overwrite or resume):
-        expected = "a folder that does not exist yet, or overwrite or resume"
-        raise FileExistsError(f"output: expected {expected}, got {str(folder)!r}")
+    folder = default_folder("train") if output is None else Path(output)
+    check_free(folder, overwrite=overwrite, resume=resume)
     sets = load_image_sets(options).to(where)
-    check_sizes(len(sets.train), batch_size, options.clusters)
+    check_sizes(len(sets.train), options.batch_size, options.clusters, options.concentration)
     fabric = Fabric(
         accelerator=where.type, devices=[where.index or 0] if where.type == "cuda" else 1, precision=precision
     )
     first = Run(options, sets.train, fabric)  # before anything is written: its errors are those of the arguments
 
-    state = checkpoint.load(folder / "checkpoints", resume_from) if resume else None
-    progress = Progress(folder, comparable(arguments), state)
-    folder.mkdir(parents=True, exist_ok=True)
+    state = checkpoint.load(folder / CHECKPOINTS, resume_from) if resume else None
+    progress = Progress(folder, comparable(arguments), sets.train, state)
+    claim(folder, overwrite=overwrite, resume=resume)
     try:
-        config = yaml.safe_dump(plain(arguments | {"resume": False, "overwrite": False}), sort_keys=False)
-        write_atomically(folder / "config.yaml", lambda file: file.write(config.encode()))
+        once = {"resume": False, "resume_from": "last", "overwrite": False}
+        config = yaml.safe_dump(plain(arguments | once), sort_keys=False)
+        write_atomically(folder / CONFIG, lambda file: file.write(config.encode()))
         with Interruption() as interruption:
             methods = ("simclr", "ccl") if method == "compare" else (method,)
             for stage in (WARM_UP, *methods):
                 run = first if stage == WARM_UP else Run(options, sets.train, fabric)
-                last = options.warmup_epochs if stage == WARM_UP else epochs
+                last = options.warmup_epochs if stage == WARM_UP else options.epochs
                 advance(run, stage, last, progress, interruption)
         progress.close()
         models, judgements = {}, {}
@@ -192,7 +193,7 @@ def train(
             run.load_state_dict(progress.finished[name])
             models[name] = run.result
             judgements[name] = judge(
-                run.result, sets.train, sets.test, sets.near, sets.far, clusters=options.clusters[0], seed=seed
+                run.result, sets.train, sets.test, sets.near, sets.far, clusters=options.clusters[0], seed=options.seed
             )
         report = describe(arguments, sets, judgements, where) | {
             "losses": {name: progress.finished[name]["losses"] for name in methods},
@@ -202,9 +203,9 @@ def train(
         write_report(folder, report, judgements, sets, models)
     except BaseException:
         progress.close()
-        if not (folder / "checkpoints").exists():  # nothing to resume: the same command can be given again
-            (folder / "config.yaml").unlink(missing_ok=True)
-            with suppress(OSError):  # an older run's files are in it
+        if not (folder / CHECKPOINTS).exists():  # nothing to resume: the same command can be given again
+            (folder / CONFIG).unlink(missing_ok=True)
+            with suppress(OSError):  # somebody else's files are in it
                 folder.rmdir()
         raise
     print(format_table(report))

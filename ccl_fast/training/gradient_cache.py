@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 
 def cached_backward(
@@ -76,7 +76,7 @@ def cached_backward(
 @contextlib.contextmanager
 def _running_statistics_kept(model: nn.Module) -> Iterator[None]:
     """BatchNorm normalises by the batch, as in training, but does not update its running statistics."""
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
     for layer in layers:
         layer.track_running_stats = False
     try:

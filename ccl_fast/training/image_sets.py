@@ -19,7 +19,6 @@ RESERVED = ("train", "test", *GROUPS)
 class ImageSets:
     """All of one shape; the OOD sets by name."""
 
-    name: str
     train: Images
     test: Images
     near: dict[str, Images]
@@ -35,7 +34,7 @@ class ImageSets:
 
     def to(self, device: torch.device) -> ImageSets:
         near, far = ({name: images.to(device) for name, images in s.items()} for s in (self.near, self.far))
-        return ImageSets(self.name, self.train.to(device), self.test.to(device), near, far)
+        return ImageSets(self.train.to(device), self.test.to(device), near, far)
 
 
 def read_split(options: SimpleNamespace) -> Split:
@@ -56,9 +55,10 @@ def load_image_sets(options: SimpleNamespace) -> ImageSets:
         near = ["held-out"] if split.held_out is not None else ["interpolation"]
     if far is None:
         far = [name for name in made_names if name not in ("interpolation", *near)]
-    for name in (*near, *far):
-        if name in RESERVED:
-            raise ArgumentError(f"near_ood: expected no set with the name of a figure, got {name!r}")
+    for argument, names in (("near_ood", near), ("far_ood", far)):
+        for name in names:
+            if name in RESERVED:
+                raise ArgumentError(f"{argument}: expected no set with the name of a figure, got {name!r}")
     twice = [name for name in near if name in far]
     if twice:
         raise ArgumentError(f"far_ood: expected other sets than those of near_ood, got {twice[0]!r} in both")
@@ -68,7 +68,7 @@ def load_image_sets(options: SimpleNamespace) -> ImageSets:
         load_ood(names, split, argument=argument, **_reading(options))
         for names, argument in ((near, "near_ood"), (far, "far_ood"))
     ]
-    return ImageSets(split.name, split.train, split.test, *of_both)
+    return ImageSets(split.train, split.test, *of_both)
 
 
 def _reading(options: SimpleNamespace) -> dict:

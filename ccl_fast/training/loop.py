@@ -20,6 +20,7 @@ from ccl_fast.training.pseudo_labels import PseudoLabels
 from ccl_fast.training.randomness import seeded, shuffled
 
 VIEWS = 2
+ADVICE = "a lower learning rate may help"
 # What the random numbers of a run are for.
 ORDER, STEP = 0, 1
 
@@ -45,9 +46,8 @@ class Run:
         self._network, self._stepper = fabric.setup(network, self.optimizer)
         self.average = None
         if options.ema is not None:
-            self.average = AveragedModel(
-                self.model, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True
-            ).requires_grad_(False)
+            self.average = AveragedModel(self.model, multi_avg_fn=_moving_average(options.ema), use_buffers=True)
+            self.average.requires_grad_(False)
         self.views = Views(options.augmentation, images.shape)
         self.loss_fn = CCLLoss(options.temperature, options.center_weight)
         self.pseudo_labels = PseudoLabels(
@@ -113,6 +113,8 @@ class Run:
                     bar.set_postfix(loss=f"{self.step_losses[-1]:.3f}", refresh=False)
                     bar.update(len(rows))
                     after_step()
+                if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+                    raise FloatingPointError(f"weights are not finite after step {self.step}; {ADVICE}")
                 self.losses.append(sum(self.step_losses) / len(self.step_losses))
                 self.step_losses = []
                 after_epoch()
@@ -122,6 +124,11 @@ class Run:
         """Of the next step: half a cosine down to 0."""
         progress = self.step / (self.options.epochs * self.steps_per_epoch)
         return self.options.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+    @property
+    def used_learning_rate(self) -> float:
+        """Of the last step."""
+        return self.optimizer.param_groups[0]["lr"]
 
     @property
     def center_weight(self) -> float:
@@ -138,7 +145,7 @@ class Run:
         model = self.model if self.average is None else self.average.module
         embeddings = embed(model, self.images)["head"]
         if not embeddings.isfinite().all():
-            raise FloatingPointError(f"embeddings are not finite at step {self.step}; a lower learning rate may help")
+            raise FloatingPointError(f"embeddings are not finite at step {self.step}; {ADVICE}")
         self.log = self.pseudo_labels.update(embeddings, self.images.classes)
 
     def _step(self, rows: Tensor, images: Tensor) -> float:
@@ -158,7 +165,7 @@ class Run:
         micro_batch = VIEWS * (self.options.micro_batch or self.options.batch_size)
         loss = cached_backward(self._network, views, loss_of, micro_batch, self.fabric.backward).item()
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {self.step}; a lower learning rate may help")
+            raise FloatingPointError(f"the loss is {loss} at step {self.step}; {ADVICE}")
         self._stepper.step()
         self.step += 1
         if self.average is not None:
@@ -173,6 +180,19 @@ class Run:
 
 _PLAIN = ("step", "losses", "step_losses", "log")
 _STATEFUL = ("model", "optimizer", "average", "pseudo_labels")
+
+
+def _moving_average(decay: float):
+    """For ``AveragedModel``: torch's own moves integer buffers too, such as the indices of a relative position."""
+    of_numbers = get_ema_multi_avg_fn(decay)
+
+    def average(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+        if averaged[0].is_floating_point():
+            of_numbers(averaged, current, count)
+        else:
+            torch._foreach_copy_(averaged, current)
+
+    return average
 
 
 def _copy(state):

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
+import zlib
 from pathlib import Path
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from ccl_fast.data import Images
 from ccl_fast.errors import ArgumentError
 from ccl_fast.files import write_atomically
 from ccl_fast.training import checkpoint
+from ccl_fast.training.checkpoint import CheckpointError
 from ccl_fast.training.interruption import Interrupted, Interruption
 from ccl_fast.training.loop import Run
+from ccl_fast.training.run_folder import CHECKPOINTS, EVENTS, METRICS
 
 WARM_UP = "warm-up"
-# What a run writes into its folder besides the results; removed where a folder is overwritten.
-FILES, FOLDERS = ("metrics.jsonl", "config.yaml"), ("checkpoints", "tensorboard")
+FINGERPRINTED = 100
+# Of the state that a checkpoint keeps.
+KEYS = {"arguments", "images", "finished", "stage", "run", "lines", "seconds"}
 
 
 class Progress:
     """What is done of the experiment, and its files: checkpoints, metrics.jsonl, tensorboard/<stage>."""
 
-    def __init__(self, folder: Path, arguments: dict, state: dict | None):
-        self.folder, self.arguments = folder, arguments
+    def __init__(self, folder: Path, arguments: dict, images: Images, state: dict | None):
+        self.folder, self.arguments, self.images = folder, arguments, _fingerprint(images)
         self.finished: dict[str, dict] = {}  # the states of runs at the end of their stages
         self.under_way: tuple[str, dict] | None = None
         self.lines: list[dict] = []
@@ -32,15 +37,17 @@ class Progress:
         self._start = time.perf_counter()
         self._events: tuple[str, SummaryWriter] | None = None
         if state is None:
-            for name in FILES:
-                (folder / name).unlink(missing_ok=True)
-            for name in FOLDERS:
-                shutil.rmtree(folder / name, ignore_errors=True)
             return
+        if not state.keys() >= KEYS:
+            raise CheckpointError(f"the checkpoint in {folder / CHECKPOINTS} is none of a training run")
         for name, was in state["arguments"].items():
             if was != arguments[name]:
                 expected = f"{was!r}, as the run to resume has it (config.yaml in its folder has all)"
                 raise ArgumentError(f"{name}: expected {expected}, got {arguments[name]!r}")
+        if state["images"] != self.images:
+            raise ArgumentError(
+                "data: expected the training images of the run to resume, got others, or others in number"
+            )
         self.finished, self.lines, self.seconds_before = state["finished"], state["lines"], state["seconds"]
         self.under_way = (state["stage"], state["run"])
         self.write_lines()  # the last ones may be missing if the run was killed
@@ -48,9 +55,10 @@ class Progress:
     def save(self, stage: str, run: Run) -> Path:
         seconds = self.seconds_before + time.perf_counter() - self._start
         return checkpoint.save(
-            self.folder / "checkpoints",
+            self.folder / CHECKPOINTS,
             {
                 "arguments": self.arguments,
+                "images": self.images,
                 "finished": self.finished,
                 "stage": stage,
                 "run": run.state_dict(),
@@ -61,7 +69,7 @@ class Progress:
 
     def end_epoch(self, stage: str, run: Run) -> None:
         epoch = len(run.losses)
-        scalars = {"loss": run.losses[-1], "learning_rate": run.learning_rate} | run.log
+        scalars = {"loss": run.losses[-1], "learning_rate": run.used_learning_rate} | run.log
         self.lines.append({"stage": stage, "epoch": epoch, "step": run.step} | scalars)
         self.save(stage, run)
         self.write_lines()
@@ -74,7 +82,7 @@ class Progress:
         if self._events is None or self._events[0] != stage:
             self.close()
             # What a killed run wrote of this epoch and later ones does not count.
-            self._events = stage, SummaryWriter(self.folder / "tensorboard" / stage, purge_step=epoch)
+            self._events = stage, SummaryWriter(self.folder / EVENTS / stage, purge_step=epoch)
         return self._events[1]
 
     def close(self) -> None:
@@ -84,7 +92,7 @@ class Progress:
 
     def write_lines(self) -> None:
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
-        write_atomically(self.folder / "metrics.jsonl", lambda file: file.write(text.encode()))
+        write_atomically(self.folder / METRICS, lambda file: file.write(text.encode()))
 
 
 def advance(run: Run, stage: str, epochs: int, progress: Progress, interruption: Interruption) -> None:
@@ -111,8 +119,15 @@ def advance(run: Run, stage: str, epochs: int, progress: Progress, interruption:
             after_epoch=lambda: progress.end_epoch(stage, run),
         )
     except FloatingPointError as error:
-        last = progress.folder / "checkpoints" / checkpoint.LAST
+        last = progress.folder / CHECKPOINTS / checkpoint.LAST
         good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
         raise FloatingPointError(f"{error}; {good}") from error
     # Only the warm-up is gone on from.
     progress.finished[stage] = run.state_dict() | ({} if stage == WARM_UP else {"optimizer": None})
+
+
+def _fingerprint(images: Images) -> list[int]:
+    """Number and shape of the images, and a check sum of some: labels and centres belong to these."""
+    some = images[torch.linspace(0, len(images) - 1, min(len(images), FINGERPRINTED), dtype=torch.float64).long()]
+    pixels = (some.cpu() * 255).round().to(torch.uint8).contiguous()
+    return [len(images), *images.shape, zlib.crc32(pixels.numpy())]

@@ -11,14 +11,12 @@ from pathlib import Path
 
 import torch
 
-from ccl_fast.evaluation import DEFAULT, GROUPS, Judgement, cluster_quality, write_page
+from ccl_fast.evaluation import DEFAULT, GROUPS, TITLES, Judgement, cluster_quality, write_page
 from ccl_fast.files import write_atomically
 from ccl_fast.models import Model
 from ccl_fast.training.arguments import plain
 from ccl_fast.training.image_sets import ImageSets
 from ccl_fast.version import __version__
-
-TITLES = {"simclr": "SimCLR", "ccl": "CCL"}
 
 
 def describe(arguments: dict, sets: ImageSets, judgements: Mapping[str, Judgement], device: torch.device) -> dict:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from ccl_fast.data import load_folder
 from ccl_fast.errors import ArgumentError
-from ccl_fast.evaluation import DEFAULT, cluster, make_detectors
+from ccl_fast.evaluation import DEFAULT, cluster, make_detectors, threshold
 from ccl_fast.files import write_atomically
 from ccl_fast.models import embed
 from ccl_fast.training.arguments import find_device
@@ -20,8 +20,6 @@ from ccl_fast.training.image_sets import read_split
 from ccl_fast.training.trained import TrainedRun
 
 COLUMNS = ("image", "score", "outlier", "cluster")
-# Share of the run's test images that the threshold accepts.
-ACCEPTED = 0.95
 
 
 def score(
@@ -41,8 +39,8 @@ def score(
     """Write an outlier score for every image in a folder into a CSV file, most outlying first.
 
     The detector is fitted to the run's training images, which must be at hand. Columns: ``image``, its path;
-    ``score``, higher = more outlying; ``outlier``, 1 if the score is above that of 95 % of the run's test images;
-    ``cluster``, the nearest of the clusters of the training images.
+    ``score``, higher = more outlying; ``outlier``, 1 if the score is above the least one that accepts 95 % of the run's
+    test images; ``cluster``, the nearest of the clusters of the training images.
 
     Args:
         run: folder of a finished run of ``train``.
@@ -67,6 +65,8 @@ def score(
         FileNotFoundError: the run's data is not there; says where it was looked for and how to get it.
     """
     output = Path(output)
+    if output.is_dir():
+        raise ArgumentError(f"output: expected a file, got the folder {str(output)!r}")
     if output.exists() and not overwrite:
         raise FileExistsError(f"output: expected a file that does not exist yet, or overwrite, got {str(output)!r}")
     where = find_device(device)
@@ -76,28 +76,26 @@ def score(
         raise ArgumentError(f"method: expected one that the run has, {' or '.join(trained.methods)}, got {method!r}")
     clusters, seed = trained.options.clusters[0], trained.options.seed
     level, _, name = detector.partition("/")
-    detectors = make_detectors(clusters, seed)
-    if level not in ("head", "encoder") or name not in detectors:
-        names = ", ".join(detectors)
-        raise ArgumentError(
-            f'detector: expected "head/<name>" or "encoder/<name>" with one of {names}, got {detector!r}'
-        )
+    names = make_detectors(2, clusters, seed).keys()
+    if level not in ("head", "encoder") or name not in names:
+        known = ", ".join(names)
+        raise ArgumentError(f"detector: expected head/<name> or encoder/<name> with one of {known}, got {detector!r}")
     split = read_split(trained.options)
-    scored, paths = load_folder(images, split.train.shape, strict=strict, workers=workers)
+    scored, paths = load_folder(images, split.train.shape, strict=strict, workers=workers, argument="images")
 
     model = trained.model(method, split.train.shape, where)
     train, test, new = (embed(model, part.to(where))[level] for part in (split.train, split.test, scored))
     kmeans = cluster(train, clusters, seed)
-    fitted = detectors[name].fit_features(train, kmeans.labels_)
-    threshold = fitted.predict_features(test).quantile(ACCEPTED)
+    fitted = make_detectors(len(train), clusters, seed)[name].fit_features(train, kmeans.labels_)
+    cut = threshold(fitted.predict_features(test))
     scores = fitted.predict_features(new)
     rows = io.StringIO()
     writer = csv.writer(rows)
     writer.writerow(COLUMNS)
     nearest = kmeans.predict(new)
     for i in torch.argsort(scores, descending=True, stable=True).tolist():
-        writer.writerow([paths[i], f"{scores[i].item():.6g}", int(scores[i] > threshold), nearest[i].item()])
+        writer.writerow([paths[i], f"{scores[i].item():.6g}", int(scores[i] > cut), nearest[i].item()])
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, lambda file: file.write(rows.getvalue().encode()))
-    print(f"{len(paths)} images, {int((scores > threshold).sum())} outliers; written to {output}")
+    write_atomically(output, lambda file: file.write(rows.getvalue().encode("utf-8", "surrogateescape")))
+    print(f"{len(paths)} images, {int((scores > cut).sum())} outliers; written to {output}")
     return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +11,11 @@ import yaml
 from torch import nn
 
 from ccl_fast.errors import ArgumentError
+from ccl_fast.evaluation import TITLES
 from ccl_fast.models import Model
 from ccl_fast.training.arguments import as_list
-from ccl_fast.training.report import TITLES
+from ccl_fast.training.experiment import train
+from ccl_fast.training.run_folder import CONFIG
 
 
 class TrainedRun:
@@ -29,9 +32,9 @@ class TrainedRun:
 
     def __init__(self, folder: str | Path, **replaced):
         self.folder = Path(folder)
-        if not (self.folder / "config.yaml").exists():
+        if not (self.folder / CONFIG).exists():
             raise ArgumentError(f"run: expected the folder of a run (with config.yaml), got {str(folder)!r}")
-        arguments = yaml.safe_load((self.folder / "config.yaml").read_text())
+        arguments = _read(self.folder / CONFIG)
         arguments |= {name: value for name, value in replaced.items() if value is not None}
         for name in ("backbone", "data"):
             if any(isinstance(value, str) and value.startswith("<") for value in as_list(arguments[name])):
@@ -57,3 +60,19 @@ class TrainedRun:
                 f"run: expected weights of this run, got {path} ({str(error).splitlines()[0]})"
             ) from error
         return model.to(device).eval()
+
+
+def _read(config: Path) -> dict:
+    """The arguments of a run."""
+    names = inspect.signature(train).parameters.keys()
+    try:
+        arguments = yaml.safe_load(config.read_text())
+    except (ValueError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArgumentError(
+            f"run: expected the arguments of a run in {config}, got something else ({reason})"
+        ) from error
+    if not isinstance(arguments, dict) or not names <= arguments.keys():
+        missing = sorted(names - arguments.keys()) if isinstance(arguments, dict) else "any"
+        raise ArgumentError(f"run: expected the arguments of a run in {config}, got a file without {missing}")
+    return arguments
