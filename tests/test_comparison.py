@@ -21,7 +21,8 @@ OPTIONS = [
     "--warmup_epochs=1",
     "--clusters=4",
     "--in_classes=[0,7]",
-    "--batch_size=200",
+    "--batch_size=100",
+    "--limit=200",
     "--far_ood=[noise]",
 ]
 
