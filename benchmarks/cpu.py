@@ -15,14 +15,15 @@ from benchmarks.timing import host_clock
 CPU = torch.device("cpu")
 # Compiling inside the measured process would count the compiler's memory.
 NO_MEMORY = ("dense compiled", "two products")
-QUICK_SECONDS, SECONDS = 2.0, 6.0
-QUICK = tuple((case, Size(n, 128)) for case in CASES.values() for n in (512, 2048))
+QUICK_SECONDS, SECONDS = 2.0, 4.0
+QUICK = tuple((case, Size(n, 128), None) for case in CASES.values() for n in (512, 2048))
 # All cases at four sizes; and how CCL grows: with the batch, with the width of the embeddings, with the centres.
+GROWTH = ("ours", "dense", "dense compiled")
 FULL = (
-    *((case, Size(n, 128)) for case in CASES.values() for n in (512, 2048, 8192, 32768)),
-    *((CASES["ccl"], Size(n, 128)) for n in (64, 256, 1024, 4096, 16384, 65536)),
-    *((CASES["ccl"], Size(4096, d)) for d in (64, 256, 512, 1024, 2048)),
-    *((CASES["ccl"], Size(8192, 128, clusters=k)) for k in (10, 1000, 10_000, 100_000)),
+    *((case, Size(n, 128), None) for case in CASES.values() for n in (512, 2048, 8192, 32768)),
+    *((CASES["ccl"], Size(n, 128), GROWTH) for n in (64, 256, 1024, 4096, 16384, 65536)),
+    *((CASES["ccl"], Size(4096, d), GROWTH[:2]) for d in (64, 256, 512, 1024, 2048)),
+    *((CASES["ccl"], Size(8192, 128, clusters=k), GROWTH[:1]) for k in (10, 1000, 10_000, 100_000)),
 )
 
 
@@ -32,8 +33,9 @@ def run_cpu(quick: bool, directory: Path) -> str:
     ceilings = measure_ceilings(CPU, host_clock)
     for name, value in vars(ceilings).items():
         file.add([Row("ceiling", name, 0, 0, "float32", note=f"{value:.4g}")])
-    for case, size in QUICK if quick else FULL:
-        rows, _ = measure(case, size, CPU, host_clock, QUICK_SECONDS if quick else SECONDS, ceilings=ceilings)
+    seconds = QUICK_SECONDS if quick else SECONDS
+    for case, size, contenders in QUICK if quick else FULL:
+        rows, _ = measure(case, size, CPU, host_clock, seconds, contenders, ceilings=ceilings)
         for row in rows:
             if row.p50 is not None and not quick and row.contender not in NO_MEMORY:
                 row.peak_bytes = peak_on_cpu(case, row.contender, size)

@@ -216,6 +216,7 @@ def test_of_two_runs_one_gets_the_folder(tmp_path, monkeypatch):
         "data=digitz",
         "near_ood=[held-in]",
         "far_ood=[held-out]",
+        "far_ood=[Held_Out, noise]",
     ],
 )
 def test_wrong_arguments_are_named_without_a_traceback(option, tmp_path, capsys):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from ccl_fast.data import Images, Split, load_ood, load_split, made_names
+from ccl_fast.data import Images, Split, canonical, load_ood, load_split, made_names
 from ccl_fast.errors import ArgumentError
 from ccl_fast.evaluation import GROUPS
 
@@ -54,12 +54,13 @@ def load_image_sets(options: SimpleNamespace) -> ImageSets:
     if near is None:
         near = ["held-out"] if split.held_out is not None else ["interpolation"]
     if far is None:
-        far = [name for name in made_names if name not in ("interpolation", *near)]
+        far = [name for name in made_names if name not in ("interpolation", *map(canonical, near))]
     for argument, names in (("near_ood", near), ("far_ood", far)):
         for name in names:
             if name in RESERVED:
                 raise ArgumentError(f"{argument}: expected no set with the name of a figure, got {name!r}")
-    twice = [name for name in near if name in far]
+    far_names = [canonical(name) for name in far]
+    twice = [name for name in near if canonical(name) in far_names]
     if twice:
         raise ArgumentError(f"far_ood: expected other sets than those of near_ood, got {twice[0]!r} in both")
     if not (near or far):
