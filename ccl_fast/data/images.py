@@ -156,8 +156,12 @@ class OnDemand(Images):
     def _loaded(self, batches: Sequence[Tensor], workers: int) -> Iterator[Tensor]:
         pinned = self.device.type == "cuda" and workers > 0
         of_source = [self.rows[rows] for rows in batches]
-        loaded = load_images(self.source, of_source, self.shape, workers=workers, pin_memory=pinned)
-        for rows, batch in zip(batches, loaded, strict=True):
+        # No variable holds the loader: the traceback of an error would keep it, and its processes, alive.
+        for rows, batch in zip(
+            batches,
+            load_images(self.source, of_source, self.shape, workers=workers, pin_memory=pinned),
+            strict=True,
+        ):
             pixels = self._completed(batch, rows) if batch.errors else batch.pixels
             yield pixels.to(self.device, non_blocking=pinned).float() / 255
 
