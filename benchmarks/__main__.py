@@ -1,21 +1,31 @@
-"""python -m benchmarks cpu [--quick] | memory | gpu [--dry-run] | readme FILE; cpu and gpu take --only PART"""
+"""python -m benchmarks cpu [--quick] | memory | gpu [--dry-run] | readme FILE | plots FILE... | compare A B
+
+cpu, gpu and compare take --only PART.
+"""
 
 import argparse
 from pathlib import Path
 
 import torch
 
-from benchmarks import cpu, gpu, kmeans
+from benchmarks import commits, cpu, gpu, kmeans, training
+from benchmarks.plots import draw
 from benchmarks.readme import update
 from benchmarks.results import DIRECTORY
 
 # Each with its run_cpu and its run_gpu.
-PARTS = {"losses": (cpu.run_cpu, gpu.run_gpu), "kmeans": (kmeans.run_cpu, kmeans.run_gpu)}
+PARTS = {
+    "losses": (cpu.run_cpu, gpu.run_gpu),
+    "kmeans": (kmeans.run_cpu, kmeans.run_gpu),
+    "training": (training.run_cpu, training.run_gpu),
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--output", type=Path, default=DIRECTORY, help="folder of the results file")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=DIRECTORY, help="folder of what is written")
     what = parser.add_subparsers(dest="what", required=True)
     on_cpu = what.add_parser("cpu", help="time and memory on this CPU")
     on_cpu.add_argument("--quick", action="store_true", help="small sizes, no memory")
@@ -26,9 +36,27 @@ def main() -> None:
         device.add_argument("--only", choices=PARTS, help="this part alone")
     readme = what.add_parser("readme", help="write the README's table from a results file of the CPU")
     readme.add_argument("file", type=Path)
+    plots = what.add_parser("plots", help="time and memory against N, D and K from results files, as SVG")
+    plots.add_argument("files", type=Path, nargs="+")
+    compare = what.add_parser("compare", help="two commits in turns; refused while tests of either fail")
+    compare.add_argument("a", help='a commit, or "." for the working tree with its changes')
+    compare.add_argument("b", help="the other")
+    compare.add_argument("--only", choices=commits.PARTS, help="this part alone")
+    compare.add_argument("--case", action="append", default=[], help="this case alone; may be repeated")
+    compare.add_argument("--n", action="append", default=[], type=int, help="this number of rows; may be repeated")
+    compare.add_argument("--seconds", type=float, default=8.0, help="for each case and size")
+    compare.add_argument("--tests", nargs="+", default=[], help="what pytest gets instead of the part's tests")
+    compare.add_argument("--save", action="store_true", help="write a results file too")
     a = parser.parse_args()
     if a.what == "readme":
         update(a.file)
+    elif a.what == "plots":
+        print("\n".join(map(str, draw(a.files, a.output))))
+    elif a.what == "compare":
+        try:
+            print(commits.compare(a.a, a.b, a.only, a.case, a.n, a.seconds, a.tests, a.output if a.save else None))
+        except commits.CompareError as error:
+            parser.exit(1, f"{error}\n")
     elif a.what == "memory":
         print(cpu.run_memory(a.output))
     elif a.what == "cpu" or a.dry_run or torch.cuda.is_available():

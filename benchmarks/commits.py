@@ -71,7 +71,6 @@ def compare(
     seconds: float = 8.0,
     tests: Sequence[str] = (),
     output: Path | None = None,
-    repository: Path = ROOT,
 ) -> str:
     """A table of the times of commits `a` and `b`; "." is the working tree with its changes.
 
@@ -85,59 +84,56 @@ def compare(
         raise CompareError(f"n: expected even numbers, at least {least}, came {wrong}")
     device, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
     with ExitStack() as stack:
-        sides = [stack.enter_context(_side(letter, name, repository)) for letter, name in (("A", a), ("B", b))]
+        sides = [stack.enter_context(_side(letter, name)) for letter, name in (("A", a), ("B", b))]
         named = [f"tests/test_{x}.py" for part in parts for x in part.tests + part.gpu_tests * (device == "cuda")]
-        report = _test(sides, named, tests)
+        report = [*_test(sides, named, tests), f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"]
         workers = [stack.enter_context(_worker(side)) for side in sides]
         known = {name: part for part in parts for ask in workers for name in ask("names", part.modules)}
         if not set(cases or known) <= set(known) or not known:
             raise CompareError(f"case: expected some of {list(known)}, came {list(cases)}")
         file = ResultsFile("compare", torch.device(device), output) if output else None
         lines = [("case", "N", "D", "K", "A", "B", "B / A", "p20..p80", "")]
-        for name in cases or known:
-            part = known[name]
-            for n in sizes or part.sizes:
-                rows = [SideRow(name, side.row, n, D, dtype, clusters=part.clusters, timed=side.name) for side in sides]
-                for row, ask in zip(rows, workers, strict=True):
-                    row.note = ask("prepare", part.modules, name, n, D, part.clusters, device, dtype)
-                if not any(row.note for row in rows):
-                    _time(workers, rows, seconds)
-                if file:
-                    file.add(rows)
-                lines.append(_line(*rows))
+        jobs = [(known[name], name, n) for name in cases or known for n in sizes or known[name].sizes]
+        for part, name, n in jobs:
+            rows = [SideRow(name, side.row, n, D, dtype, clusters=part.clusters, timed=side.name) for side in sides]
+            for row, ask in zip(rows, workers, strict=True):
+                row.note = ask("prepare", part.modules, name, n, D, part.clusters, device, dtype)
+            if not any(row.note for row in rows):
+                _time(workers, rows, seconds)
+            if file:
+                file.add(rows)
+            lines.append(_line(*rows))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     report += ["", *("  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines)]
     return "\n".join([*report, *(["", str(file.path)] if file else [])])
 
 
 @contextmanager
-def _side(letter: str, name: str, repository: Path) -> Iterator[Side]:
+def _side(letter: str, name: str) -> Iterator[Side]:
     """A commit in a worktree that is gone afterwards."""
-    is_here = name == "."
+    is_here, shown = name == ".", "working tree" if name == "." else name
     try:
-        commit = _git(repository, "rev-parse", "--verify", f"{'HEAD' if is_here else name}^{{commit}}")
+        commit = _git("rev-parse", "--verify", f"{'HEAD' if is_here else name}^{{commit}}")[:10]
     except CompareError:
-        raise CompareError(f"expected a commit of {repository}, or . for its working tree, came {name!r}") from None
+        raise CompareError(f"expected a commit of {ROOT}, or . for its working tree, came {name!r}") from None
     with tempfile.TemporaryDirectory(prefix="ccl_fast-") as folder:
-        tree = repository if is_here else Path(folder) / letter
+        tree = ROOT if is_here else Path(folder) / letter
         try:
             if not is_here:
-                _git(repository, "worktree", "add", "--detach", tree, commit)
+                _git("worktree", "add", "--detach", tree, commit)
             if not (tree / "benchmarks" / "cases.py").exists():
                 raise CompareError(f"expected commits with benchmarks/cases.py, came {name!r} without")
-            asked = "working tree" if is_here else name
-            yield Side(f"{letter} ({asked}, {commit[:10]})", f"{letter} {commit[:10]}", tree)
+            yield Side(f"{letter} ({shown}, {commit})", f"{letter} {shown if is_here else commit}", tree)
         finally:
             if not is_here and tree.exists():
-                _git(repository, "worktree", "remove", "--force", tree)
+                _git("worktree", "remove", "--force", tree)
 
 
-def _git(repository: Path, *arguments: str | Path) -> str:
-    try:
-        command = ["git", "-C", repository, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except subprocess.CalledProcessError as error:
-        raise CompareError(f"git {arguments[0]}: {error.stderr.strip()}") from None
+def _git(*arguments: str | Path) -> str:
+    result = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True)
+    if result.returncode:
+        raise CompareError(f"git {arguments[0]}: {result.stderr.strip()}")
+    return result.stdout.strip()
 
 
 def _test(sides: list[Side], named: list[str], wanted: Sequence[str]) -> list[str]:
@@ -163,19 +159,20 @@ def _worker(side: Side) -> Iterator[Callable]:
     """A process with the code of a side; what it is asked with is yielded."""
     command, pipe = [sys.executable, "-c", f"{inspect.getsource(_serve)}\n_serve()"], subprocess.PIPE
     # In a session of its own: Ctrl-C is for this process, which then ends that one.
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True, **side.place) as process:
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True, **side.place)
 
-        def ask(*request):
-            try:
-                print(json.dumps(request), file=process.stdin, flush=True)
-                return json.loads(process.stdout.readline())
-            except (BrokenPipeError, json.JSONDecodeError):
-                raise CompareError(f"{side.name}: its process died with {process.wait()} at {request}") from None
-
+    def ask(*request):
         try:
-            yield ask
-        finally:
-            process.kill()
+            print(json.dumps(request), file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            raise CompareError(f"{side.name}: its process died with {process.wait()} at {request}") from None
+
+    try:
+        yield ask
+    finally:
+        process.kill()
+        process.communicate()  # closes the pipes
 
 
 def _serve() -> None:
@@ -186,9 +183,9 @@ def _serve() -> None:
     import json
     import os
     import sys
+    import time
     from importlib import import_module, util
     from statistics import median
-    from time import perf_counter
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
@@ -196,7 +193,7 @@ def _serve() -> None:
 
     import ccl_fast
 
-    if not ccl_fast.__file__.startswith(os.getcwd()):
+    if not os.path.realpath(ccl_fast.__file__).startswith(os.getcwd() + os.sep):
         sys.exit(f"expected the ccl_fast of {os.getcwd()}, came {ccl_fast.__file__}")
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     step = None
@@ -224,10 +221,11 @@ def _serve() -> None:
     def seconds(least):
         times = []
         while sum(times) < least:
-            start = perf_counter()
+            wait()
+            start = time.perf_counter()
             step()
             wait()
-            times.append(perf_counter() - start)
+            times.append(time.perf_counter() - start)
         return median(times)
 
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""The losses on a GPU, at most four minutes: ceilings, small batches, then large ones against their floor.
+"""The losses on a GPU, at most two and a half minutes: ceilings, small batches, then large ones against their floor.
 
 A dry run walks the same path on CPU tensors of tiny sizes, where the losses take the backend "blocked".
 """
@@ -15,7 +15,7 @@ from benchmarks.memory import peak_on_gpu
 from benchmarks.results import ResultsFile, Row, table
 from benchmarks.timing import DeviceClock, host_clock, latency_clock
 
-SECONDS = 240.0
+SECONDS = 150.0
 SECONDS_PER_SIZE = 4.0
 CALLS = 6  # of a step at least: warm-up, three rounds, memory, one to spare
 

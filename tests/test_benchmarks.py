@@ -83,7 +83,7 @@ def test_the_gpu_run_walks_its_path_without_a_gpu(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "--output", tmp_path, "gpu", "--dry-run"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     files = list(tmp_path.glob("*.jsonl"))
-    assert len(files) == 2  # of the losses, of k-means
+    assert len(files) == 3  # of the losses, of k-means, of training
     for file in files:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         ours = [r for r in rows if r["contender"] == "ours"]
