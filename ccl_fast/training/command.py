@@ -12,10 +12,10 @@ from jsonargparse import ArgumentParser
 from ccl_fast.errors import ArgumentError
 from ccl_fast.training.checkpoint import CheckpointError
 from ccl_fast.training.comparison import SET_BY_COMPARE, compare
-from ccl_fast.training.evaluate import evaluate
+from ccl_fast.training.evaluate_run import evaluate
 from ccl_fast.training.experiment import train
 from ccl_fast.training.interruption import Interrupted
-from ccl_fast.training.score import score
+from ccl_fast.training.score_images import score
 
 COMMANDS = {"train": train, "compare": compare, "evaluate": evaluate, "score": score}
 # What Python can give and a command line cannot (modules, data sets) is left out of these.
