@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -162,11 +162,11 @@ def _worker(side: Side) -> Iterator[Callable]:
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True, **side.place)
 
     def ask(*request):
-        try:
+        with suppress(BrokenPipeError):
             print(json.dumps(request), file=process.stdin, flush=True)
-            return json.loads(process.stdout.readline())
-        except (BrokenPipeError, json.JSONDecodeError):
-            raise CompareError(f"{side.name}: its process died with {process.wait()} at {request}") from None
+        if answer := process.stdout.readline():
+            return json.loads(answer)
+        raise CompareError(f"{side.name}: its process died with {process.wait()} at {request}")
 
     try:
         yield ask
@@ -219,8 +219,8 @@ def _serve() -> None:
         return ""
 
     def seconds(least):
-        times = []
-        while sum(times) < least:
+        times, end = [], time.perf_counter() + least
+        while not times or time.perf_counter() < end:
             wait()
             start = time.perf_counter()
             step()

@@ -141,10 +141,23 @@ def test_devices_and_dtypes_have_figures_of_their_own(drawn):
 def test_the_same_file_gives_the_same_bytes_whatever_the_user_has_set(tmp_path):
     file = write(tmp_path / "a.jsonl", [row(name, n, n * 1e-6, n) for name in ("ours", "b") for n in (512, 2048)])
     first = [path.read_bytes() for path in plots.draw([file], tmp_path / "first")]
-    with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "figure.facecolor": "black"}):
+    with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "axes.labelweight": "bold"}):
         assert [path.read_bytes() for path in plots.draw([file], tmp_path / "second")] == first
         assert matplotlib.rcParams["font.size"] == 30
-    assert len(first) == 2 and b"fill: #ffffff" in first[0] and b"<dc:date>" not in first[0]
+    assert len(first) == 2 and b"<dc:date>" not in first[0]
+
+
+def test_the_background_is_white_on_any_page(tmp_path):
+    (picture,) = plots.draw([write(tmp_path / "a.jsonl", [row(p50=1e-3)])], tmp_path)
+    assert re.search(r'id="patch_1">\s*<path[^>]*fill: #ffffff', picture.read_text())
+
+
+def test_who_was_not_measured_takes_no_colour(tmp_path):
+    names = [name + there for name in "abcdefg" for there in ("", " elsewhere")]
+    rows = [row(name, p50=None if "else" in name else 1e-3, note="runs on CUDA only") for name in ("ours", *names)]
+    (picture,) = plots.draw([write(tmp_path / "a.jsonl", rows)], tmp_path)
+    labels = [e for e in ElementTree.parse(picture).iter() if e.text in {"ccl_fast", *names}]
+    assert len(labels) == 8 and len({re.search(r"fill: (#\w+)", e.get("style"))[1] for e in labels}) == 8
 
 
 def test_names_may_be_anything(drawn):
@@ -154,16 +167,19 @@ def test_names_may_be_anything(drawn):
 
 
 def test_labels_and_ticks_keep_apart(tmp_path):
-    """Eight lines end in one point, at sizes that are close to each other."""
+    """Eight lines end in one point low in the plot, at sizes that are close to each other."""
     sizes = [1000 + 10 * i for i in range(20)] + [1_000_000]
     names = ["ours", *"abcdefg"]
-    rows = [row(name, n, 1e-3 * n, note="without centres") for name in names for n in sizes]
+    rows = [row(name, n, 1e-3 * n) for name in names for n in sizes]
+    rows += [row(n=n, p50=1e9, case="much slower") for n in sizes[-2:]]
     (picture,) = plots.draw([write(tmp_path / "a.jsonl", rows)], tmp_path)
     found = texts(picture)
     of_names = sorted((y, x) for text, x, y in found if text in {"ccl_fast", *"abcdefg"})
+    of_names = [(y, x) for y, x in of_names if x < 400]  # of the panel on the left
     assert len(of_names) == 8 and len({x for _, x in of_names}) == 1
-    assert all(below[0] - above[0] > 25 for above, below in pairwise(of_names))  # two lines each
-    ticks = sorted((x, len(text)) for text, x, _ in found if text in {f"{n:,}" for n in sizes})
+    assert all(b[0] - a[0] > 12 for a, b in pairwise(of_names))
+    assert of_names[-1][0] < min(y for text, _, y in found if text == "1,000,000") + 5  # not below the plot
+    ticks = sorted((x, len(text)) for text, x, _ in found if text in {f"{n:,}" for n in sizes} and x < 400)
     assert len(ticks) >= 2
     assert all(b[0] - a[0] > 6 * (a[1] + b[1]) / 2 for a, b in pairwise(ticks))
 
