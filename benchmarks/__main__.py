@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from benchmarks import commits, cpu, gpu, kmeans, training
-from benchmarks.plots import draw
 from benchmarks.readme import update
 from benchmarks.results import DIRECTORY
 
@@ -51,7 +50,12 @@ def main() -> None:
     if a.what == "readme":
         update(a.file)
     elif a.what == "plots":
-        print("\n".join(map(str, draw(a.files, a.output))))
+        from benchmarks.plots import draw  # matplotlib is not everywhere
+
+        try:
+            print("\n".join(map(str, draw(a.files, a.output))))
+        except ValueError as error:
+            parser.exit(1, f"{error}\n")
     elif a.what == "compare":
         try:
             print(commits.compare(a.a, a.b, a.only, a.case, a.n, a.seconds, a.tests, a.output if a.save else None))

@@ -143,7 +143,7 @@ def _test(sides: list[Side], named: list[str], wanted: Sequence[str]) -> list[st
         tests = wanted or [test for test in named if (side.tree / test).exists()]
         if not tests:
             raise CompareError(f"{side.name}: expected some of {', '.join(named)}, came none")
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "--tb=no", "-rfE", *tests]
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "--tb=no", *tests]
         result = subprocess.run(command, capture_output=True, **side.place)
         said = (result.stdout + result.stderr).strip().splitlines() or ["pytest said nothing"]
         is_red |= result.returncode != 0

@@ -6,6 +6,7 @@ In a small repository whose clock is its own: a step takes as many seconds as it
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -54,7 +55,15 @@ FILES = {
         CASES = {"ccl": Case()}
         """,
     "benchmarks/contenders.py": """
+        import os
+        import signal
+        import time
+
         import ccl_fast
+
+        def interrupt():
+            os.kill(os.getppid(), signal.SIGINT)
+            time.sleep(1000)
 
         class Ours:
             def build(self, case):
@@ -98,6 +107,7 @@ COMMITS = {
     "more": (CASES, '{"ccl": Case()}', '{"ccl": Case(), "clip": Case()}'),
     "raising": ("benchmarks/contenders.py", "ccl_fast.work()", "1 / 0"),
     "dying": ("benchmarks/contenders.py", "ccl_fast.work()", "__import__('os')._exit(7)"),
+    "interrupting": ("benchmarks/contenders.py", "ccl_fast.work()", "interrupt()"),
     "old": (CASES, "def step(self, run, inputs)", "def before_it_had_steps(self)"),
     "without benchmarks": (CASES, None, None),
     "without tests": (TEST, None, None),
@@ -297,7 +307,7 @@ def test_the_installed_package_is_never_taken_for_that_of_a_commit(time, monkeyp
 
 
 def test_an_interrupt_leaves_no_process_and_no_worktree(time, monkeypatch):
-    """The worktrees are looked for by `compare`."""
+    """While a step runs that takes long. The worktrees are looked for by `compare`."""
     started, popen = [], subprocess.Popen
 
     class Popen(popen):
@@ -305,15 +315,15 @@ def test_an_interrupt_leaves_no_process_and_no_worktree(time, monkeypatch):
             super().__init__(*arguments, **options)
             started.append(self)
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(subprocess, "Popen", Popen)
-    monkeypatch.setattr(commits, "_time", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        time("base", "slow")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            time("base", "interrupting")
+    finally:
+        signal.signal(signal.SIGINT, before)
     workers = [process for process in started if "-c" in process.args]
-    assert len(workers) == 2 and all(process.returncode is not None for process in workers)
+    assert [process.returncode for process in workers] == [-signal.SIGKILL] * 2
 
 
 @pytest.mark.parametrize("part", commits.PARTS.values(), ids=commits.PARTS)
