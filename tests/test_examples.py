@@ -1,4 +1,4 @@
-"""The examples run and learn something."""
+"""The examples run to their end, and their features tell held-out digits better than chance does."""
 
 import importlib.util
 import warnings

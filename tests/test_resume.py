@@ -17,6 +17,8 @@ import yaml
 for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "lightning", "kornia", "tensorboard"):
     pytest.importorskip(extra)  # the extra "train"
 
+from noise import Noise
+
 from ccl_fast.errors import ArgumentError
 from ccl_fast.training import checkpoint, train
 from ccl_fast.training.checkpoint import CheckpointError
@@ -104,16 +106,6 @@ def test_resuming_from_the_previous_checkpoint_is_not_for_ever(tmp_path, whole):
 
 
 def test_other_images_are_not_gone_on_with(tmp_path):
-    class Noise(torch.utils.data.Dataset):
-        def __init__(self, n, seed):
-            self.images = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-
-        def __len__(self):
-            return len(self.images)
-
-        def __getitem__(self, index):
-            return self.images[index]
-
     options = {"method": "ccl", "epochs": 2, "batch_size": 16, "clusters": 2, "near_ood": ["noise"], "far_ood": []}
     train(tmp_path / "run", data=(Noise(40, 0), Noise(9, 1)), **options)
     for n, seed in ((39, 0), (41, 0), (40, 2)):

@@ -65,6 +65,13 @@ def test_blocked_agrees_without_onednn(m, scale, monkeypatch):
     assert_agrees(Case(m=m, scale=scale, bias=m is not None, ids=3, return_same=True), "blocked", torch.float32)
 
 
+def test_a_scaled_query_does_not_overflow_where_keys_are_tiny():
+    q, k = torch.randn(9, 4) * 1e38 / 4, torch.randn(7, 4) * 1e-38
+    ours = streaming_logsumexp(q, k, scale=20.0, backend="blocked")
+    truth = streaming_logsumexp(q.double(), k.double(), scale=20.0, backend="reference")
+    torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4)
+
+
 def test_blocked_agrees_in_large_tiles(monkeypatch):
     monkeypatch.setattr(blocked, "LARGE_BLOCK", 16)
     monkeypatch.setattr(blocked, "LARGE", 20)

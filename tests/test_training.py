@@ -16,6 +16,7 @@ for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "li
     pytest.importorskip(extra)  # the extra "train"
 
 from lightning.fabric import Fabric
+from noise import Noise
 
 import ccl_fast
 from ccl_fast.data import load_split
@@ -424,40 +425,41 @@ def test_the_weight_of_the_center_grows_from_nothing():
     assert weights[:9] == pytest.approx([0.5 * i / 8 for i in range(9)])
 
 
-class Noisy(torch.utils.data.Dataset):
-    """Colour images and no labels."""
-
-    def __init__(self, n, seed):
-        self.images = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return self.images[index]
-
-
 def test_datasets_and_modules_from_python(tmp_path):
     backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(), torch.nn.Linear(192, 16))
-    sets = {"data": (Noisy(64, 0), Noisy(20, 1)), "near_ood": {"other noise": Noisy(9, 2)}, "far_ood": {}}
+    sets = {"data": (Noise(64, 0), Noise(20, 1)), "near_ood": {"other noise": Noise(9, 2)}, "far_ood": {}}
     report = ccl_fast.train(tmp_path / "run", epochs=2, batch_size=32, clusters=3, backbone=backbone, **sets)
     assert report["images"] == {"train": 64, "test": 20, "ood": {"other noise": 9}}
     assert report["near"] == ["other noise"] and report["far"] == []
     assert "clustering" not in report  # without labels
     assert "Sequential" in report["arguments"]["backbone"]
-    assert "Noisy" in report["arguments"]["data"][0]
+    assert "Noise" in report["arguments"]["data"][0]
 
 
-@pytest.mark.parametrize("sets", [{"near": Noisy(9, 2)}, {"test": Noisy(9, 2)}, {}])
+def test_the_command_line_undoes_a_flag_of_the_configuration(tmp_path):
+    (tmp_path / "c.yaml").write_text("channels_last: true\nfused_optimizer: true\n")
+    command = [
+        "train",
+        f"--config={tmp_path / 'c.yaml'}",
+        "--no-channels-last",
+        f"--output={tmp_path / 'run'}",
+        *OPTIONS,
+    ]
+    assert main([*command, "--method=simclr"]) == 0
+    arguments = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (arguments["channels_last"], arguments["fused_optimizer"], arguments["strict"]) == (False, True, False)
+
+
+@pytest.mark.parametrize("sets", [{"near": Noise(9, 2)}, {"test": Noise(9, 2)}, {}])
 def test_ood_sets_need_names_of_their_own(sets, tmp_path):
     with pytest.raises(ValueError, match=r"^near_ood: expected"):
-        train(tmp_path / "run", data=Noisy(64, 0), near_ood=sets, far_ood=[])
+        train(tmp_path / "run", data=Noise(64, 0), near_ood=sets, far_ood=[])
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("recipe", ["cifar10", "imagenet"])
 def test_recipes_are_arguments_of_train(recipe, tmp_path):
-    data = {"data": (Noisy(48, 0), Noisy(20, 1)), "near_ood": {"noise": Noisy(9, 2)}, "far_ood": []}
+    data = {"data": (Noise(48, 0), Noise(20, 1)), "near_ood": {"noise": Noise(9, 2)}, "far_ood": []}
     text = yaml.safe_load((Path(__file__).parents[1] / "recipes" / f"{recipe}.yaml").read_text())
     assert text["backbone"].startswith("resnet")
     small = {"epochs": 1, "warmup_epochs": 0, "batch_size": 16, "clusters": [3, 4], "compile_model": False}

@@ -8,18 +8,22 @@ from torch import Tensor
 # because exp(s_ij) = exp(s_ji) for self-contrast, one exponential serves both directions. Unit vectors are
 # inside for temperatures of 0.0182 and above.
 UNSHIFTED_LIMIT = 55.0
+LARGEST_SCALED = 1e30
 
 
 def logits_are_bounded(q: Tensor, k: Tensor | None, scale: Tensor, key_bias: Tensor | None) -> Tensor:
-    """Whether |scale <q_i, k_j> + key_bias_j| <= UNSHIFTED_LIMIT for all i, j (a key bias of -inf is allowed).
+    """Whether |scale <q_i, k_j> + key_bias_j| <= UNSHIFTED_LIMIT for all i, j (a key bias of -inf is allowed), and
+    scale q_i is far from overflow.
 
     Returns a bool tensor of no dimensions on the device of ``q``: no host copy. Not-a-number gives False.
     """
     q_norm = _largest_norm(q)
-    bound = scale.abs() * q_norm * (q_norm if k is None else _largest_norm(k))
+    scaled = scale.abs() * q_norm
+    bound = scaled * (q_norm if k is None else _largest_norm(k))
     if key_bias is not None and key_bias.numel():
         bound = bound + key_bias.masked_fill(key_bias == -torch.inf, 0.0).abs().amax()
-    return bound <= UNSHIFTED_LIMIT
+    # The scale may be multiplied into q before the product with k: that must not overflow where k is tiny.
+    return (bound <= UNSHIFTED_LIMIT) & (scaled <= LARGEST_SCALED)
 
 
 def _largest_norm(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import docstring_parser
-from jsonargparse import ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentParser
 
 from ccl_fast.errors import ArgumentError
 from ccl_fast.training.checkpoint import CheckpointError
@@ -56,7 +56,7 @@ def _with_underscores(argument: str) -> str:
 
 
 def _parser(function: Callable) -> ArgumentParser:
-    """One option per argument, its help from the docstring; False by default makes a flag."""
+    """One option per argument, its help from the docstring; False by default makes a flag, and --no_<flag>."""
     parser = ArgumentParser(description=_summary(function))
     parser.add_argument("--config", action="config", help="a YAML file with any of the options below.")
     parameters = _parameters(function)
@@ -66,7 +66,7 @@ def _parser(function: Callable) -> ArgumentParser:
     for name in parameters:
         help_text = _help(function, name)
         if name in flags:
-            parser.add_argument(f"--{name}", action="store_true", help=help_text)
+            parser.add_argument(f"--{name}", action=ActionYesNo(no_prefix="no_"), default=False, help=help_text)
         elif name in special:
             parser.add_argument(f"--{name}", type=TYPES[name], default=parameters[name].default, help=help_text)
     return parser
