@@ -30,8 +30,8 @@ class Contender:
     attribute: str | None = None  # of torch.nn, which older releases lack
     cuda_only: bool = False
     ignores_centers: bool = False  # then its truth has none either
-    # Bytes of its N x N arrays at the peak, as measured for float32 at N = 4096; 0 for linear memory.
-    arrays: Callable[[int], int] = lambda n: 0
+    # Bytes of its N x N (or N x K) arrays at the peak, as measured for float32 at N = 4096; 0 for linear memory.
+    arrays: Callable[[Size], int] = lambda size: 0
 
     def obstacle(self, size: Size, device: torch.device) -> str | None:
         """Why it cannot run this size here, or None."""
@@ -41,7 +41,7 @@ class Contender:
             return f"torch {torch.__version__} has no torch.nn.{self.attribute}"
         if self.cuda_only and device.type != "cuda":
             return "runs on CUDA only"
-        needed, available = self.arrays(size.n), free_memory(device)
+        needed, available = self.arrays(size), free_memory(device)
         if needed > MEMORY_SHARE * available:
             return (
                 f"not started: its arrays would take {needed / 2**30:,.0f} GiB, "
@@ -165,13 +165,13 @@ CONTENDERS = {
             "dense",
             _ccl("reference"),
             "our own dense reference in eager mode: what a careful user writes, without the masks of positives",
-            arrays=lambda n: 24 * n**2,
+            arrays=lambda size: 24 * size.n**2,
         ),
         Contender(
             "dense compiled",
             _compiled,
             "the same under torch.compile for this very shape; compilation is outside the timed region",
-            arrays=lambda n: 8 * n**2,
+            arrays=lambda size: 8 * size.n**2,
         ),
         Contender(
             "metric-learning SupCon",
@@ -179,21 +179,21 @@ CONTENDERS = {
             "the package's dense path; on sample ids it equals NT-Xent. It has no centres: in CCL it does less",
             package="pytorch_metric_learning",
             ignores_centers=True,
-            arrays=lambda n: 48 * n**2,
+            arrays=lambda size: 48 * size.n**2,
         ),
         Contender(
             "metric-learning NTXent",
             _metric_learning("NTXentLoss"),
             "the package's loss of that name; it compares every positive pair with every negative pair",
             package="pytorch_metric_learning",
-            arrays=lambda n: 18 * n**3,
+            arrays=lambda size: 18 * size.n**3,
         ),
         Contender(
             "lightly",
             _lightly,
             "its NTXentLoss of two views, without memory bank",
             package="lightly",
-            arrays=lambda n: 24 * n**2,
+            arrays=lambda size: 24 * size.n**2,
         ),
         Contender(
             "torch linear_cross_entropy",

@@ -21,6 +21,7 @@ QUICK = tuple((case, Size(n, 128), None) for case in CASES.values() for n in (51
 GROWTH = ("ours", "dense")
 FULL = (
     *((case, Size(n, 128), None) for case in CASES.values() for n in (512, 2048, 8192)),
+    *((case, Size(32_768, 128), ("ours",)) for name, case in CASES.items() if name != "ccl"),
     *((CASES["ccl"], Size(n, 128), GROWTH) for n in (64, 256, 1024, 4096, 16384, 32768, 65536)),
     *((CASES["ccl"], Size(4096, d), GROWTH) for d in (64, 256, 512, 1024, 2048)),
     *((CASES["ccl"], Size(8192, 128, clusters=k), GROWTH[:1]) for k in (10, 1000, 10_000, 100_000)),

@@ -38,7 +38,7 @@ GPU_SIZES = tuple(
     for dtype in dtypes
 )
 DRY_SIZES = tuple(Size(512, 16, dtype, clusters=8) for dtype in (HALF, BRAIN, FULL))
-ON_GPU = ("ours", "torch", "flash-kmeans", "faiss-gpu")
+ON_GPU = ("ours", "torch", "flash-kmeans", "faiss-gpu", "fast-pytorch-kmeans")
 # The floor's products, whatever the dtype of the rows: the fastest that a contender may stand on.
 FLOOR_DTYPE = {"cpu": FULL, "cuda": HALF}
 NOT_TORCHS_MEMORY = ("faiss-gpu",)

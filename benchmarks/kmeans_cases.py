@@ -57,13 +57,15 @@ class KMeansCase:
         return lambda: run(inputs)
 
 
-ON_CPU, ON_GPU = ("faiss", "scikit-learn"), ("flash-kmeans", "faiss-gpu")
+ON_CPU, ON_GPU, ON_BOTH = ("faiss", "scikit-learn"), ("flash-kmeans", "faiss-gpu"), ("fast-pytorch-kmeans",)
 CASES = {
     case.name: case
     for case in (
-        KMeansCase("k-means iteration", ("ours", *ON_CPU, *ON_GPU, "torch"), iterations=1, final_labels=False),
-        KMeansCase("k-means fit", ("ours", *ON_CPU, *ON_GPU, "torch")),
-        KMeansCase("k-means random start", ("ours", *ON_CPU, *ON_GPU), seeding="random"),
+        KMeansCase(
+            "k-means iteration", ("ours", *ON_CPU, *ON_GPU, *ON_BOTH, "torch"), iterations=1, final_labels=False
+        ),
+        KMeansCase("k-means fit", ("ours", *ON_CPU, *ON_GPU, *ON_BOTH, "torch")),
+        KMeansCase("k-means random start", ("ours", *ON_CPU, *ON_GPU, *ON_BOTH), seeding="random"),
         KMeansCase("k-means++ start", ("ours", *ON_CPU), seeding="k-means++"),
     )
 }

@@ -147,6 +147,27 @@ def _lloyd(assign: Assign) -> Callable[[KMeansCase], Run]:
     return build
 
 
+def _fast_pytorch(case: KMeansCase) -> Run:
+    from fast_pytorch_kmeans import KMeans as FastPytorchKMeans
+
+    def run(rows: Rows) -> Outcome:
+        model = FastPytorchKMeans(len(rows.centers), max_iter=case.iterations, tol=0.0, init_method="random")
+        model.fit(rows.x, centroids=None if case.seeding else rows.centers)
+        if case.final_labels:
+            model.predict(rows.x)
+        return Outcome(model.centroids, case.iterations)
+
+    return run
+
+
+def _fast_pytorch_assign(x: Tensor, centers: Tensor) -> Tensor:
+    from fast_pytorch_kmeans import KMeans as FastPytorchKMeans
+
+    model = FastPytorchKMeans(len(centers))
+    model.centroids = centers.to(x.dtype)
+    return model.predict(x)
+
+
 def _faiss_gpu_assign(x: Tensor, centers: Tensor) -> Tensor:
     import faiss
     import faiss.contrib.torch_utils
@@ -207,6 +228,14 @@ CONTENDERS = {
             _lloyd(_torch_assign),
             "eager torch: blocks of a matrix product, argmax, index_add_; products of float32 in full precision",
             assign=_torch_assign,
+        ),
+        KMeansContender(
+            "fast-pytorch-kmeans",
+            _fast_pytorch,
+            "KMeans(tol=0), and predict for the labels of the centres it returns; on a CPU it holds all N x K distances",
+            package="fast_pytorch_kmeans",
+            assign=_fast_pytorch_assign,
+            arrays=lambda size: 16 * size.n * size.clusters,
         ),
         KMeansContender(
             "flash-kmeans",

@@ -88,7 +88,7 @@ class Workload:
     def arrays(self, contender: "TrainingContender", n: int) -> int:
         """Bytes of a step's activations and of the N x N arrays of its loss, which are there at the same time."""
         at_a_time = min(n, self.micro_batch) if contender.cached else n
-        return contender.arrays(VIEWS * n) + VIEWS * at_a_time * self.activation_bytes
+        return contender.arrays(Size(VIEWS * n, self.d)) + VIEWS * at_a_time * self.activation_bytes
 
 
 ON_CPU = Workload("small", (1, 28, 28), 64, torch.float32, micro_batch=128, activation_bytes=90 * 2**10)

@@ -6,13 +6,15 @@ import threading
 import pytest
 import torch
 
+from ccl_fast.ops import blocks
 from ccl_fast.ops.blocks import for_each_block
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=[1, 2, 5])
-def threads(request):
+def threads(request, monkeypatch):
+    monkeypatch.setattr(blocks, "FEWEST_BLOCKS", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
@@ -45,6 +47,13 @@ def test_torch_has_one_thread_in_each_and_no_gradients_or_autocast(threads):
         assert torch.is_autocast_enabled("cpu")
     assert seen == [(1, False, False)] * threads
     assert torch.is_grad_enabled()
+
+
+def test_few_blocks_stay_in_the_calling_thread(threads, monkeypatch):
+    monkeypatch.setattr(blocks, "FEWEST_BLOCKS", 2)
+    names = []
+    for_each_block(2 * threads, 1, lambda part: names.append(threading.current_thread()), CPU)
+    assert names == [threading.current_thread()] * 2 * threads
 
 
 def test_errors_arrive(threads):

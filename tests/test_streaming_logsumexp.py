@@ -88,7 +88,8 @@ def test_blocked_agrees_where_tiles_end_with_an_id(m, group, relation, monkeypat
 
 def test_tiles_of_two_towers_hold_no_unwanted_pair():
     ids = torch.arange(2).repeat_interleave(300)
-    problem = blocked._Problem(torch.randn(600, 4), None, torch.ones(()), None, ids, None, False, True)
+    bounded = torch.tensor(True)
+    problem = blocked._Problem(torch.randn(600, 4), None, torch.ones(()), None, ids, None, False, True, bounded)
     tiles = list(problem.tiles())
     assert {tile.relation for tile in tiles} == {"other"}
     assert sum((t.rows.stop - t.rows.start) * (t.cols.stop - t.cols.start) for t in tiles) == 300 * 300

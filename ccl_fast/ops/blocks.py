@@ -14,9 +14,14 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
+# Blocks for each thread below which the calling thread does them, with torch's threads in every operation: those spin
+# for some milliseconds after what came before, and would keep ours from the cores (benchmarks/LOG.md).
+FEWEST_BLOCKS = 8
+
 
 def for_each_block(rows: int, size: int, work: Callable[[slice], None], device: torch.device) -> None:
-    """Call ``work`` with slices of ``size`` or less that cover ``range(rows)``, on a CPU from all of torch's threads.
+    """Call ``work`` with slices of ``size`` or less that cover ``range(rows)``; on a CPU, if they are many, from as many
+    threads as torch has.
 
     The calls must not depend on each other. Gradients and autocast are off in them.
     """
@@ -29,7 +34,7 @@ def for_each_block(rows: int, size: int, work: Callable[[slice], None], device: 
                 work(slice(start, min(start + size, rows)))
 
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    if threads == 1 or rows <= size:
+    if threads == 1 or rows <= size * FEWEST_BLOCKS * threads:
         work_on()
         return
     with _creation:

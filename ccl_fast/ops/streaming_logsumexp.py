@@ -80,7 +80,7 @@ def streaming_logsumexp(
         # torch.library's dispatch costs as much as a small batch: it is for those who need to see one operator.
         eager = type(q) in (Tensor, Parameter) and not torch.compiler.is_compiling()
         run = _Eager.apply if eager else _op
-        same, other = run(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, backend)
+        same, other, _bounded = run(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, backend)
     if q_ids is None:
         return other
     chosen = {"all": lambda: logaddexp(same, other), "other_id": lambda: other, "same_id": lambda: same}
@@ -134,7 +134,8 @@ def _forward(
     want_same: bool,
     want_other: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exps over the same id and over the others, and what `logit_bound` told (False if not asked)."""
     forward = triton_kernels.forward if backend == "triton" else blocked.forward
     with torch.autocast(q.device.type, enabled=False):
         return forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other)
@@ -146,7 +147,8 @@ _op = torch.library.custom_op("ccl_fast::streaming_logsumexp", _forward, mutates
 @_op.register_fake
 def _(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, backend):
     n, dtype = q.shape[0], torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(n if want_same else 0, dtype=dtype), q.new_empty(n if want_other else 0, dtype=dtype)
+    sizes = n if want_same else 0, n if want_other else 0
+    return *(q.new_empty(size, dtype=dtype) for size in sizes), q.new_empty((), dtype=torch.bool)
 
 
 def _backward(
@@ -158,6 +160,7 @@ def _backward(
     k_ids: Tensor | None,
     same: Tensor,
     other: Tensor,
+    bounded: Tensor,
     grad_same: Tensor,
     grad_other: Tensor,
     needs: list[bool],
@@ -165,7 +168,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     backward = triton_kernels.backward if backend == "triton" else blocked.backward
     with torch.autocast(q.device.type, enabled=False):
-        grads = backward(q, k, scale, key_bias, q_ids, k_ids, same, other, grad_same, grad_other, needs)
+        grads = backward(q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs)
     # Row-major whatever the strides of the inputs, as the fake promises to the compiler.
     return tuple(q.new_empty(0) if g is None else g.contiguous() for g in grads)
 
@@ -174,7 +177,7 @@ _backward_op = torch.library.custom_op("ccl_fast::streaming_logsumexp_backward",
 
 
 @_backward_op.register_fake
-def _(q, k, scale, key_bias, q_ids, k_ids, same, other, grad_same, grad_other, needs, backend):
+def _(q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs, backend):
     inputs = (q, k, scale, key_bias)
     shapes = [(x.shape, x.dtype) if n else ((0,), q.dtype) for x, n in zip(inputs, needs, strict=True)]
     return tuple(q.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
@@ -182,10 +185,11 @@ def _(q, k, scale, key_bias, q_ids, k_ids, same, other, grad_same, grad_other, n
 
 def _save(ctx, inputs, output) -> None:
     *tensors, _want_same, _want_other, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[-1])
     ctx.save_for_backward(*tensors, *output)
 
 
-def _gradients(ctx, backward, grad_same: Tensor, grad_other: Tensor):
+def _gradients(ctx, backward, grad_same: Tensor, grad_other: Tensor, _grad_bounded: None):
     needs = list(ctx.needs_input_grad[:4])
     grads = backward(*ctx.saved_tensors, grad_same, grad_other, needs, ctx.backend)
     return (*(g if n else None for g, n in zip(grads, needs, strict=True)), None, None, None, None, None)
@@ -205,10 +209,13 @@ torch.library.register_autograd("ccl_fast::streaming_logsumexp_backward", _doubl
 
 
 class _Eager(torch.autograd.Function):
-    """The same without torch.library."""
+    """The same without torch.library. (With a ``setup_context`` torch would bind signatures at every call.)"""
 
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_save)
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx, *grads):
@@ -216,6 +223,8 @@ class _Eager(torch.autograd.Function):
 
 
 class _EagerBackward(torch.autograd.Function):
-    forward = staticmethod(_backward)
-    setup_context = staticmethod(lambda ctx, inputs, output: None)
+    @staticmethod
+    def forward(ctx, *inputs):
+        return _backward(*inputs)
+
     backward = staticmethod(_double_backward)

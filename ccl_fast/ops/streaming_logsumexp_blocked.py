@@ -39,12 +39,11 @@ class _Tile:
 class _Problem:
     """The operands in accumulation precision and, on a CPU, sorted by id, so that most tiles need no mask."""
 
-    def __init__(self, q, k, scale, key_bias, q_ids, k_ids, want_same, want_other):
+    def __init__(self, q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, bounded):
         dtype = torch.promote_types(q.dtype, torch.float32)
         self.is_self = k is None
-        # On a CPU a branch on a value is free. On a GPU it would stall the queue: take the general path.
         on_cpu = q.device.type == "cpu"
-        self.bounded = on_cpu and bool(logits_are_bounded(q, k, scale, key_bias))
+        self.bounded = on_cpu and bool(bounded)
         self.scale = scale
         self.order_q = self.order_k = None
         self.q, self.q_ids = q.to(dtype), q_ids
@@ -132,8 +131,11 @@ def _blocks(n: int, block: int, ids: Tensor | None) -> list[slice]:
     ]
 
 
-def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple[Tensor, Tensor]:
-    problem = _Problem(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other)
+def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple[Tensor, Tensor, Tensor]:
+    # On a CPU a branch on a value is free. On a GPU it would stall the queue: take the general path.
+    on_cpu = q.device.type == "cpu"
+    bounded = logits_are_bounded(q, k, scale, key_bias) if on_cpu else scale.new_zeros((), dtype=torch.bool)
+    problem = _Problem(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, bounded)
     sums = _UnshiftedSums if problem.bounded else _ShiftedSums
     totals = {name: sums(problem) for name, want in (("same", want_same), ("other", want_other)) if want}
 
@@ -147,7 +149,7 @@ def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple
                 total.add(tile, x)
     empty = problem.q.new_empty(0)
     lse = {name: problem.rows_from_sorted(total.log()) for name, total in totals.items()}
-    return lse.get("same", empty), lse.get("other", empty)
+    return lse.get("same", empty), lse.get("other", empty), bounded
 
 
 class _UnshiftedSums:
@@ -195,9 +197,9 @@ class _ShiftedSums:
 
 
 def backward(
-    q, k, scale, key_bias, q_ids, k_ids, same, other, grad_same, grad_other, needs
+    q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    problem = _Problem(q, k, scale, key_bias, q_ids, k_ids, same.numel() > 0, other.numel() > 0)
+    problem = _Problem(q, k, scale, key_bias, q_ids, k_ids, same.numel() > 0, other.numel() > 0, bounded)
     rows = {"same": _row_weights(problem, same, grad_same), "other": _row_weights(problem, other, grad_other)}
     need_q, need_k, need_scale, need_bias = needs
     need_q = need_q or need_scale

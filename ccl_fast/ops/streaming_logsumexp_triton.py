@@ -35,7 +35,7 @@ def obstacles(device: torch.device, dtype: torch.dtype) -> list[str]:
     return reasons
 
 
-def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple[Tensor, Tensor]:
+def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple[Tensor, Tensor, Tensor]:
     kernels, launch = _kernels()
     is_self = k is None
     n, d = q.shape
@@ -43,35 +43,37 @@ def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple
     k, k_ids = (q, q_ids) if is_self else (k, k_ids)
     same = q.new_empty(n if want_same else 0, dtype=torch.float32)
     other = q.new_empty(n if want_other else 0, dtype=torch.float32)
+    # Where the flag is not worth its launches it is down.
+    use_flag = is_self and key_bias is None and n >= TRIANGLE_MIN_ROWS
+    bounded = logits_are_bounded(q, None, scale, None) if use_flag else scale.new_zeros((), dtype=torch.bool)
     if n == 0:
-        return same, other
-    bounded = sums = None
+        return same, other, bounded
+    flag = sums = None
     with _device_of(q):
-        if is_self and key_bias is None and n >= TRIANGLE_MIN_ROWS and not _deterministic():
-            bounded, sums = _bounded(q, scale), (torch.zeros_like(same), torch.zeros_like(other))
+        if use_flag and not _deterministic():
+            flag, sums = bounded.to(torch.int32), (torch.zeros_like(same), torch.zeros_like(other))
             table = launch("forward_triangle", q.dtype, d, q_ids is not None)
             blocks = _blocks(n, table.block_m)
             chunk = _triangle_chunk(blocks, q.device)
             kernels.forward_triangle[(blocks * _blocks(blocks, chunk),)](
-                q, scale, q_ids, *sums, bounded, n, *q.stride(), chunk,
+                q, scale, q_ids, *sums, flag, n, *q.stride(), chunk,
                 WANT_SAME=want_same, WANT_OTHER=want_other,
                 D=d, BLOCK_D=table.block_d, BLOCK=table.block_m, PRECISION=_precision(), **table.options,
             )  # fmt: skip
         table = launch("forward_rows", q.dtype, d, q_ids is not None)
         kernels.forward_rows[(_blocks(n, table.block_m),)](
-            q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, n, k.shape[0], *q.stride(), *k.stride(),
+            q, k, scale, key_bias, q_ids, k_ids, same, other, flag, n, k.shape[0], *q.stride(), *k.stride(),
             IS_SELF=is_self, WANT_SAME=want_same, WANT_OTHER=want_other,
             D=d, BLOCK_D=table.block_d, BLOCK_M=table.block_m, BLOCK_N=table.block_n, PRECISION=_precision(),
             **table.options,
         )  # fmt: skip
         if sums is not None:
-            unshifted = bounded != 0
-            same, other = (torch.where(unshifted, s.log(), lse) for s, lse in zip(sums, (same, other), strict=True))
-    return same, other
+            same, other = (torch.where(bounded, s.log(), lse) for s, lse in zip(sums, (same, other), strict=True))
+    return same, other, bounded
 
 
 def backward(
-    q, k, scale, key_bias, q_ids, k_ids, same, other, grad_same, grad_other, needs
+    q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     q_ids, k_ids = _int32_ids(q_ids, k_ids)
     out_scale = scale
@@ -81,26 +83,26 @@ def backward(
         gain = torch.where(largest > 0, 2.0**14 / largest.clamp(min=1e-30), 1.0)
         grad_same, grad_other, out_scale = grad_same * gain, grad_other * gain, scale / gain
     anchors = (same, other, grad_same.contiguous(), grad_other.contiguous())
+    flag = bounded.to(torch.int32) if q.shape[0] >= TRIANGLE_MIN_ROWS else None
     on_chip = _kernels()[1]("backward_rows", q.dtype, q.shape[1], q_ids is not None) is not None
     run = _backward_on_chip if on_chip else _backward_in_strips
     with _device_of(q):
-        grad_q, grad_k, grad_scale, grad_bias = run(q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, needs)
+        grad_q, grad_k, grad_scale, grad_bias = run(
+            q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, flag, needs
+        )
     if q.dtype == torch.float16:
         grad_scale = None if grad_scale is None else grad_scale / gain
         grad_bias = None if grad_bias is None else grad_bias / gain
     return grad_q, grad_k, grad_scale, grad_bias
 
 
-def _backward_on_chip(q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, needs):
+def _backward_on_chip(q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, flag, needs):
     """A pass for each operand, as anchors and as keys; one for both roles of self-contrast without a key bias."""
     need_q, need_k, need_scale, need_bias = needs
     is_self = k is None
     shared = (scale, out_scale, key_bias, anchors)
     if is_self and key_bias is None:
-        bounded = _bounded(q, scale) if q.shape[0] >= TRIANGLE_MIN_ROWS else None
-        grad, to_scale, _ = _backward_pass(
-            q, q, q_ids, q_ids, *shared, "both", True, need_q, need_scale, False, bounded
-        )
+        grad, to_scale, _ = _backward_pass(q, q, q_ids, q_ids, *shared, "both", True, need_q, need_scale, False, flag)
         return grad, None, to_scale.sum() / 2 if need_scale else None, None
     need_k = need_q if is_self else need_k
     k, k_ids = (q, q_ids) if is_self else (k, k_ids)
@@ -116,7 +118,7 @@ def _backward_on_chip(q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, n
 
 def _backward_pass(
     a, b, a_ids, b_ids, scale, out_scale, key_bias, anchors, roles, is_self,
-    need_out, need_scale, need_bias, bounded=None,
+    need_out, need_scale, need_bias, flag=None,
 ):  # fmt: skip
     """Rows of a against all of b: gradient of a, and per row the shares of the gradients of scale and of the bias."""
     kernels, launch = _kernels()
@@ -127,9 +129,9 @@ def _backward_pass(
     to_bias = torch.empty(n, dtype=torch.float32, device=a.device) if need_bias else None
     table = launch("backward_rows", a.dtype, d, a_ids is not None)
     if n:
-        for run_if_bounded in (False,) if bounded is None else (False, True):
+        for run_if_bounded in (False,) if flag is None else (False, True):
             kernels.backward_rows[(_blocks(n, table.block_m),)](
-                a, b, scale, out_scale, key_bias, a_ids, b_ids, *anchors, out, to_scale, to_bias, bounded,
+                a, b, scale, out_scale, key_bias, a_ids, b_ids, *anchors, out, to_scale, to_bias, flag,
                 n, b.shape[0], *a.stride(), *b.stride(), d,
                 IS_SELF=is_self, ROW_ANCHORS=roles != "columns", COL_ANCHORS=roles != "rows",
                 RUN_IF_BOUNDED=run_if_bounded, WANT_SAME=same.numel() > 0, WANT_OTHER=other.numel() > 0,
@@ -139,7 +141,7 @@ def _backward_pass(
     return out, to_scale, to_bias
 
 
-def _backward_in_strips(q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, needs):
+def _backward_in_strips(q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, _flag, needs):
     """Strips of weights in a bounded workspace, multiplied by a library; of self-contrast the upper triangle only."""
     kernels, launch = _kernels()
     need_q, need_k, need_scale, need_bias = needs
@@ -219,10 +221,6 @@ def _deterministic() -> bool:
 
 def _device_of(x: Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-def _bounded(z: Tensor, scale: Tensor) -> Tensor:
-    return logits_are_bounded(z, None, scale, None).to(torch.int32)
 
 
 def _blocks(length: int, block: int) -> int:
