@@ -232,7 +232,7 @@ CONTENDERS = {
         KMeansContender(
             "fast-pytorch-kmeans",
             _fast_pytorch,
-            "KMeans(tol=0), and predict for the labels of the centres it returns; on a CPU it holds all N x K distances",
+            "KMeans(tol=0), and predict for the labels of the centres it returns; on a CPU it holds all distances",
             package="fast_pytorch_kmeans",
             assign=_fast_pytorch_assign,
             arrays=lambda size: 16 * size.n * size.clusters,
