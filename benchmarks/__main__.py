@@ -1,4 +1,4 @@
-"""python -m benchmarks cpu [--quick] | memory | gpu [--dry-run] | readme FILE | plots FILE... | compare A B
+"""python -m benchmarks cpu [--quick] | memory | gpu [--dry-run] | readme FILE | plots FILE... | compare A B | scaling
 
 cpu, gpu and compare take --only PART.
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import commits, cpu, gpu, kmeans, training
+from benchmarks import commits, cpu, distributed, gpu, kmeans, scaling, training
 from benchmarks.readme import update
 from benchmarks.results import DIRECTORY
 
@@ -17,6 +17,7 @@ PARTS = {
     "losses": (cpu.run_cpu, gpu.run_gpu),
     "kmeans": (kmeans.run_cpu, kmeans.run_gpu),
     "training": (training.run_cpu, training.run_gpu),
+    "distributed": (distributed.run_cpu, distributed.run_gpu),
 }
 
 
@@ -46,8 +47,13 @@ def main() -> None:
     compare.add_argument("--seconds", type=float, default=8.0, help="for each case and size")
     compare.add_argument("--tests", nargs="+", default=[], help="what pytest gets instead of the part's tests")
     compare.add_argument("--save", action="store_true", help="write a results file too")
+    plan = what.add_parser("scaling", help="the plan for many GPUs, as in docs/scaling.md")
+    for name, (value, text) in scaling.ASSUMED.items():
+        plan.add_argument(f"--{name.replace('_', '-')}", type=float, default=value, help=f"{text} ({value:g})")
     a = parser.parse_args()
-    if a.what == "readme":
+    if a.what == "scaling":
+        print(scaling.plan(**{name: getattr(a, name) for name in scaling.ASSUMED}))
+    elif a.what == "readme":
         update(a.file)
     elif a.what == "plots":
         from benchmarks.plots import draw  # matplotlib is not everywhere

@@ -49,20 +49,20 @@ def _peak_of_this_process(case: Case | KMeansCase, contender: Contender, size: S
     small = replace(size, n=min(size.n, WARM_UP_ROWS), clusters=min(size.clusters, WARM_UP_CLUSTERS))
     case.step(run, case.inputs(small, device))()  # libraries load, threads start
     step = case.step(run, case.inputs(size, device))
-    before = _forget_peak()
+    before = forget_peak()
     step()
-    return max(0, _status("VmHWM") - before)
+    return max(0, status("VmHWM") - before)
 
 
-def _forget_peak() -> int:
+def forget_peak() -> int:
     """Give freed memory back, lower the high-water mark to the resident size (Linux), return that size."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    return status("VmRSS")
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     """Bytes, from the kernel's page on this process. (Not ru_maxrss: it starts with the size of the parent.)"""
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 

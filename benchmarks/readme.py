@@ -1,4 +1,5 @@
-"""The README's tables, of the losses, of k-means and of OOD detection: generated from results files, never typed."""
+"""The tables of the README, of the losses, of k-means and of OOD detection, and that of docs/scaling.md: generated from
+results files, never typed."""
 
 import json
 import re
@@ -7,8 +8,11 @@ from pathlib import Path
 from benchmarks.kmeans_cases import ITERATIONS
 
 README = Path(__file__).parent.parent / "README.md"
+SCALING = README.parent / "docs" / "scaling.md"
+KINDS = "(?P<what>(?: k-means| OOD| distributed)?)"
 SECTION = re.compile(
-    r"<!-- measured(?P<what>(?: k-means| OOD)?)(?:: (?P<source>\S+))? -->\n.*?<!-- /measured(?P=what) -->\n", re.DOTALL
+    rf"<!-- measured{KINDS}(?:: (?P<source>\S+))? -->\n.*?<!-- /measured(?P=what) -->\n",
+    re.DOTALL,
 )
 CASES = ("ccl", "ccl inside", "supcon", "nt-xent", "clip")
 # Of the rows of a results file, those that the table shows; the plots show the others.
@@ -20,17 +24,19 @@ PACKAGES = {
     "torch linear_cross_entropy": "torch's linear_cross_entropy",
 }
 DETECTORS = ("nearest_neighbor", "mahalanobis", "ensemble")
-KMEANS_CONTENDERS = ("ours", "faiss", "scikit-learn", "torch")
+KMEANS_CONTENDERS = ("ours", "faiss", "scikit-learn", "fast-pytorch-kmeans", "torch")
 
 
-def update(results: Path, readme: Path = README) -> None:
+def update(results: Path, page: Path | None = None) -> None:
     """Replace the section between the markers of its kind by that of a results file.
 
     That is one of `python -m benchmarks cpu`, or a comparison.json of `ccl-fast compare` with "commit" and "cpu" added.
+    The page is the README, or for several processes docs/scaling.md, unless it is named.
     """
-    new = section(results, readme.parent)
+    new = section(results, README.parent if page is None else page.parent)
     what = SECTION.match(new)["what"]
-    readme.write_text(SECTION.sub(lambda old: new if old["what"] == what else old[0], readme.read_text()))
+    page = page or (SCALING if what == " distributed" else README)
+    page.write_text(SECTION.sub(lambda old: new if old["what"] == what else old[0], page.read_text()))
 
 
 def section(results: Path, root: Path = README.parent) -> str:
@@ -38,9 +44,13 @@ def section(results: Path, root: Path = README.parent) -> str:
         return _comparison(json.loads(results.read_text()), results.resolve().relative_to(root.resolve()).as_posix())
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     source = results.resolve().relative_to(root.resolve()).as_posix()
-    of_kmeans = "setting" in rows[0]
-    what, table, words = (" k-means", _kmeans_table, _kmeans_words) if of_kmeans else ("", _table, _words)
-    text = f"{words(rows[0])} {_provenance(rows[0], source)}"
+    what, table, words = "", _table, _words
+    if "setting" in rows[0]:
+        what, table, words = " k-means", _kmeans_table, _kmeans_words
+    elif "processes" in rows[0]:
+        what, table, words = " distributed", _distributed_table, _distributed_words
+    link = f"../{source}" if what == " distributed" else source
+    text = f"{words(rows[0])} {_provenance(rows[0], source, link)}"
     return "\n".join((f"<!-- measured{what}: {source} -->", *table(rows), "", text, f"<!-- /measured{what} -->\n"))
 
 
@@ -85,10 +95,9 @@ def _spread(moments: dict, form: str = ".3f") -> str:
 
 def _kmeans_table(rows: list[dict]) -> list[str]:
     by_key = {(r["case"], r["n"], r["d"], r["clusters"], r["contender"]): r for r in rows}
-    lines = [
-        "| case | N, D, K | ccl_fast | / floor | faiss | scikit-learn | torch | wrong labels | peak: ours | faiss |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    rivals = KMEANS_CONTENDERS[1:]
+    heads = ("case", "N, D, K", "ccl_fast", "/ floor", *rivals, "wrong labels", "peak: ours", rivals[0])
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for key in dict.fromkeys(key[:-1] for key in by_key):
         runs = ours, *others = [by_key.get((*key, contender), {}) for contender in KMEANS_CONTENDERS]
         wrong = [str(run["wrong_labels"]) for run in runs if run.get("wrong_labels") is not None]
@@ -113,6 +122,33 @@ def _kmeans_words(row: dict) -> str:
         "Floor: the matrix products of the iterations, without seeding, at the rate of torch's fastest product. Wrong "
         "labels: given the same starting centres, of the rows checked against all distances in float64; in the order "
         "of the columns. Peak memory is above the inputs. No sub-sampling; the file has every library's configuration."
+    )
+
+
+def _distributed_table(rows: list[dict]) -> list[str]:
+    by_key = {(r["n"], r["contender"]): r for r in rows}
+    rivals = ("ours ring", "ours alone", "plain", "lightly")
+    heads = ("N", "ccl_fast", "ring", "one process", "plain", "lightly", "sent: ccl_fast", "ring", "plain", "lightly")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for n in sorted({key[0] for key in by_key}):
+        ours, *others = (by_key.get((n, name), {}) for name in ("ours", *rivals))
+        sent = [ours] + [other for other, name in zip(others, rivals, strict=True) if name != "ours alone"]
+        cells = [f"{n:,}", _time(ours["p50"]), *map(_rival, others), *map(_sent, sent)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _sent(row: dict) -> str:
+    return f"{row['sent'] / 2**20:.2f} MiB" if row.get("sent") else "-"
+
+
+def _distributed_words(row: dict) -> str:
+    return (
+        f"NT-Xent over {row['processes']} processes on one machine (gloo over the loopback interface; each has its "
+        f'part of the cores, "one process" has all), N rows in all, D = {row["d"]}, {row["dtype"]}, forward and '
+        "backward, median of interleaved runs; in brackets the median ratio to ccl_fast. Sent: bytes that the loopback "
+        "interface carried, for each process. Plain: our dense reference behind an all-gather with gradients, the "
+        "whole matrix on every process; lightly: `NTXentLoss(gather_distributed=True)`."
     )
 
 
@@ -170,8 +206,8 @@ def _words(row: dict) -> str:
     )
 
 
-def _provenance(row: dict, source: str) -> str:
+def _provenance(row: dict, source: str, link: str) -> str:
     return (
         f"{row['device']}, {row['threads']} threads, torch {row['torch']}, Python {row['python']}, "
-        f"{row['date'][:10]}, commit {row['commit'][:10]}; [{source}]({source})."
+        f"{row['date'][:10]}, commit {row['commit'][:10]}; [{source}]({link})."
     )

@@ -24,7 +24,7 @@ from benchmarks.contenders import CONTENDERS as LOSSES
 from benchmarks.contenders import Contender
 from benchmarks.gpu import Run
 from benchmarks.measure import compare_with_ours, failure_noted, record
-from benchmarks.memory import _forget_peak, _status, peak_on_gpu
+from benchmarks.memory import forget_peak, peak_on_gpu, status
 from benchmarks.results import ResultsFile, Row, table
 from benchmarks.timing import Clock, Step, host_clock, interleave, paired_ratio, percentiles
 from ccl_fast.models import Model
@@ -315,9 +315,9 @@ def _peak_of_this_process(contender: TrainingContender, n: int, what: str) -> in
     training = Training(ON_CPU, contender, ON_CPU.batch(min(n, WARM_UP_IMAGES), CPU))
     getattr(training, what)()  # libraries load, threads start, the optimiser makes its state
     training.batch = ON_CPU.batch(n, CPU)
-    before = _forget_peak()
+    before = forget_peak()
     getattr(training, what)()
-    return max(0, _status("VmHWM") - before)
+    return max(0, status("VmHWM") - before)
 
 
 def _plan() -> str:

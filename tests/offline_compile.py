@@ -101,8 +101,9 @@ def variants(kernel: str, ids: bool) -> list[dict]:
     if kernel == "backward_rows":
         found = [{"RUN_IF_BOUNDED": True, "flag": True}, {}]
         found += [rectangular | {"COL_ANCHORS": False}, rectangular | {"ROW_ANCHORS": False}]
+        found += [{"IS_SELF": False, "RUN_IF_BOUNDED": bounded, "flag": True} for bounded in (False, True)]
     elif kernel == "backward_weights":
-        found = [{}, rectangular | {"COL_ANCHORS": False}]
+        found = [{}, {"IS_SELF": False}, rectangular | {"COL_ANCHORS": False}]
     elif kernel == "forward_triangle":
         found = [{}]
     else:

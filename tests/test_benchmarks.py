@@ -12,7 +12,15 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks is a folder of the repository, not an installed package
 
-from benchmarks import kmeans, kmeans_cases, kmeans_contenders, kmeans_correctness, readme  # noqa: E402
+from benchmarks import (  # noqa: E402
+    distributed,
+    kmeans,
+    kmeans_cases,
+    kmeans_contenders,
+    kmeans_correctness,
+    readme,
+    scaling,
+)
 from benchmarks.cases import CASES, Size  # noqa: E402
 from benchmarks.contenders import CONTENDERS  # noqa: E402
 from benchmarks.correctness import is_wrong, relative_error  # noqa: E402
@@ -72,6 +80,39 @@ def test_the_kmeans_run_fills_its_table_in_the_readme(tmp_path):
     assert f"| {ours[0]['case']} |" in page.read_text()
 
 
+def test_the_run_of_several_processes_fills_its_table_in_the_docs(tmp_path):
+    distributed.run_cpu(True, tmp_path)
+    (file,) = tmp_path.glob("*-cpu-distributed.jsonl")
+    rows = {r["contender"]: r for r in map(json.loads, file.read_text().splitlines())}
+    assert rows.keys() == {*distributed.CONTENDERS, distributed.ALONE_NAME}
+    size = distributed.QUICK_SIZES[0]
+    for name, row in rows.items():
+        assert row["p50"] > 0 and not row["note"], row
+        assert row["processes"] == (1 if name == distributed.ALONE_NAME else distributed.PROCESSES)
+        # The other process's rows, at least, and with all that goes with them less than twice as much.
+        if name.startswith("ours") and row["processes"] > 1 and row["sent"]:
+            hops = 2 if name == "ours ring" else 1
+            assert 0.9 < row["sent"] / (hops * size.n / 2 * (4 * size.d + 8)) < 2
+    page = tmp_path / "scaling.md"
+    page.write_text("<!-- measured distributed -->\nstale\n<!-- /measured distributed -->\n")
+    readme.update(file, page)
+    assert page.read_text() == readme.section(file, tmp_path) and f"| {size.n:,} |" in page.read_text()
+
+
+def test_the_plan_in_the_docs_is_what_the_command_prints():
+    tables = scaling.plan(**{name: value for name, (value, _) in scaling.ASSUMED.items()})
+    assert f"<!-- plan -->\n{tables}\n<!-- /plan -->" in readme.SCALING.read_text()
+
+
+def test_the_plan_counts_what_the_losses_send():
+    """The bytes of `test_losses_distributed.test_bytes_sent`, for embeddings of two bytes."""
+    step = scaling.Step(rows=600, processes=2, width=128, tflops=100, gbytes=10)
+    assert step.own == 300
+    assert step.gather_bytes == 300 * (2 * 128 + 8) + 300 * 4.5 * 4
+    assert step.ring_bytes == 2 * 300 * (2 * 128 + 8) + 300 * 4.5 * 4
+    assert step.seconds == pytest.approx(3 * 2 * 600**2 * 128 / 2 / 1e14)
+
+
 def test_peak_memory_is_linear_and_within_the_bar():
     """One forward and backward at N = 32,768 in a process of its own: an N x N array alone would be 4 GiB."""
     size = Size(32_768, 128)
@@ -83,7 +124,7 @@ def test_the_gpu_run_walks_its_path_without_a_gpu(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "--output", tmp_path, "gpu", "--dry-run"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     files = list(tmp_path.glob("*.jsonl"))
-    assert len(files) == 3  # of the losses, of k-means, of training
+    assert len(files) == 4  # of the losses, of k-means, of training, of several processes
     for file in files:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         ours = [r for r in rows if r["contender"] == "ours"]
@@ -91,9 +132,9 @@ def test_the_gpu_run_walks_its_path_without_a_gpu(tmp_path):
 
 
 def test_the_readme_tables_are_those_of_the_files_they_name():
-    text = readme.README.read_text()
+    text = readme.README.read_text() + readme.SCALING.read_text()
     found = list(readme.SECTION.finditer(text))
-    assert found and len(found) == text.count("<!-- measured")
+    assert len(found) == 4 == text.count("<!-- measured")
     for section in found:
         assert section["source"] and section[0] == readme.section(ROOT / section["source"])
         assert not re.search(r"H100|H200|A100", section[0]), "a GPU figure needs a GPU results file"

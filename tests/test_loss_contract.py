@@ -416,9 +416,10 @@ def test_optimiser_lowers_the_loss_and_keeps_the_temperature_positive(use, backe
 @every_loss
 def test_arguments_are_in_the_documented_order(loss):
     names = {
-        CCLLoss: "temperature center_weight form center_temperature learnable_temperature normalize reduction backend",
-        SupConLoss: "temperature form learnable_temperature normalize reduction backend",
-        InfoNCELoss: "temperature symmetric learnable_temperature normalize reduction backend",
+        CCLLoss: "temperature center_weight form center_temperature learnable_temperature normalize reduction backend "
+        "process_group exchange",
+        SupConLoss: "temperature form learnable_temperature normalize reduction backend process_group exchange",
+        InfoNCELoss: "temperature symmetric learnable_temperature normalize reduction backend process_group exchange",
     }
     inputs = {
         CCLLoss: "embeddings cluster_ids centers center_temperature",
@@ -429,6 +430,7 @@ def test_arguments_are_in_the_documented_order(loss):
     assert list(inspect.signature(loss().forward).parameters) == inputs[loss].split()
     defaults = {name: p.default for name, p in inspect.signature(loss).parameters.items()}
     shared = {"learnable_temperature": False, "normalize": True, "reduction": "mean", "backend": "auto"}
+    shared |= {"process_group": None, "exchange": "all-gather"}
     assert defaults["temperature"] == 0.1 and shared.items() <= defaults.items()
 
 
@@ -506,7 +508,7 @@ INPUTS = {
     "no ids, rows": ((Z[:, 0],), r"cluster_ids: .*\[n, d\].*None"),
     "no ids, centers": ((Z, None, C), r"cluster_ids: .*centers.*None"),
     "centers type": ((Z, I, C.tolist()), r"centers: .*Tensor.*list"),
-    "centers 1-D": ((Z, I, C[0]), r"centers: .*\[.*d\].*\[3\]"),
+    "centers 1-D": ((Z, I, C[0]), r"centers: .*\[rows, 3\].*\[3\]"),
     "centers width": ((Z, I, C[:, :2]), r"centers: .*3\].*\[5, 2\]"),
     "centers ints": ((Z, I, C.int()), r"centers: .*float32.*int32"),
     "centers device": ((Z, I, C.to("meta")), r"centers: .*cpu.*meta"),

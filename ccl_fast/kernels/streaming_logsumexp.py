@@ -303,20 +303,21 @@ def _spread(same, of_same, of_other, AXIS: tl.constexpr, HAS_IDS: tl.constexpr):
 def _weigh(
     x, row_index, col_index, n_rows, n_cols, row_ids, ids_ptr, bias_ptr,
     ref_same, coef_same, ref_other, coef_other,
-    same_ptr, other_ptr, grad_same_ptr, grad_other_ptr,
+    same_ptr, other_ptr, grad_same_ptr, grad_other_ptr, col_anchor,
     ROW_ANCHORS: tl.constexpr, COL_ANCHORS: tl.constexpr, UNSHIFTED: tl.constexpr, IS_SELF: tl.constexpr,
     MASKED: tl.constexpr, WANT_SAME: tl.constexpr, WANT_OTHER: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """W over a tile of base-2 products x: the weights of the row anchors on the columns, of the column anchors on
-    the rows, or (self-contrast) both. The bias belongs to the side that are the keys."""
+    the rows, or both. The bias belongs to the side that are the keys. The anchors' numbers for column 0 are at
+    `col_anchor`."""
     HAS_IDS: tl.constexpr = ids_ptr is not None
     same = x < 0  # a placeholder where there are no ids
     if HAS_IDS:
         same = row_ids[:, None] == tl.load(ids_ptr + col_index, mask=col_index < n_cols, other=0)[None, :]
     if COL_ANCHORS:
         cref_same, ccoef_same, cref_other, ccoef_other = _anchors(
-            same_ptr, other_ptr, grad_same_ptr, grad_other_ptr, col_index, n_cols,
-            WANT_SAME, WANT_OTHER, UNSHIFTED, BLOCK_N,
+            same_ptr + col_anchor, other_ptr + col_anchor, grad_same_ptr + col_anchor, grad_other_ptr + col_anchor,
+            col_index, n_cols, WANT_SAME, WANT_OTHER, UNSHIFTED, BLOCK_N,
         )  # fmt: skip
     if UNSHIFTED:
         # exp2(x_ij) = exp2(x_ji): one exponential serves both anchors of the pair. No bias on this path.
@@ -345,7 +346,7 @@ def _weigh(
 def _backward_tile(
     acc, bias_grad,
     a, row_ids, block, rows, b_ptr, b_ids_ptr, bias_ptr, same_ptr, other_ptr, grad_same_ptr, grad_other_ptr,
-    ref_same, coef_same, ref_other, coef_other, scale, n_rows, n_cols, b_row, b_col,
+    col_anchor, ref_same, coef_same, ref_other, coef_other, scale, n_rows, n_cols, b_row, b_col,
     IS_SELF: tl.constexpr, ROW_ANCHORS: tl.constexpr, COL_ANCHORS: tl.constexpr, UNSHIFTED: tl.constexpr,
     MASKED: tl.constexpr, SUM_WEIGHTS: tl.constexpr, WANT_SAME: tl.constexpr, WANT_OTHER: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -355,7 +356,7 @@ def _backward_tile(
     x = tl.dot(a, tl.trans(b), input_precision=PRECISION) * scale
     w = _weigh(
         x, rows, cols, n_rows, n_cols, row_ids, b_ids_ptr, bias_ptr, ref_same, coef_same, ref_other, coef_other,
-        same_ptr, other_ptr, grad_same_ptr, grad_other_ptr,
+        same_ptr, other_ptr, grad_same_ptr, grad_other_ptr, col_anchor,
         ROW_ANCHORS, COL_ANCHORS, UNSHIFTED, IS_SELF, MASKED, WANT_SAME, WANT_OTHER, BLOCK_N,
     )  # fmt: skip
     if SUM_WEIGHTS:
@@ -367,15 +368,16 @@ def _backward_tile(
 def backward_rows(
     a_ptr, b_ptr, scale_ptr, out_scale_ptr, bias_ptr, a_ids_ptr, b_ids_ptr,
     same_ptr, other_ptr, grad_same_ptr, grad_other_ptr, out_ptr, scale_grad_ptr, bias_grad_ptr, bounded_ptr,
-    n_rows, n_cols, a_row, a_col, b_row, b_col, out_row,
+    n_rows, n_cols, col_anchor, a_row, a_col, b_row, b_col, out_row,
     IS_SELF: tl.constexpr, ROW_ANCHORS: tl.constexpr, COL_ANCHORS: tl.constexpr, RUN_IF_BOUNDED: tl.constexpr,
     WANT_SAME: tl.constexpr, WANT_OTHER: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a block of rows of `a` against all of `b`: out = out_scale sum_j W_ij b_j (2 units).
 
-    Row anchors: a are the queries, b the keys. Column anchors: a are the keys. Both: self-contrast. Also, where
-    asked for, the row's share sum_j W_ij <a_i, b_j> of the gradient of the scale, and sum_j W_ij, that of the bias.
+    Row anchors: a are the queries, b the keys. Column anchors: a are the keys. Both: self-contrast, or two parts of
+    one; then the numbers of the column anchors follow those of the rows, from `col_anchor` on. Also, where asked for,
+    the row's share sum_j W_ij <a_i, b_j> of the gradient of the scale, and sum_j W_ij, that of the bias.
     """
     if bounded_ptr is not None:  # noqa: SIM102 (decided when compiling; the load is not)
         if (tl.load(bounded_ptr) != 0) != RUN_IF_BOUNDED:
@@ -397,14 +399,14 @@ def backward_rows(
     for t in range(fast):
         acc, bias_grad = _backward_tile(
             acc, bias_grad, a, row_ids, _fast_block(t, low, high), rows, b_ptr, b_ids_ptr, bias_ptr,
-            same_ptr, other_ptr, grad_same_ptr, grad_other_ptr, ref_same, coef_same, ref_other, coef_other,
+            same_ptr, other_ptr, grad_same_ptr, grad_other_ptr, col_anchor, ref_same, coef_same, ref_other, coef_other,
             scale, n_rows, n_cols, b_row, b_col, IS_SELF, ROW_ANCHORS, COL_ANCHORS, RUN_IF_BOUNDED, False,
             bias_grad_ptr is not None, WANT_SAME, WANT_OTHER, D, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
     for t in range(masked):
         acc, bias_grad = _backward_tile(
             acc, bias_grad, a, row_ids, _masked_block(t, low, high, full), rows, b_ptr, b_ids_ptr, bias_ptr,
-            same_ptr, other_ptr, grad_same_ptr, grad_other_ptr, ref_same, coef_same, ref_other, coef_other,
+            same_ptr, other_ptr, grad_same_ptr, grad_other_ptr, col_anchor, ref_same, coef_same, ref_other, coef_other,
             scale, n_rows, n_cols, b_row, b_col, IS_SELF, ROW_ANCHORS, COL_ANCHORS, RUN_IF_BOUNDED, True,
             bias_grad_ptr is not None, WANT_SAME, WANT_OTHER, D, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
@@ -423,7 +425,7 @@ def backward_rows(
 @triton.jit(do_not_specialize=["row_start", "col_start"])
 def backward_weights(
     q_ptr, k_ptr, scale_ptr, bias_ptr, q_ids_ptr, k_ids_ptr, same_ptr, other_ptr, grad_same_ptr, grad_other_ptr,
-    out_ptr, n, m, row_start, col_start, row_stop, q_row, q_col, k_row, k_col, out_row,
+    out_ptr, n, m, col_anchor, row_start, col_start, row_stop, q_row, q_col, k_row, k_col, out_row,
     IS_SELF: tl.constexpr, COL_ANCHORS: tl.constexpr, WANT_SAME: tl.constexpr, WANT_OTHER: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -447,7 +449,7 @@ def backward_weights(
     )
     w = _weigh(
         x, rows, cols, n, m, row_ids, k_ids_ptr, bias_ptr, ref_same, coef_same, ref_other, coef_other,
-        same_ptr, other_ptr, grad_same_ptr, grad_other_ptr,
+        same_ptr, other_ptr, grad_same_ptr, grad_other_ptr, col_anchor,
         True, COL_ANCHORS, False, IS_SELF, True, WANT_SAME, WANT_OTHER, BLOCK_N,
     )  # fmt: skip
     offset = (rows - row_start).to(tl.int64)[:, None] * out_row + (cols - col_start)[None, :]

@@ -4,10 +4,11 @@ from math import inf
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from ccl_fast.losses.contrast import Batch, ContrastiveLoss, check_positive
-from ccl_fast.ops import logaddexp, row_dot, same_id_similarity, streaming_logsumexp
-from ccl_fast.ops.validation import check_choice, check_floating, check_matrix, check_same, check_vector
+from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
+from ccl_fast.ops.validation import check_choice, check_same, check_vector
 
 FORMS = ("joint", "split", "inside")
 
@@ -44,9 +45,18 @@ class CCLLoss(ContrastiveLoss):
         normalize: scale embeddings and centres to unit length; if not, they are used as they come.
         reduction: "mean", "sum", or "none" (a loss per row: ``[n]`` or ``[n, views]``).
         backend: of the streaming log-sum-exp: "auto", "triton", "blocked" or "reference".
+        process_group: the batch is that of all processes of this torch.distributed group ("world": the default group),
+            each of which passes its part, of any size, with ids that mean the same everywhere, and the same centres.
+            Every process returns the loss of the whole batch ("none": of its own rows). Its gradients are those of
+            that loss times the number of processes, for its own embeddings: averaged over processes, as
+            DistributedDataParallel does, they make the gradient of the model that one process would find. That of a
+            learnable temperature is whole on every process. None: this process's batch alone.
+        exchange: how rows travel between processes: "all-gather" (every process holds the embeddings of all, once),
+            or "ring" (two parts at a time).
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
+        PeerError: (a RuntimeError) another process has ended or does not answer.
     """
 
     _ids_name = "cluster_ids"
@@ -61,8 +71,10 @@ class CCLLoss(ContrastiveLoss):
         normalize: bool = True,
         reduction: str = "mean",
         backend: str = "auto",
+        process_group: ProcessGroup | str | None = None,
+        exchange: str = "all-gather",
     ):
-        super().__init__(temperature, learnable_temperature, normalize, reduction, backend)
+        super().__init__(temperature, learnable_temperature, normalize, reduction, backend, process_group, exchange)
         check_choice("form", form, FORMS)
         if isinstance(center_weight, bool) or not (isinstance(center_weight, int | float) and 0 <= center_weight < inf):
             raise ValueError(f"center_weight: expected a number >= 0, got {center_weight!r}")
@@ -75,6 +87,10 @@ class CCLLoss(ContrastiveLoss):
 
     def extra_repr(self) -> str:
         return f"form={self.form!r}, center_weight={self.center_weight}, {super().extra_repr()}"
+
+    @property
+    def settings(self) -> dict:
+        return super().settings | {"form": self.form, "center_weight": self.center_weight}
 
     def forward(
         self,
@@ -99,35 +115,23 @@ class CCLLoss(ContrastiveLoss):
             ValueError: an argument has the wrong type, shape, dtype, device or value.
             IndexError: a cluster id is below -1 or not less than k (on a GPU: an assertion on the device).
         """
-        k = None
-        if centers is not None:
-            if cluster_ids is None:
-                raise ValueError("cluster_ids: expected integers [n] with centers, got None")
-            check_matrix("centers", centers)
-            k = centers.shape[0]
-        batch = self.prepare(embeddings, cluster_ids, self._ids_name, number_of_ids=k)
-        if k == 0:  # before the first clustering: all unassigned
+        batch = self.prepare(embeddings, cluster_ids, self._ids_name, centers)
+        if centers is not None and centers.shape[0] == 0:  # before the first clustering: all unassigned
             centers = None
-        scale = 1.0 / self.temperature
+        scale = 1.0 / self.shared(self.temperature, batch.exchange)
         if centers is not None:
             center_logsumexp, own_center = self._contrast_centers(batch, centers, center_temperature, scale)
             # An unassigned anchor has no centre of its own, but all centres are negatives of it.
             weight = self.center_weight * batch.assigned.to(own_center.dtype)
 
+        others, positives, count = self.contrast(batch, scale, inside=self.form == "inside")
         if self.form == "inside":
-            others, positives = streaming_logsumexp(
-                batch.z, scale=scale, q_ids=batch.ids, return_same=True, backend=self.backend
-            )
             if centers is not None:
                 others = logaddexp(others, center_logsumexp)
                 positives = logaddexp(positives, own_center + weight.log())
             has_positive = positives != -torch.inf
             losses = others.masked_fill(~has_positive, 0.0) - positives.masked_fill(~has_positive, 0.0)
-            return self.reduce(losses, has_positive, batch.shape)
-
-        others = streaming_logsumexp(batch.z, scale=scale, backend=self.backend)
-        positives, count = same_id_similarity(batch.z, batch.ids)
-        positives = positives * scale
+            return self.reduce(losses, has_positive, batch.shape, batch.exchange)
         if centers is None:
             losses = others - positives / count.clamp(min=1)
         elif self.form == "joint":
@@ -138,17 +142,15 @@ class CCLLoss(ContrastiveLoss):
             local = (others - positives / count.clamp(min=1)).masked_fill(count == 0, 0.0)
             losses = local + weight * (center_logsumexp - own_center)
             count = count + weight
-        return self.reduce(losses, count > 0, batch.shape)
+        return self.reduce(losses, count > 0, batch.shape, batch.exchange)
 
     def _contrast_centers(
         self, batch: Batch, centers: Tensor, temperature: float | Tensor | None, scale: float | Tensor
     ) -> tuple[Tensor, Tensor]:
         """Log-sum-exp over the centres, and the logit of the row's own centre (0 if unassigned)."""
-        check_matrix("centers", centers, columns=batch.z.shape[1])
-        check_floating("centers", centers)
-        check_same("centers", centers, "embeddings", batch.z, dtype=False)
         _check_center_temperature(temperature)
         temperature = self.center_temperature if temperature is None else temperature
+        temperature = self.shared(temperature, batch.exchange)
         accumulation = torch.promote_types(batch.z.dtype, torch.float32)
         centers = self.unit(centers.detach().to(accumulation)).to(batch.z.dtype)
         own = batch.ids.clamp(min=0)

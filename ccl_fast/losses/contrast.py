@@ -1,15 +1,22 @@
-"""What every contrastive loss here shares: views and ids, unit vectors, temperature, reduction."""
+"""What every contrastive loss here shares: views and ids, unit vectors, temperature, reduction, several processes."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from ccl_fast.distributed import EXCHANGES, Peers, check_process_group, outside_of_graphs
+from ccl_fast.ops import logaddexp, same_id_similarity, streaming_logsumexp
+from ccl_fast.ops.global_contrast import Exchange, Wanted, global_contrast
 from ccl_fast.ops.validation import (
     check_choice,
     check_floating,
     check_integer,
+    check_matrix,
     check_same,
     check_tensor,
     check_vector,
@@ -24,6 +31,7 @@ class Batch(NamedTuple):
     z: Tensor  # [n, d]
     ids: Tensor  # [n] int64; an unassigned sample has an id (< 0) of its own
     shape: torch.Size  # of the result under reduction="none": [n] or [n, views]
+    exchange: Exchange | None  # with the other processes' rows, if there are any
 
     @property
     def assigned(self) -> Tensor:
@@ -40,11 +48,17 @@ class ContrastiveLoss(nn.Module):
         normalize: bool = True,
         reduction: str = "mean",
         backend: str = "auto",
+        process_group: ProcessGroup | str | None = None,
+        exchange: str = "all-gather",
     ):
         super().__init__()
         check_positive("temperature", temperature)
         check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("exchange", exchange, EXCHANGES)
+        if process_group is not None:
+            check_process_group(process_group)
         self.normalize, self.reduction, self.backend = normalize, reduction, backend
+        self.process_group, self.exchange = process_group, exchange
         self._temperature = temperature
         if learnable_temperature:
             # Its logarithm is learned: it stays positive whatever the optimiser does.
@@ -56,36 +70,88 @@ class ContrastiveLoss(nn.Module):
 
     def extra_repr(self) -> str:
         temperature = float(torch.as_tensor(self.temperature).detach())
-        return (
+        text = (
             f"temperature={temperature:.4g}, normalize={self.normalize}, "
             f"reduction={self.reduction!r}, backend={self.backend!r}"
         )
+        return text if self.process_group is None else f"{text}, exchange={self.exchange!r}"
 
-    def prepare(self, embeddings: Tensor, ids: Tensor | None, ids_name: str, number_of_ids: int | None = None) -> Batch:
-        """Flatten views into rows, give each unassigned sample an id of its own, normalise."""
-        check_tensor("embeddings", embeddings)
-        check_floating("embeddings", embeddings)
-        if embeddings.ndim not in (2, 3):
-            raise ValueError(f"embeddings: expected shape [n, d] or [n, views, d], got {list(embeddings.shape)}")
-        if embeddings.ndim == 2 and ids is None:
-            raise ValueError(
-                f"{ids_name}: expected integers [n] with embeddings [n, d], got None "
-                "(without ids the views of a sample must be told apart: embeddings [n, views, d])"
-            )
-        n = embeddings.shape[0]
-        sample = torch.arange(n, device=embeddings.device)
-        if ids is None:
-            ids = sample
+    @property
+    def settings(self) -> dict:
+        """What must be the same on every process, besides what `forward` is given."""
+        temperature = "learnable" if isinstance(self.temperature, Tensor) else self.temperature
+        return {
+            "temperature": temperature,
+            "normalize": self.normalize,
+            "reduction": self.reduction,
+            "exchange": self.exchange,
+        }
+
+    def prepare(self, embeddings: Tensor, ids: Tensor | None, ids_name: str, centers: Tensor | None = None) -> Batch:
+        """Flatten views into rows, give each unassigned sample an id of its own, normalise; meet other processes."""
+        exchange, first = None, 0
+        if self.process_group is None:
+            n, _ = _check_batch(embeddings, ids, ids_name, centers)
         else:
-            check_vector(ids_name, ids, n)
-            check_integer(ids_name, ids)
-            check_same(ids_name, ids, "embeddings", embeddings, dtype=False)
-            check_id_range(ids_name, ids, number_of_ids)
-            ids = torch.where(ids < 0, -1 - sample, ids)
+            check = functools.partial(_check_batch, embeddings, ids, ids_name, centers)
+            alike = {"embeddings": describe(embeddings), ids_name: "None" if ids is None else "given"}
+            alike["centers"] = describe(centers)
+            if isinstance(centers, Tensor) and centers.ndim:
+                alike["centers"] += f", k = {len(centers)}"
+            n, exchange, first = self.meet(check, alike)
+        sample = torch.arange(first, first + n, device=embeddings.device)
+        ids = sample if ids is None else torch.where(ids < 0, -1 - sample, ids)
         shape = embeddings.shape[:-1]
         if embeddings.ndim == 3:
             ids = ids.repeat_interleave(embeddings.shape[1])
-        return Batch(self.unit(embeddings.flatten(0, -2)), ids, shape)
+        return Batch(self.unit(embeddings.flatten(0, -2)), ids, shape, exchange)
+
+    @outside_of_graphs
+    def meet(self, check: Callable[[], tuple[int, int]], alike: dict) -> tuple[int, Exchange, int]:
+        """Meet the other processes: how many samples are here, how rows travel, and the number of the first sample
+        among those of all processes.
+
+        Args:
+            check: of this process's arguments; it returns the number of samples, and of rows of each.
+            alike: of the arguments of `forward`, what must be the same on every process.
+
+        Raises:
+            ValueError: it is not, or the check of another process has failed.
+        """
+        peers = Peers(self.process_group)
+        try:
+            samples, rows = check()
+        except (ValueError, IndexError) as error:
+            peers.agree(0, error)
+            raise
+        counts = peers.agree(samples, **alike, **self.settings)
+        return samples, Exchange(peers, [rows * count for count in counts], self.exchange), sum(counts[: peers.rank])
+
+    def shared(self, x: float | Tensor | None, exchange: Exchange | None) -> float | Tensor | None:
+        """A parameter that is used in all rows of the batch: each process has the whole of its gradient."""
+        if exchange is None or not (isinstance(x, Tensor) and x.requires_grad):
+            return x
+        return _mean_gradient(x, exchange.peers)
+
+    def contrast(self, batch: Batch, scale: float | Tensor, *, inside: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of every row, over all other rows: log-sum-exp of the logits, and what the positives bring, which is their
+        log-sum-exp (``inside`` the logarithm), or else the sum of their logits; then their number comes third."""
+        if batch.exchange is None:
+            if inside:
+                others, positives = streaming_logsumexp(
+                    batch.z, scale=scale, q_ids=batch.ids, return_same=True, backend=self.backend
+                )
+                return others, positives, None
+            others = streaming_logsumexp(batch.z, scale=scale, backend=self.backend)
+            positives, count = same_id_similarity(batch.z, batch.ids)
+            return others, positives * scale, count
+        wanted = Wanted(same=True, other=True) if inside else Wanted(other=True, similarity=True)
+        found = global_contrast(
+            batch.z, batch.ids, scale=scale, wanted=wanted, exchange=batch.exchange, backend=self.backend
+        )
+        if inside:
+            return logaddexp(found["same"], found["other"]), found["same"], None
+        return found["other"], found["similarity"] * scale, found["count"]
 
     def unit(self, x: Tensor) -> Tensor:
         """Rows of unit length (if `normalize`), in the dtype that the matrix products shall have."""
@@ -96,13 +162,82 @@ class ContrastiveLoss(nn.Module):
             return x.to(dtype)
         return nn.functional.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1).to(dtype)
 
-    def reduce(self, losses: Tensor, has_positive: Tensor, shape: torch.Size) -> Tensor:
-        """Anchors without a positive contribute 0 and do not count in the mean; none at all gives 0."""
+    def reduce(
+        self, losses: Tensor, has_positive: Tensor, shape: torch.Size, exchange: Exchange | None = None
+    ) -> Tensor:
+        """Anchors without a positive contribute 0 and do not count in the mean; none at all gives 0.
+
+        Of several processes each returns the sum or mean over all rows. The gradient is that of its own rows' part,
+        times the number of processes, so that the mean of all processes' gradients is the gradient.
+        """
         losses = losses.masked_fill(~has_positive, 0.0)
         if self.reduction == "none":
             return losses.view(shape)
-        total = losses.sum()
-        return total if self.reduction == "sum" else total / has_positive.sum().clamp(min=1)
+        total, count = losses.sum(), has_positive.sum()
+        if exchange is None:
+            return total if self.reduction == "sum" else total / count.clamp(min=1)
+        return _over_processes(total, count, self.reduction == "mean", exchange.peers)
+
+
+@outside_of_graphs
+def _mean_gradient(x: Tensor, peers: Peers) -> Tensor:
+    return peers.mean_gradient(x)
+
+
+@outside_of_graphs
+def _over_processes(total: Tensor, count: Tensor, mean: bool, peers: Peers) -> Tensor:
+    value, all_count = peers.sum(torch.stack((total.detach().double(), count.double())))
+    share = peers.size * total
+    if mean:
+        all_count = all_count.clamp(min=1)
+        value, share = value / all_count, share / all_count.to(share.dtype)
+    return _WithValue.apply(share, value.to(share.dtype))
+
+
+class _WithValue(torch.autograd.Function):
+    """Another value, the gradient of x."""
+
+    @staticmethod
+    def forward(ctx, x, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def describe(x) -> str:
+    """Of a tensor all but the number of its rows, as the processes compare it."""
+    if not isinstance(x, Tensor):
+        return "None" if x is None else type(x).__name__
+    shape = ", ".join(["n", *map(str, x.shape[1:])] if x.ndim else [])
+    gradient = ", with gradient" if x.requires_grad and torch.is_grad_enabled() else ""
+    return f"{str(x.dtype).removeprefix('torch.')} [{shape}]{gradient}"
+
+
+def _check_batch(embeddings: Tensor, ids: Tensor | None, ids_name: str, centers: Tensor | None) -> tuple[int, int]:
+    """Numbers of samples, and of rows of each."""
+    check_tensor("embeddings", embeddings)
+    check_floating("embeddings", embeddings)
+    if embeddings.ndim not in (2, 3):
+        raise ValueError(f"embeddings: expected shape [n, d] or [n, views, d], got {list(embeddings.shape)}")
+    if embeddings.ndim == 2 and ids is None:
+        raise ValueError(
+            f"{ids_name}: expected integers [n] with embeddings [n, d], got None "
+            "(without ids the views of a sample must be told apart: embeddings [n, views, d])"
+        )
+    if centers is not None:
+        if ids is None:
+            raise ValueError(f"{ids_name}: expected integers [n] with centers, got None")
+        check_matrix("centers", centers, columns=embeddings.shape[-1])
+        check_floating("centers", centers)
+        check_same("centers", centers, "embeddings", embeddings, dtype=False)
+    if ids is not None:
+        check_vector(ids_name, ids, embeddings.shape[0])
+        check_integer(ids_name, ids)
+        check_same(ids_name, ids, "embeddings", embeddings, dtype=False)
+        check_id_range(ids_name, ids, None if centers is None else len(centers))
+    return embeddings.shape[0], embeddings.shape[1] if embeddings.ndim == 3 else 1
 
 
 def check_positive(name: str, value: float) -> None:

@@ -2,9 +2,11 @@
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from ccl_fast.losses.contrast import ContrastiveLoss
+from ccl_fast.losses.contrast import ContrastiveLoss, describe
 from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
+from ccl_fast.ops.global_contrast import Exchange, Wanted, global_contrast
 from ccl_fast.ops.validation import check_floating, check_matrix, check_same
 
 
@@ -26,7 +28,8 @@ class InfoNCELoss(ContrastiveLoss):
     Args:
         temperature: T, > 0; the initial value if learnable.
         symmetric: two towers contrast in both directions (keys are anchors too).
-        learnable_temperature, normalize, reduction, backend: as in `CCLLoss`.
+        learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `CCLLoss`; the keys of all
+            processes are negatives, ``negatives`` those of the process that passes them.
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
@@ -40,12 +43,18 @@ class InfoNCELoss(ContrastiveLoss):
         normalize: bool = True,
         reduction: str = "mean",
         backend: str = "auto",
+        process_group: ProcessGroup | str | None = None,
+        exchange: str = "all-gather",
     ):
-        super().__init__(temperature, learnable_temperature, normalize, reduction, backend)
+        super().__init__(temperature, learnable_temperature, normalize, reduction, backend, process_group, exchange)
         self.symmetric = symmetric
 
     def extra_repr(self) -> str:
         return f"symmetric={self.symmetric}, {super().extra_repr()}"
+
+    @property
+    def settings(self) -> dict:
+        return super().settings | {"symmetric": self.symmetric}
 
     def forward(self, queries: Tensor, keys: Tensor | None = None, negatives: Tensor | None = None) -> Tensor:
         """
@@ -58,28 +67,22 @@ class InfoNCELoss(ContrastiveLoss):
             The loss, float32 (float64 for float64 input). With reduction "none" a loss per anchor: ``[n, 2]`` for
             views and for two towers in both directions (second column: the keys), else ``[n]``.
         """
-        if keys is None:
-            if not isinstance(queries, Tensor) or queries.ndim != 3 or queries.shape[1] != 2:
-                got = list(queries.shape) if isinstance(queries, Tensor) else type(queries).__name__
-                raise ValueError(f"queries: expected shape [n, 2, d] without keys, got {got}")
+        exchange = None
+        if self.process_group is None:
+            _check(queries, keys)
         else:
-            check_matrix("queries", queries)
-            check_matrix("keys", keys, columns=queries.shape[1])
-            check_same("keys", keys, "queries", queries)
-            if keys.shape != queries.shape:
-                raise ValueError(
-                    f"keys: expected shape {list(queries.shape)} (that of queries), got {list(keys.shape)}"
-                )
-        check_floating("queries", queries)
-        scale = 1.0 / self.temperature
+            alike = {"queries": describe(queries), "keys": describe(keys)}
+            _, exchange, _ = self.meet(lambda: _check(queries, keys), alike)
+        scale = 1.0 / self.shared(self.temperature, exchange)
 
-        if keys is not None and not self.symmetric:
+        one_way = keys is not None and not self.symmetric
+        if one_way and exchange is None:
             anchors, positives = self.unit(queries), self.unit(keys)
             logsumexp = streaming_logsumexp(anchors, positives, scale=scale, backend=self.backend)
             shape = queries.shape[:1]
         else:
             pairs = queries if keys is None else torch.stack((queries, keys), dim=1)
-            n = pairs.shape[0]
+            n, shape = pairs.shape[0], pairs.shape[:2]
             # Both directions of two towers are one self-contrast between them: a pair of rows is met once.
             # Tower by tower, so that whole tiles within a tower can be passed over.
             anchors = self.unit(pairs.transpose(0, 1).flatten(0, 1))
@@ -87,14 +90,9 @@ class InfoNCELoss(ContrastiveLoss):
             towers = None
             if keys is not None:
                 towers = torch.arange(2, device=anchors.device).repeat_interleave(n)
-            logsumexp = streaming_logsumexp(
-                anchors,
-                scale=scale,
-                q_ids=towers,
-                candidates="all" if towers is None else "other_id",
-                backend=self.backend,
-            )
-            shape = pairs.shape[:2]
+            logsumexp = self._over_the_others(anchors, towers, scale, exchange)
+            if one_way:
+                anchors, positives, logsumexp, shape = anchors[:n], positives[:n], logsumexp[:n], shape[:1]
         if negatives is not None:
             check_matrix("negatives", negatives, columns=queries.shape[-1])
             check_same("negatives", negatives, "queries", queries)
@@ -103,4 +101,32 @@ class InfoNCELoss(ContrastiveLoss):
         losses = logsumexp - row_dot(anchors, positives) * scale
         if len(shape) == 2:
             losses = losses.view(2, -1).T.flatten()
-        return self.reduce(losses, torch.ones_like(losses, dtype=torch.bool), shape)
+        return self.reduce(losses, torch.ones_like(losses, dtype=torch.bool), shape, exchange)
+
+    def _over_the_others(
+        self, anchors: Tensor, towers: Tensor | None, scale: float | Tensor, exchange: Exchange | None
+    ) -> Tensor:
+        """Log-sum-exp over all other rows, or with towers over those of the other one."""
+        if exchange is None:
+            candidates = "all" if towers is None else "other_id"
+            return streaming_logsumexp(anchors, scale=scale, q_ids=towers, candidates=candidates, backend=self.backend)
+        wanted = Wanted(other=True, by_id=towers is not None)
+        return global_contrast(anchors, towers, scale=scale, wanted=wanted, exchange=exchange, backend=self.backend)[
+            "other"
+        ]
+
+
+def _check(queries: Tensor, keys: Tensor | None) -> tuple[int, int]:
+    """Numbers of samples, and of rows of each."""
+    if keys is None:
+        if not isinstance(queries, Tensor) or queries.ndim != 3 or queries.shape[1] != 2:
+            got = list(queries.shape) if isinstance(queries, Tensor) else type(queries).__name__
+            raise ValueError(f"queries: expected shape [n, 2, d] without keys, got {got}")
+    else:
+        check_matrix("queries", queries)
+        check_matrix("keys", keys, columns=queries.shape[1])
+        check_same("keys", keys, "queries", queries)
+        if keys.shape != queries.shape:
+            raise ValueError(f"keys: expected shape {list(queries.shape)} (that of queries), got {list(keys.shape)}")
+    check_floating("queries", queries)
+    return len(queries), 2

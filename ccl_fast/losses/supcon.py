@@ -1,6 +1,7 @@
 """Supervised contrastive learning."""
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ccl_fast.losses.ccl import CCLLoss
 from ccl_fast.ops.validation import check_choice
@@ -23,7 +24,7 @@ class SupConLoss(CCLLoss):
     Args:
         temperature: T, > 0; the initial value if learnable.
         form: "outside" (the paper's L_out) or "inside" (L_in) of the logarithm.
-        learnable_temperature, normalize, reduction, backend: as in `CCLLoss`.
+        learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `CCLLoss`.
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
@@ -39,6 +40,8 @@ class SupConLoss(CCLLoss):
         normalize: bool = True,
         reduction: str = "mean",
         backend: str = "auto",
+        process_group: ProcessGroup | str | None = None,
+        exchange: str = "all-gather",
     ):
         check_choice("form", form, FORMS)
         super().__init__(
@@ -48,6 +51,8 @@ class SupConLoss(CCLLoss):
             normalize=normalize,
             reduction=reduction,
             backend=backend,
+            process_group=process_group,
+            exchange=exchange,
         )
 
     def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:

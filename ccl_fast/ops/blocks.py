@@ -20,8 +20,7 @@ FEWEST_BLOCKS = 8
 
 
 def for_each_block(rows: int, size: int, work: Callable[[slice], None], device: torch.device) -> None:
-    """Call ``work`` with slices of ``size`` or less that cover ``range(rows)``; on a CPU, if they are many, from as many
-    threads as torch has.
+    """Call ``work`` with slices of ``size`` or less that cover ``range(rows)``; many on a CPU from many threads.
 
     The calls must not depend on each other. Gradients and autocast are off in them.
     """

@@ -5,8 +5,9 @@ all others. A row's weight on a key in the backward is C_i exp(x_ij + b_j - R_i)
 log-sum-exp and incoming gradient, of the kind that the pair belongs to.
 
 Self-contrast walks the upper triangle only, in both directions: x_ij = x_ji, so a tile serves its rows and its
-columns (one half and three halves of a matrix product instead of one and two). Where all logits are bounded
-(`logit_bound`), exponentials need no shift and are themselves symmetric.
+columns (one half and three halves of a matrix product instead of one and two). So does a pair of blocks of rows that
+are anchors of each other, two parts of a larger self-contrast. Where all logits are bounded (`logit_bound`),
+exponentials need no shift and are themselves symmetric.
 """
 
 import itertools
@@ -32,16 +33,17 @@ LOG2E = 1.4426950408889634
 class _Tile:
     rows: slice
     cols: slice
-    mirrored: bool  # self-contrast, off the diagonal: the tile stands for its transpose too
+    mirrored: bool  # mutual anchors, off the diagonal of self-contrast: the tile stands for its transpose too
     relation: str  # "same": every pair has one id, "other": none has, "mixed"
 
 
 class _Problem:
     """The operands in accumulation precision and, on a CPU, sorted by id, so that most tiles need no mask."""
 
-    def __init__(self, q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, bounded):
+    def __init__(self, q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, bounded, mutual=False):
         dtype = torch.promote_types(q.dtype, torch.float32)
         self.is_self = k is None
+        self.mutual = mutual or self.is_self  # the keys are anchors too, of which the rows are keys
         on_cpu = q.device.type == "cpu"
         self.bounded = on_cpu and bool(bounded)
         self.scale = scale
@@ -80,7 +82,7 @@ class _Problem:
                     continue
                 relation = self._relation(i, j)
                 if self.wanted[relation]:
-                    yield _Tile(rows, cols, self.is_self and i != j, relation)
+                    yield _Tile(rows, cols, self.mutual and not (self.is_self and i == j), relation)
 
     def _relation(self, i: int, j: int) -> str:
         if self.q_ids is None:
@@ -107,14 +109,9 @@ class _Problem:
     def same_mask(self, tile: _Tile) -> Tensor:
         return self.q_ids[tile.rows, None] == self.k_ids[None, tile.cols]
 
-    def rows_to_sorted(self, x: Tensor) -> Tensor:
-        return x if self.order_q is None else x[self.order_q]
 
-    def rows_from_sorted(self, x: Tensor) -> Tensor:
-        return x if self.order_q is None else torch.empty_like(x).index_copy_(0, self.order_q, x)
-
-    def keys_from_sorted(self, x: Tensor) -> Tensor:
-        return x if self.order_k is None else torch.empty_like(x).index_copy_(0, self.order_k, x)
+def _from_sorted(x: Tensor, order: Tensor | None) -> Tensor:
+    return x if order is None else torch.empty_like(x).index_copy_(0, order, x)
 
 
 def _blocks(n: int, block: int, ids: Tensor | None) -> list[slice]:
@@ -132,122 +129,185 @@ def _blocks(n: int, block: int, ids: Tensor | None) -> list[slice]:
 
 
 def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple[Tensor, Tensor, Tensor]:
-    # On a CPU a branch on a value is free. On a GPU it would stall the queue: take the general path.
-    on_cpu = q.device.type == "cpu"
-    bounded = logits_are_bounded(q, k, scale, key_bias) if on_cpu else scale.new_zeros((), dtype=torch.bool)
+    bounded = _bounded(q, k, scale, key_bias)
     problem = _Problem(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, bounded)
+    of_rows, _ = _logsumexps(problem, want_same, want_other)
+    return *of_rows, bounded
+
+
+def pair_forward(q, k, scale, q_ids, k_ids, want_same, want_other) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Log-sum-exps over the same id and the others: of the rows of q over those of k, and of those of k over q."""
+    problem = _Problem(q, k, scale, None, q_ids, k_ids, want_same, want_other, _bounded(q, k, scale, None), mutual=True)
+    return _logsumexps(problem, want_same, want_other)
+
+
+def _bounded(q: Tensor, k: Tensor | None, scale: Tensor, key_bias: Tensor | None) -> Tensor:
+    # On a CPU a branch on a value is free. On a GPU it would stall the queue: take the general path.
+    if q.device.type == "cpu":
+        return logits_are_bounded(q, k, scale, key_bias)
+    return scale.new_zeros((), dtype=torch.bool)
+
+
+def _logsumexps(problem: _Problem, want_same: bool, want_other: bool) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Over the same id and over the others: of the rows, and of the keys where they are anchors too."""
     sums = _UnshiftedSums if problem.bounded else _ShiftedSums
-    totals = {name: sums(problem) for name, want in (("same", want_same), ("other", want_other)) if want}
+    names = [name for name, want in (("same", want_same), ("other", want_other)) if want]
+    of_rows = {name: sums(problem.q, problem.bias) for name in names}
+    of_keys = of_rows if problem.is_self else {name: sums(problem.k, None) for name in names}
 
     for tile in problem.tiles():
         x = problem.exponentials(tile) if problem.bounded else problem.logits(tile)
         mask = problem.same_mask(tile) if tile.relation == "mixed" else None
-        for name, total in totals.items():
+        for name in names:
+            if mask is None and tile.relation != name:
+                continue
+            wanted = x
             if mask is not None:
-                total.add(tile, x.masked_fill(~mask if name == "same" else mask, total.nothing))
-            elif tile.relation == name:
-                total.add(tile, x)
+                wanted = x.masked_fill(~mask if name == "same" else mask, sums.nothing)
+            of_rows[name].add(tile.rows, tile.cols, wanted, 1)
+            if tile.mirrored:
+                of_keys[name].add(tile.cols, tile.rows, wanted, 0)
     empty = problem.q.new_empty(0)
-    lse = {name: problem.rows_from_sorted(total.log()) for name, total in totals.items()}
-    return lse.get("same", empty), lse.get("other", empty), bounded
+    return tuple(
+        tuple(_from_sorted(found[name].log(), order) if name in found else empty for name in ("same", "other"))
+        for found, order in ((of_rows, problem.order_q), (of_keys, problem.order_k))
+    )
 
 
 class _UnshiftedSums:
-    """Row sums of exp(x + b) for bounded logits: tiles arrive exponentiated."""
+    """Sums of exp(x + b) for bounded logits, for every anchor: tiles arrive exponentiated."""
 
     nothing = 0.0
 
-    def __init__(self, problem: _Problem):
-        self.total = problem.q.new_zeros(problem.q.shape[0])
-        self.weight = None if problem.bias is None else problem.bias.exp()
+    def __init__(self, anchors: Tensor, bias: Tensor | None):
+        self.total = anchors.new_zeros(len(anchors))
+        self.weight = None if bias is None else bias.exp()
 
-    def add(self, tile: _Tile, e: Tensor) -> None:
-        self.total[tile.rows] += e.sum(1) if self.weight is None else e @ self.weight[tile.cols]
-        if tile.mirrored:
-            self.total[tile.cols] += e.sum(0) if self.weight is None else self.weight[tile.rows] @ e
+    def add(self, anchors: slice, keys: slice, e: Tensor, dim: int) -> None:
+        """A tile whose keys lie along ``dim``."""
+        if self.weight is None:
+            self.total[anchors] += e.sum(dim)
+        else:
+            self.total[anchors] += (e if dim == 1 else e.T) @ self.weight[keys]
 
     def log(self) -> Tensor:
         return self.total.log()
 
 
 class _ShiftedSums:
-    """Row sums of exp(x + b - maximum) with the running maximum: any logits."""
+    """Sums of exp(x + b - maximum) with the running maximum: any logits."""
 
     nothing = -torch.inf
 
-    def __init__(self, problem: _Problem):
-        n = problem.q.shape[0]
-        self.maximum, self.total = problem.q.new_full((n,), -torch.inf), problem.q.new_zeros(n)
-        self.bias = problem.bias
+    def __init__(self, anchors: Tensor, bias: Tensor | None):
+        self.maximum = anchors.new_full((len(anchors),), -torch.inf)
+        self.total = anchors.new_zeros(len(anchors))
+        self.bias = bias
 
-    def add(self, tile: _Tile, x: Tensor) -> None:
-        self._merge(tile.rows, x if self.bias is None else x + self.bias[tile.cols], 1)
-        if tile.mirrored:
-            self._merge(tile.cols, x if self.bias is None else x + self.bias[tile.rows, None], 0)
-
-    def _merge(self, rows: slice, x: Tensor, dim: int) -> None:
-        maximum = torch.maximum(self.maximum[rows], x.amax(dim))
+    def add(self, anchors: slice, keys: slice, x: Tensor, dim: int) -> None:
+        """A tile whose keys lie along ``dim``."""
+        if self.bias is not None:
+            x = x + self.bias[keys].unsqueeze(1 - dim)
+        maximum = torch.maximum(self.maximum[anchors], x.amax(dim))
         shift = maximum.masked_fill(maximum == -torch.inf, 0.0)
-        self.total[rows] *= (self.maximum[rows] - shift).exp_()
-        self.total[rows] += (x - shift.unsqueeze(dim)).exp_().sum(dim)
-        self.maximum[rows] = maximum
+        self.total[anchors] *= (self.maximum[anchors] - shift).exp_()
+        self.total[anchors] += (x - shift.unsqueeze(dim)).exp_().sum(dim)
+        self.maximum[anchors] = maximum
 
     def log(self) -> Tensor:
         return self.maximum + self.total.log()
 
 
 def backward(
-    q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs
+    q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs, dtype=None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """``dtype``: of the gradients of q and k; that of q if not named."""
     problem = _Problem(q, k, scale, key_bias, q_ids, k_ids, same.numel() > 0, other.numel() > 0, bounded)
-    rows = {"same": _row_weights(problem, same, grad_same), "other": _row_weights(problem, other, grad_other)}
+    anchors = (same, other, grad_same, grad_other)
     need_q, need_k, need_scale, need_bias = needs
-    need_q = need_q or need_scale
-    need_k = need_k and not problem.is_self
-    # Gradients before the factor `scale`: sum_j W_ij k_j for the rows and sum_i W_ij q_i for the keys. They are [d, n],
-    # transposed, as both products with W are fast that way.
+    to_q, to_k, to_bias = _weighted_sums(
+        problem,
+        anchors,
+        anchors if problem.is_self else None,
+        need_q or need_scale,
+        need_k and not problem.is_self,
+        need_bias,
+    )
+    grad_scale = None
+    if need_scale:
+        # In self-contrast every product <z_i, z_j> is met from both its ends.
+        grad_scale = row_dot(to_q, problem.q).sum() * (0.5 if problem.is_self else 1.0)
+    dtype = dtype or q.dtype
+    grad_q = _from_sorted(to_q.mul_(scale), problem.order_q).to(dtype) if need_q else None
+    grad_k = None if to_k is None else _from_sorted(to_k.mul_(scale), problem.order_k).to(dtype)
+    grad_bias = _from_sorted(to_bias, problem.order_k) if need_bias else None
+    return grad_q, grad_k, grad_scale, grad_bias
+
+
+def pair_backward(q, k, scale, q_ids, k_ids, of_q, of_k) -> tuple[Tensor, Tensor]:
+    """Of two blocks of rows that are anchors of each other: the gradient of q, from its own sums and from those of k,
+    in accumulation precision, and half the products' share of the gradient of the scale: the other half is k's.
+
+    ``of_q``, ``of_k``: (same, other, grad_same, grad_other), with the log-sum-exps over all blocks.
+    """
+    wanted = of_q[0].numel() > 0, of_q[1].numel() > 0
+    problem = _Problem(q, k, scale, None, q_ids, k_ids, *wanted, _bounded(q, k, scale, None), mutual=True)
+    to_q, _, _ = _weighted_sums(problem, of_q, of_k, True, False, False)
+    to_scale = row_dot(to_q, problem.q).sum() / 2
+    return _from_sorted(to_q.mul_(scale), problem.order_q), to_scale
+
+
+def _weighted_sums(
+    problem: _Problem, of_rows, of_keys, need_q: bool, need_k: bool, need_bias: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """sum_j W_ij k_j for the rows, sum_i W_ij q_i for the keys and sum_i W_ij for the bias, all in sorted order.
+
+    ``of_rows``, and where keys are anchors too ``of_keys``: log-sum-exps and their gradients, as in `pair_backward`.
+    """
+    rows = _anchors(problem, of_rows, problem.order_q)
+    keys = rows if problem.is_self else None if of_keys is None else _anchors(problem, of_keys, problem.order_k)
+    # They are taken transposed, [d, n], as both products with W are fast that way.
     q_columns = problem.q.T.contiguous()
     k_columns = q_columns if problem.is_self else problem.k.T.contiguous()
     to_q = torch.zeros_like(q_columns) if need_q else None
     to_k = to_q if problem.is_self else torch.zeros_like(k_columns) if need_k else None
     to_bias = torch.zeros_like(problem.bias) if need_bias else None
-
     for tile in problem.tiles():
-        w = _weights(problem, tile, rows, to_bias)
-        if need_q:
+        w = _weights(problem, tile, rows, keys, to_bias)
+        if to_q is not None:
             to_q[:, tile.rows] += times_transposed(k_columns[:, tile.cols], w)
-        if (need_q and tile.mirrored) or need_k:
+        if to_k is not None and (tile.mirrored or not problem.is_self):
             to_k[:, tile.cols] += times_transposed(q_columns[:, tile.rows], w.T)
-
-    to_q = None if to_q is None else to_q.T.contiguous()
-    grad_scale = None
-    if need_scale:
-        # In self-contrast every product <z_i, z_j> is met from both its ends.
-        grad_scale = row_dot(to_q, problem.q).sum() * (0.5 if problem.is_self else 1.0)
-    grad_q = problem.rows_from_sorted(to_q.mul_(scale)).to(q.dtype) if needs[0] else None
-    grad_k = problem.keys_from_sorted(to_k.T.contiguous().mul_(scale)).to(k.dtype) if need_k else None
-    grad_bias = problem.keys_from_sorted(to_bias) if need_bias else None
-    return grad_q, grad_k, grad_scale, grad_bias
+    if problem.is_self:
+        to_k = None
+    return *(None if x is None else x.T.contiguous() for x in (to_q, to_k)), to_bias
 
 
-def _row_weights(problem: _Problem, lse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """(R, C) of the module's notation; R = inf, nothing, without candidates. Unshifted, C holds exp(-R)."""
-    if lse.numel() == 0:
-        n = problem.q.shape[0]
-        return problem.q.new_full((n,), torch.inf), problem.q.new_zeros(n)
-    empty = lse == -torch.inf
-    reference = problem.rows_to_sorted(lse.masked_fill(empty, torch.inf))
-    coefficient = problem.rows_to_sorted(grad.to(lse.dtype).masked_fill(empty, 0.0))
-    return (reference, coefficient * (-reference).exp()) if problem.bounded else (reference, coefficient)
+def _anchors(problem: _Problem, of_anchors, order: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """(R, C) of the module's notation for both kinds; R = inf, nothing, without candidates. Unshifted, C holds
+    exp(-R)."""
+    *lses, grad_same, grad_other = of_anchors
+    n, anchors = max(map(len, lses)), {}
+    for name, lse, grad in zip(("same", "other"), lses, (grad_same, grad_other), strict=True):
+        if lse.numel() == 0:
+            anchors[name] = problem.q.new_full((n,), torch.inf), problem.q.new_zeros(n)
+            continue
+        empty = lse == -torch.inf
+        reference = lse.masked_fill(empty, torch.inf)
+        coefficient = grad.to(lse.dtype).masked_fill(empty, 0.0)
+        if order is not None:
+            reference, coefficient = reference[order], coefficient[order]
+        anchors[name] = reference, coefficient * (-reference).exp() if problem.bounded else coefficient
+    return anchors
 
 
-def _weights(problem: _Problem, tile: _Tile, rows: dict, to_bias: Tensor | None) -> Tensor:
-    """W over the tile: the rows' weights on the keys and, in self-contrast, the keys' weights on the rows."""
+def _weights(problem: _Problem, tile: _Tile, rows: dict, keys: dict | None, to_bias: Tensor | None) -> Tensor:
+    """W over the tile: the rows' weights on the keys and, where those are anchors too, theirs on the rows."""
     mask = problem.same_mask(tile) if tile.relation == "mixed" else None
 
-    def spread(part: int, index: slice, dim: int) -> Tensor:
-        """R (part 0) or C (part 1) of the rows at `index`, of the kind of each pair, along the tile's dim."""
-        same, other = (rows[name][part][index].unsqueeze(dim) for name in ("same", "other"))
+    def spread(anchors: dict, part: int, index: slice, dim: int) -> Tensor:
+        """R (part 0) or C (part 1) of the anchors at `index`, of the kind of each pair, along the tile's dim."""
+        same, other = (anchors[name][part][index].unsqueeze(dim) for name in ("same", "other"))
         if mask is not None:
             return torch.where(mask, same, other)
         return same if tile.relation == "same" else other
@@ -255,22 +315,24 @@ def _weights(problem: _Problem, tile: _Tile, rows: dict, to_bias: Tensor | None)
     mirror = None
     if problem.bounded:
         e = problem.exponentials(tile)
-        own = spread(1, tile.rows, 1)
-        if problem.is_self:
-            mirror = spread(1, tile.cols, 0)
+        own = spread(rows, 1, tile.rows, 1)
+        if keys is not None:
+            mirror = spread(keys, 1, tile.cols, 0)
         if problem.bias is None:
             return e.mul_(own if mirror is None else own + mirror)
         own = e * own * problem.bias[tile.cols].exp()
-        if problem.is_self:
+        if keys is not None:
             mirror = e * mirror * problem.bias[tile.rows, None].exp()
     else:
         x = problem.logits(tile)
         bias = x.new_zeros(problem.k.shape[0]) if problem.bias is None else problem.bias
         # A weight is at most 1: where rounding of huge logits says otherwise it would explode.
-        own = (x + bias[tile.cols]).sub_(spread(0, tile.rows, 1)).clamp_(max=0).exp_().mul_(spread(1, tile.rows, 1))
-        if problem.is_self:
-            mirror = (x + bias[tile.rows, None]).sub_(spread(0, tile.cols, 0)).clamp_(max=0).exp_()
-            mirror *= spread(1, tile.cols, 0)
+        own = (x + bias[tile.cols]).sub_(spread(rows, 0, tile.rows, 1)).clamp_(max=0).exp_()
+        own *= spread(rows, 1, tile.rows, 1)
+        if keys is not None:
+            of_rows = bias[tile.rows, None] if problem.is_self else 0.0  # of two blocks none has a bias
+            mirror = (x + of_rows).sub_(spread(keys, 0, tile.cols, 0)).clamp_(max=0).exp_()
+            mirror *= spread(keys, 1, tile.cols, 0)
     if to_bias is not None:
         to_bias[tile.cols] += own.sum(0)
         if tile.mirrored:

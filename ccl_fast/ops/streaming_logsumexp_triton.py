@@ -73,44 +73,91 @@ def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple
 
 
 def backward(
-    q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs
+    q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs, dtype=None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """``dtype``: of the gradients of q and k; that of q if not named."""
     q_ids, k_ids = _int32_ids(q_ids, k_ids)
-    out_scale = scale
-    if q.dtype == torch.float16:
-        # A weight of the size of 1/n^2 would vanish in float16: the gradients are raised to 2^14 at most, and back.
-        largest = torch.cat((grad_same, grad_other)).abs().amax() if q.shape[0] else scale
-        gain = torch.where(largest > 0, 2.0**14 / largest.clamp(min=1e-30), 1.0)
-        grad_same, grad_other, out_scale = grad_same * gain, grad_other * gain, scale / gain
-    anchors = (same, other, grad_same.contiguous(), grad_other.contiguous())
+    anchors, gain = _anchors(q, same, other, grad_same, grad_other)
     flag = bounded.to(torch.int32) if q.shape[0] >= TRIANGLE_MIN_ROWS else None
     on_chip = _kernels()[1]("backward_rows", q.dtype, q.shape[1], q_ids is not None) is not None
     run = _backward_on_chip if on_chip else _backward_in_strips
     with _device_of(q):
         grad_q, grad_k, grad_scale, grad_bias = run(
-            q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, flag, needs
+            q, k, scale, _divided(scale, gain), key_bias, q_ids, k_ids, anchors, flag, needs, dtype or q.dtype
         )
-    if q.dtype == torch.float16:
-        grad_scale = None if grad_scale is None else grad_scale / gain
-        grad_bias = None if grad_bias is None else grad_bias / gain
-    return grad_q, grad_k, grad_scale, grad_bias
+    return grad_q, grad_k, _divided(grad_scale, gain), _divided(grad_bias, gain)
 
 
-def _backward_on_chip(q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, flag, needs):
+def pair_forward(q, k, scale, q_ids, k_ids, want_same, want_other) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Log-sum-exps over the same id and the others: of the rows of q over those of k, and of those of k over q."""
+    return (
+        forward(q, k, scale, None, q_ids, k_ids, want_same, want_other)[:2],
+        forward(k, q, scale, None, k_ids, q_ids, want_same, want_other)[:2],
+    )
+
+
+def pair_backward(q, k, scale, q_ids, k_ids, of_q, of_k) -> tuple[Tensor, Tensor]:
+    """Of two blocks of rows that are anchors of each other: the gradient of q, from its own sums and from those of k,
+    in accumulation precision, and half the products' share of the gradient of the scale: the other half is k's.
+
+    ``of_q``, ``of_k``: (same, other, grad_same, grad_other), with the log-sum-exps over all blocks.
+    """
+    q_ids, k_ids = _int32_ids(q_ids, k_ids)
+    n, wide = q.shape[0], torch.float32
+    anchors, gain = _anchors(q, *(torch.cat(part) for part in zip(of_q, of_k, strict=True)))
+    with _device_of(q):
+        if _kernels()[1]("backward_rows", q.dtype, q.shape[1], q_ids is not None) is None:
+            needs = (True, False, True, False)
+            grad, _, to_scale, _ = _backward_in_strips(
+                q, k, scale, _divided(scale, gain), None, q_ids, k_ids, anchors, None, needs, wide, mutual=True
+            )
+            return grad, _divided(to_scale, gain)
+        flag = None
+        if min(n, k.shape[0]) >= TRIANGLE_MIN_ROWS:
+            flag = logits_are_bounded(q, k, scale, None).to(torch.int32)
+        grad, to_scale, _ = _backward_pass(
+            q, k, q_ids, k_ids, scale, _divided(scale, gain), None, anchors,
+            "both", False, True, True, False, wide, flag, col_anchor=n,
+        )  # fmt: skip
+    return grad, _divided(to_scale.sum() / 2, gain)
+
+
+def _anchors(q: Tensor, same: Tensor, other: Tensor, grad_same: Tensor, grad_other: Tensor):
+    """What the kernels read of the anchors, and what their results have to be divided by."""
+    gain = 1.0
+    if q.dtype == torch.float16 and q.shape[0]:
+        # A weight of the size of 1/n^2 would vanish in float16: the gradients are raised to 2^14 at most, and back.
+        largest = torch.cat((grad_same, grad_other)).abs().amax()
+        gain = torch.where(largest > 0, 2.0**14 / largest.clamp(min=1e-30), 1.0)
+        grad_same, grad_other = grad_same * gain, grad_other * gain
+    return (same, other, grad_same.contiguous(), grad_other.contiguous()), gain
+
+
+def _divided(x: Tensor | None, gain: Tensor | float) -> Tensor | None:
+    return x if x is None or isinstance(gain, float) else x / gain
+
+
+def _backward_on_chip(q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, flag, needs, dtype):
     """A pass for each operand, as anchors and as keys; one for both roles of self-contrast without a key bias."""
     need_q, need_k, need_scale, need_bias = needs
     is_self = k is None
     shared = (scale, out_scale, key_bias, anchors)
     if is_self and key_bias is None:
-        grad, to_scale, _ = _backward_pass(q, q, q_ids, q_ids, *shared, "both", True, need_q, need_scale, False, flag)
+        grad, to_scale, _ = _backward_pass(
+            q, q, q_ids, q_ids, *shared, "both", True, need_q, need_scale, False, dtype, flag
+        )
         return grad, None, to_scale.sum() / 2 if need_scale else None, None
     need_k = need_q if is_self else need_k
     k, k_ids = (q, q_ids) if is_self else (k, k_ids)
     grad_q = grad_k = to_scale = grad_bias = None
     if need_q or need_scale:
-        grad_q, to_scale, _ = _backward_pass(q, k, q_ids, k_ids, *shared, "rows", is_self, need_q, need_scale, False)
+        grad_q, to_scale, _ = _backward_pass(
+            q, k, q_ids, k_ids, *shared, "rows", is_self, need_q, need_scale, False, dtype
+        )
     if need_k or need_bias:
-        grad_k, _, grad_bias = _backward_pass(k, q, k_ids, q_ids, *shared, "columns", is_self, need_k, False, need_bias)
+        grad_k, _, grad_bias = _backward_pass(
+            k, q, k_ids, q_ids, *shared, "columns", is_self, need_k, False, need_bias, dtype
+        )
     if is_self and need_q:
         grad_q, grad_k = grad_q + grad_k, None
     return grad_q, grad_k, to_scale.sum() if need_scale else None, grad_bias
@@ -118,13 +165,16 @@ def _backward_on_chip(q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, f
 
 def _backward_pass(
     a, b, a_ids, b_ids, scale, out_scale, key_bias, anchors, roles, is_self,
-    need_out, need_scale, need_bias, flag=None,
+    need_out, need_scale, need_bias, dtype, flag=None, col_anchor=0,
 ):  # fmt: skip
-    """Rows of a against all of b: gradient of a, and per row the shares of the gradients of scale and of the bias."""
+    """Rows of a against all of b: gradient of a, and per row the shares of the gradients of scale and of the bias.
+
+    Where both are anchors, but not the same ones, those of b follow those of a in ``anchors``, from ``col_anchor`` on.
+    """
     kernels, launch = _kernels()
     n, d = a.shape
     same, other = anchors[:2]
-    out = torch.empty((n, d), dtype=a.dtype, device=a.device) if need_out else None
+    out = torch.empty((n, d), dtype=dtype, device=a.device) if need_out else None
     to_scale = torch.empty(n, dtype=torch.float32, device=a.device) if need_scale else None
     to_bias = torch.empty(n, dtype=torch.float32, device=a.device) if need_bias else None
     table = launch("backward_rows", a.dtype, d, a_ids is not None)
@@ -132,7 +182,7 @@ def _backward_pass(
         for run_if_bounded in (False,) if flag is None else (False, True):
             kernels.backward_rows[(_blocks(n, table.block_m),)](
                 a, b, scale, out_scale, key_bias, a_ids, b_ids, *anchors, out, to_scale, to_bias, flag,
-                n, b.shape[0], *a.stride(), *b.stride(), d,
+                n, b.shape[0], col_anchor, *a.stride(), *b.stride(), d,
                 IS_SELF=is_self, ROW_ANCHORS=roles != "columns", COL_ANCHORS=roles != "rows",
                 RUN_IF_BOUNDED=run_if_bounded, WANT_SAME=same.numel() > 0, WANT_OTHER=other.numel() > 0,
                 D=d, BLOCK_D=table.block_d, BLOCK_M=table.block_m, BLOCK_N=table.block_n, PRECISION=_precision(),
@@ -141,8 +191,13 @@ def _backward_pass(
     return out, to_scale, to_bias
 
 
-def _backward_in_strips(q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, _flag, needs):
-    """Strips of weights in a bounded workspace, multiplied by a library; of self-contrast the upper triangle only."""
+def _backward_in_strips(
+    q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, _flag, needs, dtype, mutual=False
+):  # fmt: skip
+    """Strips of weights in a bounded workspace, multiplied by a library; of self-contrast the upper triangle only.
+
+    ``mutual``: the keys are anchors too, as in `pair_backward`.
+    """
     kernels, launch = _kernels()
     need_q, need_k, need_scale, need_bias = needs
     is_self = k is None
@@ -162,9 +217,10 @@ def _backward_in_strips(q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors,
         stop, first = min(start + rows, n), start if symmetric else 0
         weights = workspace[: (stop - start) * (m - first)].view(stop - start, m - first)
         kernels.backward_weights[(_blocks(m - first, table.block_n), _blocks(stop - start, table.block_m))](
-            q, k, scale, key_bias, q_ids, k_ids, *anchors, weights, n, m, start, first, stop,
+            q, k, scale, key_bias, q_ids, k_ids, *anchors, weights, n, m, n if mutual else 0, start, first, stop,
             *q.stride(), *k.stride(), m - first,
-            IS_SELF=is_self, COL_ANCHORS=symmetric, WANT_SAME=anchors[0].numel() > 0, WANT_OTHER=anchors[1].numel() > 0,
+            IS_SELF=is_self, COL_ANCHORS=symmetric or mutual,
+            WANT_SAME=anchors[0].numel() > 0, WANT_OTHER=anchors[1].numel() > 0,
             D=d, BLOCK_D=table.block_d, BLOCK_M=table.block_m, BLOCK_N=table.block_n, PRECISION=_precision(),
             **table.options,
         )  # fmt: skip
@@ -176,11 +232,11 @@ def _backward_in_strips(q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors,
             _add_product(to_k, weights.T, q[start:stop])
         if need_bias:
             grad_bias += weights.sum(0, dtype=torch.float32)
-    grad_scale = row_dot(to_q, q).sum() / (2 if symmetric else 1) if need_scale else None
+    grad_scale = row_dot(to_q, q).sum() / (2 if symmetric or mutual else 1) if need_scale else None
     if is_self and to_k is not None:
         to_q += to_k
-    grad_q = (to_q * out_scale).to(q.dtype) if need_q else None
-    return grad_q, (to_k * out_scale).to(q.dtype) if need_k else None, grad_scale, grad_bias
+    grad_q = (to_q * out_scale).to(dtype) if need_q else None
+    return grad_q, (to_k * out_scale).to(dtype) if need_k else None, grad_scale, grad_bias
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:

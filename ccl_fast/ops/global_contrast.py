@@ -1,0 +1,211 @@
+"""Self-contrast among the rows of all processes: what the losses need of this process's own rows.
+
+With s_ij = scale <z_i, z_j> over the rows of all processes, a row's sums fall into parts, one for each process, and a
+pair of rows that live on two processes serves both. Forward, each pair is met on one of the two processes alone; what
+it finds for the other's rows goes there, some numbers a row. Backward,
+
+    dz_i = scale sum_j (C_i exp(s_ij - R_i) + C_j exp(s_ij - R_j)) z_j
+
+with R the log-sum-exps and C their gradients: a process that knows z, R and C of all rows has the whole gradient of its
+own. So no gradient of the size of z travels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ccl_fast.distributed import Peers, outside_of_graphs
+from ccl_fast.ops import streaming_logsumexp_blocked as blocked
+from ccl_fast.ops import streaming_logsumexp_triton as triton_kernels
+from ccl_fast.ops.backends import choose_backend
+from ccl_fast.ops.same_id_similarity import (
+    pair_similarity,
+    pair_similarity_gradient,
+    same_id_similarity,
+    same_id_similarity_gradient,
+)
+from ccl_fast.ops.streaming_logsumexp import BACKENDS, logaddexp
+from ccl_fast.ops.streaming_logsumexp_reference import logsumexp_by_relation
+
+KERNELS = {"triton": triton_kernels, "blocked": blocked}
+
+
+class Exchange(NamedTuple):
+    """Who takes part, with how many rows each, and how rows travel."""
+
+    peers: Peers
+    counts: list[int]  # rows of every process
+    way: str  # of `ccl_fast.distributed.EXCHANGES`
+
+
+class Wanted(NamedTuple):
+    """Numbers of a row, over all other rows of all processes."""
+
+    same: bool = False  # log-sum-exp over the rows of its id
+    other: bool = False  # log-sum-exp over those of other ids; without `same`, `by_id` tells whether only over those
+    similarity: bool = False  # sum of its inner products with the rows of its id, and their number
+    by_id: bool = False
+
+
+@outside_of_graphs
+def global_contrast(
+    z: Tensor, ids: Tensor | None, *, scale: float | Tensor, wanted: Wanted, exchange: Exchange, backend: str
+) -> dict[str, Tensor]:
+    """What is wanted of the rows of this process: "same", "other", "similarity", "count", float32 [n] each (float64 for
+    float64).
+
+    The gradient of z holds what the other processes' rows owe to it: it is that of the sum, over all processes, of
+    whatever they make of these numbers. That of the scale is the own rows' share.
+
+    Args:
+        z: ``[n, d]``, this process's rows; n may be 0.
+        ids: ``[n]`` int64, the same number for the same thing on every process; None if nothing depends on them.
+        scale: a number, or a tensor of one element.
+        backend: as of `streaming_logsumexp`; "reference" gathers with autograd, and is dense.
+    """
+    chosen = choose_backend("global_contrast", BACKENDS, backend, z.device, z.dtype)
+    accumulation = torch.promote_types(z.dtype, torch.float32)
+    scale = torch.as_tensor(scale, dtype=accumulation, device=z.device).reshape(())
+    with torch.autocast(z.device.type, enabled=False):
+        if chosen == "reference":
+            return _reference(z, ids, scale, wanted, exchange)
+        numbers = _GlobalContrast.apply(z, scale, ids, wanted, exchange, KERNELS[chosen])
+    return dict(zip(_names(wanted), numbers, strict=True))
+
+
+def _names(wanted: Wanted) -> list[str]:
+    names = [name for name in ("same", "other") if getattr(wanted, name)]
+    return [*names, "similarity", "count"] if wanted.similarity else names
+
+
+class _GlobalContrast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, scale, ids, wanted, exchange, kernels):
+        peers, counts, way = exchange
+        z = z.contiguous()
+        rows = peers.rows((z,) if ids is None else (z, ids), counts, way)
+        visit = rows.visit(half=True)
+
+        same, other, bounded = kernels.forward(z, None, scale, None, _of_kind(ids, wanted), None, *wanted[:2])
+        positives = same_id_similarity(z, ids) if wanted.similarity else ()
+        numbers = _columns(wanted, same, other, *positives)
+        found = {rank: _nothing(count, wanted, numbers) for rank, count in enumerate(counts) if rank != peers.rank}
+        for block in visit:
+            z_there, ids_there = block.tensors if ids is not None else (*block.tensors, None)
+            own = block.own_rows
+            z_here, ids_here = z[own], None if ids is None else ids[own]
+            if not (len(z_here) and len(z_there)):
+                continue
+            pair = kernels.pair_forward(
+                z_here, z_there, scale, _of_kind(ids_here, wanted), _of_kind(ids_there, wanted), *wanted[:2]
+            )
+            positives = ((), ())
+            if wanted.similarity:
+                positives = pair_similarity(z_here, ids_here, z_there, ids_there)
+            here, there = (_columns(wanted, *sums, *more) for sums, more in zip(pair, positives, strict=True))
+            numbers[own] = _merged(wanted, numbers[own], here)
+            sizes = [part.stop - part.start for _, part in block.owners]
+            for (rank, part), of_rank in zip(block.owners, there.split(sizes), strict=True):
+                found[rank][part] = of_rank
+        for returned in peers.return_to_owners(found, counts, numbers):
+            numbers = _merged(wanted, numbers, returned)
+
+        ctx.wanted, ctx.rows, ctx.kernels = wanted, rows, kernels
+        ctx.save_for_backward(z, scale, ids, numbers, bounded)
+        results = [column.contiguous() for column in numbers.unbind(1)]
+        if wanted.similarity:
+            ctx.mark_non_differentiable(results[-1])
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        z, scale, ids, numbers, bounded = ctx.saved_tensors
+        wanted, kernels = ctx.wanted, ctx.kernels
+        lses, of_similarity = sum(wanted[:2]), grads[sum(wanted[:2])] if wanted.similarity else None
+        # What the others must know of a row: its log-sum-exps and the gradients of all its numbers.
+        known = torch.stack([*numbers.unbind(1)[:lses], *grads[: lses + wanted.similarity]], 1)
+        visit = ctx.rows.visit(known, half=False)
+
+        anchors = _anchors(wanted, known)
+        same, other, grad_same, grad_other = anchors
+        grad_z, _, grad_scale, _ = kernels.backward(
+            z, None, scale, None, _of_kind(ids, wanted), None, same, other, bounded, grad_same, grad_other,
+            (True, False, True, False), dtype=known.dtype,
+        )  # fmt: skip
+        if wanted.similarity:
+            grad_z += same_id_similarity_gradient(z, ids, of_similarity)
+        for block in visit:
+            z_there, ids_there, known_there = (
+                block.tensors if ids is not None else (block.tensors[0], None, block.tensors[1])
+            )
+            if not (len(z) and len(z_there)):
+                continue
+            grad, to_scale = kernels.pair_backward(
+                z, z_there, scale, _of_kind(ids, wanted), _of_kind(ids_there, wanted),
+                anchors, _anchors(wanted, known_there),
+            )  # fmt: skip
+            grad_z += grad
+            grad_scale = grad_scale + to_scale
+            if wanted.similarity:
+                of_there = known_there[:, -1]
+                grad_z += pair_similarity_gradient(z, ids, of_similarity, z_there, ids_there, of_there)
+        return grad_z.to(z.dtype), grad_scale, None, None, None, None
+
+
+def _of_kind(ids: Tensor | None, wanted: Wanted) -> Tensor | None:
+    """The ids, if they decide what is summed in the log-sum-exps."""
+    return ids if wanted.same or wanted.by_id else None
+
+
+def _columns(wanted: Wanted, same: Tensor, other: Tensor, *more: Tensor) -> Tensor:
+    return torch.stack([x for x, want in ((same, wanted.same), (other, wanted.other)) if want] + list(more), 1)
+
+
+def _nothing(rows: int, wanted: Wanted, like: Tensor) -> Tensor:
+    numbers = like.new_zeros(rows, like.shape[1])
+    numbers[:, : sum(wanted[:2])] = -torch.inf
+    return numbers
+
+
+def _merged(wanted: Wanted, a: Tensor, b: Tensor) -> Tensor:
+    """Of the sums over two sets of rows those over both."""
+    lses = sum(wanted[:2])
+    return torch.cat((logaddexp(a[:, :lses], b[:, :lses]), a[:, lses:] + b[:, lses:]), 1)
+
+
+def _anchors(wanted: Wanted, known: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(same, other, grad_same, grad_other) as the kernels take them, empty where not wanted."""
+    columns = iter(known.T.contiguous())
+    empty = known.new_empty(0)
+    return tuple(next(columns) if want else empty for want in (*wanted[:2], *wanted[:2]))
+
+
+def _reference(z: Tensor, ids: Tensor | None, scale: Tensor, wanted: Wanted, exchange: Exchange) -> dict[str, Tensor]:
+    peers, counts, _ = exchange
+    everyone = _GatherWithGradient.apply(z, peers, counts)
+    all_ids = None if ids is None else peers.gather(ids, counts)
+    first = sum(counts[: peers.rank])
+    own = slice(first, first + len(z))
+    same, other = logsumexp_by_relation(everyone, None, scale, None, _of_kind(all_ids, wanted), None)
+    found = {"same": same, "other": other}
+    if wanted.similarity:
+        found["similarity"], found["count"] = same_id_similarity(everyone, all_ids)
+    return {name: found[name][own] for name in _names(wanted)}
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    """The rows of all processes; a row's gradient is the sum of those that the processes find."""
+
+    @staticmethod
+    def forward(ctx, z, peers, counts):
+        ctx.peers, ctx.counts = peers, counts
+        return peers.gather(z, counts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.peers.sum(grad).split(ctx.counts)[ctx.peers.rank], None, None
