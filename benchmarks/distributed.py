@@ -157,18 +157,23 @@ def _process(
             dist.barrier()
             sent[name] = (_loopback() - before) // processes
 
+    if rank == 0:  # alone, with all threads, while the others wait
+        whole, alone = _rows(size, here).requires_grad_(), CCLLoss(TEMPERATURE)
+
+        def with_all_threads() -> None:
+            torch.set_num_threads(threads)
+            torch.autograd.grad(alone(whole), whole)
+            torch.set_num_threads(max(1, threads // processes))
+
+        with_all_threads()
+    steps[ALONE_NAME] = with_all_threads if rank == 0 else lambda: None
+
     def in_step(step: Callable[[], None]) -> float:
         dist.barrier()
         return clock(step)
 
     times = _together(steps, in_step, seconds, rank)
-    if rank == 0:  # alone, while the others wait
-        torch.set_num_threads(threads)
-        whole = _rows(size, here).requires_grad_()
-        loss = CCLLoss(TEMPERATURE)
-        alone = {ALONE_NAME: lambda: torch.autograd.grad(loss(whole), whole)}
-        clock(alone[ALONE_NAME])
-        times |= interleave(alone, clock, seconds / 4)
+    if rank == 0:
         torch.save((errors, times, sent), out)
     dist.barrier()
     dist.destroy_process_group()
