@@ -1,4 +1,4 @@
-"""Inputs that are hard for the assignment of k-means, and the oracle that tells their labels."""
+"""Inputs of k-means, easy ones and such that are hard to assign, and the oracle that tells their labels."""
 
 import numpy as np
 import torch
@@ -68,6 +68,13 @@ def _scores(x: np.ndarray, centers: np.ndarray, metric: str) -> np.ndarray:
         return ((x[:, None] - centers) ** 2).sum(-1)
     length = np.sqrt((centers * centers).sum(-1))
     return -(x[:, None] * centers).sum(-1) / np.where(length > 0, length, np.inf)
+
+
+def blobs(seed: int, n: int = 400, d: int = 7, k: int = 9) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    centers = 3 * torch.randn(k, d, generator=generator, dtype=torch.float64)
+    which = torch.randint(k, (n,), generator=generator)
+    return centers[which] + torch.randn(n, d, generator=generator, dtype=torch.float64)
 
 
 # ---- Hostile inputs: functions of a dtype that give rows and centres, to be rounded to that dtype.

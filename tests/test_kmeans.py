@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from kmeans_cases import blobs
 from sklearn.cluster import KMeans as Oracle
 from sklearn.cluster import kmeans_plusplus
 from torch.nn import functional as F
@@ -13,13 +14,6 @@ from ccl_fast.clustering import KMeans
 from ccl_fast.clustering.data import Data
 from ccl_fast.clustering.lloyd import LateFlag
 from ccl_fast.clustering.seeding import MOST_CANDIDATES, k_means_plus_plus, plus_plus_rows
-
-
-def blobs(seed: int, n: int = 400, d: int = 7, k: int = 9) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    centers = 3 * torch.randn(k, d, generator=generator, dtype=torch.float64)
-    which = torch.randint(k, (n,), generator=generator)
-    return centers[which] + torch.randn(n, d, generator=generator, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("seed", range(8))

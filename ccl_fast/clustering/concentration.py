@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from ccl_fast.clustering.shards import digest, open_shards
 from ccl_fast.ops.center_distance import center_distance
 from ccl_fast.ops.kmeans_assign import METRICS
-from ccl_fast.ops.kmeans_update import kmeans_update
+from ccl_fast.ops.kmeans_update import sum_by_cluster
 from ccl_fast.ops.validation import check_choice, check_finite, check_floating, check_ids, check_matrix
 
 # The share of clusters at either end whose concentration is clipped.
@@ -23,6 +25,7 @@ def concentration(
     metric: str = "cosine",
     smoothing: float = 10.0,
     mean: float | None = None,
+    process_group: ProcessGroup | str | None = None,
 ) -> Tensor:
     r"""Concentration of every cluster, the larger the looser: PCL's per-cluster temperature.
 
@@ -40,15 +43,53 @@ def concentration(
         metric: "cosine" or "euclidean".
         smoothing: alpha, which keeps small clusters from looking tight.
         mean: scale the result to this mean, for instance the loss's temperature; None: leave it.
+        process_group: whose processes each pass some of the rows, and the same centres: a torch.distributed process
+            group, "world" (the default group), or None: all rows are here. The result is that of all the rows, the
+            same bits on every process.
 
     Returns:
         ``[k]`` float32 (float64 for float64 x), positive unless all rows lie on their centres.
 
     Raises:
-        ValueError: no cluster has two rows; an argument has a wrong shape or value.
+        ValueError: no cluster has two rows; an argument has a wrong shape or value. With a process group on every
+            process, also if arguments other than the rows differ.
 
     Paper: Li et al., "Prototypical contrastive learning of unsupervised representations", 2021, section 3.3.
     """
+    shards = open_shards(process_group)
+    with shards.together():
+        _check(x, cluster_ids, centers, metric, smoothing, mean)
+    shards.count(
+        len(x),
+        alike=lambda: {
+            "x.dtype": str(x.dtype),
+            "centers": digest(centers),
+            "metric": metric,
+            "smoothing": smoothing,
+            "mean": mean,
+        },
+    )
+    k, ids = len(centers), cluster_ids.long()[None]
+    centers = centers.to(torch.promote_types(x.dtype, torch.float32))
+    square = center_distance(x[None], centers[None], ids, metric=metric)
+    # |x - c|^2 = 2 (1 - cos) between unit vectors.
+    distance = (2 * square if metric == "cosine" else square).sqrt()
+    total, count = shards.sum(*sum_by_cluster(distance[..., None], ids, k, None, "auto", wide=shards.wide))
+    total, count = total[0, :, 0], count[0]
+    usable = count >= 2
+    if not usable.any():
+        got = f"{shards.total} rows in {k} clusters"
+        raise ValueError(f"cluster_ids: expected a cluster of at least two rows, got {got}")
+    phi = total / (count * torch.log(count + smoothing)).clamp(min=1)
+    phi = torch.where(usable, phi, phi[usable].max())
+    low, high = phi.quantile(torch.tensor([CLIPPED_SHARE, 1 - CLIPPED_SHARE], dtype=phi.dtype, device=phi.device))
+    phi = phi.clamp(low, high)
+    if mean is not None and phi.mean() > 0:
+        phi = phi * (mean / phi.mean())
+    return phi.to(centers.dtype)
+
+
+def _check(x: Tensor, cluster_ids: Tensor, centers: Tensor, metric: str, smoothing: float, mean: float | None) -> None:
     if not smoothing >= 1:
         raise ValueError(f"smoothing: expected a number >= 1, got {smoothing!r}")
     if mean is not None and not mean > 0:
@@ -64,19 +105,3 @@ def concentration(
     if len(x) and not 0 <= cluster_ids.min() <= cluster_ids.max() < k:
         got = f"{cluster_ids.min().item()} to {cluster_ids.max().item()}"
         raise ValueError(f"cluster_ids: expected ids in [0, {k}), got {got}")
-    ids = cluster_ids.long()
-    centers = centers.to(torch.promote_types(x.dtype, torch.float32))
-    square = center_distance(x[None], centers[None], ids[None], metric=metric)[0]
-    # |x - c|^2 = 2 (1 - cos) between unit vectors.
-    distance = (2 * square if metric == "cosine" else square).sqrt()
-    total, count = kmeans_update(distance[:, None], ids, k)
-    usable = count >= 2
-    if not usable.any():
-        raise ValueError(f"cluster_ids: expected a cluster of at least two rows, got {len(x)} rows in {k} clusters")
-    phi = total[:, 0] / (count * torch.log(count + smoothing)).clamp(min=1)
-    phi = torch.where(usable, phi, phi[usable].max())
-    low, high = phi.quantile(torch.tensor([CLIPPED_SHARE, 1 - CLIPPED_SHARE], dtype=phi.dtype, device=phi.device))
-    phi = phi.clamp(low, high)
-    if mean is not None and phi.mean() > 0:
-        phi = phi * (mean / phi.mean())
-    return phi.to(centers.dtype)

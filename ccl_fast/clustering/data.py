@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ccl_fast.clustering.shards import Whole
 from ccl_fast.ops.center_distance import center_distance
 from ccl_fast.ops.kmeans_assign import Rows, prepare_rows
 from ccl_fast.ops.kmeans_update import sum_by_cluster
@@ -29,11 +30,12 @@ class Chunk(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """What one pass over the rows finds for given centres."""
+    """What one pass over the rows finds for given centres; of the rows of all processes, but for the labels."""
 
-    labels: Tensor  # int64 [problems, n]
+    labels: Tensor  # int64 [problems, n], of the own rows
     sums: Tensor  # float64 [problems, k, d], of the rows of each cluster
     weights: Tensor  # float64 [problems, k]
+    changed: Tensor  # int64 [problems], how many labels are not those of before
     rechecked: Tensor  # how many rows were decided in higher precision
 
 
@@ -43,18 +45,30 @@ class Data:
     A chunk is ``batch_size`` rows of every problem, brought to ``device`` when its turn comes; without ``batch_size``
     there is one chunk, which stays there, prepared for all assignments. For the cosine metric a row counts in its
     cluster's sum by its direction: its weight there is divided by its length, and no normalised copy is made.
+
+    With the ``shards`` of several processes these rows are one of them, and what is found is of all of them. Then every
+    method that is not said to be local is a collective.
     """
 
     def __init__(
-        self, x: Tensor, weights: Tensor | None, metric: str, batch_size: int | None, device: torch.device, backend: str
+        self,
+        x: Tensor,
+        weights: Tensor | None,
+        metric: str,
+        batch_size: int | None,
+        device: torch.device,
+        backend: str,
+        shards: Whole | None = None,
     ):
         self.x, self.metric, self.device, self.backend = x, metric, device, backend
         self.problems, self.n, self.d = x.shape
+        self.shards = shards or Whole(self.n)
         self.dtype = torch.promote_types(x.dtype, torch.float32)
         self.weights = self._weight_unit = None
         if weights is not None:  # at most 1, so that no sum overflows; clusters are the same for every unit of weight
-            self._weight_unit = weights.amax(1, keepdim=True).double().to(device)
-            self.weights = (weights.to(device).double() / self._weight_unit).to(self.dtype)
+            weights = weights.to(device).double()
+            self._weight_unit = self.shards.largest(weights)
+            self.weights = (weights / self._weight_unit).to(self.dtype)
         self._size = min(batch_size or self.n, self.n)
 
     def only(self, problem: int) -> Data:
@@ -63,52 +77,63 @@ class Data:
             return self
         one = slice(problem, problem + 1)
         weights = None if self.weights is None else self.weights[one]
-        return Data(self.x[one], weights, self.metric, self._size, self.device, self.backend)
+        return Data(self.x[one], weights, self.metric, self._size, self.device, self.backend, self.shards)
 
     def chunks(self) -> Iterator[Chunk]:
+        """Local, and none if there are no rows."""
+        if self.x.numel() == 0:
+            return
         if self._size == self.n:
             yield self._whole
             return
         for start in range(0, self.n, self._size):
             yield self._load(slice(start, min(start + self._size, self.n)))
 
-    def sweep(self, centers: Tensor) -> Sweep:
-        """Assign every row to its nearest centre [problems, k, d], and sum the clusters' rows."""
-        parts = []
+    def sweep(self, centers: Tensor, before: Tensor | None = None) -> Sweep:
+        """Assign every row to its nearest centre [problems, k, d], and sum the clusters' rows.
+
+        ``before`` are labels [problems, n] to compare with.
+        """
+        labels, found = [], None
         for chunk in self.chunks():
-            labels, rechecked = chunk.rows.nearest(centers)
-            sums, weights = sum_by_cluster(chunk.x, labels, centers.shape[1], chunk.sum_weight, self.backend)
-            if self.metric == "cosine":
-                weights = self._weight_by_cluster(chunk, labels, centers.shape[1])
-            if parts:
-                sums, weights = parts[-1].sums.add_(sums), parts[-1].weights.add_(weights)
-            parts.append(Sweep(labels, sums, weights, rechecked))
-        labels = torch.cat([part.labels for part in parts], 1) if len(parts) > 1 else parts[0].labels
-        return parts[-1]._replace(labels=labels, rechecked=sum(part.rechecked for part in parts))
+            own, *here = self._sweep(chunk, centers)
+            labels.append(own)
+            found = here if found is None else [total.add_(more) for total, more in zip(found, here, strict=True)]
+        labels = self._join(labels, torch.int64)
+        changed = labels.new_zeros(self.problems) if before is None else (labels != before).sum(1)
+        sums, weights, rechecked = found or self._nothing(centers)
+        return Sweep(labels, *self.shards.sum(sums, weights, changed, rechecked))
 
     def nearest(self, centers: Tensor) -> Tensor:
-        """The nearest centre of every row: int64 [problems, n]."""
-        labels = [chunk.rows.nearest(centers)[0] for chunk in self.chunks()]
-        return torch.cat(labels, 1) if len(labels) > 1 else labels[0]
+        """The nearest centre of every row: int64 [problems, n]. Local."""
+        return self._join([chunk.rows.nearest(centers)[0] for chunk in self.chunks()], torch.int64)
 
     def nearest_distance(self, centers: Tensor) -> Tensor:
-        """Distance of every row to the nearest centre: [problems, n]."""
+        """Distance of every row to the nearest centre: [problems, n]. Local."""
         return self._distance(centers, lambda chunk: chunk.rows.nearest(centers)[0])
 
     def distance(self, centers: Tensor, labels: Tensor) -> Tensor:
-        """Distance of every row to the centre of its label: [problems, n]."""
+        """Distance of every row to the centre of its label: [problems, n]. Local."""
         return self._distance(centers, lambda chunk: labels[:, chunk.part])
 
     def inertia(self, centers: Tensor, labels: Tensor) -> Tensor:
         """Weighted sum of the distances, float64 [problems]."""
         distance = self.distance(centers, labels).double()
-        return (distance if self.weights is None else distance * self.weights * self._weight_unit).sum(1)
+        weighted = distance if self.weights is None else distance * self.weights * self._weight_unit
+        return self.shards.sum(weighted.sum(1))[0]
 
     def take(self, rows: Tensor) -> Tensor:
         """Rows by number, [problems, m] -> [problems, m, d], as centres are: of length 1 for the cosine."""
-        home = rows.to(self.x.device)
-        taken = torch.stack([x[r] for x, r in zip(self.x, home, strict=True)]).to(self.device).to(self.dtype)
+        pairs = zip(self.x, rows.to(self.x.device), strict=True)
+        taken = torch.stack([self.shards.place(numbers, lambda own, x=x: x[own]) for x, numbers in pairs])
+        (taken,) = self.shards.sum(taken.to(self.device).to(self.dtype))
         return unit(taken) if self.metric == "cosine" else taken
+
+    def largest(self) -> float:
+        """Of the magnitudes of all entries. Waits for the device."""
+        own = [chunk.x.abs().amax().view(1, 1) for chunk in self.chunks()]
+        nothing = torch.zeros(1, 1, dtype=self.x.dtype, device=self.device)
+        return self.shards.largest(torch.cat([nothing, *own], 1)).item()
 
     def variance(self) -> Tensor:
         """Of every feature (of the rows' directions for the cosine metric), float64 [problems, d].
@@ -118,23 +143,44 @@ class Data:
         """
         mean = self._mean(lambda x: x).to(self.dtype)[:, None]
         if not mean.isfinite().all():  # unless finite values overflowed
-            for chunk in self.chunks():
-                check_finite("x", chunk.x)
+            with self.shards.together():
+                for chunk in self.chunks():
+                    check_finite("x", chunk.x)
         return self._mean(lambda x: (x - mean).double().square_())
 
     def _mean(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         entries = CPU_ENTRIES if self.device.type == "cpu" else DEVICE_ENTRIES
+        dtype = torch.float64 if self.shards.wide else None
         total = torch.zeros(self.problems, self.d, dtype=torch.float64, device=self.device)
-        for chunk in self.chunks():
-            for x in chunk.x.split(max(1, entries // (self.problems * self.d)), dim=1):
-                wide = x.to(self.dtype)
-                total += function(unit(wide) if self.metric == "cosine" else wide).sum(1).double()
-        return total / self.n
+        with self.shards.together():  # the backend may refuse the rows, which it meets here first
+            for chunk in self.chunks():
+                for x in chunk.x.split(max(1, entries // (self.problems * self.d)), dim=1):
+                    wide = x.to(self.dtype)
+                    total += function(unit(wide) if self.metric == "cosine" else wide).sum(1, dtype=dtype).double()
+        return self.shards.sum(total)[0] / self.shards.total
 
-    def _weight_by_cluster(self, chunk: Chunk, labels: Tensor, k: int) -> Tensor:
-        """Where the rows count in the sums by another weight than their own."""
-        weights = torch.ones_like(labels, dtype=self.dtype) if self.weights is None else self.weights[:, chunk.part]
-        return sum_by_cluster(weights[..., None], labels, k, None, self.backend)[0][..., 0]
+    def _sweep(self, chunk: Chunk, centers: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Labels, and of these rows alone the sums, the weights, and how many rows were re-checked."""
+        labels, rechecked = chunk.rows.nearest(centers)
+        sums, weights = self._sum_by_cluster(chunk.x, labels, centers.shape[1], chunk.sum_weight)
+        if self.metric == "cosine":  # the rows count in the sums by another weight than their own
+            own = torch.ones_like(labels, dtype=self.dtype) if self.weights is None else self.weights[:, chunk.part]
+            weights = self._sum_by_cluster(own[..., None], labels, centers.shape[1], None)[0][..., 0]
+        return labels, sums, weights, rechecked
+
+    def _nothing(self, centers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums, weights and the number of re-checked rows where there are no rows."""
+        sums = torch.zeros_like(centers, dtype=torch.float64)
+        return sums, sums.sum(2), torch.zeros((), dtype=torch.int64, device=centers.device)
+
+    def _sum_by_cluster(self, x: Tensor, labels: Tensor, k: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        return sum_by_cluster(x, labels, k, weights, self.backend, wide=self.shards.wide)
+
+    def _join(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """The chunks' [problems, rows] as one."""
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts, 1) if parts else torch.empty(self.problems, self.n, dtype=dtype, device=self.device)
 
     def _distance(self, centers: Tensor, labels_of) -> Tensor:
         backend = "blocked" if self.backend == "reference" else self.backend
@@ -142,7 +188,7 @@ class Data:
             center_distance(chunk.x, centers, labels_of(chunk), metric=self.metric, backend=backend)
             for chunk in self.chunks()
         ]
-        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        return self._join(parts, self.dtype)
 
     @cached_property
     def _whole(self) -> Chunk:

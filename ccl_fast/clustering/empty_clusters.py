@@ -35,24 +35,33 @@ def split(centers: Tensor, weights: Tensor, deviation: Tensor) -> Tensor:
 
 
 def relocate_to_farthest(data: Data, centers: Tensor, sweep: Sweep) -> Sweep:
-    """Every empty cluster takes over one of the rows farthest from their own centres. Waits for the device."""
+    """Every empty cluster takes over one of the rows farthest from their own centres. Waits for the device.
+
+    The sums and weights are those after that; the labels stay as they are.
+    """
     empty = sweep.weights == 0
     if not empty.any():
         return sweep
-    labels, sums, weights = sweep.labels.clone(), sweep.sums.clone(), sweep.weights.clone()
-    row_weights = torch.ones_like(labels, dtype=torch.float64) if data.weights is None else data.weights.double()
-    distance = data.distance(centers, labels).masked_fill(row_weights == 0, 0.0)  # those fill no cluster
+    shards, k = data.shards, centers.shape[1]
+    sums, weights = sweep.sums.clone(), sweep.weights.clone()
+    own_weights = torch.ones_like(sweep.labels, dtype=torch.float64) if data.weights is None else data.weights.double()
+    distance = data.distance(centers, sweep.labels).masked_fill(own_weights == 0, 0.0)  # those fill no cluster
     for problem in empty.any(1).nonzero()[:, 0].tolist():
+        labels, row_weights = sweep.labels[problem], own_weights[problem]
         clusters = empty[problem].nonzero()[:, 0]
-        far = distance[problem].topk(min(len(clusters), data.n))
-        rows = far.indices[far.values > 0]  # fewer if there are fewer distinct rows than clusters
+        far, rows = shards.topk(distance[problem], len(clusters), largest=True)
+        rows = rows[far > 0]  # fewer if there are fewer distinct rows than clusters
         taken = data.only(problem).take(rows[None])[0].double()
-        for cluster, row, x in zip(clusters.tolist(), rows.tolist(), taken, strict=False):
-            weight, previous = row_weights[problem, row], labels[problem, row].item()
-            sums[problem, cluster], weights[problem, cluster] = weight * x, weight
-            labels[problem, row] = cluster
-            left = (labels[problem] == previous) & (row_weights[problem] > 0)
-            # An emptied cluster has no weight, not the rounding of a difference.
-            sums[problem, previous] -= weight * x
-            weights[problem, previous] = (weights[problem, previous] - weight) * left.any()
-    return sweep._replace(labels=labels, sums=sums, weights=weights)
+        previous, weight, size = shards.sum(
+            shards.place(rows, lambda own, labels=labels: labels[own]),
+            shards.place(rows, lambda own, row_weights=row_weights: row_weights[own]),
+            labels[row_weights > 0].bincount(minlength=k),
+        )
+        size = size.tolist()
+        for cluster, left, w, x in zip(clusters.tolist(), previous.tolist(), weight, taken, strict=False):
+            sums[problem, cluster], weights[problem, cluster] = w * x, w
+            size[left] -= 1
+            # An emptied cluster has neither weight nor sum, not the rounding of a difference.
+            sums[problem, left] = sums[problem, left] - w * x if size[left] else 0.0
+            weights[problem, left] = weights[problem, left] - w if size[left] else 0.0
+    return sweep._replace(sums=sums, weights=weights)

@@ -7,11 +7,14 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ccl_fast.clustering import empty_clusters
 from ccl_fast.clustering.data import Data
 from ccl_fast.clustering.lloyd import Solution, lloyd
 from ccl_fast.clustering.seeding import k_means_plus_plus, random_rows
+from ccl_fast.clustering.shards import Whole, digest, open_shards
+from ccl_fast.distributed import check_process_group
 from ccl_fast.ops.kmeans_assign import BACKENDS, METRICS
 from ccl_fast.ops.unit import unit
 from ccl_fast.ops.validation import check_choice, check_finite
@@ -50,7 +53,9 @@ class KMeans:
             rows, not of mini-batches, but for rounding. For data that do not fit into a GPU's memory.
         device: where to compute; None: where the data are.
         backend: "auto", "cuda" (the extension), "blocked" (plain torch) or "reference" (dense float64).
-        verbose: show a progress bar (of the package tqdm).
+        verbose: show a progress bar (of the package tqdm); with a process group the first process's.
+        process_group: over whose rows to cluster: None, those passed to ``fit``; a torch.distributed process group or
+            "world" (the default group when ``fit`` is called), those that all its processes pass, see below.
 
     Attributes:
         cluster_centers_: ``[K, D]``, device of the data and their dtype (float32 for half precision).
@@ -59,6 +64,14 @@ class KMeans:
         n_iter_: the number of Lloyd iterations run, an int.
         rechecked_: how many rows of the last assignment had to be decided in higher precision, an int.
 
+    **With a process group** ``fit`` is a collective: every process passes a shard of the rows, of any size, also none,
+    and gets the labels of these. Everything else that is found is of all the rows, and the same bits on every process.
+    How many processes there are, and who has which rows, does not matter as long as the rows follow each other in the
+    same order: random numbers belong to rows, and sums are float64 from the first row (but for those of the extension,
+    whose pieces of 256 rows are float32's). An iteration exchanges ``8 B K (D + 1)`` bytes; rows do not travel, but for
+    the candidates of the seeding. All arguments but ``batch_size`` and ``verbose`` must be alike on all processes.
+    ``predict``, ``transform`` and ``score`` are about the rows of the own process, and exchange nothing.
+
     With data ``[B, N, D]``, B independent problems of one size are solved together, each as it would be alone; the
     attributes but ``rechecked_`` have B as first dimension, and ``inertia_`` and ``n_iter_`` are tensors ``[B]``.
 
@@ -66,7 +79,8 @@ class KMeans:
     such data first; labels are right all the same.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        ValueError: naming the argument, what was expected and what came; with a process group on every process.
+        PeerError: another process has ended or does not answer.
 
     Papers: Lloyd, "Least squares quantization in PCM", 1982; Arthur and Vassilvitskii, "k-means++: the advantages
     of careful seeding", 2007; Dhillon and Modha, "Concept decompositions for large sparse text data using
@@ -88,6 +102,7 @@ class KMeans:
         device: torch.device | str | None = None,
         backend: str = "auto",
         verbose: bool = False,
+        process_group: ProcessGroup | str | None = None,
     ):
         counts = {"n_clusters": n_clusters, "n_init": n_init, "max_iter": max_iter}
         if batch_size is not None:
@@ -104,6 +119,8 @@ class KMeans:
             raise ValueError(f'init: expected "k-means++", "random" or a tensor of centres, got {init!r}')
         if not isinstance(tol, Real) or isinstance(tol, bool) or not tol >= 0:
             raise ValueError(f"tol: expected a number >= 0, got {tol!r}")
+        if process_group is not None:
+            check_process_group(process_group)
         self.n_clusters = int(n_clusters)
         self.metric = metric
         self.init = init
@@ -116,6 +133,7 @@ class KMeans:
         self.device = device
         self.backend = backend
         self.verbose = verbose
+        self.process_group = process_group
 
     @torch.no_grad()
     def fit(self, x: Tensor, sample_weight: Tensor | None = None) -> KMeans:
@@ -128,11 +146,17 @@ class KMeans:
         Returns:
             self.
         """
-        rows = self._check_rows(x)
-        weights = None if sample_weight is None else self._check_weights(sample_weight, x)
-        data = self._data(rows, weights)
+        shards = open_shards(self.process_group)
+        with shards.together():
+            rows = self._check_rows(x)
+            weights = None if sample_weight is None else self._check_weights(sample_weight, x)
+        shards.count(rows.shape[1], alike=lambda: self._alike(x, weights))
+        self._check_size(x, shards.total)
+        data = self._data(rows, weights, shards)
+        if weights is not None:
+            self._check_positive(weights, data)
         variance = data.variance()  # raises if a row is not finite
-        with self._progress() as progress:
+        with self._progress(shards) as progress:
             best = None
             for start in self._starts(data):
                 solution = lloyd(
@@ -146,9 +170,7 @@ class KMeans:
                 )
                 best = solution if best is None else best.or_better(solution)
         if not best.centers.isfinite().all():
-            raise ValueError(
-                f"x: expected values whose sums {data.dtype} can hold, got up to {x.abs().max().item():.3g}"
-            )
+            raise ValueError(f"x: expected values whose sums {data.dtype} can hold, got up to {data.largest():.3g}")
         self._set_attributes(best, x)
         return self
 
@@ -160,8 +182,6 @@ class KMeans:
     def predict(self, x: Tensor) -> Tensor:
         """Nearest centre of every row of x, ``[M, D]`` or ``[B, M, D]``: int64 ``[M]`` or ``[B, M]``."""
         data, centers = self._new_data(x)
-        if x.numel() == 0:
-            return torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
         labels = data.nearest(centers).to(x.device)
         return labels if x.ndim == 3 else labels[0]
 
@@ -177,46 +197,63 @@ class KMeans:
     @torch.no_grad()
     def score(self, x: Tensor, sample_weight: Tensor | None = None) -> float | Tensor:
         """Minus the weighted sum of the distances of the rows of x to their nearest centres."""
-        self._check_rows(x, at_least=1)
-        weights = None if sample_weight is None else self._check_weights(sample_weight, x, at_least=0)
+        if not self._check_rows(x).shape[1]:
+            raise ValueError("x: expected at least 1 row, got 0")
+        weights = None if sample_weight is None else self._check_weights(sample_weight, x)
         data, centers = self._new_data(x, weights)
         inertia = data.inertia(centers, data.nearest(centers)).to(x.device)
         return -inertia if x.ndim == 3 else -inertia.item()
 
-    def _check_rows(self, x: Tensor, at_least: int | None = None) -> Tensor:
+    def _alike(self, x: Tensor, weights: Tensor | None) -> dict:
+        """What the processes of a group must agree on, by name."""
+        names = ("n_clusters", "metric", "n_init", "max_iter", "tol", "empty_cluster", "seed", "backend")
+        return {
+            "x": f"[{', '.join(map(str, [*x.shape[:-2], 'rows', x.shape[-1]]))}]",
+            "x.dtype": str(x.dtype),
+            "sample_weight": None if weights is None else "given",
+            "init": digest(self.init) if isinstance(self.init, Tensor) else self.init,
+            "device": self._device(x).type,
+            **{name: getattr(self, name) for name in names},
+        }
+
+    def _check_rows(self, x: Tensor) -> Tensor:
         """As [problems, rows, d], detached."""
         if not isinstance(x, Tensor) or x.ndim not in (2, 3) or not x.is_floating_point() or x.element_size() < 2:
             got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"x: expected a floating-point tensor [rows, d] or [problems, rows, d], got {got}")
-        at_least = self.n_clusters if at_least is None else at_least
-        if x.shape[-2] < at_least:
-            least = f"n_clusters={at_least} rows" if at_least == self.n_clusters else f"{at_least} row"
-            raise ValueError(f"x: expected at least {least}, got {x.shape[-2]}")
-        if 0 in (x.shape[0], x.shape[-1]) and at_least:
-            raise ValueError(f"x: expected at least one problem and one feature, got shape {list(x.shape)}")
         return x.detach() if x.ndim == 3 else x.detach()[None]
 
-    def _check_weights(self, weights: Tensor, x: Tensor, at_least: int | None = None) -> Tensor:
+    def _check_size(self, x: Tensor, total: int) -> None:
+        if total < self.n_clusters:
+            raise ValueError(f"x: expected at least n_clusters={self.n_clusters} rows, got {total}")
+        if 0 in (*x.shape[:-2], x.shape[-1]):
+            raise ValueError(f"x: expected at least one problem and one feature, got shape {list(x.shape)}")
+
+    def _check_weights(self, weights: Tensor, x: Tensor) -> Tensor:
         if not isinstance(weights, Tensor) or weights.shape != x.shape[:-1] or not weights.is_floating_point():
             got = f"{weights.dtype} {list(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
             raise ValueError(f"sample_weight: expected a floating-point tensor {list(x.shape[:-1])}, got {got}")
         check_finite("sample_weight", weights)
         if (weights < 0).any():
             raise ValueError(f"sample_weight: expected weights >= 0, got {weights.min().item()}")
-        at_least = self.n_clusters if at_least is None else at_least
-        positive = (weights > 0).sum(-1).min().item() if len(weights) else 0
-        if positive < at_least:
-            raise ValueError(f"sample_weight: expected at least n_clusters={at_least} positive weights, got {positive}")
         return weights.detach() if weights.ndim == 2 else weights.detach()[None]
 
-    def _data(self, rows: Tensor, weights: Tensor | None) -> Data:
-        device = rows.device if self.device is None else torch.empty(0, device=self.device).device
-        return Data(rows, weights, self.metric, self.batch_size, device, self.backend)
+    def _check_positive(self, weights: Tensor, data: Data) -> None:
+        positive = data.shards.sum((weights > 0).sum(1).to(data.device))[0].min().item()
+        if positive < self.n_clusters:
+            least = f"n_clusters={self.n_clusters} positive weights"
+            raise ValueError(f"sample_weight: expected at least {least}, got {positive}")
+
+    def _device(self, x: Tensor) -> torch.device:
+        return x.device if self.device is None else torch.empty(0, device=self.device).device
+
+    def _data(self, rows: Tensor, weights: Tensor | None, shards: Whole | None = None) -> Data:
+        return Data(rows, weights, self.metric, self.batch_size, self._device(rows), self.backend, shards)
 
     def _new_data(self, x: Tensor, weights: Tensor | None = None) -> tuple[Data, Tensor]:
         if not hasattr(self, "cluster_centers_"):
             raise RuntimeError("this KMeans has no centres yet: call fit first")
-        rows, centers = self._check_rows(x, at_least=0), self.cluster_centers_
+        rows, centers = self._check_rows(x), self.cluster_centers_
         if x.shape[-1] != centers.shape[-1]:
             raise ValueError(f"x: expected {centers.shape[-1]} features as in fit, got {x.shape[-1]}")
         if x.shape[:-2] != centers.shape[:-2]:
@@ -253,8 +290,8 @@ class KMeans:
         self.rechecked_ = int(best.rechecked)
 
     @contextlib.contextmanager
-    def _progress(self):
-        if not self.verbose:
+    def _progress(self, shards: Whole):
+        if not (self.verbose and shards.shows_progress):
             yield lambda changed: None
             return
         from tqdm import tqdm

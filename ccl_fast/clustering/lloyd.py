@@ -13,7 +13,7 @@ from ccl_fast.ops.unit import unit
 
 
 class Solution(NamedTuple):
-    """Of every problem; the labels are those of the centres."""
+    """Of every problem; the labels are those of the centres, and of the own rows."""
 
     centers: Tensor  # [problems, k, d]
     labels: Tensor  # int64 [problems, n]
@@ -50,8 +50,7 @@ def lloyd(
     sweep = data.sweep(centers)
     for _ in range(max_iter):
         new_centers = _update(data, centers, sweep, deviation, empty_cluster)
-        new_sweep = data.sweep(new_centers)
-        changed = (new_sweep.labels != sweep.labels).sum(1)
+        new_sweep = data.sweep(new_centers, before=sweep.labels)
         movement = (new_centers - centers).square_().sum((1, 2), dtype=torch.float64)
         # Problems at rest stay as they are.
         keep = moving[:, None]
@@ -60,11 +59,12 @@ def lloyd(
             torch.where(keep, new_sweep.labels, sweep.labels),
             torch.where(keep[..., None], new_sweep.sums, sweep.sums),
             torch.where(keep, new_sweep.weights, sweep.weights),
+            new_sweep.changed,
             new_sweep.rechecked,
         )
         n_iter += moving
-        moving = moving & (changed > 0) & (movement > tolerance)
-        progress(changed)
+        moving = moving & (new_sweep.changed > 0) & (movement > tolerance)
+        progress(new_sweep.changed)
         if not any_moving.read(moving.any()):
             break
     return Solution(centers, sweep.labels, data.inertia(centers, sweep.labels), n_iter, sweep.rechecked)

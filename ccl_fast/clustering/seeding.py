@@ -14,7 +14,7 @@ FEWEST_CANDIDATES, MOST_CANDIDATES = 8, 256
 
 def random_rows(data: Data, k: int, generators: list[torch.Generator]) -> Tensor:
     """k different rows of every problem, drawn without replacement by their weights: [problems, k, d]."""
-    rows = [_draw_distinct(_weights(data, i), k, generator) for i, generator in enumerate(generators)]
+    rows = [_draw_distinct(data, _weights(data, i), k, generator) for i, generator in enumerate(generators)]
     return data.take(torch.stack(rows))
 
 
@@ -33,28 +33,31 @@ def k_means_plus_plus(data: Data, k: int, generators: list[torch.Generator]) -> 
 
 
 def plus_plus_rows(one: Data, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """The numbers of the rows, [k], of a single problem with weights float64 [n]."""
+    """The numbers of the rows, [k], of a single problem with weights float64 [n].
+
+    Over shards, every process has the distances of its rows and draws the same candidates.
+    """
+    shards = one.shards
 
     def potential_to(centers: Tensor) -> Tensor:
         # Distances that overflow float32 count as very large ones, whose sum is finite.
-        return (weights * one.nearest_distance(centers)[0]).clamp(max=torch.finfo(torch.float64).max / one.n)
+        return (weights * one.nearest_distance(centers)[0]).clamp(max=torch.finfo(torch.float64).max / shards.total)
 
-    chosen = _draw_distinct(weights, 1, generator)
+    chosen = _draw_distinct(one, weights, 1, generator)
     potential = potential_to(one.take(chosen[None]))
     while len(chosen) < k:
-        potential[chosen] = 0.0
+        potential[shards.local(chosen)] = 0.0
         cumulative = potential.cumsum(0)
-        if not cumulative[-1] > 0:  # only copies of chosen rows are left: any of them, but none twice
-            free = weights.index_fill(0, chosen, 0.0)
-            return torch.cat([chosen, _draw_distinct(free, k - len(chosen), generator)])
+        ends = shards.ends(cumulative)
+        if not ends[-1] > 0:  # only copies of chosen rows are left: any of them, but none twice
+            free = weights.index_fill(0, shards.local(chosen), 0.0)
+            return torch.cat([chosen, _draw_distinct(one, free, k - len(chosen), generator)])
         count = min(MOST_CANDIDATES, max(FEWEST_CANDIDATES, len(chosen)))
         draw = torch.rand(2, count, dtype=torch.float64, generator=generator)
-        # right=True: never a row of potential zero
-        candidates = torch.searchsorted(cumulative, draw[0].to(one.device) * cumulative[-1], right=True)
-        candidates = candidates.clamp(max=one.n - 1)
+        candidates = shards.draw(cumulative, ends, draw[0].to(one.device))
         rows = one.take(candidates[None])
-        then = potential[candidates]
-        among = weights[candidates, None] * _pairwise(rows[0], one.metric)
+        then, weight = _of(candidates, one, potential, weights)
+        among = weight[:, None] * _pairwise(rows[0], one.metric)
         among[candidates[:, None] == candidates] = 0.0  # a row drawn twice, whatever the rounding of its cosine
         accepted = _accept(then.cpu().numpy(), among.cpu().numpy(), draw[1].numpy(), k - len(chosen))
         if not accepted:
@@ -95,10 +98,16 @@ def _weights(data: Data, problem: int) -> Tensor:
     return data.weights[problem].double()
 
 
-def _draw_distinct(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def _of(rows: Tensor, one: Data, *values: Tensor) -> tuple[Tensor, ...]:
+    """What the rows [m], wherever they are, have of each of the values [n]."""
+    return one.shards.sum(*(one.shards.place(rows, lambda own, x=x: x[own]) for x in values))
+
+
+def _draw_distinct(data: Data, weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Numbers of ``count`` different rows, drawn one after the other with probabilities proportional to the weights.
 
     The rows whose exponential clocks, of rates ``weights``, ring first (Efraimidis and Spirakis, 2006).
     """
-    uniform = torch.rand(len(weights), dtype=torch.float64, generator=generator).to(weights.device)
-    return (-torch.log1p(-uniform) / weights).nan_to_num(nan=torch.inf).topk(count, largest=False).indices
+    uniform = data.shards.uniform(generator).to(weights.device)
+    clocks = (-torch.log1p(-uniform) / weights).nan_to_num(nan=torch.inf)
+    return data.shards.topk(clocks, count, largest=False)[1]

@@ -17,6 +17,8 @@ BACKENDS = {
 }
 # Rows that are summed in the working precision before float64 takes over.
 PIECE_ROWS = 256
+# Entries that are summed in float64 from the start, at once: on a CPU they should stay in the cache.
+CPU_ENTRIES, DEVICE_ENTRIES = 1 << 17, 1 << 25
 
 
 def kmeans_update(
@@ -72,16 +74,20 @@ def kmeans_update(
 
 
 def sum_by_cluster(
-    x: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | None, backend: str
+    x: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | None, backend: str, *, wide: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`kmeans_update`, for [problems, rows, d], without its checks: it does not make the host wait."""
+    """As :func:`kmeans_update`, for [problems, rows, d], without its checks: it does not make the host wait.
+
+    ``wide`` sums are float64 from the first row (but for the extension's): they hardly depend on how rows are parted,
+    and not at all where their digits suffice, as for float32 rows of similar magnitude.
+    """
     problems, _, d = x.shape
     if weights is not None:
         weights = weights.detach().to(torch.promote_types(x.dtype, torch.float32)).flatten()
     shift = n_clusters * torch.arange(problems, device=x.device)
     clusters = (labels.long() + shift[:, None]).flatten()
     chosen = choose_backend("kmeans_update", BACKENDS, backend, x.device, x.dtype)
-    run = {"cuda": _cuda, "blocked": _blocked, "reference": _reference}[chosen]
+    run = {"cuda": _cuda, "blocked": _wide if wide else _blocked, "reference": _reference}[chosen]
     sums, total_weights = run(x.detach().reshape(-1, d), clusters, problems * n_clusters, weights)
     return sums.view(problems, n_clusters, d), total_weights.view(problems, n_clusters)
 
@@ -122,6 +128,30 @@ def _blocked(x: Tensor, clusters: Tensor, count: int, weights: Tensor | None) ->
         return add(rows, sums, None), offsets.diff().double()
     total_weights = torch.zeros(count, 1, dtype=torch.float64, device=x.device)
     return add(rows, sums, weights[order]), add(weights[:, None].double(), total_weights, None)[:, 0]
+
+
+def _wide(x: Tensor, clusters: Tensor, count: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    sums = torch.zeros(count, x.shape[1], dtype=torch.float64, device=x.device)
+    total_weights = torch.zeros(count, dtype=torch.float64, device=x.device)
+
+    def add(total: Tensor, to: Tensor, rows: Tensor) -> None:
+        if x.device.type == "cpu":
+            total.index_add_(0, to, rows)  # row after row
+        else:
+            total.index_put_((to,), rows, accumulate=True)  # sorted, while index_add_ would use atomics
+
+    size = max(1, (CPU_ENTRIES if x.device.type == "cpu" else DEVICE_ENTRIES) // max(1, x.shape[1]))
+    for start in range(0, len(x), size):
+        part = slice(start, start + size)
+        rows = x[part].double()
+        if weights is None:
+            weight = torch.ones_like(rows[:, 0])
+        else:
+            weight = weights[part].double()
+            rows = rows * weight[:, None]
+        add(sums, clusters[part], rows)
+        add(total_weights, clusters[part], weight)
+    return sums, total_weights
 
 
 def _cuda(x: Tensor, clusters: Tensor, count: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
