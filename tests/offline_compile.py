@@ -68,8 +68,9 @@ def compile_kernel(kernel: str, element: str, entry: Launch, d: int, arch: int, 
             signature[name] = f"*{element}"
         else:
             signature[name] = "*fp32" if name.endswith("_ptr") else "i32"
-        # Pointers are aligned, and a row is a multiple of 16 elements; block counts and offsets are anything.
-        if name.endswith(("_ptr", "_row")) and signature[name] != "constexpr":
+        # Pointers and the anchors of the columns are aligned, and a row is a multiple of 16 elements; block counts and
+        # other offsets are anything.
+        if name.endswith(("_ptr", "_row", "col_anchor")) and signature[name] != "constexpr":
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn, signature, constexprs, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=entry.options)

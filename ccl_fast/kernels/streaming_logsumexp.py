@@ -316,8 +316,8 @@ def _weigh(
         same = row_ids[:, None] == tl.load(ids_ptr + col_index, mask=col_index < n_cols, other=0)[None, :]
     if COL_ANCHORS:
         cref_same, ccoef_same, cref_other, ccoef_other = _anchors(
-            same_ptr + col_anchor, other_ptr + col_anchor, grad_same_ptr + col_anchor, grad_other_ptr + col_anchor,
-            col_index, n_cols, WANT_SAME, WANT_OTHER, UNSHIFTED, BLOCK_N,
+            same_ptr, other_ptr, grad_same_ptr, grad_other_ptr, col_index + col_anchor, n_cols + col_anchor,
+            WANT_SAME, WANT_OTHER, UNSHIFTED, BLOCK_N,
         )  # fmt: skip
     if UNSHIFTED:
         # exp2(x_ij) = exp2(x_ji): one exponential serves both anchors of the pair. No bias on this path.

@@ -103,21 +103,24 @@ def pair_backward(q, k, scale, q_ids, k_ids, of_q, of_k) -> tuple[Tensor, Tensor
     ``of_q``, ``of_k``: (same, other, grad_same, grad_other), with the log-sum-exps over all blocks.
     """
     q_ids, k_ids = _int32_ids(q_ids, k_ids)
-    n, wide = q.shape[0], torch.float32
-    anchors, gain = _anchors(q, *(torch.cat(part) for part in zip(of_q, of_k, strict=True)))
+    wide = torch.float32
+    # Those of k begin at a multiple of 16, so that they too are loaded several at a time.
+    start = _blocks(q.shape[0], 16) * 16
+    rows = (torch.nn.functional.pad(x, (0, start - len(x) if len(x) else 0)) for x in of_q)
+    anchors, gain = _anchors(q, *(torch.cat(part) for part in zip(rows, of_k, strict=True)))
     with _device_of(q):
         if _kernels()[1]("backward_rows", q.dtype, q.shape[1], q_ids is not None) is None:
             needs = (True, False, True, False)
             grad, _, to_scale, _ = _backward_in_strips(
-                q, k, scale, _divided(scale, gain), None, q_ids, k_ids, anchors, None, needs, wide, mutual=True
+                q, k, scale, _divided(scale, gain), None, q_ids, k_ids, anchors, None, needs, wide, col_anchor=start
             )
             return grad, _divided(to_scale, gain)
         flag = None
-        if min(n, k.shape[0]) >= TRIANGLE_MIN_ROWS:
+        if min(q.shape[0], k.shape[0]) >= TRIANGLE_MIN_ROWS:
             flag = logits_are_bounded(q, k, scale, None).to(torch.int32)
         grad, to_scale, _ = _backward_pass(
             q, k, q_ids, k_ids, scale, _divided(scale, gain), None, anchors,
-            "both", False, True, True, False, wide, flag, col_anchor=n,
+            "both", False, True, True, False, wide, flag, start,
         )  # fmt: skip
     return grad, _divided(to_scale.sum() / 2, gain)
 
@@ -192,16 +195,17 @@ def _backward_pass(
 
 
 def _backward_in_strips(
-    q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, _flag, needs, dtype, mutual=False
+    q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, _flag, needs, dtype, col_anchor=None
 ):  # fmt: skip
     """Strips of weights in a bounded workspace, multiplied by a library; of self-contrast the upper triangle only.
 
-    ``mutual``: the keys are anchors too, as in `pair_backward`.
+    ``col_anchor``: the keys are anchors too, as in `_backward_pass`.
     """
     kernels, launch = _kernels()
     need_q, need_k, need_scale, need_bias = needs
     is_self = k is None
     symmetric = is_self and key_bias is None
+    mutual = symmetric or col_anchor is not None
     k, k_ids = (q, q_ids) if is_self else (k, k_ids)
     (n, d), m = q.shape, k.shape[0]
     to_q = torch.zeros((n, d), dtype=torch.float32, device=q.device) if need_q or need_scale else None
@@ -217,9 +221,9 @@ def _backward_in_strips(
         stop, first = min(start + rows, n), start if symmetric else 0
         weights = workspace[: (stop - start) * (m - first)].view(stop - start, m - first)
         kernels.backward_weights[(_blocks(m - first, table.block_n), _blocks(stop - start, table.block_m))](
-            q, k, scale, key_bias, q_ids, k_ids, *anchors, weights, n, m, n if mutual else 0, start, first, stop,
+            q, k, scale, key_bias, q_ids, k_ids, *anchors, weights, n, m, col_anchor or 0, start, first, stop,
             *q.stride(), *k.stride(), m - first,
-            IS_SELF=is_self, COL_ANCHORS=symmetric or mutual,
+            IS_SELF=is_self, COL_ANCHORS=mutual,
             WANT_SAME=anchors[0].numel() > 0, WANT_OTHER=anchors[1].numel() > 0,
             D=d, BLOCK_D=table.block_d, BLOCK_M=table.block_m, BLOCK_N=table.block_n, PRECISION=_precision(),
             **table.options,
@@ -232,7 +236,7 @@ def _backward_in_strips(
             _add_product(to_k, weights.T, q[start:stop])
         if need_bias:
             grad_bias += weights.sum(0, dtype=torch.float32)
-    grad_scale = row_dot(to_q, q).sum() / (2 if symmetric or mutual else 1) if need_scale else None
+    grad_scale = row_dot(to_q, q).sum() / (2 if mutual else 1) if need_scale else None
     if is_self and to_k is not None:
         to_q += to_k
     grad_q = (to_q * out_scale).to(dtype) if need_q else None
