@@ -8,8 +8,8 @@ of eight; its log-sum-exp, sum and number of its positives, and their gradients 
 - all-gather: rows and ids of the others once; three numbers of each row of theirs backward, and as many of half of them
   return to their owners forward.
 - ring: rows and ids make P / 2 hops forward, and P - 1 backward, then with their three numbers.
-- Memory above the embeddings: the gathered rows (ring: two blocks of n, one held and one arriving), and what every
-  process keeps of its own rows: the gradient in float32, and a few numbers.
+- Memory above the embeddings: the gathered rows (ring: two blocks of n besides the own, one at hand and one arriving),
+  and what every process keeps of its own rows: the gradient and two sums by id in float32, and a few numbers.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class Step:
 
     @property
     def kept_bytes(self) -> float:
-        """Of the own rows: the gradient in float32, the numbers, their gradients."""
-        return self.own * (4 * self.width + 4 * NUMBERS * NUMBER_BYTES)
+        """Of the own rows: the gradient and two sums by id in float32, the numbers, their gradients."""
+        return self.own * (3 * 4 * self.width + 4 * NUMBERS * NUMBER_BYTES)
 
     @property
     def gather_memory(self) -> float:

@@ -96,7 +96,7 @@ class _Pool:
                 try:
                     answers[rank] = pickle.loads(connection.recv_bytes())
                 except (EOFError, OSError):
-                    asked[rank][0].join(1)
+                    asked[rank][0].join(10)
                     answers[rank] = False, f"died, exit code {asked[rank][0].exitcode}"
                 if not answers[rank][0]:
                     deadline = min(deadline, time.monotonic() + AFTER_FAILURE)

@@ -1,6 +1,5 @@
 """The losses over the batch of all processes against the single process on the concatenated batch."""
 
-import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -154,7 +153,8 @@ def test_any_sizes(sizes, exchange):
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("form", ["joint", "inside"])
 def test_reductions(reduction, form):
-    assert_exact(Case(sizes=(5, 3, 4), options={"reduction": reduction, "form": form}))
+    options = {"reduction": reduction, "form": form, "learnable_temperature": True}
+    assert_exact(Case(sizes=(5, 3, 4), options=options))
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.01])
@@ -327,8 +327,10 @@ def caught(loss, change):
     if rank == 1:
         arguments |= {k: v for k, v in change.items() if k in arguments}
         options |= {k: v for k, v in change.items() if k not in arguments}
+    autocast = options.pop("autocast", False)
     try:
-        LOSSES[loss](**options)(**arguments)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            LOSSES[loss](**options)(**arguments)
     except (ValueError, IndexError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
@@ -342,14 +344,20 @@ def caught(loss, change):
         ({"embeddings": torch.randn(4, 3, 6)}, r"embeddings: .* float32 \[n, 3, 6\] on process 1"),
         ({"embeddings": torch.randn(4, 2, 6, requires_grad=True)}, "embeddings: .* with gradient on process 1"),
         ({"cluster_ids": None, "centers": None}, "cluster_ids: expected the same on every process, got given"),
-        ({"centers": None}, r"centers: .* got float32 \[n, 6\], k = 4 on process 0 and None on process 1"),
-        ({"centers": torch.randn(5, 6)}, r"centers: .* k = 4 on process 0 and float32 \[n, 6\], k = 5 on process 1"),
+        ({"centers": None}, r"centers: .* got float32 \[4, 6\] on process 0 and None on process 1"),
+        ({"centers": torch.randn(5, 6)}, r"centers: .* \[4, 6\] on process 0 and float32 \[5, 6\] on process 1"),
         ({"temperature": 0.2}, "temperature: .* got 0.1 on process 0 and 0.2 on process 1"),
-        ({"learnable_temperature": True}, "temperature: .* got 0.1 on process 0 and learnable on process 1"),
+        (
+            {"learnable_temperature": True},
+            "temperature: .* got 0.1 on process 0 and float32 .. with gradient on process 1",
+        ),
         ({"form": "inside"}, "form: .* got joint on process 0 and inside on process 1"),
         ({"reduction": "sum"}, "reduction: "),
         ({"exchange": "ring"}, "exchange: "),
         ({"center_weight": 2.0}, "center_weight: "),
+        ({"center_temperature": 0.3}, "center_temperature: .* got None on process 0 and 0.3 on process 1"),
+        ({"backend": "reference"}, "backend: "),
+        ({"autocast": True}, r"embeddings: .* got float32 \[n, 2, 6\] on process 0 and bfloat16 \[n"),
     ],
     ids=lambda x: None if isinstance(x, str) else " ".join(x),
 )
@@ -369,6 +377,8 @@ def test_what_differs_is_named_on_every_process(change, message):
         ({"embeddings": torch.zeros(4)}, "embeddings: expected shape"),
         ({"cluster_ids": None}, "cluster_ids: expected integers [n] with centers"),
         ({"centers": torch.zeros(4, 5)}, "centers: expected shape [rows, 6]"),
+        ({"center_temperature": torch.ones(3)}, "center_temperature: expected shape [4]"),
+        ({"cluster_ids": torch.zeros(4, dtype=torch.int16)}, "cluster_ids: expected int32 or int64"),
     ],
     ids=str,
 )
@@ -378,7 +388,7 @@ def test_an_error_of_one_process_reaches_all(change, message):
     assert first == third and first.startswith("ValueError: on process 1: ") and message in first
 
 
-def loses_a_process(exchange):
+def loses_a_process(exchange, folder):
     z = torch.randn(2000, 2, 64, requires_grad=True)
     loss = CCLLoss(process_group="world", exchange=exchange)
     loss(z).backward()
@@ -388,14 +398,83 @@ def loses_a_process(exchange):
     try:
         loss(z).backward()
     except PeerError as error:
-        return str(error), time.monotonic() - start
-    return "nothing", math.inf
+        (folder / str(dist.get_rank())).write_text(f"{time.monotonic() - start} {error}")
 
 
 @pytest.mark.parametrize("exchange", ["all-gather", "ring"])
-def test_a_process_that_dies_ends_the_others(exchange):
+def test_a_process_that_dies_ends_the_others(exchange, tmp_path):
     with pytest.raises(ProcessFailure, match="process 1 of 3 died, exit code 7"):
-        run(loses_a_process, 3, exchange, timeout=20, patience=5)
+        run(loses_a_process, 3, exchange, tmp_path, timeout=20, patience=8)
+    for rank in (0, 2):
+        seconds, text = (tmp_path / str(rank)).read_text().split(" ", 1)
+        assert float(seconds) < 10 and text.startswith(f"process {rank} of 3 has lost another one")
+
+
+def uneven_norms(form):
+    rank = dist.get_rank()
+    z = torch.tensor([[[0.1, 0.0], [0.0, 0.1]], [[-4000.0, 0.0]]][rank]).requires_grad_()
+    labels = torch.tensor([[0, 1], [0]][rank])
+    loss = SupConLoss(1.0, form, normalize=False, process_group="world")(z, labels)
+    loss.backward()
+    return loss.detach(), z.grad
+
+
+@pytest.mark.parametrize("form", ["outside", "inside"])
+def test_rows_whose_only_candidates_are_far_away_on_another_process(form):
+    found = run(uneven_norms, 2, form)
+    z = torch.tensor([[0.1, 0.0], [0.0, 0.1], [-4000.0, 0.0]], dtype=torch.float64).requires_grad_()
+    loss = SupConLoss(1.0, form, normalize=False)(z, torch.tensor([0, 1, 0]))
+    loss.backward()
+    for value, _ in found:
+        torch.testing.assert_close(value.double(), loss.detach())
+    torch.testing.assert_close(torch.cat([g for _, g in found]).double() / 2, z.grad, rtol=1e-5, atol=1e-6)
+
+
+def second_derivatives(backend):
+    refused = []
+    for of in ("z", "temperature"):
+        z = torch.randn(4, 2, 6, requires_grad=True)
+        module = CCLLoss(learnable_temperature=True, process_group="world", backend=backend)
+        x = z if of == "z" else module.log_temperature
+        (gradient,) = torch.autograd.grad(module(z), x, create_graph=True)
+        try:
+            gradient.square().sum().backward()
+        except RuntimeError as error:
+            refused.append("twice" in str(error))
+    return refused
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_second_derivative_is_refused(backend):
+    assert run(second_derivatives, 2, backend) == [[True, True]] * 2
+
+
+def backward_under_autocast():
+    torch.manual_seed(dist.get_rank())
+    z = torch.randn(20, 16, requires_grad=True)
+    loss = SupConLoss(process_group="world")(z, torch.arange(20) % 3)
+    plain = torch.autograd.grad(loss, z, retain_graph=True)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        return plain, torch.autograd.grad(loss, z)[0]
+
+
+def test_backward_under_autocast_is_the_same():
+    for plain, under_autocast in run(backward_under_autocast, 2):
+        assert plain.equal(under_autocast)
+
+
+def rows_alive_after_backward():
+    import gc
+
+    z = torch.randn(100, 2, 64, requires_grad=True)
+    loss = CCLLoss(process_group="world")(z)
+    loss.backward()
+    gc.collect()
+    return sum(x.numel() for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.numel() > 2 * z.numel())
+
+
+def test_the_rows_of_all_go_with_the_graph():
+    assert run(rows_alive_after_backward, 3) == [0, 0, 0]
 
 
 def is_left_alone():

@@ -1,6 +1,7 @@
 """Self-contrast taken apart into blocks of rows: together they make the whole, in value and gradient."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -138,9 +139,11 @@ def test_large_blocks_take_the_path_of_bounded_logits(scale, kernel_device, monk
     assert_as_accurate(actual[1], exact[1], plain[1], torch.float32, "gradient of z")
 
 
-@pytest.mark.parametrize("sizes", [(5, 7), (1, 4), (0, 3)], ids=str)
+@pytest.mark.parametrize("sizes", [(5, 7), (1, 4), (9, 1)], ids=str)
+@pytest.mark.parametrize("part_rows", [2, 8192])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_similarities_of_blocks_make_those_of_the_whole(sizes, dtype):
+def test_similarities_of_blocks_make_those_of_the_whole(sizes, dtype, part_rows, monkeypatch):
+    monkeypatch.setattr(sys.modules[same_id_similarity.__module__], "PART_ROWS", part_rows)
     z, ids = torch.randn(sum(sizes), 6, dtype=dtype), torch.randint(3, (sum(sizes),))
     grad = torch.randn(sum(sizes), dtype=torch.promote_types(dtype, torch.float32))
     leaf = z.to(grad.dtype).requires_grad_()

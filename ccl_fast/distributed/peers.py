@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 # What talks to other processes, torch.compile leaves as it is: its graphs end before. (As torch.compiler.disable, which
@@ -78,9 +79,9 @@ class Peers:
         mine = torch.tensor(list(text.ljust(longest).encode()), dtype=torch.uint8, device=self._host)
         everyone = [json.loads(bytes(row)) for row in self._everyone(mine).tolist()]
         for rank, other in enumerate(everyone):
-            if error := other.get("error"):
+            if error := other.get("error"):  # of several the first's, but that one raises it itself
                 if rank == self.rank:
-                    return  # it raises its own
+                    return
                 raise ValueError(f"on process {rank}: {error}")
         first, *others = everyone
         for rank, other in enumerate(others, start=1):
@@ -98,9 +99,9 @@ class Peers:
             dist.all_reduce(total, group=self.group)
         return total
 
-    def mean_gradient(self, x: Tensor) -> Tensor:
-        """x, a parameter that all processes share; its gradient is the mean of those that they find."""
-        return _MeanGradient.apply(x, self)
+    def share_gradient(self, x: Tensor, mean: bool) -> Tensor:
+        """x, a parameter of all processes; its gradient is the mean, or the sum, of those that they find."""
+        return _SharedGradient.apply(x, self, mean)
 
     def gather(self, x: Tensor, counts: list[int]) -> Tensor:
         """The rows of all processes: [rows, ...] -> [sum of counts, ...]."""
@@ -113,7 +114,7 @@ class Peers:
         Args:
             tensors: ``[rows, ...]`` each, this process's part.
             counts: rows of every process.
-            exchange: "all-gather" holds the rows of all processes from now on, "ring" those of two at a time, and
+            exchange: "all-gather" holds the rows of all processes from now on, "ring" those of three at a time, and
                 they travel at every visit.
         """
         return {"all-gather": GatheredRows, "ring": RingOfRows}[exchange](self, tensors, counts)
@@ -197,6 +198,8 @@ class Peers:
         try:
             yield
         except RuntimeError as error:
+            if "No backend type" in str(error):  # the group cannot move tensors of this device
+                raise
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise PeerError(
                 f"process {self.rank} of {self.size} has lost another one, which has ended, failed, or not answered "
@@ -210,7 +213,19 @@ class GatheredRows:
     def __init__(self, peers: Peers, tensors: tuple[Tensor, ...], counts: list[int]):
         self.peers, self.counts = peers, counts
         self._pending = [peers.start_gather(x, counts) for x in tensors]
-        self._everyone: list[Tensor] | None = None  # [processes, largest count, ...]
+        self._everyone: list[Tensor] = []  # [processes, largest count, ...]
+
+    def keep(self) -> tuple[Tensor, ...]:
+        """What `restored` makes visitable again."""
+        self._everyone += [finish() for finish in self._pending]
+        self._pending = []
+        return tuple(self._everyone)
+
+    @classmethod
+    def restored(cls, peers: Peers, kept: tuple[Tensor, ...], counts: list[int]) -> GatheredRows:
+        rows = cls(peers, (), counts)
+        rows._everyone = list(kept)
+        return rows
 
     def visit(self, *more: Tensor, half: bool) -> Iterator[Block]:
         """The rows of the other processes, block by block, with ``more`` of them, ``[rows, ...]`` each.
@@ -223,9 +238,7 @@ class GatheredRows:
         ranks = sorted(peers.half(-1)) if half else [rank for rank in range(peers.size) if rank != peers.rank]
 
         def blocks() -> Iterator[Block]:
-            if self._everyone is None:
-                self._everyone, self._pending = [finish() for finish in self._pending], []
-            everyone = self._everyone + [finish() for finish in pending]
+            everyone = [*self.keep(), *(finish() for finish in pending)]
             for run in self._runs(ranks, half):
                 own, theirs = peers.share(run[0], counts, half)
                 if len(run) == 1:
@@ -252,10 +265,18 @@ class GatheredRows:
 
 
 class RingOfRows:
-    """Rows that travel from process to process, at every visit; each holds those of two."""
+    """Rows that travel from process to process at every visit; each holds its own, those at hand, those arriving."""
 
     def __init__(self, peers: Peers, tensors: tuple[Tensor, ...], counts: list[int]):
         self.peers, self.tensors, self.counts = peers, tensors, counts
+
+    def keep(self) -> tuple[Tensor, ...]:
+        """As `GatheredRows.keep`."""
+        return self.tensors
+
+    @classmethod
+    def restored(cls, peers: Peers, kept: tuple[Tensor, ...], counts: list[int]) -> RingOfRows:
+        return cls(peers, kept, counts)
 
     def visit(self, *more: Tensor, half: bool) -> Iterator[Block]:
         """As `GatheredRows.visit`."""
@@ -282,20 +303,21 @@ class RingOfRows:
         arriving = self.counts[(peers.rank - step) % peers.size]
         received = tuple(x.new_empty(arriving, *x.shape[1:]) for x in held)
         after, before = (dist.get_global_rank(peers.group, (peers.rank + i) % peers.size) for i in (1, -1))
+        # Nothing is a message too: NCCL wants all processes in the first call of a group.
+        messages = [[_as_bytes(x) if x.numel() else _dummy(x) for x in batch] for batch in (held, received)]
         operations = [
-            dist.P2POp(operation, _as_bytes(x), peer, peers.group, tag)
-            for operation, peer, batch in ((dist.isend, after, held), (dist.irecv, before, received))
-            for tag, x in enumerate(batch)
-            if x.numel()
+            dist.P2POp(operation, message, peer, peers.group, tag)
+            for operation, peer, batch in zip((dist.isend, dist.irecv), (after, before), messages, strict=True)
+            for tag, message in enumerate(batch)
         ]
         with peers.waiting():
-            works = dist.batch_isend_irecv(operations) if operations else []
+            works = dist.batch_isend_irecv(operations)
 
         def finish() -> tuple[Tensor, ...]:
             with peers.waiting():
                 for work in works:
                     work.wait()
-            _ = held  # it must live until then
+            _ = messages  # they must live until then
             return received
 
         return finish
@@ -307,17 +329,23 @@ def check_process_group(group) -> None:
         raise ValueError(f'process_group: expected a torch.distributed process group, "world" or None, got {got}')
 
 
-class _MeanGradient(torch.autograd.Function):
+class _SharedGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, peers):
-        ctx.peers = peers
+    def forward(ctx, x, peers, mean):
+        ctx.peers, ctx.mean = peers, mean
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
-        return ctx.peers.sum(grad) / ctx.peers.size, None
+        total = ctx.peers.sum(grad)
+        return total / ctx.peers.size if ctx.mean else total, None, None
 
 
 def _as_bytes(x: Tensor) -> Tensor:
     """Not every backend moves every dtype."""
     return x.view(-1).view(torch.uint8) if x.dtype != torch.uint8 else x
+
+
+def _dummy(like: Tensor) -> Tensor:
+    return torch.zeros(1, dtype=torch.uint8, device=like.device)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ccl_fast.losses.contrast import Batch, ContrastiveLoss, check_positive
+from ccl_fast.losses.contrast import Batch, ContrastiveLoss, check_center_temperature
 from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
-from ccl_fast.ops.validation import check_choice, check_same, check_vector
+from ccl_fast.ops.validation import check_choice
 
 FORMS = ("joint", "split", "inside")
 
@@ -52,7 +52,7 @@ class CCLLoss(ContrastiveLoss):
             DistributedDataParallel does, they make the gradient of the model that one process would find. That of a
             learnable temperature is whole on every process. None: this process's batch alone.
         exchange: how rows travel between processes: "all-gather" (every process holds the embeddings of all, once),
-            or "ring" (two parts at a time).
+            or "ring" (three parts at a time).
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
@@ -78,7 +78,7 @@ class CCLLoss(ContrastiveLoss):
         check_choice("form", form, FORMS)
         if isinstance(center_weight, bool) or not (isinstance(center_weight, int | float) and 0 <= center_weight < inf):
             raise ValueError(f"center_weight: expected a number >= 0, got {center_weight!r}")
-        _check_center_temperature(center_temperature)
+        check_center_temperature(center_temperature)
         self.form, self.center_weight = form, center_weight
         if isinstance(center_temperature, Tensor) and not isinstance(center_temperature, nn.Parameter):
             self.register_buffer("center_temperature", center_temperature, persistent=False)
@@ -115,7 +115,9 @@ class CCLLoss(ContrastiveLoss):
             ValueError: an argument has the wrong type, shape, dtype, device or value.
             IndexError: a cluster id is below -1 or not less than k (on a GPU: an assertion on the device).
         """
-        batch = self.prepare(embeddings, cluster_ids, self._ids_name, centers)
+        if center_temperature is None:
+            center_temperature = self.center_temperature
+        batch = self.prepare(embeddings, cluster_ids, self._ids_name, centers, center_temperature)
         if centers is not None and centers.shape[0] == 0:  # before the first clustering: all unassigned
             centers = None
         scale = 1.0 / self.shared(self.temperature, batch.exchange)
@@ -148,18 +150,14 @@ class CCLLoss(ContrastiveLoss):
         self, batch: Batch, centers: Tensor, temperature: float | Tensor | None, scale: float | Tensor
     ) -> tuple[Tensor, Tensor]:
         """Log-sum-exp over the centres, and the logit of the row's own centre (0 if unassigned)."""
-        _check_center_temperature(temperature)
-        temperature = self.center_temperature if temperature is None else temperature
         temperature = self.shared(temperature, batch.exchange)
         accumulation = torch.promote_types(batch.z.dtype, torch.float32)
         centers = self.unit(centers.detach().to(accumulation)).to(batch.z.dtype)
         own = batch.ids.clamp(min=0)
         own_center = _OwnCenter.apply(batch.z, centers, own)
         if isinstance(temperature, Tensor):
-            check_same("center_temperature", temperature, "embeddings", batch.z, dtype=False)
             temperature = temperature.to(accumulation)
         if isinstance(temperature, Tensor) and temperature.ndim == 1:
-            check_vector("center_temperature", temperature, centers.shape[0])
             own_center = own_center / temperature[own]
             centers, scale = (centers / temperature[:, None]).to(batch.z.dtype), 1.0
         else:
@@ -182,15 +180,3 @@ class _OwnCenter(torch.autograd.Function):
     def backward(ctx, grad):
         centers, ids = ctx.saved_tensors
         return (grad[:, None] * centers[ids]).to(ctx.dtype), None, None
-
-
-def _check_center_temperature(value: float | Tensor | None) -> None:
-    if isinstance(value, Tensor):
-        if not value.is_floating_point() or value.ndim > 1:
-            raise ValueError(
-                f"center_temperature: expected floating point of shape [k], got {value.dtype} {list(value.shape)}"
-            )
-        if value.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((value > 0).all()):
-            raise ValueError(f"center_temperature: expected positive numbers, got a smallest of {value.min():g}")
-    elif value is not None:
-        check_positive("center_temperature", value)

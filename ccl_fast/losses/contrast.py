@@ -11,7 +11,9 @@ from torch.distributed import ProcessGroup
 
 from ccl_fast.distributed import EXCHANGES, Peers, check_process_group, outside_of_graphs
 from ccl_fast.ops import logaddexp, same_id_similarity, streaming_logsumexp
+from ccl_fast.ops.backends import choose_backend
 from ccl_fast.ops.global_contrast import Exchange, Wanted, global_contrast
+from ccl_fast.ops.streaming_logsumexp import BACKENDS
 from ccl_fast.ops.validation import (
     check_choice,
     check_floating,
@@ -79,26 +81,26 @@ class ContrastiveLoss(nn.Module):
     @property
     def settings(self) -> dict:
         """What must be the same on every process, besides what `forward` is given."""
-        temperature = "learnable" if isinstance(self.temperature, Tensor) else self.temperature
-        return {
-            "temperature": temperature,
-            "normalize": self.normalize,
-            "reduction": self.reduction,
-            "exchange": self.exchange,
-        }
+        names = ("temperature", "normalize", "reduction", "backend", "exchange")
+        return {name: getattr(self, name) for name in names}
 
-    def prepare(self, embeddings: Tensor, ids: Tensor | None, ids_name: str, centers: Tensor | None = None) -> Batch:
+    def prepare(
+        self,
+        embeddings: Tensor,
+        ids: Tensor | None,
+        ids_name: str,
+        centers: Tensor | None = None,
+        center_temperature: float | Tensor | None = None,
+    ) -> Batch:
         """Flatten views into rows, give each unassigned sample an id of its own, normalise; meet other processes."""
         exchange, first = None, 0
         if self.process_group is None:
-            n, _ = _check_batch(embeddings, ids, ids_name, centers)
+            n, _ = _check_batch(embeddings, ids, ids_name, centers, center_temperature)
         else:
-            check = functools.partial(_check_batch, embeddings, ids, ids_name, centers)
-            alike = {"embeddings": describe(embeddings), ids_name: "None" if ids is None else "given"}
-            alike["centers"] = describe(centers)
-            if isinstance(centers, Tensor) and centers.ndim:
-                alike["centers"] += f", k = {len(centers)}"
-            n, exchange, first = self.meet(check, alike)
+            check = functools.partial(_check_batch, embeddings, ids, ids_name, centers, center_temperature)
+            alike = {"embeddings": describe(embeddings, rows="n"), ids_name: None if ids is None else "given"}
+            alike |= {"centers": centers, "center_temperature": center_temperature}
+            n, exchange, first = self.meet(embeddings, check, alike)
         sample = torch.arange(first, first + n, device=embeddings.device)
         ids = sample if ids is None else torch.where(ids < 0, -1 - sample, ids)
         shape = embeddings.shape[:-1]
@@ -107,11 +109,12 @@ class ContrastiveLoss(nn.Module):
         return Batch(self.unit(embeddings.flatten(0, -2)), ids, shape, exchange)
 
     @outside_of_graphs
-    def meet(self, check: Callable[[], tuple[int, int]], alike: dict) -> tuple[int, Exchange, int]:
+    def meet(self, rows: Tensor, check: Callable[[], tuple[int, int]], alike: dict) -> tuple[int, Exchange, int]:
         """Meet the other processes: how many samples are here, how rows travel, and the number of the first sample
         among those of all processes.
 
         Args:
+            rows: that are to meet.
             check: of this process's arguments; it returns the number of samples, and of rows of each.
             alike: of the arguments of `forward`, what must be the same on every process.
 
@@ -120,18 +123,19 @@ class ContrastiveLoss(nn.Module):
         """
         peers = Peers(self.process_group)
         try:
-            samples, rows = check()
-        except (ValueError, IndexError) as error:
+            samples, each = check()
+            choose_backend("streaming_logsumexp", BACKENDS, self.backend, rows.device, self.product_dtype(rows))
+        except Exception as error:
             peers.agree(0, error)
             raise
-        counts = peers.agree(samples, **alike, **self.settings)
-        return samples, Exchange(peers, [rows * count for count in counts], self.exchange), sum(counts[: peers.rank])
+        counts = peers.agree(samples, **{name: describe(x) for name, x in (alike | self.settings).items()})
+        return samples, Exchange(peers, [each * count for count in counts], self.exchange), sum(counts[: peers.rank])
 
     def shared(self, x: float | Tensor | None, exchange: Exchange | None) -> float | Tensor | None:
         """A parameter that is used in all rows of the batch: each process has the whole of its gradient."""
         if exchange is None or not (isinstance(x, Tensor) and x.requires_grad):
             return x
-        return _mean_gradient(x, exchange.peers)
+        return _share_gradient(x, exchange.peers, self.reduction != "none")
 
     def contrast(self, batch: Batch, scale: float | Tensor, *, inside: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of every row, over all other rows: log-sum-exp of the logits, and what the positives bring, which is their
@@ -153,11 +157,16 @@ class ContrastiveLoss(nn.Module):
             return logaddexp(found["same"], found["other"]), found["same"], None
         return found["other"], found["similarity"] * scale, found["count"]
 
+    @staticmethod
+    def product_dtype(x: Tensor) -> torch.dtype:
+        """That the matrix products shall have: autocast's, or that of x."""
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            return torch.get_autocast_dtype(x.device.type)
+        return x.dtype
+
     def unit(self, x: Tensor) -> Tensor:
-        """Rows of unit length (if `normalize`), in the dtype that the matrix products shall have."""
-        dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
+        """Rows of unit length (if `normalize`), in the dtype of the matrix products."""
+        dtype = self.product_dtype(x)
         if not self.normalize:
             return x.to(dtype)
         return nn.functional.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1).to(dtype)
@@ -180,8 +189,8 @@ class ContrastiveLoss(nn.Module):
 
 
 @outside_of_graphs
-def _mean_gradient(x: Tensor, peers: Peers) -> Tensor:
-    return peers.mean_gradient(x)
+def _share_gradient(x: Tensor, peers: Peers, mean: bool) -> Tensor:
+    return peers.share_gradient(x, mean)
 
 
 @outside_of_graphs
@@ -206,16 +215,23 @@ class _WithValue(torch.autograd.Function):
         return grad, None
 
 
-def describe(x) -> str:
-    """Of a tensor all but the number of its rows, as the processes compare it."""
+def describe(x, rows: str | None = None) -> object:
+    """What the processes compare of an argument: of a tensor all but its numbers, or the number of its rows too."""
     if not isinstance(x, Tensor):
-        return "None" if x is None else type(x).__name__
-    shape = ", ".join(["n", *map(str, x.shape[1:])] if x.ndim else [])
-    gradient = ", with gradient" if x.requires_grad and torch.is_grad_enabled() else ""
-    return f"{str(x.dtype).removeprefix('torch.')} [{shape}]{gradient}"
+        return x if x is None or isinstance(x, bool | int | float | str) else type(x).__name__
+    dtype = ContrastiveLoss.product_dtype(x) if x.is_floating_point() else x.dtype
+    shape = ", ".join(map(str, x.shape if rows is None or x.ndim == 0 else [rows, *x.shape[1:]]))
+    gradient = " with gradient" if x.requires_grad and torch.is_grad_enabled() else ""
+    return f"{str(dtype).removeprefix('torch.')} [{shape}]{gradient}"
 
 
-def _check_batch(embeddings: Tensor, ids: Tensor | None, ids_name: str, centers: Tensor | None) -> tuple[int, int]:
+def _check_batch(
+    embeddings: Tensor,
+    ids: Tensor | None,
+    ids_name: str,
+    centers: Tensor | None,
+    center_temperature: float | Tensor | None,
+) -> tuple[int, int]:
     """Numbers of samples, and of rows of each."""
     check_tensor("embeddings", embeddings)
     check_floating("embeddings", embeddings)
@@ -232,6 +248,11 @@ def _check_batch(embeddings: Tensor, ids: Tensor | None, ids_name: str, centers:
         check_matrix("centers", centers, columns=embeddings.shape[-1])
         check_floating("centers", centers)
         check_same("centers", centers, "embeddings", embeddings, dtype=False)
+        check_center_temperature(center_temperature)
+        if isinstance(center_temperature, Tensor):
+            check_same("center_temperature", center_temperature, "embeddings", embeddings, dtype=False)
+            if center_temperature.ndim == 1:
+                check_vector("center_temperature", center_temperature, len(centers))
     if ids is not None:
         check_vector(ids_name, ids, embeddings.shape[0])
         check_integer(ids_name, ids)
@@ -243,6 +264,18 @@ def _check_batch(embeddings: Tensor, ids: Tensor | None, ids_name: str, centers:
 def check_positive(name: str, value: float) -> None:
     if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < math.inf):
         raise ValueError(f"{name}: expected a positive number, got {value!r}")
+
+
+def check_center_temperature(value: float | Tensor | None) -> None:
+    if isinstance(value, Tensor):
+        if not value.is_floating_point() or value.ndim > 1:
+            raise ValueError(
+                f"center_temperature: expected floating point of shape [k], got {value.dtype} {list(value.shape)}"
+            )
+        if value.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((value > 0).all()):
+            raise ValueError(f"center_temperature: expected positive numbers, got a smallest of {value.min():g}")
+    elif value is not None:
+        check_positive("center_temperature", value)
 
 
 def check_id_range(name: str, ids: Tensor, number: int | None) -> None:

@@ -69,10 +69,10 @@ class InfoNCELoss(ContrastiveLoss):
         """
         exchange = None
         if self.process_group is None:
-            _check(queries, keys)
+            _check(queries, keys, negatives)
         else:
-            alike = {"queries": describe(queries), "keys": describe(keys)}
-            _, exchange, _ = self.meet(lambda: _check(queries, keys), alike)
+            alike = {"queries": describe(queries, rows="n"), "keys": describe(keys, rows="n")}
+            _, exchange, _ = self.meet(queries, lambda: _check(queries, keys, negatives), alike)
         scale = 1.0 / self.shared(self.temperature, exchange)
 
         one_way = keys is not None and not self.symmetric
@@ -94,8 +94,6 @@ class InfoNCELoss(ContrastiveLoss):
             if one_way:
                 anchors, positives, logsumexp, shape = anchors[:n], positives[:n], logsumexp[:n], shape[:1]
         if negatives is not None:
-            check_matrix("negatives", negatives, columns=queries.shape[-1])
-            check_same("negatives", negatives, "queries", queries)
             extra = streaming_logsumexp(anchors, self.unit(negatives), scale=scale, backend=self.backend)
             logsumexp = logaddexp(logsumexp, extra)
         losses = logsumexp - row_dot(anchors, positives) * scale
@@ -116,7 +114,7 @@ class InfoNCELoss(ContrastiveLoss):
         ]
 
 
-def _check(queries: Tensor, keys: Tensor | None) -> tuple[int, int]:
+def _check(queries: Tensor, keys: Tensor | None, negatives: Tensor | None) -> tuple[int, int]:
     """Numbers of samples, and of rows of each."""
     if keys is None:
         if not isinstance(queries, Tensor) or queries.ndim != 3 or queries.shape[1] != 2:
@@ -129,4 +127,7 @@ def _check(queries: Tensor, keys: Tensor | None) -> tuple[int, int]:
         if keys.shape != queries.shape:
             raise ValueError(f"keys: expected shape {list(queries.shape)} (that of queries), got {list(keys.shape)}")
     check_floating("queries", queries)
+    if negatives is not None:
+        check_matrix("negatives", negatives, columns=queries.shape[-1])
+        check_same("negatives", negatives, "queries", queries)
     return len(queries), 2

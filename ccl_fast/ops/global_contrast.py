@@ -114,8 +114,9 @@ class _GlobalContrast(torch.autograd.Function):
         for returned in peers.return_to_owners(found, counts, numbers):
             numbers = _merged(wanted, numbers, returned)
 
-        ctx.wanted, ctx.rows, ctx.kernels = wanted, rows, kernels
-        ctx.save_for_backward(z, scale, ids, numbers, bounded)
+        # The rows go to autograd, which lets go of them after the backward.
+        ctx.wanted, ctx.exchange, ctx.kernels, ctx.kind = wanted, exchange, kernels, type(rows)
+        ctx.save_for_backward(z, scale, ids, numbers, bounded, *rows.keep())
         results = [column.contiguous() for column in numbers.unbind(1)]
         if wanted.similarity:
             ctx.mark_non_differentiable(results[-1])
@@ -124,12 +125,17 @@ class _GlobalContrast(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        z, scale, ids, numbers, bounded = ctx.saved_tensors
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return _GlobalContrast._backward(ctx, *grads)
+
+    @staticmethod
+    def _backward(ctx, *grads):
+        z, scale, ids, numbers, bounded, *kept = ctx.saved_tensors
         wanted, kernels = ctx.wanted, ctx.kernels
         lses, of_similarity = sum(wanted[:2]), grads[sum(wanted[:2])] if wanted.similarity else None
         # What the others must know of a row: its log-sum-exps and the gradients of all its numbers.
         known = torch.stack([*numbers.unbind(1)[:lses], *grads[: lses + wanted.similarity]], 1)
-        visit = ctx.rows.visit(known, half=False)
+        visit = ctx.kind.restored(ctx.exchange.peers, tuple(kept), ctx.exchange.counts).visit(known, half=False)
 
         anchors = _anchors(wanted, known)
         same, other, grad_same, grad_other = anchors
@@ -207,5 +213,6 @@ class _GatherWithGradient(torch.autograd.Function):
         return peers.gather(z, counts)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return ctx.peers.sum(grad).split(ctx.counts)[ctx.peers.rank], None, None

@@ -6,6 +6,9 @@ from torch import Tensor
 from ccl_fast.ops.ids import consecutive_ids
 from ccl_fast.ops.row_dot import row_dot
 
+# Rows of another part of the batch that are brought to accumulation precision at once.
+PART_ROWS = 8192
+
 
 def same_id_similarity(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     r"""Sum of a row's inner products with the other rows of its id, and their number.
@@ -22,7 +25,9 @@ def same_id_similarity(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         The sums ``[n]`` float32 (float64 for float64) and the counts ``[n]`` of the same dtype.
     """
     group = consecutive_ids(ids)
-    return _SameIdSimilarity.apply(z, group), _counts(group, group, z) - 1
+    counts = torch.zeros(z.shape[0], dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
+    counts = counts.index_add(0, group, torch.ones_like(counts))[group] - 1
+    return _SameIdSimilarity.apply(z, group), counts
 
 
 class _SameIdSimilarity(torch.autograd.Function):
@@ -32,7 +37,7 @@ class _SameIdSimilarity(torch.autograd.Function):
     def forward(ctx, z, group):
         ctx.save_for_backward(z, group)
         x = _accumulated(z)
-        return row_dot(_sums(x, group, group).sub_(x), x)
+        return row_dot(_group_sums(x, group).sub_(x), x)
 
     @staticmethod
     def backward(ctx, grad):
@@ -48,47 +53,61 @@ def same_id_similarity_gradient(z: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
 def _gradient(z: Tensor, group: Tensor, grad: Tensor) -> Tensor:
     x, g = _accumulated(z), grad[:, None]
     # d/dz_i of sum_j g_j <z_j, S_j - z_j>: as the anchor g_i (S - z_i), as another's positive (G - g_i z_i).
-    grad_z = g * _sums(x, group, group).sub_(x)
+    grad_z = g * _group_sums(x, group).sub_(x)
     weighted = g * x
-    return grad_z.add_(_sums(weighted, group, group).sub_(weighted))
+    return grad_z.add_(_group_sums(weighted, group).sub_(weighted))
+
+
+def _group_sums(x: Tensor, group: Tensor) -> Tensor:
+    """For each row the sum of the rows of its group."""
+    return torch.zeros_like(x).index_add_(0, group, x)[group]
 
 
 def pair_similarity(z: Tensor, ids: Tensor, others: Tensor, other_ids: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-    """The same between two parts of a batch, z [n, d] and others [m, d], which share no row: sums and counts of the
-    rows of z over the others, and of the others over z. Not differentiable."""
-    group, other_group = _common_groups(ids, other_ids)
-    x, y = _accumulated(z), _accumulated(others)
-    return (
-        (row_dot(_sums(y, other_group, group), x), _counts(other_group, group, z)),
-        (row_dot(_sums(x, group, other_group), y), _counts(group, other_group, z)),
-    )
+    """The same between two parts of a batch, z [n, d], n > 0, and others [m, d], which share no row: sums and counts of
+    the rows of z over the others, and of the others over z. Not differentiable. Memory O(n d + m)."""
+    group, other_group = _groups_of_first(ids, other_ids)
+    x = _accumulated(z)
+    ones, other_ones = x.new_ones(len(z)), x.new_ones(len(others))
+    own_sums, sums = _by_group(len(z), x, group), torch.zeros(len(z) + 1, z.shape[1], dtype=x.dtype, device=x.device)
+    of_others = torch.empty_like(other_ones)
+    for part, y in _parts(others):
+        sums.index_add_(0, other_group[part], y)
+        of_others[part] = row_dot(own_sums[other_group[part]], y)
+    counts = _by_group(len(z), other_ones, other_group)[group]
+    return (row_dot(sums[group], x), counts), (of_others, _by_group(len(z), ones, group)[other_group])
 
 
 def pair_similarity_gradient(
     z: Tensor, ids: Tensor, grad: Tensor, others: Tensor, other_ids: Tensor, other_grad: Tensor
 ) -> Tensor:
     """Gradient of z in `pair_similarity`, given those of both sums: [n, d] in accumulation precision."""
-    group, other_group = _common_groups(ids, other_ids)
-    y = _accumulated(others)
-    as_anchor = grad[:, None] * _sums(y, other_group, group)
-    return as_anchor.add_(_sums(other_grad[:, None] * y, other_group, group))
+    group, other_group = _groups_of_first(ids, other_ids)
+    sums, weighted = (torch.zeros(len(z) + 1, z.shape[1], dtype=grad.dtype, device=z.device) for _ in range(2))
+    for part, y in _parts(others):
+        sums.index_add_(0, other_group[part], y)
+        weighted.index_add_(0, other_group[part], other_grad[part, None] * y)
+    return (grad[:, None] * sums[group]).add_(weighted[group])
 
 
-def _common_groups(ids: Tensor, other_ids: Tensor) -> tuple[Tensor, Tensor]:
-    groups = consecutive_ids(torch.cat((ids, other_ids)))
-    return groups[: len(ids)], groups[len(ids) :]
+def _groups_of_first(ids: Tensor, other_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Consecutive numbers for the ids [n], n > 0; for the others those of the same id, and n if there is none."""
+    group = consecutive_ids(ids)
+    ordered, order = ids.sort()
+    place = torch.searchsorted(ordered, other_ids).clamp_(max=len(ids) - 1)
+    return group, torch.where(ordered[place] == other_ids, group[order[place]], len(ids))
 
 
-def _sums(x: Tensor, group: Tensor, of: Tensor) -> Tensor:
-    """The sum of the rows of x of each group named in ``of``; groups are below the number of all rows."""
-    groups = len(of) if group is of else len(group) + len(of)
-    return x.new_zeros(groups, x.shape[1]).index_add_(0, group, x)[of]
+def _by_group(n: int, x: Tensor, group: Tensor) -> Tensor:
+    """Sums of the rows of each group 0 ... n."""
+    return x.new_zeros(n + 1, *x.shape[1:]).index_add_(0, group, x)
 
 
-def _counts(group: Tensor, of: Tensor, like: Tensor) -> Tensor:
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    ones = torch.ones(len(group), dtype=dtype, device=like.device)
-    return _sums(ones[:, None], group, of)[:, 0]
+def _parts(x: Tensor):
+    """Some rows after the others, in accumulation precision."""
+    for start in range(0, len(x), PART_ROWS):
+        part = slice(start, start + PART_ROWS)
+        yield part, _accumulated(x[part])
 
 
 def _accumulated(z: Tensor) -> Tensor:

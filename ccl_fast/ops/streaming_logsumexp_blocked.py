@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ccl_fast.ops.cpu_product import times_transposed
-from ccl_fast.ops.logit_bound import logits_are_bounded
+from ccl_fast.ops.logit_bound import UNSHIFTED_LIMIT, logits_are_bounded
 from ccl_fast.ops.row_dot import row_dot
 
 # Rows and columns of a tile. Larger tiles waste half of those on the diagonal, smaller ones their calls: on a CPU the
@@ -297,7 +297,10 @@ def _anchors(problem: _Problem, of_anchors, order: Tensor | None) -> dict[str, t
         coefficient = grad.to(lse.dtype).masked_fill(empty, 0.0)
         if order is not None:
             reference, coefficient = reference[order], coefficient[order]
-        anchors[name] = reference, coefficient * (-reference).exp() if problem.bounded else coefficient
+        if problem.bounded:
+            # R is below the bound only where no candidate is here, but among other rows: nothing is multiplied by it.
+            coefficient *= (-reference).clamp_(max=UNSHIFTED_LIMIT).exp_()
+        anchors[name] = reference, coefficient
     return anchors
 
 

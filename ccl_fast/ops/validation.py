@@ -28,7 +28,7 @@ def check_floating(name: str, x: Tensor) -> None:
 
 
 def check_integer(name: str, x: Tensor) -> None:
-    if x.is_floating_point() or x.is_complex() or x.element_size() < 4:
+    if x.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name}: expected int32 or int64, got {x.dtype}")
 
 
