@@ -1,6 +1,10 @@
-"""`python -m ccl_fast`: the versions, and which backends run here, or why not."""
+"""`python -m ccl_fast`: the versions, and which backends run here, or why not. With arguments: `ccl-fast`.
+
+So that `torchrun -m ccl_fast train ...` trains on several processes.
+"""
 
 import platform
+import sys
 
 import torch
 
@@ -42,5 +46,14 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _command() -> int:
+    try:
+        from ccl_fast.training.command import main as command
+    except ModuleNotFoundError as missing:
+        print(f"{missing}; try: pip install 'ccl-fast[train]'", file=sys.stderr)
+        return 1
+    return command()
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(_command() if sys.argv[1:] else main())

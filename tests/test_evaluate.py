@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import yaml
 
 for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "lightning", "kornia", "tensorboard"):
     pytest.importorskip(extra)  # the extra "train"
@@ -18,6 +19,7 @@ from ccl_fast.models import Model, embed
 from ccl_fast.ood import NearestNeighbor
 from ccl_fast.training import evaluate, score, train
 from ccl_fast.training.command import main
+from ccl_fast.training.trained import TrainedRun
 
 pytestmark = pytest.mark.xdist_group("test_evaluate")  # one process has the runs that all tests share
 
@@ -122,6 +124,14 @@ def test_wrong_arguments_of_score_are_named(run, folder_of_images, tmp_path, opt
     with pytest.raises((ArgumentError, OSError), match=said):
         score(run, folder_of_images, tmp_path / "scores.csv", **options)
     assert not (tmp_path / "scores.csv").exists()
+
+
+def test_runs_from_before_there_were_several_processes_can_be_opened(run, tmp_path):
+    arguments = yaml.safe_load((run / "config.yaml").read_text())
+    del arguments["timeout"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(arguments))
+    (tmp_path / "ccl.pt").write_bytes((run / "ccl.pt").read_bytes())
+    assert TrainedRun(tmp_path).methods == ["ccl"]
 
 
 def test_what_is_no_finished_run_is_said(run, tmp_path, capsys):

@@ -213,6 +213,8 @@ def test_of_two_runs_one_gets_the_folder(tmp_path, monkeypatch):
         "limit=0",
         "image_size=0",
         "weight_decay=-1",
+        "timeout=0",
+        "timeout=.inf",
         "backbone=resnet19",
         "data=digitz",
         "near_ood=[held-in]",

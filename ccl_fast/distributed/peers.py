@@ -200,7 +200,7 @@ class Peers:
         except RuntimeError as error:
             if "No backend type" in str(error):  # the group cannot move tensors of this device
                 raise
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
             raise PeerError(
                 f"process {self.rank} of {self.size} has lost another one, which has ended, failed, or not answered "
                 f"within the process group's timeout ({reason})"

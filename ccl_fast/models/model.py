@@ -55,13 +55,19 @@ class Model(nn.Module):
 
 
 @torch.no_grad()
-def embed(model: Model, images: Images) -> dict[str, Tensor]:
-    """Features of images as they are, in evaluation mode: "encoder" [n, width] and "head" [n, dim], float32."""
+def embed(model: Model, images: Images, rows: Tensor | None = None) -> dict[str, Tensor]:
+    """Features of images as they are, in evaluation mode: "encoder" [n, width] and "head" [n, dim], float32.
+
+    Args:
+        model: it is left in the mode that it is in.
+        images: all of them are embedded, or
+        rows: those alone, int64 [n], in that order.
+    """
     training = [module for module in model.modules() if module.training]
     device = next(model.parameters()).device
     model.eval()
     try:
-        encoded = torch.cat([model.encoder(batch.to(device)).float() for batch in images.batches(BLOCK)])
+        encoded = torch.cat([model.encoder(batch.to(device)).float() for batch in images.batches(BLOCK, rows)])
         projected = model.head(encoded)
     finally:
         for module in training:

@@ -25,6 +25,7 @@ FREE_ARGUMENTS = (
     "workers",
     "image_memory",
     "compile_model",
+    "timeout",
 )
 
 FLAGS = (
@@ -32,6 +33,7 @@ FLAGS = (
     *("overwrite", "resume"),
 )
 MOST_DIMENSIONS = 65_536
+WEEK = 7 * 24 * 3600
 
 
 def plain(arguments: dict) -> dict:
@@ -86,6 +88,8 @@ def check(arguments: dict) -> None:
         expect(_is_int(arguments[name]) and arguments[name] >= 0, name, "an integer >= 0")
     for name in ("temperature", "learning_rate"):
         expect(_is_number(arguments[name]) and 0 < arguments[name] < math.inf, name, "a positive number")
+    timeout = arguments["timeout"]
+    expect(_is_number(timeout) and 0 < timeout <= WEEK, "timeout", f"a positive number of seconds, at most {WEEK}")
     for name in ("center_weight", "weight_decay", "image_memory"):
         expect(_is_number(arguments[name]) and 0 <= arguments[name] < math.inf, name, "a number >= 0")
     expect(_is_int(arguments["batch_size"]) and arguments["batch_size"] >= 2, "batch_size", "an integer >= 2")
@@ -110,8 +114,10 @@ def check(arguments: dict) -> None:
     expect(_is_int(warmup) and 0 <= warmup <= epochs, "warmup_epochs", f"0 to epochs={epochs}")
 
 
-def check_sizes(n: int, batch_size: int, clusters: Sequence[int], concentration: bool) -> None:
-    """What depends on the number n of training images."""
+def check_sizes(n: int, batch_size: int, clusters: Sequence[int], concentration: bool, processes: int = 1) -> None:
+    """What depends on the number n of training images, and on that of processes."""
+    if batch_size < processes:
+        raise ArgumentError(f"batch_size: expected at least {processes}, an image for each process, got {batch_size}")
     if concentration and max(clusters) >= n:
         raise ArgumentError(
             f"clusters: expected fewer than the {n} training images for concentration, got {max(clusters)}"

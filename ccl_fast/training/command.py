@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 import docstring_parser
 from jsonargparse import ActionYesNo, ArgumentParser
 
+from ccl_fast.distributed import PeerError
 from ccl_fast.errors import ArgumentError
 from ccl_fast.training.checkpoint import CheckpointError
 from ccl_fast.training.comparison import SET_BY_COMPARE, compare
@@ -26,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``ccl-fast <command> ...``.
 
     Returns:
-        The exit code: 2 for wrong arguments and files, 1 if the loss diverges, 128 + signal if stopped by one.
+        The exit code: 2 for wrong arguments and files, 1 if the loss diverges or another process is lost, 128 + signal
+        if stopped by one.
     """
     parser = ArgumentParser(prog="ccl-fast", description="Cluster-aware contrastive learning.")
     subcommands = parser.add_subcommands()
@@ -41,12 +44,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ccl-fast {parsed.subcommand}: interrupted", file=sys.stderr)
         return 130
     except Interrupted as interrupted:
-        print(f"ccl-fast {parsed.subcommand}: {interrupted}", file=sys.stderr)
+        if _speaks_for_all():
+            print(f"ccl-fast {parsed.subcommand}: {interrupted}", file=sys.stderr)
         return interrupted.code
-    except (ArgumentError, CheckpointError, OSError, FloatingPointError) as error:
-        print(f"ccl-fast {parsed.subcommand}: error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
+    except (ArgumentError, CheckpointError, OSError, FloatingPointError, PeerError) as error:
+        if _speaks_for_all() or isinstance(error, PeerError):
+            print(f"ccl-fast {parsed.subcommand}: error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError | PeerError) else 2
     return 0
+
+
+def _speaks_for_all() -> bool:
+    """Of several processes, which all end with the same error, the first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _with_underscores(argument: str) -> str:

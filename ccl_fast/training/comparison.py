@@ -15,6 +15,7 @@ from ccl_fast.files import write_atomically
 from ccl_fast.training.arguments import as_list, comparable
 from ccl_fast.training.checkpoint import LAST
 from ccl_fast.training.experiment import train
+from ccl_fast.training.processes import check_alone
 from ccl_fast.training.run_folder import CHECKPOINTS, check_free, clear, default_folder, is_empty
 
 # Arguments of ``train`` that are compare's to set.
@@ -50,6 +51,7 @@ def compare(
         ArgumentError: a ValueError naming the argument, what was expected and what came.
         FileExistsError: the output folder exists.
     """
+    check_alone("compare")
     not_options = [name for name in options if name in SET_BY_COMPARE]
     if not_options:
         raise ArgumentError(f"{not_options[0]}: expected other arguments of train, as compare sets this one")

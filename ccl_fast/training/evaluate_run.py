@@ -13,6 +13,7 @@ from ccl_fast.errors import ArgumentError
 from ccl_fast.evaluation import judge
 from ccl_fast.training.arguments import find_device
 from ccl_fast.training.image_sets import load_image_sets
+from ccl_fast.training.processes import check_alone
 from ccl_fast.training.report import describe, format_table, write_report
 from ccl_fast.training.run_folder import EVALUATION
 from ccl_fast.training.trained import TrainedRun
@@ -61,6 +62,7 @@ def evaluate(
         FileExistsError: there is an evaluation in the output folder.
         FileNotFoundError: the data is not there; says where it was looked for and how to get it.
     """
+    check_alone("evaluate")
     start = time.perf_counter()
     where = find_device(device)
     trained = TrainedRun(

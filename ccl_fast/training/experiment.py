@@ -10,18 +10,20 @@ from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
+import torch
 import yaml
-from lightning.fabric import Fabric
 from torch import nn
 from torch.utils.data import Dataset
 
+from ccl_fast.data import Images
 from ccl_fast.evaluation import judge
 from ccl_fast.files import write_atomically
 from ccl_fast.training import checkpoint
-from ccl_fast.training.arguments import as_list, check, check_sizes, comparable, find_device, plain
-from ccl_fast.training.image_sets import load_image_sets
+from ccl_fast.training.arguments import as_list, check, check_sizes, comparable, plain
+from ccl_fast.training.image_sets import ImageSets, load_image_sets, read_split
 from ccl_fast.training.interruption import Interruption
 from ccl_fast.training.loop import Run
+from ccl_fast.training.processes import Processes, alone, launched
 from ccl_fast.training.progress import WARM_UP, Progress, advance
 from ccl_fast.training.report import describe, format_table, write_report
 from ccl_fast.training.run_folder import CHECKPOINTS, CONFIG, check_free, claim, default_folder
@@ -67,10 +69,11 @@ def train(
     channels_last: bool = False,
     compile_model: bool = False,
     fused_optimizer: bool = False,
+    timeout: float = 300.0,
     overwrite: bool = False,
     resume: bool = False,
     resume_from: Literal["last", "previous"] = "last",
-) -> dict:
+) -> dict | None:
     """Train on images without their labels, and tell images of other kinds from them.
 
     SimCLR and CCL get the same budget: the same number of epochs, initial weights, batches, augmentations and
@@ -80,6 +83,9 @@ def train(
     ``previous.ckpt``. Ctrl-C and SIGTERM save it too, in the middle of an epoch, and stop; with ``resume`` the run goes
     on, on a CPU bit for bit as if it had not been stopped. ``<output>/metrics.jsonl`` has a line for every epoch,
     ``<output>/tensorboard`` the same for TensorBoard, ``<output>/config.yaml`` the arguments.
+
+    Several processes (``torchrun --nproc-per-node 8 -m ccl_fast train ...``) share every batch and every clustering;
+    the loss is that of the whole batch. The first of them writes the files.
 
     Args:
         output: folder for report.html, report.json, the weights <method>.pt (a state_dict) and the files named above;
@@ -112,10 +118,11 @@ def train(
             "auto" means "3x3" for images of up to 64 pixels.
         embedding_dim: width of the projection head's output, to which the loss is applied.
         epochs: passes over the training images, warm-up included.
-        batch_size: images of a step, of two views each; the incomplete last batch of an epoch is left out.
-        micro_batch: images that pass the network at a time; the gradient is that of the whole batch, memory that of
-            a micro-batch, the price one more forward pass. BatchNorm takes its statistics over a micro-batch. By
-            default the whole batch.
+        batch_size: images of a step, of two views each, on all processes together; the incomplete last batch of an
+            epoch is left out.
+        micro_batch: images that pass the network of a process at a time; the gradient is that of the whole batch,
+            memory that of a micro-batch, the price one more forward pass. BatchNorm takes its statistics over a
+            micro-batch. By default the whole batch.
         learning_rate: of AdamW at the start; it follows half a cosine down to 0.
         weight_decay: of AdamW.
         temperature: temperature of the similarities in the loss.
@@ -130,18 +137,20 @@ def train(
         ema: decay of an exponential moving average of the weights, 0.99 to 0.9999 or so. The average is what is
             clustered, judged and saved. By default there is none.
         seed: of weights, split, batches, augmentations and k-means. On one machine it fixes every number.
-        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...; of several processes each takes a GPU of
+            its own.
         precision: "32-true", or "bf16-mixed": the network in bfloat16, loss and weights in float32.
         channels_last: keep images and weights in that memory format, which suits convolutions on tensor cores.
         compile_model: let torch.compile make the network faster.
         fused_optimizer: one kernel for the optimiser's step.
+        timeout: seconds after which a process that does not answer the others counts as lost.
         overwrite: replace the run in an existing output folder; files that no run writes stay as they are.
         resume: go on with the run in the output folder; the other arguments must be the same (``--config
             <output>/config.yaml`` gives them).
         resume_from: the checkpoint to go on from, "last", or the one before it, "previous".
 
     Returns:
-        The content of report.json.
+        The content of report.json; on other processes than the first None.
 
     Raises:
         ArgumentError: a ValueError naming the argument, what was expected and what came.
@@ -150,6 +159,7 @@ def train(
         FloatingPointError: the loss is not finite, with the step and the last good checkpoint.
         CheckpointError: there is nothing to resume, or it is damaged.
         Interrupted: the run was asked to stop and has saved its state.
+        PeerError: another process has ended, or has not answered in time; with the last good checkpoint.
 
     Papers: Chen, Gui, Fan, "Cluster-aware contrastive learning for unsupervised out-of-distribution detection",
     arXiv:2302.02598; Chen, Kornblith, Norouzi, Hinton, "A simple framework for contrastive learning of visual
@@ -163,51 +173,77 @@ def train(
     options = SimpleNamespace(**arguments | {"clusters": as_list(clusters), "warmup_epochs": warmup_epochs})
     check(vars(options))
     start = time.perf_counter()
-    where = find_device(device)
-    folder = default_folder("train") if output is None else Path(output)
-    check_free(folder, overwrite=overwrite, resume=resume)
-    sets = load_image_sets(options).to(where)
-    check_sizes(len(sets.train), options.batch_size, options.clusters, options.concentration)
-    fabric = Fabric(
-        accelerator=where.type, devices=[where.index or 0] if where.type == "cuda" else 1, precision=precision
-    )
-    first = Run(options, sets.train, fabric)  # before anything is written: its errors are those of the arguments
+    methods = ("simclr", "ccl") if method == "compare" else (method,)
+    with launched(device, precision, timeout) as (fabric, processes):
+        where = fabric.device
+        folder = processes.first(lambda: _free_folder(options), patient=True)
+        images, sets = _read(options, processes, where)
+        check_sizes(len(images), options.batch_size, options.clusters, options.concentration, processes.size)
+        first = Run(options, images, fabric, processes)  # before anything is written: its errors are those of arguments
+        state = None
+        if resume:
+            state = processes.first(lambda: checkpoint.load(folder / CHECKPOINTS, resume_from), patient=True)
+        progress = Progress(folder, comparable(arguments), images, state, processes)
+        processes.first(lambda: claim(folder, overwrite=overwrite, resume=resume))
+        try:
+            processes.first(lambda: _write_config(folder, arguments))
+            with Interruption() as interruption:
+                for stage in (WARM_UP, *methods):
+                    run = first if stage == WARM_UP else Run(options, images, fabric, processes)
+                    last = options.warmup_epochs if stage == WARM_UP else options.epochs
+                    advance(run, stage, last, progress, interruption)
+        except BaseException:
+            if processes.is_first and not (folder / CHECKPOINTS).exists():
+                # Nothing to resume: the same command can be given again.
+                (folder / CONFIG).unlink(missing_ok=True)
+                with suppress(OSError):  # somebody else's files are in it
+                    folder.rmdir()
+            raise
+        finally:
+            progress.close()
+    if not processes.is_first:
+        return None
 
-    state = checkpoint.load(folder / CHECKPOINTS, resume_from) if resume else None
-    progress = Progress(folder, comparable(arguments), sets.train, state)
-    claim(folder, overwrite=overwrite, resume=resume)
-    try:
-        once = {"resume": False, "resume_from": "last", "overwrite": False}
-        config = yaml.safe_dump(plain(arguments | once), sort_keys=False)
-        write_atomically(folder / CONFIG, lambda file: file.write(config.encode()))
-        with Interruption() as interruption:
-            methods = ("simclr", "ccl") if method == "compare" else (method,)
-            for stage in (WARM_UP, *methods):
-                run = first if stage == WARM_UP else Run(options, sets.train, fabric)
-                last = options.warmup_epochs if stage == WARM_UP else options.epochs
-                advance(run, stage, last, progress, interruption)
-        progress.close()
-        models, judgements = {}, {}
-        for name in methods:
-            run = Run(options, sets.train, fabric)
-            run.load_state_dict(progress.finished[name])
-            models[name] = run.result
-            judgements[name] = judge(
-                run.result, sets.train, sets.test, sets.near, sets.far, clusters=options.clusters[0], seed=options.seed
-            )
-        report = describe(arguments, sets, judgements, where) | {
-            "losses": {name: progress.finished[name]["losses"] for name in methods},
-            "log": {name: [line for line in progress.lines if line["stage"] in (WARM_UP, name)] for name in methods},
-            "seconds": round(progress.seconds_before + time.perf_counter() - start, 1),
-        }
-        write_report(folder, report, judgements, sets, models)
-    except BaseException:
-        progress.close()
-        if not (folder / CHECKPOINTS).exists():  # nothing to resume: the same command can be given again
-            (folder / CONFIG).unlink(missing_ok=True)
-            with suppress(OSError):  # somebody else's files are in it
-                folder.rmdir()
-        raise
+    fabric = fabric if processes.size == 1 else alone(where, precision)  # the others have left
+    models, judgements = {}, {}
+    for name in methods:
+        run = Run(options, sets.train, fabric)
+        run.load_state_dict(progress.finished[name])
+        models[name] = run.result
+        judgements[name] = judge(
+            run.result, sets.train, sets.test, sets.near, sets.far, clusters=options.clusters[0], seed=options.seed
+        )
+    report = describe(arguments, sets, judgements, where) | {
+        "losses": {name: progress.finished[name]["losses"] for name in methods},
+        "log": {name: [line for line in progress.lines if line["stage"] in (WARM_UP, name)] for name in methods},
+        "seconds": round(progress.seconds_before + time.perf_counter() - start, 1),
+    }
+    write_report(folder, report, judgements, sets, models)
     print(format_table(report))
     print(f"written to {folder}; look at {folder / 'report.html'}")
     return report
+
+
+def _free_folder(options: SimpleNamespace) -> Path:
+    folder = default_folder("train") if options.output is None else Path(options.output)
+    check_free(folder, overwrite=options.overwrite, resume=options.resume)
+    return folder
+
+
+def _read(options: SimpleNamespace, processes: Processes, device: torch.device) -> tuple[Images, ImageSets | None]:
+    """The training images; and all sets on the process that will need them, the first."""
+    images = sets = None
+    with processes.together(patient=True):
+        if processes.is_first:
+            sets = load_image_sets(options).to(device)
+            images = sets.train
+    with processes.together(patient=True):  # afterwards: what is to be downloaded is there
+        if not processes.is_first:
+            images = read_split(SimpleNamespace(**vars(options) | {"download": False})).train.to(device)
+    return images, sets
+
+
+def _write_config(folder: Path, arguments: dict) -> None:
+    once = {"resume": False, "resume_from": "last", "overwrite": False}
+    config = yaml.safe_dump(plain(arguments | once), sort_keys=False)
+    write_atomically(folder / CONFIG, lambda file: file.write(config.encode()))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DistributedDataParallel
 
 
 def cached_backward(
@@ -33,8 +34,13 @@ def cached_backward(
     holds: gradients are then exact for the model that normalises each micro-batch by itself. Running statistics are
     updated once for each micro-batch.
 
+    On several processes the model is a DistributedDataParallel, each process gives its own part of the inputs, and
+    ``loss_fn`` is a loss with ``process_group``. Gradients are exchanged once, with the last micro-batch; the processes
+    may have different numbers of inputs and of micro-batches.
+
     Args:
-        model: maps inputs ``[n, ...]`` to embeddings ``[n, ...]``, row by row (but for BatchNorm).
+        model: maps inputs ``[n, ...]`` to embeddings ``[n, ...]``, row by row (but for BatchNorm). It may be, or wrap,
+            a DistributedDataParallel.
         inputs: ``[n, ...]``.
         loss_fn: a scalar of the embeddings ``[n, ...]`` of all inputs; gradients of its own parameters are added too.
         micro_batch: inputs embedded at a time; n or more is an ordinary forward and backward pass.
@@ -57,20 +63,38 @@ def cached_backward(
         return loss.detach()
 
     blocks = inputs.split(micro_batch)
+    parallel = _parallel(model)
     states, embeddings = [], []
-    with torch.no_grad(), _running_statistics_kept(model):
-        for block in blocks:
+    with _unsynchronised(parallel), _running_statistics_kept(model):
+        for i, block in enumerate(blocks):
             states.append(_random_state(inputs.device))
-            embeddings.append(model(block))
+            # In its first pass with a graph DistributedDataParallel may talk to the other processes (it rearranges
+            # its buckets). That must be before the loss does, as it is for a process with a single micro-batch.
+            with torch.set_grad_enabled(parallel is not None and i == 0):
+                embeddings.append(model(block).detach())
     after = _random_state(inputs.device)
     leaves = torch.cat(embeddings).requires_grad_()
     loss = loss_fn(leaves)
     backward(loss, None)
-    for block, state, gradient in zip(blocks, states, leaves.grad.split(micro_batch), strict=True):
-        _set_random_state(inputs.device, state)
-        backward(model(block), gradient)
+    *others, last = zip(blocks, states, leaves.grad.split(micro_batch), strict=True)
+    with _unsynchronised(parallel):
+        for block, state, gradient in others:
+            _set_random_state(inputs.device, state)
+            backward(model(block), gradient)
+    block, state, gradient = last
+    _set_random_state(inputs.device, state)
+    backward(model(block), gradient)
     _set_random_state(inputs.device, after)
     return loss.detach()
+
+
+def _parallel(model: nn.Module) -> DistributedDataParallel | None:
+    """What averages the gradients over processes, if anything does; Fabric and torch.compile wrap it once more."""
+    return next((module for module in model.modules() if isinstance(module, DistributedDataParallel)), None)
+
+
+def _unsynchronised(parallel: DistributedDataParallel | None) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if parallel is None else parallel.no_sync()
 
 
 @contextlib.contextmanager

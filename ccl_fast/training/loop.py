@@ -16,6 +16,7 @@ from ccl_fast.data import Images, Views
 from ccl_fast.losses import CCLLoss
 from ccl_fast.models import Model, embed
 from ccl_fast.training.gradient_cache import cached_backward
+from ccl_fast.training.processes import ALONE, Processes
 from ccl_fast.training.pseudo_labels import PseudoLabels
 from ccl_fast.training.randomness import seeded, shuffled
 
@@ -32,10 +33,11 @@ class Run:
         options: the arguments of ``train``, checked.
         images: the training images.
         fabric: device and precision.
+        processes: they do the same steps, each on its part of every batch; their states are the same at any time.
     """
 
-    def __init__(self, options: SimpleNamespace, images: Images, fabric: Fabric):
-        self.options, self.images, self.fabric = options, images, fabric
+    def __init__(self, options: SimpleNamespace, images: Images, fabric: Fabric, processes: Processes = ALONE):
+        self.options, self.images, self.fabric, self.processes = options, images, fabric, processes
         self.model = Model(
             options.backbone, images.shape, options.embedding_dim, stem=options.stem, seed=options.seed
         ).to(fabric.device, memory_format=self._memory_format)
@@ -49,13 +51,14 @@ class Run:
             self.average = AveragedModel(self.model, multi_avg_fn=_moving_average(options.ema), use_buffers=True)
             self.average.requires_grad_(False)
         self.views = Views(options.augmentation, images.shape)
-        self.loss_fn = CCLLoss(options.temperature, options.center_weight)
+        self.loss_fn = CCLLoss(options.temperature, options.center_weight, process_group=processes.group)
         self.pseudo_labels = PseudoLabels(
             options.clusters,
             seed=options.seed,
             temperature=options.temperature,
             concentration=options.concentration,
             device=fabric.device,
+            processes=processes,
         )
         self.step = 0
         self.losses: list[float] = []  # mean of every epoch
@@ -98,20 +101,24 @@ class Run:
         """Train until ``epochs`` have been done in all, with clusters (CCL) or by instance-level contrast (SimCLR)."""
         size = self.options.batch_size
         used = self.steps_per_epoch * size
-        with tqdm(total=(epochs - len(self.losses)) * used, desc=name, unit=" images", unit_scale=True) as bar:
+        own = self.processes.part(size)  # of a batch
+        total, quiet = (epochs - len(self.losses)) * used, not self.processes.is_first
+        with tqdm(total=total, desc=name, unit=" images", unit_scale=True, disable=quiet) as bar:
             bar.update(len(self.step_losses) * size)
             while len(self.losses) < epochs:
                 if clustered and not self.step_losses:
                     self._cluster()
                 order = shuffled(len(self.images), self.options.seed, ORDER, len(self.losses))[:used]
-                order = order[len(self.step_losses) * size :]
                 # Nothing is left if the run was stopped after the last step of an epoch.
-                batches = zip(order.split(size), self.images.batches(size, order), strict=True) if len(order) else ()
-                for rows, images in batches:
-                    with seeded(self.fabric.device, self.options.seed, STEP, self.step):
+                parts = order.view(-1, size)[len(self.step_losses) :, own]
+                batches = self.images.batches(own.stop - own.start, parts.flatten()) if len(parts) else iter(())
+                for rows in parts:
+                    with self.processes.together():
+                        images = next(batches)
+                    with seeded(self.fabric.device, self.options.seed, STEP, self.step, *self.processes.keys):
                         self.step_losses.append(self._step(rows, images))
                     bar.set_postfix(loss=f"{self.step_losses[-1]:.3f}", refresh=False)
-                    bar.update(len(rows))
+                    bar.update(size)
                     after_step()
                 if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
                     raise FloatingPointError(f"weights are not finite after step {self.step}; {ADVICE}")
@@ -143,8 +150,10 @@ class Run:
             self.log = {}
             return
         model = self.model if self.average is None else self.average.module
-        embeddings = embed(model, self.images)["head"]
-        if not embeddings.isfinite().all():
+        n = len(self.images)
+        with self.processes.together():
+            embeddings = embed(model, self.images, torch.arange(n)[self.processes.part(n)])["head"]
+        if self.processes.largest(not embeddings.isfinite().all()):
             raise FloatingPointError(f"embeddings are not finite at step {self.step}; {ADVICE}")
         self.log = self.pseudo_labels.update(embeddings, self.images.classes)
 
@@ -167,6 +176,7 @@ class Run:
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {self.step}; {ADVICE}")
         self._stepper.step()
+        self.processes.average_buffers(self.model)
         self.step += 1
         if self.average is not None:
             self.average.update_parameters(self.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 import zlib
 from pathlib import Path
@@ -11,12 +12,14 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from ccl_fast.data import Images
+from ccl_fast.distributed import PeerError
 from ccl_fast.errors import ArgumentError
 from ccl_fast.files import write_atomically
 from ccl_fast.training import checkpoint
 from ccl_fast.training.checkpoint import CheckpointError
 from ccl_fast.training.interruption import Interrupted, Interruption
 from ccl_fast.training.loop import Run
+from ccl_fast.training.processes import ALONE, Processes
 from ccl_fast.training.run_folder import CHECKPOINTS, EVENTS, METRICS
 
 WARM_UP = "warm-up"
@@ -26,10 +29,22 @@ KEYS = {"arguments", "images", "finished", "stage", "run", "lines", "seconds"}
 
 
 class Progress:
-    """What is done of the experiment, and its files: checkpoints, metrics.jsonl, tensorboard/<stage>."""
+    """What is done of the experiment, and its files: checkpoints, metrics.jsonl, tensorboard/<stage>.
 
-    def __init__(self, folder: Path, arguments: dict, images: Images, state: dict | None):
-        self.folder, self.arguments, self.images = folder, arguments, _fingerprint(images)
+    Every process knows what is done; the first one writes the files.
+    """
+
+    def __init__(self, folder: Path, arguments: dict, images: Images, state: dict | None, processes: Processes = ALONE):
+        self.folder, self.arguments, self.processes = folder, arguments, processes
+        with processes.together():
+            self.images = _fingerprint(images)
+        everywhere = processes.everyone(self.images)
+        others = [rank for rank, images in enumerate(everywhere) if images != everywhere[0]]
+        if others:
+            raise ArgumentError(
+                f"data: expected the same training images on every process, got others, or others in number, on "
+                f"process {others[0]} than on process 0"
+            )
         self.finished: dict[str, dict] = {}  # the states of runs at the end of their stages
         self.under_way: tuple[str, dict] | None = None
         self.lines: list[dict] = []
@@ -50,9 +65,12 @@ class Progress:
             )
         self.finished, self.lines, self.seconds_before = state["finished"], state["lines"], state["seconds"]
         self.under_way = (state["stage"], state["run"])
-        self.write_lines()  # the last ones may be missing if the run was killed
+        processes.first(self._write_lines)  # the last ones may be missing if the run was killed
 
     def save(self, stage: str, run: Run) -> Path:
+        return self.processes.first(lambda: self._save(stage, run))
+
+    def _save(self, stage: str, run: Run) -> Path:
         seconds = self.seconds_before + time.perf_counter() - self._start
         return checkpoint.save(
             self.folder / CHECKPOINTS,
@@ -71,12 +89,16 @@ class Progress:
         epoch = len(run.losses)
         scalars = {"loss": run.losses[-1], "learning_rate": run.used_learning_rate} | run.log
         self.lines.append({"stage": stage, "epoch": epoch, "step": run.step} | scalars)
-        self.save(stage, run)
-        self.write_lines()
-        events = self._events_of(stage, epoch)
-        for name, value in scalars.items():
-            events.add_scalar(name, value, epoch)
-        events.flush()
+
+        def write() -> None:
+            self._save(stage, run)
+            self._write_lines()
+            events = self._events_of(stage, epoch)
+            for name, value in scalars.items():
+                events.add_scalar(name, value, epoch)
+            events.flush()
+
+        self.processes.first(write)
 
     def _events_of(self, stage: str, epoch: int) -> SummaryWriter:
         if self._events is None or self._events[0] != stage:
@@ -90,7 +112,7 @@ class Progress:
             self._events[1].close()
         self._events = None
 
-    def write_lines(self) -> None:
+    def _write_lines(self) -> None:
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
         write_atomically(self.folder / METRICS, lambda file: file.write(text.encode()))
 
@@ -105,23 +127,26 @@ def advance(run: Run, stage: str, epochs: int, progress: Progress, interruption:
         run.load_state_dict(progress.finished[WARM_UP])
 
     def stop_if_asked() -> None:
-        if interruption.received:
-            path = progress.save(stage, run)
-            message = f"stopped by {interruption.received.name}; saved to {path}; the same command with resume goes on"
-            raise Interrupted(message, interruption.received)
+        # A signal may reach one process alone, or all of them at different steps: they stop after the same one.
+        number = progress.processes.largest(interruption.received or 0)
+        if number:
+            received, path = signal.Signals(number), progress.save(stage, run)
+            message = f"stopped by {received.name}; saved to {path}; the same command with resume goes on"
+            raise Interrupted(message, received)
 
     try:
-        run.advance(
-            epochs,
-            clustered=stage == "ccl",
-            name=stage,
-            after_step=stop_if_asked,
-            after_epoch=lambda: progress.end_epoch(stage, run),
-        )
-    except FloatingPointError as error:
+        with progress.processes.waiting():
+            run.advance(
+                epochs,
+                clustered=stage == "ccl",
+                name=stage,
+                after_step=stop_if_asked,
+                after_epoch=lambda: progress.end_epoch(stage, run),
+            )
+    except (FloatingPointError, PeerError) as error:
         last = progress.folder / CHECKPOINTS / checkpoint.LAST
         good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
-        raise FloatingPointError(f"{error}; {good}") from error
+        raise type(error)(f"{error}; {good}") from error
     # Only the warm-up is gone on from.
     progress.finished[stage] = run.state_dict() | ({} if stage == WARM_UP else {"optimizer": None})
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ccl_fast.clustering import KMeans, align_clusters, concentration
 from ccl_fast.evaluation import cluster_quality
 from ccl_fast.losses import CCLLoss
+from ccl_fast.training.processes import ALONE, Processes
 
 # Runs of k-means from different starts, of which the best is kept; later clusterings start from the last centres.
 STARTS = 5
@@ -24,13 +25,21 @@ class PseudoLabels:
         temperature: of the loss, which is the mean of the clusters' own ones.
         concentration: give every cluster its own temperature: small for tight ones.
         device: where ids and centres are kept.
+        processes: each clusters with the others, and has the ids of all images.
     """
 
     def __init__(
-        self, clusters: Sequence[int], *, seed: int, temperature: float, concentration: bool, device: torch.device
+        self,
+        clusters: Sequence[int],
+        *,
+        seed: int,
+        temperature: float,
+        concentration: bool,
+        device: torch.device,
+        processes: Processes = ALONE,
     ):
         self.clusters, self.seed, self.temperature = list(clusters), seed, temperature
-        self.concentration, self.device = concentration, device
+        self.concentration, self.device, self.processes = concentration, device, processes
         # Per number of clusters: {"ids": [n], "centers": [k, d], "temperatures": [k] or absent}.
         self.found: list[dict[str, Tensor]] = []
 
@@ -38,19 +47,22 @@ class PseudoLabels:
         """Cluster anew, from the last centres if there are any; returns what is worth a line in the log.
 
         Args:
-            embeddings: ``[n, d]``, finite.
-            classes: ``[n]`` if they are known: for the log and for nothing else.
+            embeddings: ``[n, d]``, finite; of several processes each gives those of its part of the images.
+            classes: ``[n]``, of all images, if they are known: for the log and for nothing else.
         """
-        log = {}
+        log, group = {}, self.processes.group
         previous, self.found = self.found, []
         for i, k in enumerate(self.clusters):
             start = previous[i]["centers"] if previous else "k-means++"
-            kmeans = KMeans(k, metric="cosine", init=start, n_init=1 if previous else STARTS, seed=self.seed)
-            ids = kmeans.fit_predict(embeddings)
-            found = {"ids": ids, "centers": kmeans.cluster_centers_}
+            starts = 1 if previous else STARTS
+            kmeans = KMeans(k, metric="cosine", init=start, n_init=starts, seed=self.seed, process_group=group)
+            own, centers = kmeans.fit_predict(embeddings), kmeans.cluster_centers_
+            ids = self.processes.gather(own)
+            found = {"ids": ids, "centers": centers}
             if self.concentration:
-                temperatures = concentration(embeddings, ids, kmeans.cluster_centers_, mean=self.temperature)
-                found["temperatures"] = temperatures
+                found["temperatures"] = concentration(
+                    embeddings, own, centers, mean=self.temperature, process_group=group
+                )
             self.found.append(found)
             log_of_k = _describe(ids, k, previous[i]["ids"] if previous else None, classes)
             log |= log_of_k if len(self.clusters) == 1 else {f"{name}/{k}": value for name, value in log_of_k.items()}

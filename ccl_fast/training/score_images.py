@@ -17,6 +17,7 @@ from ccl_fast.files import write_atomically
 from ccl_fast.models import embed
 from ccl_fast.training.arguments import find_device
 from ccl_fast.training.image_sets import read_split
+from ccl_fast.training.processes import check_alone
 from ccl_fast.training.trained import TrainedRun
 
 COLUMNS = ("image", "score", "outlier", "cluster")
@@ -64,6 +65,7 @@ def score(
         FileExistsError: the output file exists.
         FileNotFoundError: the run's data is not there; says where it was looked for and how to get it.
     """
+    check_alone("score")
     output = Path(output)
     if output.is_dir():
         raise ArgumentError(f"output: expected a file, got the folder {str(output)!r}")

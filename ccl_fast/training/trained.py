@@ -64,7 +64,7 @@ class TrainedRun:
 
 def _read(config: Path) -> dict:
     """The arguments of a run."""
-    names = inspect.signature(train).parameters.keys()
+    names = inspect.signature(train).parameters.keys() - {"timeout"}  # of several processes; older runs have none
     try:
         arguments = yaml.safe_load(config.read_text())
     except (ValueError, yaml.YAMLError) as error:

@@ -1,0 +1,292 @@
+"""The processes of a run: what they tell each other, who writes, and what becomes of one's error."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.fabric.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ccl_fast.distributed import PeerError
+from ccl_fast.errors import ArgumentError
+from ccl_fast.training.arguments import find_device
+
+# How long the others wait for one that reads, or downloads, data: nobody knows how long that takes. A process that ends
+# is noticed at once all the same.
+PATIENCE = timedelta(days=7)
+
+# DistributedDataParallel need not send buffers before every step: they are averaged after it. (Torch has renamed this.)
+_BUFFERS = "forward_sync_buffers", "broadcast_buffers"
+_UNSENT = {next(name for name in _BUFFERS if name in inspect.signature(DistributedDataParallel).parameters): False}
+
+# Whether this process has met the others here: once they have left, they cannot meet again at the same address.
+_met = False
+
+T = TypeVar("T")
+
+
+class Processes:
+    """The processes that share a run; this class: this one alone, who tells nobody and waits for nobody.
+
+    All of them call the same methods in the same order.
+
+    Attributes:
+        rank, size: number of this process, and of processes.
+        group: the ``process_group`` of losses and clustering.
+        keys: what the random numbers of a step depend on besides seed and step.
+    """
+
+    rank, size = 0, 1
+    group: str | None = None
+    keys: tuple[int, ...] = ()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def part(self, n: int) -> slice:
+        """Which of n rows are this process's own. The parts follow each other by rank, and cover all rows."""
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def everyone(self, value: T) -> list[T]:
+        """The values of all processes, by rank."""
+        return [value]
+
+    def largest(self, number: int) -> int:
+        """The largest of the numbers of all processes: 1 if something is so on any, say."""
+        return number
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, one process's after the other's."""
+        return rows
+
+    def average_buffers(self, model: nn.Module) -> None:
+        """Running statistics become their mean over the processes; what is no floating-point number is the first's."""
+
+    def together(self, *, patient: bool = False) -> contextlib.AbstractContextManager:
+        """Nobody leaves the ``with`` before all are done; an error that one meets in it is raised on all.
+
+        Args:
+            patient: wait as long as it takes, not for the run's timeout only.
+        """
+        return contextlib.nullcontext()
+
+    def first(self, function: Callable[[], T], *, patient: bool = False) -> T:
+        """What the function returns on the first process, which alone calls it; its error is raised on all."""
+        return function()
+
+    def waiting(self) -> contextlib.AbstractContextManager:
+        """Within ``with``, what torch.distributed says of a lost process becomes a PeerError."""
+        return contextlib.nullcontext()
+
+
+ALONE = Processes()
+
+
+class _Several(Processes):
+    """The processes of torch.distributed's default group."""
+
+    group = "world"
+
+    def __init__(self, timeout: timedelta):
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.keys = (self.rank,)
+        # Python objects travel on the host, whatever the device.
+        self._groups = {p: dist.new_group(backend="gloo", timeout=PATIENCE if p else timeout) for p in (False, True)}
+
+    def everyone(self, value: T) -> list[T]:
+        return self._everyone(value, patient=False)
+
+    def _everyone(self, value: T, *, patient: bool) -> list[T]:
+        values = [None] * self.size
+        with self.waiting():
+            dist.all_gather_object(values, value, group=self._groups[patient])
+        return values
+
+    def largest(self, number: int) -> int:
+        return self._largest(number, patient=False)
+
+    def _largest(self, number: int, *, patient: bool) -> int:
+        largest = torch.tensor(int(number))
+        with self.waiting():
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._groups[patient])
+        return int(largest)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        return torch.cat(self.everyone(rows.cpu())).to(rows.device)
+
+    @torch.no_grad()
+    def average_buffers(self, model: nn.Module) -> None:
+        buffers = list(model.buffers())
+        if not buffers:
+            return
+        numbers = [buffer for buffer in buffers if buffer.is_floating_point()]
+        others = [buffer for buffer in buffers if not buffer.is_floating_point()]
+        # One message for all; float64 holds the whole numbers that occur, such as counts of batches.
+        parts = [_flat(numbers, buffers) / self.size, _flat(others, buffers) * self.is_first]
+        with self.waiting():
+            dist.all_reduce(total := torch.cat(parts))
+        ordered = [*numbers, *others]
+        found = total.split([buffer.numel() for buffer in ordered])
+        torch._foreach_copy_(ordered, [x.view_as(buffer) for x, buffer in zip(found, ordered, strict=True)])
+
+    @contextlib.contextmanager
+    def together(self, *, patient: bool = False) -> Iterator[None]:
+        own = None
+        try:
+            yield
+        except PeerError:  # there is somebody who cannot be told
+            raise
+        except Exception as error:
+            own = error
+        if not self._largest(own is not None, patient=patient):
+            return
+        errors = self._everyone(None if own is None else _portable(own), patient=patient)
+        raise own or next(error for error in errors if error is not None)
+
+    def first(self, function: Callable[[], T], *, patient: bool = False) -> T:
+        result = [None]
+        with self.together(patient=patient):
+            if self.is_first:
+                result = [function()]
+        with self.waiting():
+            dist.broadcast_object_list(result, src=0, group=self._groups[patient])
+        return result[0]
+
+    def leave(self, *, everything: bool) -> None:
+        """Of the others, all at the same time; ``everything``: of the default group too."""
+        for group in [None] if everything else self._groups.values():
+            dist.destroy_process_group(group)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            # The errors of gloo's own are plain ones.
+            if isinstance(error, PeerError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            raise PeerError(
+                f"process {self.rank} of {self.size} has lost another one, which has ended, failed, or not answered "
+                f"in time ({_reason(error)})"
+            ) from error
+
+
+def launched_size() -> int:
+    """How many processes torchrun has started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def check_alone(command: str) -> None:
+    """For what one process does.
+
+    Raises:
+        ArgumentError: torchrun has started several.
+    """
+    if launched_size() > 1:
+        raise ArgumentError(f"{command}: expected one process, as only train runs on several, got {launched_size()}")
+
+
+def alone(device: torch.device, precision: str) -> Fabric:
+    """Device and precision for one process, whoever else there is."""
+    return Fabric(
+        accelerator=device.type, devices=[device.index or 0] if device.type == "cuda" else 1, precision=precision
+    )
+
+
+@contextlib.contextmanager
+def launched(device: str, precision: str, timeout: float) -> Iterator[tuple[Fabric, Processes]]:
+    """This process alone, or, within ``with``, in the company of those that torchrun has started.
+
+    Args:
+        device: as for ``train``; of several processes each takes the GPU of its number on the machine.
+        precision: as for ``train``.
+        timeout: seconds after which a process that does not answer counts as lost.
+
+    Raises:
+        ArgumentError: there is no such device, or not enough of them.
+        PeerError: another process has ended, or did not answer in time.
+    """
+    where = find_device(device)
+    if launched_size() == 1:
+        yield alone(where, precision), ALONE
+        return
+    missing = [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ]
+    if missing:
+        expected = f"RANK and LOCAL_RANK beside WORLD_SIZE={launched_size()} in the environment, as torchrun sets them"
+        raise ArgumentError(f"torchrun: expected {expected}, got no {' and no '.join(missing)}")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", launched_size()))
+    if where.type == "cuda" and (":" in device or torch.cuda.device_count() < here):
+        expected = f'"cpu", or "cuda" (or "auto") and a GPU for each of the {here} processes of this machine'
+        raise ArgumentError(f"device: expected {expected}, got {device!r} and {torch.cuda.device_count()} GPUs")
+    strategy = DDPStrategy(
+        cluster_environment=TorchElasticEnvironment(),
+        process_group_backend="cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=timeout),
+        **_UNSENT,
+    )
+    fabric = Fabric(
+        accelerator=where.type,
+        devices=here,
+        num_nodes=launched_size() // here,
+        strategy=strategy,
+        precision=precision,
+    )
+    global _met
+    ours = not dist.is_initialized()
+    if ours and _met:
+        expected = "one run in each process, or torch.distributed.init_process_group before the first"
+        raise ArgumentError(f"torchrun: expected {expected}, got another run")
+    _met = _met or ours
+    with _quiet():  # Fabric greets at length
+        try:
+            fabric.launch()
+        except dist.DistError as error:
+            raise PeerError(f"the {launched_size()} processes have not found each other ({_reason(error)})") from error
+    processes = _Several(timedelta(seconds=timeout))
+    with processes.waiting():
+        yield fabric, processes
+    processes.leave(everything=ours)  # not after an error: it takes all of them, and one may be lost
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence."""
+    return str(error).splitlines()[0].split(". ")[0]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No logs but warnings."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _flat(tensors: list[Tensor], like: list[Tensor]) -> Tensor:
+    """All their values, in float64, where ``like`` is."""
+    return torch.cat([x.flatten() for x in tensors] or [like[0].new_empty(0)]).double()
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one with its words if it cannot be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever an error of anybody's makes pickle say
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
