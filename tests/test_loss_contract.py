@@ -1,6 +1,7 @@
 """What every loss promises whatever its formula: dtypes, errors, NaN, graphs, compilation, state."""
 
 import copy
+import functools
 import inspect
 import pickle
 
@@ -18,14 +19,22 @@ from loss_oracle import (
     one_thread,
     supcon,
 )
+from test_cluster_negatives import definition
+from test_pamc_loss import pamc
+from test_prototype_losses import deepcluster, protonce
+from test_sbcl_loss import sbcl
+from test_swav_loss import swav
 from tolerance import assert_as_accurate
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ccl_fast import CCLLoss, InfoNCELoss, SupConLoss
+from ccl_fast.losses import DeepClusterV2Loss, MCLLoss, MEOWLoss, PamCLoss, ProtoNCELoss, SBCLLoss, SwAVLoss
 from ccl_fast.ops import streaming_logsumexp_blocked
 
 LOSSES = (CCLLoss, SupConLoss, InfoNCELoss)
 IDS = torch.tensor([0, 2, -1, 0, 1, 2, 0, -1, 2])
+ASSIGNED = IDS.clamp(min=0)
 CENTERS = batch(1, 0, 6, 3, seed=5)[2]
 CONCENTRATIONS = torch.tensor([0.05, 0.3, 0.12])
 
@@ -66,6 +75,10 @@ def rows_with_centers(z):
     return z[:, 0], IDS[: len(z)], CENTERS.to(z.dtype)
 
 
+def clusterings(ids, z):
+    return [ids[: len(z)]], [CENTERS.to(z.dtype)]
+
+
 USES = {
     "ccl joint": Use(CCLLoss, ccl, with_centers, form="joint"),
     "ccl split": Use(CCLLoss, ccl, rows_with_centers, form="split"),
@@ -77,6 +90,13 @@ USES = {
     "supcon without labels": Use(SupConLoss, supcon, lambda z: (z,)),
     "infonce views": Use(InfoNCELoss, infonce, lambda z: (z,)),
     "infonce towers": Use(InfoNCELoss, infonce, lambda z: (z[:, 0], z[:, 1])),
+    "swav": Use(SwAVLoss, swav, lambda z: ([z[:, 0], z[:, 1]], CENTERS.to(z.dtype))),
+    "protonce": Use(ProtoNCELoss, protonce, lambda z: (z, *clusterings(IDS, z), [CONCENTRATIONS])),
+    "deepcluster": Use(DeepClusterV2Loss, deepcluster, lambda z: (z, *clusterings(ASSIGNED, z))),
+    "pamc": Use(PamCLoss, pamc, lambda z: (z[:, 0], z[:, 1], IDS[: len(z)])),
+    "mcl": Use(MCLLoss, functools.partial(definition, MCLLoss), lambda z: (z, [IDS[: len(z)]])),
+    "meow": Use(MEOWLoss, functools.partial(definition, MEOWLoss), lambda z: (z, IDS[: len(z)])),
+    "sbcl": Use(SBCLLoss, sbcl, lambda z: (z, IDS[: len(z)], ASSIGNED.flip(0)[: len(z)])),
     "infonce queue": Use(InfoNCELoss, infonce, lambda z: (z[:5, 0], z[:5, 1], z[5:, 0]), symmetric=False),
 }
 every_use = pytest.mark.parametrize("use", USES.values(), ids=USES)
@@ -268,12 +288,12 @@ def test_changing_the_embeddings_before_backward_is_an_error_or_harmless(use, ba
 def test_inputs_are_left_alone_and_results_repeat_bit_for_bit(use, backend):
     for normalize in (True, False):
         z = views()
-        arguments = [x.clone() for x in use.arguments(z)]
+        arguments = [x.clone() for x in tree_leaves(use.arguments(z))]
         state = torch.random.get_rng_state()
         module = use.learnable(normalize=normalize, backend=backend)
         first, second = evaluate(module, z), evaluate(module, z)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(use.arguments(z), arguments, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(tree_leaves(use.arguments(z)), arguments, strict=True))
         assert torch.equal(torch.random.get_rng_state(), state)
 
 

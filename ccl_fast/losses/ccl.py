@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ccl_fast.losses.contrast import Batch, ContrastiveLoss, check_center_temperature
-from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
+from ccl_fast.losses.contrast import ContrastiveLoss, check_center_temperature
+from ccl_fast.ops import logaddexp
 from ccl_fast.ops.validation import check_choice
 
 FORMS = ("joint", "split", "inside")
@@ -122,7 +122,7 @@ class CCLLoss(ContrastiveLoss):
             centers = None
         scale = 1.0 / self.shared(self.temperature, batch.exchange)
         if centers is not None:
-            center_logsumexp, own_center = self._contrast_centers(batch, centers, center_temperature, scale)
+            center_logsumexp, own_center = self.contrast_centers(batch, centers, center_temperature, scale)
             # An unassigned anchor has no centre of its own, but all centres are negatives of it.
             weight = self.center_weight * batch.assigned.to(own_center.dtype)
 
@@ -145,38 +145,3 @@ class CCLLoss(ContrastiveLoss):
             losses = local + weight * (center_logsumexp - own_center)
             count = count + weight
         return self.reduce(losses, count > 0, batch.shape, batch.exchange)
-
-    def _contrast_centers(
-        self, batch: Batch, centers: Tensor, temperature: float | Tensor | None, scale: float | Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Log-sum-exp over the centres, and the logit of the row's own centre (0 if unassigned)."""
-        temperature = self.shared(temperature, batch.exchange)
-        accumulation = torch.promote_types(batch.z.dtype, torch.float32)
-        centers = self.unit(centers.detach().to(accumulation)).to(batch.z.dtype)
-        own = batch.ids.clamp(min=0)
-        own_center = _OwnCenter.apply(batch.z, centers, own)
-        if isinstance(temperature, Tensor):
-            temperature = temperature.to(accumulation)
-        if isinstance(temperature, Tensor) and temperature.ndim == 1:
-            own_center = own_center / temperature[own]
-            centers, scale = (centers / temperature[:, None]).to(batch.z.dtype), 1.0
-        else:
-            scale = scale if temperature is None else 1.0 / temperature
-            own_center = own_center * scale
-        logsumexp = streaming_logsumexp(batch.z, centers, scale=scale, backend=self.backend)
-        return logsumexp, own_center.masked_fill(~batch.assigned, 0.0)
-
-
-class _OwnCenter(torch.autograd.Function):
-    """<z_i, c_{y_i}> in float32: linear in z, so nothing of the size of z is kept for the backward."""
-
-    @staticmethod
-    def forward(ctx, z, centers, ids):
-        ctx.save_for_backward(centers, ids)
-        ctx.dtype = z.dtype
-        return row_dot(z, centers[ids])
-
-    @staticmethod
-    def backward(ctx, grad):
-        centers, ids = ctx.saved_tensors
-        return (grad[:, None] * centers[ids]).to(ctx.dtype), None, None

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ccl_fast.distributed import EXCHANGES, Peers, check_process_group, outside_of_graphs
-from ccl_fast.ops import logaddexp, same_id_similarity, streaming_logsumexp
+from ccl_fast.ops import logaddexp, row_dot, same_id_similarity, streaming_logsumexp
 from ccl_fast.ops.backends import choose_backend
 from ccl_fast.ops.global_contrast import Exchange, Wanted, global_contrast
+from ccl_fast.ops.ids import separate_unassigned
 from ccl_fast.ops.streaming_logsumexp import BACKENDS
 from ccl_fast.ops.validation import (
     check_choice,
@@ -95,14 +96,16 @@ class ContrastiveLoss(nn.Module):
         """Flatten views into rows, give each unassigned sample an id of its own, normalise; meet other processes."""
         exchange, first = None, 0
         if self.process_group is None:
-            n, _ = _check_batch(embeddings, ids, ids_name, centers, center_temperature)
+            n, _ = check_batch(embeddings, ids, ids_name, centers, center_temperature)
         else:
-            check = functools.partial(_check_batch, embeddings, ids, ids_name, centers, center_temperature)
+            check = functools.partial(check_batch, embeddings, ids, ids_name, centers, center_temperature)
             alike = {"embeddings": describe(embeddings, rows="n"), ids_name: None if ids is None else "given"}
             alike |= {"centers": centers, "center_temperature": center_temperature}
             n, exchange, first = self.meet(embeddings, check, alike)
-        sample = torch.arange(first, first + n, device=embeddings.device)
-        ids = sample if ids is None else torch.where(ids < 0, -1 - sample, ids)
+        if ids is None:
+            ids = torch.arange(first, first + n, device=embeddings.device)
+        else:
+            ids = separate_unassigned(ids, first)
         shape = embeddings.shape[:-1]
         if embeddings.ndim == 3:
             ids = ids.repeat_interleave(embeddings.shape[1])
@@ -156,6 +159,30 @@ class ContrastiveLoss(nn.Module):
         if inside:
             return logaddexp(found["same"], found["other"]), found["same"], None
         return found["other"], found["similarity"] * scale, found["count"]
+
+    def contrast_centers(
+        self, batch: Batch, centers: Tensor, temperature: float | Tensor | None, scale: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Log-sum-exp over the centres, and the logit of the row's own centre (0 if unassigned).
+
+        ``temperature`` of the centres: a number, a tensor [k] (one per cluster), or None for 1 / ``scale``. Centres
+        get no gradient. All are expected to be checked, as `check_batch` does.
+        """
+        temperature = self.shared(temperature, batch.exchange)
+        accumulation = torch.promote_types(batch.z.dtype, torch.float32)
+        centers = self.unit(centers.detach().to(accumulation)).to(batch.z.dtype)
+        own = batch.ids.clamp(min=0)
+        own_center = _OwnCenter.apply(batch.z, centers, own)
+        if isinstance(temperature, Tensor):
+            temperature = temperature.to(accumulation)
+        if isinstance(temperature, Tensor) and temperature.ndim == 1:
+            own_center = own_center / temperature[own]
+            centers, scale = (centers / temperature[:, None]).to(batch.z.dtype), 1.0
+        else:
+            scale = scale if temperature is None else 1.0 / temperature
+            own_center = own_center * scale
+        logsumexp = streaming_logsumexp(batch.z, centers, scale=scale, backend=self.backend)
+        return logsumexp, own_center.masked_fill(~batch.assigned, 0.0)
 
     @staticmethod
     def product_dtype(x: Tensor) -> torch.dtype:
@@ -215,6 +242,21 @@ class _WithValue(torch.autograd.Function):
         return grad, None
 
 
+class _OwnCenter(torch.autograd.Function):
+    """<z_i, c_{y_i}> in float32: linear in z, so nothing of the size of z is kept for the backward."""
+
+    @staticmethod
+    def forward(ctx, z, centers, ids):
+        ctx.save_for_backward(centers, ids)
+        ctx.dtype = z.dtype
+        return row_dot(z, centers[ids])
+
+    @staticmethod
+    def backward(ctx, grad):
+        centers, ids = ctx.saved_tensors
+        return (grad[:, None] * centers[ids]).to(ctx.dtype), None, None
+
+
 def describe(x, rows: str | None = None) -> object:
     """What the processes compare of an argument: of a tensor all but its numbers, or the number of its rows too."""
     if not isinstance(x, Tensor):
@@ -225,12 +267,13 @@ def describe(x, rows: str | None = None) -> object:
     return f"{str(dtype).removeprefix('torch.')} [{shape}]{gradient}"
 
 
-def _check_batch(
+def check_batch(
     embeddings: Tensor,
     ids: Tensor | None,
     ids_name: str,
-    centers: Tensor | None,
-    center_temperature: float | Tensor | None,
+    centers: Tensor | None = None,
+    center_temperature: float | Tensor | None = None,
+    temperature_name: str = "center_temperature",
 ) -> tuple[int, int]:
     """Numbers of samples, and of rows of each."""
     check_tensor("embeddings", embeddings)
@@ -248,11 +291,11 @@ def _check_batch(
         check_matrix("centers", centers, columns=embeddings.shape[-1])
         check_floating("centers", centers)
         check_same("centers", centers, "embeddings", embeddings, dtype=False)
-        check_center_temperature(center_temperature)
+        check_center_temperature(center_temperature, temperature_name)
         if isinstance(center_temperature, Tensor):
-            check_same("center_temperature", center_temperature, "embeddings", embeddings, dtype=False)
+            check_same(temperature_name, center_temperature, "embeddings", embeddings, dtype=False)
             if center_temperature.ndim == 1:
-                check_vector("center_temperature", center_temperature, len(centers))
+                check_vector(temperature_name, center_temperature, len(centers))
     if ids is not None:
         check_vector(ids_name, ids, embeddings.shape[0])
         check_integer(ids_name, ids)
@@ -266,16 +309,14 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a positive number, got {value!r}")
 
 
-def check_center_temperature(value: float | Tensor | None) -> None:
+def check_center_temperature(value: float | Tensor | None, name: str = "center_temperature") -> None:
     if isinstance(value, Tensor):
         if not value.is_floating_point() or value.ndim > 1:
-            raise ValueError(
-                f"center_temperature: expected floating point of shape [k], got {value.dtype} {list(value.shape)}"
-            )
+            raise ValueError(f"{name}: expected floating point of shape [k], got {value.dtype} {list(value.shape)}")
         if value.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((value > 0).all()):
-            raise ValueError(f"center_temperature: expected positive numbers, got a smallest of {value.min():g}")
+            raise ValueError(f"{name}: expected positive numbers, got a smallest of {value.min():g}")
     elif value is not None:
-        check_positive("center_temperature", value)
+        check_positive(name, value)
 
 
 def check_id_range(name: str, ids: Tensor, number: int | None) -> None:

@@ -69,10 +69,10 @@ class InfoNCELoss(ContrastiveLoss):
         """
         exchange = None
         if self.process_group is None:
-            _check(queries, keys, negatives)
+            check_pairs(queries, keys, negatives)
         else:
             alike = {"queries": describe(queries, rows="n"), "keys": describe(keys, rows="n")}
-            _, exchange, _ = self.meet(queries, lambda: _check(queries, keys, negatives), alike)
+            _, exchange, _ = self.meet(queries, lambda: check_pairs(queries, keys, negatives), alike)
         scale = 1.0 / self.shared(self.temperature, exchange)
 
         one_way = keys is not None and not self.symmetric
@@ -114,7 +114,7 @@ class InfoNCELoss(ContrastiveLoss):
         ]
 
 
-def _check(queries: Tensor, keys: Tensor | None, negatives: Tensor | None) -> tuple[int, int]:
+def check_pairs(queries: Tensor, keys: Tensor | None, negatives: Tensor | None = None) -> tuple[int, int]:
     """Numbers of samples, and of rows of each."""
     if keys is None:
         if not isinstance(queries, Tensor) or queries.ndim != 3 or queries.shape[1] != 2:

@@ -4,13 +4,16 @@ from ccl_fast.ops.kmeans_assign import kmeans_assign
 from ccl_fast.ops.kmeans_update import kmeans_update
 from ccl_fast.ops.row_dot import row_dot
 from ccl_fast.ops.same_id_similarity import same_id_similarity
+from ccl_fast.ops.sinkhorn import plan_average, sinkhorn
 from ccl_fast.ops.streaming_logsumexp import logaddexp, streaming_logsumexp
 
 __all__ = [
     "kmeans_assign",
     "kmeans_update",
     "logaddexp",
+    "plan_average",
     "row_dot",
     "same_id_similarity",
+    "sinkhorn",
     "streaming_logsumexp",
 ]

@@ -10,3 +10,16 @@ def consecutive_ids(ids: Tensor) -> Tensor:
     rank = torch.zeros(ids.shape, dtype=torch.int64, device=ids.device)
     rank[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
     return torch.empty_like(rank).scatter_(0, order, rank)
+
+
+def separate_unassigned(ids: Tensor, first: int = 0) -> Tensor:
+    """Give each sample whose id is below 0 one of its own, below 0 too; ``first`` is the number of the first sample."""
+    return torch.where(ids < 0, -1 - torch.arange(first, first + len(ids), device=ids.device), ids)
+
+
+def joint_ids(*ids: Tensor) -> Tensor:
+    """Ids, int64 [n], that are equal where all of the given ones are."""
+    joint = consecutive_ids(ids[0])
+    for further in ids[1:]:
+        joint = consecutive_ids(joint * len(joint) + consecutive_ids(further))
+    return joint

@@ -60,26 +60,19 @@ def streaming_logsumexp(
         ValueError: an argument has the wrong shape, dtype, device or value; the backend cannot run here.
     """
     _check(q, k, scale, key_bias, q_ids, k_ids, candidates, return_same)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        q = q.to(torch.get_autocast_dtype(q.device.type))
-        k = None if k is None else k.to(q.dtype)
+    q = in_autocast_dtype(q)
+    k = None if k is None else k.to(q.dtype)
     backend = choose_backend("streaming_logsumexp", BACKENDS, backend, q.device, q.dtype)
-    accumulation = torch.promote_types(q.dtype, torch.float32)
-    if isinstance(scale, Tensor):
-        scale = scale.to(device=q.device, dtype=accumulation).reshape(())
-    else:
-        scale = torch.full((), scale, dtype=accumulation, device=q.device)
+    scale = _as_tensor(scale, q)
     if key_bias is not None:
-        key_bias = key_bias.to(accumulation)
+        key_bias = key_bias.to(scale.dtype)
 
     want_same = return_same or (q_ids is not None and candidates != "other_id")
     want_other = candidates != "same_id"
     if backend == "reference":
         same, other = logsumexp_by_relation(q, k, scale, key_bias, q_ids, k_ids)
     else:
-        # torch.library's dispatch costs as much as a small batch: it is for those who need to see one operator.
-        eager = type(q) in (Tensor, Parameter) and not torch.compiler.is_compiling()
-        run = _Eager.apply if eager else _op
+        run = _Eager.apply if _is_eager(q) else _op
         same, other, _bounded = run(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, backend)
     if q_ids is None:
         return other
@@ -88,11 +81,74 @@ def streaming_logsumexp(
     return (result, same) if return_same else result
 
 
+def softmax_sums(
+    q: Tensor,
+    k: Tensor,
+    logsumexp: Tensor,
+    weights: Tensor,
+    *,
+    scale: float | Tensor,
+    key_bias: Tensor,
+    of: str,
+    backend: str,
+) -> Tensor:
+    r"""Weighted sums by the softmax whose logarithm's denominator is known: no forward pass.
+
+    .. math::
+        \text{keys:}\quad w_i \sum_j p_{ij} k_j, \qquad \text{queries:}\quad \sum_i w_i p_{ij} q_i, \qquad
+        p_{ij} = e^{s_{ij} - \mathrm{LSE}_i}
+
+    They are the gradients of :math:`\sum_i w_i \mathrm{LSE}_i / \mathrm{scale}` with respect to q and k. Linear memory;
+    checks nothing.
+
+    Args:
+        q, k, scale, key_bias, backend: as in `streaming_logsumexp`; autocast is without effect.
+        logsumexp: its result ``[n]``, over all keys.
+        weights: w ``[n]``, of the dtype of ``logsumexp``.
+        of: what is summed: "keys" for every query or "queries" for every key.
+
+    Returns:
+        ``[n, d]`` or ``[m, d]``, float32 (float64 for float64 input).
+    """
+    backend = choose_backend("streaming_logsumexp", BACKENDS, backend, q.device, q.dtype)
+    scale = _as_tensor(scale, q)
+    if backend == "reference":
+        with torch.autocast(q.device.type, enabled=False):
+            p = (scale * (q @ k.T).to(scale.dtype) + key_bias - logsumexp[:, None]).exp() * weights[:, None]
+            return p @ k.to(p.dtype) if of == "keys" else p.T @ q.to(p.dtype)
+    bounded = scale.new_zeros((), dtype=torch.bool)
+    if backend == "blocked":
+        bounded = blocked.bounded_on_cpu(q, k, scale, key_bias)
+    run, none = _EagerBackward.apply if _is_eager(q) else _backward_op, logsumexp.new_empty(0)
+    needs = [of == "keys", of == "queries", False, False]
+    sums = run(q, k, scale, key_bias, None, None, none, logsumexp, bounded, none, weights, needs, backend)
+    return sums[0 if of == "keys" else 1].to(scale.dtype) / scale
+
+
+def in_autocast_dtype(x: Tensor) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
 def logaddexp(a: Tensor, b: Tensor) -> Tensor:
     """``torch.logaddexp`` of sums that may be empty (-inf): no derivative of any order is NaN there."""
     a_empty, b_empty = a == -torch.inf, b == -torch.inf
     both = torch.logaddexp(a.masked_fill(a_empty, 0.0), b.masked_fill(b_empty, 0.0))
     return torch.where(a_empty, b, torch.where(b_empty, a, both))
+
+
+def _as_tensor(scale: float | Tensor, q: Tensor) -> Tensor:
+    """Of no dimensions, in accumulation precision."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if isinstance(scale, Tensor):
+        return scale.to(device=q.device, dtype=dtype).reshape(())
+    return torch.full((), scale, dtype=dtype, device=q.device)
+
+
+def _is_eager(q: Tensor) -> bool:
+    """Torch.library's dispatch costs as much as a small batch: it is for those who need to see one operator."""
+    return type(q) in (Tensor, Parameter) and not torch.compiler.is_compiling()
 
 
 def _check(q, k, scale, key_bias, q_ids, k_ids, candidates, return_same) -> None:

@@ -129,7 +129,7 @@ def _blocks(n: int, block: int, ids: Tensor | None) -> list[slice]:
 
 
 def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple[Tensor, Tensor, Tensor]:
-    bounded = _bounded(q, k, scale, key_bias)
+    bounded = bounded_on_cpu(q, k, scale, key_bias)
     problem = _Problem(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, bounded)
     of_rows, _ = _logsumexps(problem, want_same, want_other)
     return *of_rows, bounded
@@ -137,11 +137,13 @@ def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple
 
 def pair_forward(q, k, scale, q_ids, k_ids, want_same, want_other) -> tuple[tuple[Tensor, Tensor], ...]:
     """Log-sum-exps over the same id and the others: of the rows of q over those of k, and of those of k over q."""
-    problem = _Problem(q, k, scale, None, q_ids, k_ids, want_same, want_other, _bounded(q, k, scale, None), mutual=True)
+    problem = _Problem(
+        q, k, scale, None, q_ids, k_ids, want_same, want_other, bounded_on_cpu(q, k, scale, None), mutual=True
+    )
     return _logsumexps(problem, want_same, want_other)
 
 
-def _bounded(q: Tensor, k: Tensor | None, scale: Tensor, key_bias: Tensor | None) -> Tensor:
+def bounded_on_cpu(q: Tensor, k: Tensor | None, scale: Tensor, key_bias: Tensor | None) -> Tensor:
     # On a CPU a branch on a value is free. On a GPU it would stall the queue: take the general path.
     if q.device.type == "cpu":
         return logits_are_bounded(q, k, scale, key_bias)
@@ -251,7 +253,7 @@ def pair_backward(q, k, scale, q_ids, k_ids, of_q, of_k) -> tuple[Tensor, Tensor
     ``of_q``, ``of_k``: (same, other, grad_same, grad_other), with the log-sum-exps over all blocks.
     """
     wanted = of_q[0].numel() > 0, of_q[1].numel() > 0
-    problem = _Problem(q, k, scale, None, q_ids, k_ids, *wanted, _bounded(q, k, scale, None), mutual=True)
+    problem = _Problem(q, k, scale, None, q_ids, k_ids, *wanted, bounded_on_cpu(q, k, scale, None), mutual=True)
     to_q, _, _ = _weighted_sums(problem, of_q, of_k, True, False, False)
     to_scale = row_dot(to_q, problem.q).sum() / 2
     return _from_sorted(to_q.mul_(scale), problem.order_q), to_scale

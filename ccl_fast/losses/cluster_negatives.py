@@ -1,0 +1,141 @@
+"""InfoNCE whose negatives are chosen by clusters: those of the anchor's own, or those of the others."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ccl_fast.losses.contrast import ContrastiveLoss
+from ccl_fast.losses.infonce import check_pairs
+from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
+from ccl_fast.ops.ids import joint_ids, separate_unassigned
+from ccl_fast.ops.validation import check_ids
+
+
+class _ClusterNegatives(ContrastiveLoss):
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        symmetric: bool = True,
+        learnable_temperature: bool = False,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ):
+        super().__init__(temperature, learnable_temperature, normalize, reduction, backend)
+        self.symmetric = symmetric
+
+    def extra_repr(self) -> str:
+        return f"symmetric={self.symmetric}, {super().extra_repr()}"
+
+    def _contrast(self, queries: Tensor, keys: Tensor | None, ids: Tensor, candidates: str) -> Tensor:
+        """The loss: of each anchor the sum over the candidates by its samples' ids [n], with its own positive."""
+        scale = 1.0 / self.temperature
+
+        def losses(anchors: Tensor, positives: Tensor, **among) -> Tensor:
+            logits = row_dot(anchors, positives) * scale
+            options = {"scale": scale, "candidates": candidates, "backend": self.backend}
+            logsumexp = streaming_logsumexp(anchors, **options, **among)
+            return (logsumexp if candidates == "same_id" else logaddexp(logsumexp, logits)) - logits
+
+        if keys is None:
+            z = self.unit(queries.transpose(0, 1).flatten(0, 1))
+            rows = losses(z, z.roll(len(queries), dims=0), q_ids=ids.repeat(2)).view(2, -1).T
+        else:
+            q, k = self.unit(queries), self.unit(keys)
+            rows = losses(q, k, k=k, q_ids=ids, k_ids=ids)
+            if self.symmetric:
+                rows = torch.stack((rows, losses(k, q, k=q, q_ids=ids, k_ids=ids)), dim=1)
+        return self.reduce(rows.flatten(), torch.ones_like(rows, dtype=torch.bool).flatten(), rows.shape)
+
+
+class MCLLoss(_ClusterNegatives):
+    r"""InfoNCE whose negatives share the anchor's cluster in all earlier stages of training.
+
+    .. math::
+        \ell(q_i) = \log \sum_{j:\ y^1_j = y^1_i, \dots, y^S_j = y^S_i} e^{\langle q_i, k_j \rangle / T}
+            - \langle q_i, k_i \rangle / T
+
+    with :math:`y^s` the clusters of the features that stage s has learned: what they tell apart already makes no
+    negative, so the next stage must learn other features. With one cluster it is InfoNCE. Two uses, as in
+    `InfoNCELoss`: views ``[n, 2, d]``, each row against all other rows of its clusters, and two towers. On a CPU only
+    the blocks of equal clusters are computed. Memory is linear in n.
+
+    The negatives of multistage contrastive learning: Zhang et al., "Learning the Unlearned: Mitigating Feature
+    Suppression in Contrastive Learning" (arXiv:2402.11816). The final representation concatenates all stages'.
+
+    Args:
+        temperature: T, > 0; the initial value if learnable.
+        symmetric: two towers contrast in both directions (keys are anchors too).
+        learnable_temperature, normalize, reduction, backend: as in `CCLLoss`.
+
+    Raises:
+        ValueError: an argument has the wrong type, shape, dtype, device or value.
+    """
+
+    def forward(self, queries: Tensor, stage_ids: Sequence[Tensor], keys: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            queries: ``[n, d]``, or ``[n, 2, d]`` (two views) without ``keys``; float64, float32, bfloat16, float16.
+            stage_ids: for each earlier stage ``[n]``, int32 or int64: the samples' clusters, below 0 for a cluster of
+                its own (such a sample has no negatives, and its loss is 0). None of them in the first stage.
+            keys: ``[n, d]``; row i is the positive of query i.
+
+        Returns:
+            The loss, float32 (float64 for float64 input). With reduction "none" a loss per anchor: ``[n, 2]`` for
+            views and for two towers in both directions (second column: the keys), else ``[n]``.
+
+        Raises:
+            ValueError: an argument has the wrong type, shape, dtype, device or value.
+        """
+        check_pairs(queries, keys)
+        for stage, ids in enumerate(stage_ids):
+            check_ids(f"stage_ids[{stage}]", ids, queries)
+        first = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+        ids = joint_ids(first, *(separate_unassigned(ids) for ids in stage_ids))
+        return self._contrast(queries, keys, ids, "same_id")
+
+
+class MEOWLoss(_ClusterNegatives):
+    r"""InfoNCE whose negatives are of other clusters than the anchor's.
+
+    .. math::
+        \ell(q_i) = \log \Big( e^{\langle q_i, k_i \rangle / T} + \sum_{j:\ y_j \ne y_i}
+            e^{\langle q_i, k_j \rangle / T} \Big) - \langle q_i, k_i \rangle / T
+
+    Rows of the anchor's own cluster y, likely of its kind, are no negatives. With each sample a cluster of its own it
+    is InfoNCE. Two uses, as in `InfoNCELoss`: views ``[n, 2, d]``, each row against all other rows, and two towers.
+    Memory is linear in n.
+
+    The hard-weighted negatives of Yu, Li, "Heterogeneous Graph Contrastive Learning with Meta-path Contexts and
+    Weighted Negative Samples" (MEOW, arXiv:2212.13847), whose queries and keys are the coarse and the fine view of a
+    node; this project's reading. Its term against cluster centres is that of `ProtoNCELoss`, for each clustering; the
+    learned weights of AdaMEOW are not here.
+
+    Args:
+        temperature: T, > 0; the initial value if learnable.
+        symmetric: two towers contrast in both directions (keys are anchors too).
+        learnable_temperature, normalize, reduction, backend: as in `CCLLoss`.
+
+    Raises:
+        ValueError: an argument has the wrong type, shape, dtype, device or value.
+    """
+
+    def forward(self, queries: Tensor, cluster_ids: Tensor, keys: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            queries: ``[n, d]``, or ``[n, 2, d]`` (two views) without ``keys``; float64, float32, bfloat16, float16.
+            cluster_ids: ``[n]``, int32 or int64; below 0 is unassigned: a cluster of its own, with all others as
+                negatives.
+            keys: ``[n, d]``; row i is the positive of query i.
+
+        Returns:
+            The loss, float32 (float64 for float64 input). With reduction "none" a loss per anchor: ``[n, 2]`` for
+            views and for two towers in both directions (second column: the keys), else ``[n]``.
+
+        Raises:
+            ValueError: an argument has the wrong type, shape, dtype, device or value.
+        """
+        check_pairs(queries, keys)
+        check_ids("cluster_ids", cluster_ids, queries)
+        return self._contrast(queries, keys, separate_unassigned(cluster_ids), "other_id")

@@ -1,0 +1,99 @@
+"""Contrast with clusters as proxies of all their members."""
+
+import torch
+from torch import Tensor
+
+from ccl_fast.losses.contrast import ContrastiveLoss
+from ccl_fast.losses.infonce import check_pairs
+from ccl_fast.ops import row_dot, streaming_logsumexp
+from ccl_fast.ops.ids import consecutive_ids, separate_unassigned
+from ccl_fast.ops.validation import check_choice, check_ids, check_tensor
+
+FORMS = ("node", "cluster")
+
+
+class PamCLoss(ContrastiveLoss):
+    r"""All negatives at the cost of the clusters: each stands for its members by their mean.
+
+    With unit queries q, unit keys k (row i of both is one sample), :math:`n_a` the size of cluster a and
+    :math:`\bar q_a, \bar k_a` the means of its queries and keys (not scaled to unit length again):
+
+    .. math::
+        \text{node:}\quad & \ell_i = \log \sum_a n_a e^{\langle q_i, \bar k_a \rangle / T}
+            - \langle q_i, k_i \rangle / T \\
+        \text{cluster:}\quad & \ell_i = \log \sum_{a \ne b} n_a n_b e^{\langle \bar q_a, \bar k_b \rangle / T}
+            - \langle q_i, k_i \rangle / T
+
+    A cluster's term is its members' at first order, and by convexity not above it: "node" is at most InfoNCE of
+    queries against keys, equal to it where every cluster is one sample (or members are equal), and so is "cluster" to
+    the sum over all pairs of different samples. Gradients flow through the means. Memory is linear in n.
+
+    The proxy of Kulatilleke, Portmann, Chandra, "Efficient block contrastive learning via parameter-free meta-node
+    approximation" (arXiv:2209.14067), in this project's reading: the paper sums negatives over pairs of clusters
+    ("cluster"), with positives from a graph's neighbours; its code takes cosines of the clusters' sums, without sizes.
+
+    Args:
+        temperature: T, > 0; the initial value if learnable.
+        form: "node" (each anchor against the clusters) or "cluster" (one sum for all anchors).
+        learnable_temperature, normalize, reduction, backend: as in `CCLLoss`.
+
+    Raises:
+        ValueError: an argument has the wrong type, shape, dtype, device or value.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        form: str = "node",
+        learnable_temperature: bool = False,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ):
+        check_choice("form", form, FORMS)
+        super().__init__(temperature, learnable_temperature, normalize, reduction, backend)
+        self.form = form
+
+    def extra_repr(self) -> str:
+        return f"form={self.form!r}, {super().extra_repr()}"
+
+    def forward(self, queries: Tensor, keys: Tensor, cluster_ids: Tensor) -> Tensor:
+        """
+        Args:
+            queries: ``[n, d]``, the anchors; float64, float32, bfloat16, float16.
+            keys: ``[n, d]``; row i is the positive of query i.
+            cluster_ids: ``[n]``, int32 or int64, any values; below 0 is unassigned: a cluster of its own.
+
+        Returns:
+            The loss, float32 (float64 for float64 embeddings). In the form "cluster" a batch of a single cluster has
+            no negatives, and its loss is 0.
+
+        Raises:
+            ValueError: an argument has the wrong type, shape, dtype, device or value.
+        """
+        check_tensor("keys", keys)
+        check_pairs(queries, keys)
+        check_ids("cluster_ids", cluster_ids, queries)
+        n, scale = len(queries), 1.0 / self.temperature
+        q, k = self.unit(queries), self.unit(keys)
+        # The number of clusters decides how much is computed, so the host must know it.
+        group = consecutive_ids(separate_unassigned(cluster_ids))
+        size = group.bincount().to(torch.promote_types(q.dtype, torch.float32))
+        options = {"scale": scale, "key_bias": size.log(), "backend": self.backend}
+        key_means = _means(k, group, size)
+        if self.form == "node":
+            logsumexp = streaming_logsumexp(q, key_means, **options)
+        else:
+            each = torch.arange(len(size), device=q.device)
+            to_others = streaming_logsumexp(
+                _means(q, group, size), key_means, q_ids=each, k_ids=each, candidates="other_id", **options
+            )
+            logsumexp = (to_others + size.log()).logsumexp(0).expand(n)
+        has_negative = logsumexp != -torch.inf
+        losses = logsumexp.masked_fill(~has_negative, 0.0) - row_dot(q, k) * scale
+        return self.reduce(losses, has_negative, queries.shape[:1])
+
+
+def _means(x: Tensor, group: Tensor, size: Tensor) -> Tensor:
+    sums = torch.zeros(len(size), x.shape[1], dtype=size.dtype, device=x.device)
+    return (sums.index_add(0, group, x.to(size.dtype)) / size[:, None]).to(x.dtype)

@@ -1,0 +1,91 @@
+"""Supervised contrast on subclasses of equal size and on the classes that they make up."""
+
+from math import inf
+
+from torch import Tensor
+
+from ccl_fast.losses.contrast import ContrastiveLoss
+from ccl_fast.ops import logaddexp, same_id_similarity, streaming_logsumexp
+from ccl_fast.ops.ids import joint_ids, separate_unassigned
+from ccl_fast.ops.validation import check_ids
+
+
+class SBCLLoss(ContrastiveLoss):
+    r"""SupCon on subclasses, plus SupCon on classes among the rows of other subclasses.
+
+    With z unit embeddings of all views, :math:`s_{ij} = \langle z_i, z_j \rangle / T`, A(i) all other rows, M(i) those
+    of the same subclass, P(i) those of the same class, :math:`\beta` the weight of the class:
+
+    .. math::
+        \ell_i = -\frac{1}{|M(i)|} \sum_{p \in M(i)} \log \frac{e^{s_{ip}}}{\sum_{j \in A(i)} e^{s_{ij}}}
+            - \frac{\beta}{|P(i) \setminus M(i)|} \sum_{p \in P(i) \setminus M(i)}
+              \log \frac{e^{s_{ip}}}{\sum_{j \in A(i) \setminus M(i)} e^{s_{ij}}}
+
+    A term without positives is 0; the mean is over the anchors that have a positive. Where subclasses are classes it
+    is SupCon. One pass gives both log-sum-exps. Memory is linear in n; a second derivative raises.
+
+    Hou et al., "Subclass-balancing Contrastive Learning for Long-tailed Recognition" (arXiv:2306.15925), where the
+    subclasses of head classes are clusters of about the size of a tail class. In this project's reading: one
+    temperature for both terms (the paper sets the second one by class), and the other view of the anchor, which is of
+    its subclass, is in the first term only (in the authors' code in both).
+
+    Args:
+        temperature: T, > 0; the initial value if learnable.
+        class_weight: beta, >= 0; the default is that of the authors' code.
+        learnable_temperature, normalize, reduction, backend: as in `CCLLoss`.
+
+    Raises:
+        ValueError: an argument has the wrong type, shape, dtype, device or value.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        class_weight: float = 0.25,
+        learnable_temperature: bool = False,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ):
+        super().__init__(temperature, learnable_temperature, normalize, reduction, backend)
+        if isinstance(class_weight, bool) or not (isinstance(class_weight, int | float) and 0 <= class_weight < inf):
+            raise ValueError(f"class_weight: expected a number >= 0, got {class_weight!r}")
+        self.class_weight = class_weight
+
+    def extra_repr(self) -> str:
+        return f"class_weight={self.class_weight}, {super().extra_repr()}"
+
+    def forward(self, embeddings: Tensor, labels: Tensor, subclass_ids: Tensor) -> Tensor:
+        """
+        Args:
+            embeddings: ``[n, d]`` (one row per view) or ``[n, views, d]``; float64, float32, bfloat16, float16.
+            labels: ``[n]`` int32 or int64: the classes; -1 is unlabelled, a class of its own.
+            subclass_ids: ``[n]`` int32 or int64: the subclasses, within each class: the same number in two classes is
+                two subclasses. Below 0: a subclass of its own.
+
+        Returns:
+            The loss, float32 (float64 for float64 embeddings). With reduction "none" a loss per row: ``[n]`` or
+            ``[n, views]``.
+
+        Raises:
+            ValueError: an argument has the wrong type, shape, dtype, device or value.
+            IndexError: a label is below -1 (on a GPU: an assertion on the device).
+        """
+        z, classes, shape, _ = self.prepare(embeddings, labels, "labels")
+        check_ids("subclass_ids", subclass_ids, embeddings)
+        views = 1 if embeddings.ndim == 2 else embeddings.shape[1]
+        subclasses = joint_ids(classes, separate_unassigned(subclass_ids).repeat_interleave(views))
+        scale = 1.0 / self.temperature
+
+        outside, inside = streaming_logsumexp(
+            z, scale=scale, q_ids=subclasses, candidates="other_id", return_same=True, backend=self.backend
+        )
+        own, own_count = same_id_similarity(z, subclasses)
+        mates, mates_count = same_id_similarity(z, classes)
+        rest, rest_count = mates - own, mates_count - own_count
+
+        by_subclass = logaddexp(outside, inside) - own * scale / own_count.clamp(min=1)
+        by_class = outside - rest * scale / rest_count.clamp(min=1)
+        losses = by_subclass.masked_fill(own_count == 0, 0.0)
+        losses = losses + self.class_weight * by_class.masked_fill(rest_count == 0, 0.0)
+        return self.reduce(losses, mates_count > 0, shape)

@@ -1,0 +1,118 @@
+"""Optimal transport of points to centres, and what it makes of the centres, without the plan's matrix."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ccl_fast.ops.streaming_logsumexp import in_autocast_dtype, softmax_sums, streaming_logsumexp
+from ccl_fast.ops.validation import check_floating, check_matrix, check_same, check_vector
+
+
+@torch.no_grad()
+def sinkhorn(
+    z: Tensor, centers: Tensor, *, scale: float | Tensor, iterations: int = 3, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    r"""Potentials of the transport plan between n points and k centres, all centres getting the same mass.
+
+    .. math::
+        q_{ik} = e^{s_{ik} + u_i + v_k}, \qquad s_{ik} = \mathrm{scale} \cdot \langle z_i, c_k \rangle
+
+    Starting from u = 0 each iteration scales the columns to the mass n / k and then the rows to 1,
+
+    .. math::
+        v_k = \log \frac{n}{k} - \log \sum_i e^{s_{ik} + u_i}, \qquad u_i = -\log \sum_k e^{s_{ik} + v_k},
+
+    so the rows are distributions over the centres, exactly, and the columns have the mass n / k in the limit. (Divided
+    by n it is the plan between points of mass 1 / n and centres of mass 1 / k.) Each half of an iteration is one
+    streaming log-sum-exp with the other side's potential as key bias: memory is linear in n and k. No gradient flows.
+
+    Cuturi (arXiv:1306.0895); in this order and with 3 iterations SwAV, Caron et al. (arXiv:2006.09882).
+
+    Args:
+        z: ``[n, d]``, float64, float32, bfloat16 or float16.
+        centers: ``[k, d]``, same dtype and device.
+        scale: 1 / epsilon, the inverse of the plan's entropic regularisation.
+        iterations: at least 1.
+        backend: of the streaming log-sum-exp: "auto", "triton", "blocked" or "reference".
+
+    Returns:
+        u ``[n]`` and v ``[k]``, float32 (float64 for float64).
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or value; the backend cannot run here.
+    """
+    _check(z, centers)
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"iterations: expected a positive integer, got {iterations!r}")
+    n, k = len(z), len(centers)
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    u, v = None, z.new_zeros(k, dtype=dtype)
+    if n == 0:
+        return z.new_zeros(0, dtype=dtype), v
+    for _ in range(iterations):
+        v = math.log(n / k) - streaming_logsumexp(centers, z, scale=scale, key_bias=u, backend=backend)
+        u = -streaming_logsumexp(z, centers, scale=scale, key_bias=v, backend=backend)
+    return u, v
+
+
+def plan_average(
+    z: Tensor, centers: Tensor, potentials: tuple[Tensor, Tensor], *, scale: float | Tensor, backend: str = "auto"
+) -> Tensor:
+    r"""The centre that a transport plan gives each point: :math:`M_i = \sum_k q_{ik} c_k`, without the matrix q.
+
+    The plan is a constant: gradients flow to ``centers`` as the values that are averaged, to nothing else. Memory is
+    linear in n and k.
+
+    Args:
+        z: ``[n, d]``, points that `sinkhorn` was given: all, or some of them.
+        centers: ``[k, d]``, same dtype and device.
+        potentials: u ``[n]`` of these points and v ``[k]``, of `sinkhorn`.
+        scale, backend: as in `sinkhorn`.
+
+    Returns:
+        ``[n, d]``, float32 (float64 for float64).
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or value; the backend cannot run here.
+    """
+    _check(z, centers)
+    for i, rows in enumerate((z, centers)):
+        check_vector(f"potentials[{i}]", potentials[i], len(rows))
+        check_same(f"potentials[{i}]", potentials[i], "z", z, dtype=False)
+    u, v = (x.detach() for x in potentials)
+    if isinstance(scale, Tensor):
+        scale = scale.detach()
+    return _PlanAverage.apply(in_autocast_dtype(z.detach()), in_autocast_dtype(centers), u, v, scale, backend)
+
+
+class _PlanAverage(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, centers, u, v, scale, backend):
+        ctx.save_for_backward(z, centers, u, v)
+        ctx.options = {"scale": scale, "backend": backend}
+        # Rows of the plan have the sum 1: -u is their log-sum-exp with v as bias.
+        return softmax_sums(z, centers, -u, torch.ones_like(u), key_bias=v, of="keys", **ctx.options)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """sum_i q_ik grad_i. In further dimensions, where the keys are 0, queries change no logit, but are summed."""
+        z, centers, u, v = ctx.saved_tensors
+        (n, d), k = z.shape, len(centers)
+        if n == 0:
+            return None, torch.zeros_like(centers), None, None, None, None
+        # Of length 1 at most, and columns of mass 1 in the mean: in the range of float16, and of unshifted logits.
+        largest = grad.norm(dim=1).max().clamp(min=torch.finfo(grad.dtype).tiny)
+        queries = torch.cat((z, (grad / largest).to(z.dtype)), dim=1)
+        keys = torch.cat((centers, torch.zeros_like(centers)), dim=1)
+        sums = softmax_sums(queries, keys, -u, torch.full_like(u, k / n), key_bias=v, of="queries", **ctx.options)
+        return None, (sums[:, d:] * (largest * n / k)).to(centers.dtype), None, None, None, None
+
+
+def _check(z: Tensor, centers: Tensor) -> None:
+    check_matrix("z", z)
+    check_floating("z", z)
+    check_matrix("centers", centers, columns=z.shape[1])
+    check_same("centers", centers, "z", z)
+    if len(centers) == 0:
+        raise ValueError("centers: expected at least one row, got [0, d]")

@@ -1,0 +1,156 @@
+"""MCLLoss and MEOWLoss against their definition, and InfoNCE."""
+
+import pytest
+import torch
+from loss_oracle import assert_matches, batch, differentiate, infonce, largest, learnable, one_thread, reduced, unit
+
+from ccl_fast import InfoNCELoss
+from ccl_fast.losses import MCLLoss, MEOWLoss
+from ccl_fast.ops import streaming_logsumexp_blocked
+
+IDS = torch.tensor([4, 0, -1, 4, 0, 4, 2, -1, 0])
+STAGES = (IDS, torch.tensor([1, 1, 1, 1, 0, 0, 0, 1, 1]))
+# Whether two towers come, and whether both are anchors.
+USES = {"views": (False, True), "two towers": (True, True), "one direction": (True, False)}
+every_use = pytest.mark.parametrize("use", USES)
+LOSSES = (MCLLoss, MEOWLoss)
+every_loss = pytest.mark.parametrize("loss", LOSSES)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    with one_thread():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _several_tiles(monkeypatch):
+    monkeypatch.setattr(streaming_logsumexp_blocked, "BLOCK", 4)
+
+
+@pytest.fixture(params=("reference", "blocked"))
+def backend(request):
+    return request.param
+
+
+def is_negative(loss, ids, i, j):
+    """Whether sample j's rows are negatives of sample i, i != j."""
+    if loss is MEOWLoss:
+        return bool(ids[i] != ids[j] or ids[i] < 0)
+    return all(bool(stage[i] == stage[j] and stage[i] >= 0) for stage in ids)
+
+
+def definition(loss, queries, ids, keys=None, *, temperature=0.1, symmetric=True, normalize=True, reduction="mean"):
+    scaled = unit if normalize else torch.Tensor.double
+    pairs = scaled(queries.double() if keys is None else torch.stack((queries, keys), dim=1).double())
+    n, losses = len(pairs), []
+    for i in range(n):
+        negatives = [j for j in range(n) if j != i and is_negative(loss, ids, i, j)]
+        for side in (0, 1) if symmetric else (0,):
+            seen = (0, 1) if keys is None else (1 - side,)
+            rows = [pairs[i, 1 - side], *(pairs[j, other] for j in negatives for other in seen)]
+            losses.append(-(torch.stack(rows) @ pairs[i, side] / temperature).log_softmax(0)[0])
+    return reduced(losses, [True] * len(losses), (n, 2) if symmetric else (n,), reduction, queries)
+
+
+def tensors(use, n=9, dtype=torch.float64):
+    towers, symmetric = USES[use]
+    views = batch(n, 2, 6, 1, dtype=dtype)[0]
+    return ([views[:, 0], views[:, 1]] if towers else [views]), symmetric
+
+
+def ids_of(loss):
+    return STAGES if loss is MCLLoss else IDS
+
+
+def check(loss, use, *, ids=None, backend="auto", temperature=0.1, tolerance=1e-10, dtype=torch.float64, **options):
+    leaves, options["symmetric"] = tensors(use, dtype=dtype)
+    ids = ids_of(loss) if ids is None else ids
+    leaves = [x.clone().requires_grad_() for x in leaves]
+    module = learnable(loss, temperature, backend=backend, **options)
+    value = module(leaves[0], ids, *leaves[1:])
+    assert value.dtype == torch.promote_types(dtype, torch.float32)
+    actual = differentiate(value, [*leaves, *module.parameters()])
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    log_temperature = torch.tensor(temperature, dtype=torch.float64).log().requires_grad_()
+    expected = definition(loss, exact[0], ids, *exact[1:], temperature=log_temperature.exp(), **options)
+    assert_matches(actual, differentiate(expected, [*exact, log_temperature]), tolerance)
+
+
+@every_loss
+@every_use
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+def test_the_definition(loss, use, reduction, backend):
+    check(loss, use, reduction=reduction, backend=backend)
+
+
+@every_loss
+@every_use
+@pytest.mark.parametrize("temperature, normalize", ((0.005, True), (1.0, True), (0.5, False)))
+def test_options(loss, use, temperature, normalize, backend):
+    check(loss, use, temperature=temperature, normalize=normalize, backend=backend)
+
+
+@every_loss
+@every_use
+@pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 0.005)))
+def test_dtypes(loss, use, dtype, tolerance):
+    check(loss, use, dtype=dtype, tolerance=tolerance)
+
+
+@every_use
+@pytest.mark.parametrize("stages", ((), (torch.full((9,), 3),), (torch.zeros(9, dtype=torch.int32),) * 2))
+def test_mcl_of_one_cluster_is_infonce(use, stages, backend):
+    z, symmetric = tensors(use)
+    ours = MCLLoss(symmetric=symmetric, backend=backend)(z[0], stages, *z[1:])
+    torch.testing.assert_close(ours, InfoNCELoss(symmetric=symmetric, backend=backend)(*z))
+    torch.testing.assert_close(ours, infonce(*z, symmetric=symmetric))
+
+
+@every_use
+@pytest.mark.parametrize("ids", (torch.arange(9), torch.full((9,), -1)))
+def test_meow_of_single_samples_is_infonce(use, ids, backend):
+    z, symmetric = tensors(use)
+    ours = MEOWLoss(symmetric=symmetric, backend=backend)(z[0], ids, *z[1:])
+    torch.testing.assert_close(ours, infonce(*z, symmetric=symmetric))
+
+
+@every_use
+def test_without_negatives_both_are_zero(use, backend):
+    z, symmetric = tensors(use)
+    leaves = [x.clone().requires_grad_() for x in z]
+    for loss, ids in (
+        (MCLLoss, [torch.arange(9)]),
+        (MCLLoss, [torch.full((9,), -1)]),
+        (MEOWLoss, torch.zeros(9).int()),
+    ):
+        value = loss(symmetric=symmetric, backend=backend)(leaves[0], ids, *leaves[1:])
+        assert all(largest(x) < 1e-12 for x in differentiate(value, leaves))
+
+
+def test_stages_are_taken_together():
+    z = batch(9, 2, 6, 1)[0]
+    both = torch.tensor([0, 1, 2, 0, 1, 3, 4, 5, 1])  # distinct pairs of STAGES' ids, of those assigned
+    joint = torch.where(IDS < 0, -1, both)
+    joint[4] = 9  # (0, 0), where 1 and 8 are (0, 1)
+    torch.testing.assert_close(MCLLoss()(z, STAGES), MCLLoss()(z, [joint]))
+
+
+@every_loss
+def test_empty_batch_is_zero_with_a_graph(loss):
+    z, none = torch.zeros(0, 2, 6, requires_grad=True), torch.zeros(0, dtype=torch.int64)
+    value = loss()(z, [none] if loss is MCLLoss else none)
+    value.backward()
+    assert value == 0 and z.grad is not None
+
+
+def test_errors():
+    z = batch(9, 2, 6, 1)[0]
+    for call, message in (
+        (lambda: MCLLoss()(z, [IDS, IDS[:3]]), r"stage_ids\[1\]: expected shape \[9\], got \[3\]"),
+        (lambda: MCLLoss()(z[:, 0], [IDS]), r"queries: expected shape \[n, 2, d\] without keys"),
+        (lambda: MEOWLoss()(z, IDS[:3]), r"cluster_ids: expected shape \[9\], got \[3\]"),
+        (lambda: MEOWLoss()(z[:, 0], IDS, z[:4, 1]), r"keys: expected shape \[9, 6\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
