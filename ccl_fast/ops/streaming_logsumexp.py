@@ -7,6 +7,7 @@ from torch.nn import Parameter
 from ccl_fast.ops import streaming_logsumexp_blocked as blocked
 from ccl_fast.ops import streaming_logsumexp_triton as triton_kernels
 from ccl_fast.ops.backends import choose_backend
+from ccl_fast.ops.row_dot import without_autocast
 from ccl_fast.ops.streaming_logsumexp_reference import logsumexp_by_relation
 from ccl_fast.ops.validation import check_floating, check_ids, check_matrix, check_same, check_vector
 
@@ -193,7 +194,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exps over the same id and over the others, and what `logit_bound` told (False if not asked)."""
     forward = triton_kernels.forward if backend == "triton" else blocked.forward
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         return forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other)
 
 
@@ -223,7 +224,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     backward = triton_kernels.backward if backend == "triton" else blocked.backward
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         grads = backward(q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs)
     # Row-major whatever the strides of the inputs, as the fake promises to the compiler.
     return tuple(q.new_empty(0) if g is None else g.contiguous() for g in grads)
@@ -275,7 +276,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return _gradients(ctx, _EagerBackward.apply, *grads)
+        # Only a graph of the gradient (create_graph) needs a node, which refuses to be differentiated.
+        return _gradients(ctx, _EagerBackward.apply if torch.is_grad_enabled() else _backward, *grads)
 
 
 class _EagerBackward(torch.autograd.Function):
