@@ -144,6 +144,7 @@ def _call(task: bytes, rank: int, processes: int, store: str, patience: float):
     function, arguments = pickle.loads(task)
     timeout = datetime.timedelta(seconds=patience)
     dist.init_process_group("gloo", f"file://{store}", timeout, processes, rank)
+    dist.barrier()  # who is done with the function at once must not leave while others are still connecting
     try:
         torch.manual_seed(0)
         return function(*arguments)
