@@ -44,3 +44,24 @@ def no_page():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ccl_fast.training.report.write_page", lambda *_: None)
         yield
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Without it tiny products mostly wait for a second thread, for seconds on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def several_tiles(monkeypatch):
+    """Tiles of the blocked log-sum-exp so small that tiny batches have several."""
+    monkeypatch.setattr("ccl_fast.ops.streaming_logsumexp_blocked.BLOCK", 4)
+
+
+@pytest.fixture(params=("reference", "blocked"))
+def backend(request) -> str:
+    """Of the log-sum-exp, where a module asks for no others."""
+    return request.param

@@ -1,6 +1,5 @@
 """The losses, straight from their formulas: a Python loop over anchors, float64, differentiated by autograd."""
 
-import contextlib
 import math
 
 import torch
@@ -130,15 +129,6 @@ def infonce(queries, keys=None, negatives=None, *, temperature=0.1, symmetric=Tr
                 losses.append(contrast(k[i], q[i], torch.cat([q[rest], extra])))
         shape = (n, 2) if symmetric else (n,)
     return reduced(losses, [True] * len(losses), shape, reduction, queries)
-
-
-@contextlib.contextmanager
-def one_thread():
-    """Without it these tiny products mostly wait for a second thread, for seconds on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def batch(n, views, d, clusters, seed=0, dtype=torch.float64):

@@ -15,7 +15,6 @@ from loss_oracle import (
     evaluate_oracle,
     infonce,
     learnable,
-    one_thread,
     supcon,
 )
 
@@ -23,15 +22,10 @@ from ccl_fast import CCLLoss, InfoNCELoss, SupConLoss
 from ccl_fast.losses import CCLLoss as CCLLossOfLosses
 from ccl_fast.ops import streaming_logsumexp_blocked
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FORMS = ("joint", "split", "inside")
 BACKENDS = ("reference", "blocked")
 every_form = pytest.mark.parametrize("form", FORMS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
 
 
 @pytest.fixture(params=BACKENDS)

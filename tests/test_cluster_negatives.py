@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from loss_oracle import assert_matches, batch, differentiate, infonce, largest, learnable, one_thread, reduced, unit
+from loss_oracle import assert_matches, batch, differentiate, infonce, largest, learnable, reduced, unit
 
 from ccl_fast import InfoNCELoss
 from ccl_fast.losses import MCLLoss, MEOWLoss
-from ccl_fast.ops import streaming_logsumexp_blocked
 
+pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 IDS = torch.tensor([4, 0, -1, 4, 0, 4, 2, -1, 0])
 STAGES = (IDS, torch.tensor([1, 1, 1, 1, 0, 0, 0, 1, 1]))
 # Whether two towers come, and whether both are anchors.
@@ -15,22 +15,6 @@ USES = {"views": (False, True), "two towers": (True, True), "one direction": (Tr
 every_use = pytest.mark.parametrize("use", USES)
 LOSSES = (MCLLoss, MEOWLoss)
 every_loss = pytest.mark.parametrize("loss", LOSSES)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _several_tiles(monkeypatch):
-    monkeypatch.setattr(streaming_logsumexp_blocked, "BLOCK", 4)
-
-
-@pytest.fixture(params=("reference", "blocked"))
-def backend(request):
-    return request.param
 
 
 def is_negative(loss, ids, i, j):

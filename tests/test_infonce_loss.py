@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_oracle import assert_matches, batch, differentiate, infonce, largest, learnable, one_thread
+from loss_oracle import assert_matches, batch, differentiate, infonce, largest, learnable
 from torch.nn import functional as F
 
 from ccl_fast import InfoNCELoss
@@ -21,16 +21,7 @@ USES = {
 }
 every_use = pytest.mark.parametrize("use", USES)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(params=("reference", "blocked"))
-def backend(request):
-    return request.param
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tensors(use, n=7, m=5, d=6, seed=0):

@@ -16,7 +16,6 @@ from loss_oracle import (
     evaluate_oracle,
     infonce,
     learnable,
-    one_thread,
     supcon,
 )
 from test_cluster_negatives import definition
@@ -32,6 +31,7 @@ from ccl_fast import CCLLoss, InfoNCELoss, SupConLoss
 from ccl_fast.losses import DeepClusterV2Loss, MCLLoss, MEOWLoss, PamCLoss, ProtoNCELoss, SBCLLoss, SwAVLoss
 from ccl_fast.ops import streaming_logsumexp_blocked
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LOSSES = (CCLLoss, SupConLoss, InfoNCELoss)
 IDS = torch.tensor([0, 2, -1, 0, 1, 2, 0, -1, 2])
 ASSIGNED = IDS.clamp(min=0)
@@ -102,17 +102,6 @@ USES = {
 every_use = pytest.mark.parametrize("use", USES.values(), ids=USES)
 every_loss = pytest.mark.parametrize("loss", LOSSES)
 HALVES = (torch.float16, torch.bfloat16)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(params=("reference", "blocked"))
-def backend(request):
-    return request.param
 
 
 def views(dtype=torch.float64, seed=0):

@@ -2,30 +2,14 @@
 
 import pytest
 import torch
-from loss_oracle import assert_matches, batch, differentiate, infonce, learnable, one_thread, reduced, unit
+from loss_oracle import assert_matches, batch, differentiate, infonce, learnable, reduced, unit
 
 from ccl_fast.losses import PamCLoss
-from ccl_fast.ops import streaming_logsumexp_blocked
 
+pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 FORMS = ("node", "cluster")
 every_form = pytest.mark.parametrize("form", FORMS)
 IDS = torch.tensor([7, 0, -1, 7, 3, 0, 7, -1, 3])  # sizes 3, 2, 2 and two of their own
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _several_tiles(monkeypatch):
-    monkeypatch.setattr(streaming_logsumexp_blocked, "BLOCK", 4)
-
-
-@pytest.fixture(params=("reference", "blocked"))
-def backend(request):
-    return request.param
 
 
 def pairs(n=9, d=6, dtype=torch.float64):

@@ -9,7 +9,6 @@ from loss_oracle import (
     evaluate_oracle,
     infonce,
     learnable,
-    one_thread,
     reduced,
     unit,
 )
@@ -18,25 +17,9 @@ from torch.nn import functional as F
 from ccl_fast import InfoNCELoss
 from ccl_fast.clustering import concentration
 from ccl_fast.losses import DeepClusterV2Loss, ProtoNCELoss
-from ccl_fast.ops import streaming_logsumexp_blocked
 
+pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 SIZES = (3, 1, 13)  # centres of each clustering: more than rows, too
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _several_tiles(monkeypatch):
-    monkeypatch.setattr(streaming_logsumexp_blocked, "BLOCK", 4)
-
-
-@pytest.fixture(params=("reference", "blocked"))
-def backend(request):
-    return request.param
 
 
 def clusterings(n=9, d=6, sizes=SIZES, dtype=torch.float64):

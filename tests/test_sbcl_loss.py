@@ -10,34 +10,18 @@ from loss_oracle import (
     evaluate_oracle,
     largest,
     learnable,
-    one_thread,
     reduced,
     supcon,
 )
 
 from ccl_fast import SupConLoss
 from ccl_fast.losses import SBCLLoss
-from ccl_fast.ops import streaming_logsumexp_blocked
 
 # A head class of two subclasses, a tail class, a single sample, unlabelled ones, one without subclass.
 LABELS = torch.tensor([0, 0, 0, 0, 0, 1, 1, 2, -1, -1, 0])
 SUBCLASSES = torch.tensor([0, 1, 0, 1, 0, 0, 0, 0, 0, 0, -1])
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _several_tiles(monkeypatch):
-    monkeypatch.setattr(streaming_logsumexp_blocked, "BLOCK", 4)
-
-
-@pytest.fixture(params=("reference", "blocked"))
-def backend(request):
-    return request.param
+pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 
 
 def sbcl(embeddings, labels, subclasses, *, temperature=0.1, class_weight=0.25, normalize=True, reduction="mean"):

@@ -4,24 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_oracle import assert_matches, batch, differentiate, evaluate, evaluate_oracle, learnable, one_thread, supcon
+from loss_oracle import assert_matches, batch, differentiate, evaluate, evaluate_oracle, learnable, supcon
 
 from ccl_fast import SupConLoss
 from ccl_fast.ops import streaming_logsumexp_blocked
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FORMS = ("outside", "inside")
 every_form = pytest.mark.parametrize("form", FORMS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(params=("reference", "blocked"))
-def backend(request):
-    return request.param
 
 
 def check(z, labels, *, backend, tolerance=1e-10, **options):

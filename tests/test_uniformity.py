@@ -4,17 +4,12 @@ import math
 
 import pytest
 import torch
-from loss_oracle import assert_matches, batch, differentiate, one_thread, unit
+from loss_oracle import assert_matches, batch, differentiate, unit
 
 from ccl_fast.losses import tolerance, uniformity
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LABELS = torch.tensor([0, 3, -1, 0, 3, 0, 2, -1, 3])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
 
 
 def dense_uniformity(x, t=2.0):

@@ -1,5 +1,13 @@
 """What the processes of a group tell each other."""
 
-from ccl_fast.distributed.peers import EXCHANGES, Block, PeerError, Peers, check_process_group, outside_of_graphs
+from ccl_fast.distributed.peers import (
+    EXCHANGES,
+    Block,
+    PeerError,
+    Peers,
+    check_process_group,
+    first_sentence,
+    outside_of_graphs,
+)
 
-__all__ = ["EXCHANGES", "Block", "PeerError", "Peers", "check_process_group", "outside_of_graphs"]
+__all__ = ["EXCHANGES", "Block", "PeerError", "Peers", "check_process_group", "first_sentence", "outside_of_graphs"]

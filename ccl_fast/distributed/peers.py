@@ -28,6 +28,19 @@ WORLD = "world"
 class PeerError(RuntimeError):
     """Another process of the group has ended, failed, or did not answer within the group's timeout."""
 
+    @classmethod
+    def of(cls, error: Exception, rank: int, size: int) -> PeerError:
+        """What process ``rank`` says of an error of torch.distributed's."""
+        return cls(
+            f"process {rank} of {size} has lost another one, which has ended, failed, or not answered in time "
+            f"({first_sentence(error)})"
+        )
+
+
+def first_sentence(error: Exception) -> str:
+    """Gloo adds advice."""
+    return (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
+
 
 class Block(NamedTuple):
     """Rows of other processes, to be met by some of this process's own."""
@@ -170,7 +183,7 @@ class Peers:
         return out
 
     def start_gather(self, x: Tensor, counts: list[int]) -> Callable[[], Tensor]:
-        """[rows, ...] -> [processes, largest count, ...], when what is returned is called. Padding is not written."""
+        """[rows, ...] -> [processes, largest count, ...], when what is returned is called; padded with zeros."""
         most = max(counts)
         padded = x.detach().contiguous()
         if len(x) < most:
@@ -200,11 +213,7 @@ class Peers:
         except RuntimeError as error:
             if "No backend type" in str(error):  # the group cannot move tensors of this device
                 raise
-            reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
-            raise PeerError(
-                f"process {self.rank} of {self.size} has lost another one, which has ended, failed, or not answered "
-                f"within the process group's timeout ({reason})"
-            ) from error
+            raise PeerError.of(error, self.rank, self.size) from error
 
 
 class GatheredRows:

@@ -19,7 +19,7 @@ from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ccl_fast.distributed import PeerError
+from ccl_fast.distributed import PeerError, first_sentence
 from ccl_fast.errors import ArgumentError
 from ccl_fast.training.arguments import find_device
 
@@ -179,10 +179,7 @@ class _Several(Processes):
             # The errors of gloo's own are plain ones.
             if isinstance(error, PeerError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
-            raise PeerError(
-                f"process {self.rank} of {self.size} has lost another one, which has ended, failed, or not answered "
-                f"in time ({_reason(error)})"
-            ) from error
+            raise PeerError.of(error, self.rank, self.size) from error
 
 
 def launched_size() -> int:
@@ -255,16 +252,13 @@ def launched(device: str, precision: str, timeout: float) -> Iterator[tuple[Fabr
         try:
             fabric.launch()
         except dist.DistError as error:
-            raise PeerError(f"the {launched_size()} processes have not found each other ({_reason(error)})") from error
+            raise PeerError(
+                f"the {launched_size()} processes have not found each other ({first_sentence(error)})"
+            ) from error
     processes = _Several(timedelta(seconds=timeout))
     with processes.waiting():
         yield fabric, processes
     processes.leave(everything=ours)  # not after an error: it takes all of them, and one may be lost
-
-
-def _reason(error: Exception) -> str:
-    """The first sentence."""
-    return str(error).splitlines()[0].split(". ")[0]
 
 
 @contextlib.contextmanager
