@@ -11,6 +11,7 @@ for extra in ("torchvision", "kornia"):
     pytest.importorskip(extra)  # the extra "train"
 
 from ccl_fast.data import Views
+from ccl_fast.data.augmentation import _Colors
 from ccl_fast.errors import ArgumentError
 
 CASES = [(r, s) for r in ("digits", "simclr") for s in ((1, 28, 28), (3, 32, 32), (3, 24, 40), (3, 72, 80))]
@@ -98,18 +99,42 @@ def test_digits_moves_turns_and_zooms():
 
 
 def test_simclr_of_one_colour_changes_its_colour_but_not_that_it_is_one():
-    flat = torch.tensor([0.8, 0.4, 0.2])[:, None, None].expand(500, 3, 32, 32)
+    color = torch.tensor([0.5, 0.4, 0.3])
+    flat = color[:, None, None].expand(2000, 3, 32, 32)
     views = Views("simclr", (3, 32, 32))(flat)
     assert (views.std((2, 3)) < 1e-3).all()
-    r, g, b = views[:, :, 0, 0].T
-    grey = ((r - g).abs() < 1e-3) & ((g - b).abs() < 1e-3)
-    assert 0.13 < grey.float().mean() < 0.28
-    kept = (views - flat).abs().amax((1, 2, 3)) < 1e-3
-    assert 0.1 < kept.float().mean() < 0.24  # neither jittered nor grey: 0.2 * 0.8
-    hue = torch.atan2(3**0.5 * (g - b), 2 * r - g - b)[~grey].rad2deg()
-    assert hue.std() > 10
-    assert (hue - hue.median()).abs().max() < 45  # a tenth of the circle to each side
-    assert r.std() > 0.1
+    found = views[:, :, 0, 0]
+    kept = (found - color).abs().amax(1) < 1e-3
+    assert 0.12 < kept.float().mean() < 0.2  # neither jittered nor grey: 0.2 * 0.8
+    grey = (found.amax(1) - found.amin(1)) < 1e-3
+    assert 0.16 < grey.float().mean() < 0.24
+    # Luma and chroma (the I and Q of television) are scaled and turned apart from each other.
+    yiq = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+    luma, *chroma = (yiq @ found[~kept & ~grey].T).double()
+    luma_before, *chroma_before = (yiq @ color).double()
+    angle = (torch.atan2(*chroma[::-1]) - torch.atan2(*chroma_before[::-1])).rad2deg()
+    assert 17 < angle.std() < 24  # uniform over a tenth of the circle to each side: 72 / 12 ** 0.5
+    assert angle.abs().max() < 36.1
+    brightness = luma / luma_before  # contrast is about the mean, and one colour is its own mean
+    assert 0.599 < brightness.min() < 0.65
+    assert 1.35 < brightness.max() < 1.401
+    size = torch.hypot(*chroma) / torch.hypot(*chroma_before) / brightness  # contrast times saturation
+    assert 0.35 < size.min() < 0.5
+    assert 1.6 < size.max() < 1.97
+
+
+def test_contrast_is_about_the_mean_luma():
+    image = torch.tensor([0.4, 0.6]).repeat_interleave(16).expand(500, 3, 32, 32)
+    torch.manual_seed(0)
+    found = _Colors(strength=0.4, hue=0.1, jitter=1.0, grey=0.0)(image)
+    low, high = found[:, 0, 0, 0], found[:, 0, 0, -1]
+    brightness, contrast = (low + high) / 1.0, (high - low) / 0.2
+    assert brightness.min() > 0.59
+    assert brightness.max() < 1.41
+    ratio = contrast / brightness
+    assert ratio.min() > 0.59
+    assert ratio.max() < 1.41
+    assert abs(torch.corrcoef(torch.stack([ratio, brightness]))[0, 1]) < 0.15
 
 
 def test_simclr_crops_and_flips_but_leaves_grey_values_alone():

@@ -15,6 +15,8 @@ from ccl_fast.models import Model, build_backbone
     [
         ("small", (1, 28, 28), 128),
         ("small", (3, 50, 40), 128),
+        ("resnet8", (3, 32, 32), 128),
+        ("resnet8", (1, 27, 35), 128),
         ("resnet18", (3, 32, 32), 512),
         ("resnet18", (1, 28, 28), 512),
         ("resnet50", (3, 96, 96), 2048),
@@ -83,6 +85,7 @@ def test_a_module_is_copied_with_its_weights():
         (nn.Sequential(nn.Flatten(), nn.Linear(3072, 4)).double(), {}, "got Sequential"),
         (nn.Flatten(), {"stem": "3x3"}, "^stem: expected"),
         ("small", {"stem": "3x3"}, "^stem: expected"),
+        ("resnet8", {"stem": "3x3"}, "^stem: expected"),
         (nn.Sequential(nn.Flatten(0)), {}, r"returns features \[n, width\]"),
     ],
 )

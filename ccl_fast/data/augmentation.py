@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from kornia import augmentation as K
 from torch import Tensor, nn
 
@@ -61,9 +63,9 @@ def _digits(shape: tuple[int, int, int]) -> list[nn.Module]:
 
 def _simclr(shape: tuple[int, int, int]) -> list[nn.Module]:
     channels, *size = shape
-    steps = [K.RandomResizedCrop(tuple(size), scale=(0.2, 1), cropping_mode="resample"), K.RandomHorizontalFlip()]
+    steps: list[nn.Module] = [_CropAndFlip(smallest=0.2)]
     if channels == 3:
-        steps += [K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), K.RandomGrayscale(p=0.2)]
+        steps.append(_Colors(strength=0.4, hue=0.1, jitter=0.8, grey=0.2))
     if min(size) > SMALL:
         steps.append(K.RandomGaussianBlur(2 * (min(size) // 20) + 1, (0.1, 2.0), p=0.5))
     return steps
@@ -82,3 +84,72 @@ class _Noise(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         strength = self.strongest * torch.rand(len(images), 1, 1, 1, device=images.device, dtype=images.dtype)
         return images + strength * torch.randn_like(images)
+
+
+class _CropAndFlip(nn.Module):
+    """A random part of the image, mirrored or not, scaled back to the image's size: one bilinear sampling does both.
+
+    The part has between ``smallest`` and all of the image's area and a side ratio of 3/4 to 4/3 (torchvision's
+    RandomResizedCrop, but that a part too wide for the image is cut, not drawn again).
+    """
+
+    def __init__(self, smallest: float):
+        super().__init__()
+        self.smallest = smallest
+
+    def forward(self, images: Tensor) -> Tensor:
+        area, ratio, x, y, mirror = torch.rand(5, len(images), device=images.device)
+        side = (self.smallest + (1 - self.smallest) * area).sqrt()
+        stretch = ((2 * ratio - 1) * math.log(4 / 3) / 2).exp()
+        width, height = (side * stretch).clamp(max=1), (side / stretch).clamp(max=1)
+        width_or_mirrored = torch.where(mirror < 0.5, -width, width)
+        # From the view's coordinates, -1 to 1 either way, to the image's.
+        to_x = _centers(images.shape[3], images) * width_or_mirrored[:, None] + ((2 * x - 1) * (1 - width))[:, None]
+        to_y = _centers(images.shape[2], images) * height[:, None] + ((2 * y - 1) * (1 - height))[:, None]
+        grid = torch.stack(torch.broadcast_tensors(to_x[:, None, :], to_y[:, :, None]), dim=3).to(images.dtype)
+        return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def _centers(pixels: int, images: Tensor) -> Tensor:
+    """Where the middles of so many pixels are, from -1 to 1."""
+    return (2 * torch.arange(pixels, device=images.device, dtype=torch.float32) + 1) / pixels - 1
+
+
+class _Colors(nn.Module):
+    """Brightness, contrast, saturation and hue, drawn per image, and now and then no colour at all.
+
+    Brightness scales an image, contrast scales it about its mean luma, saturation and hue scale and turn the chroma
+    plane about the luma. Where values are not clipped in between these commute, so their random order does not matter
+    and together they are one affine map of colours: a 3 x 3 matrix and an offset an image.
+
+    Args:
+        strength: brightness, contrast and saturation are scaled by 1 - strength to 1 + strength.
+        hue: the most that hues turn, in full circles.
+        jitter: probability that an image gets all that.
+        grey: probability that it loses its colour.
+    """
+
+    def __init__(self, strength: float, hue: float, jitter: float, grey: float):
+        super().__init__()
+        self.strength, self.hue, self.jitter, self.grey = strength, hue, jitter, grey
+        to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+        turn = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
+        from_yiq = to_yiq.inverse()
+        self.register_buffer("luma", to_yiq[0], persistent=False)
+        self.register_buffer("onto_luma", from_yiq[:, :1] @ to_yiq[:1], persistent=False)
+        self.register_buffer("onto_chroma", from_yiq[:, 1:] @ to_yiq[1:], persistent=False)
+        self.register_buffer("turned_chroma", from_yiq @ turn @ to_yiq, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.to(images.device)
+        *scales, turn, jitters, greys = torch.rand(6, len(images), 1, 1, device=images.device)
+        jitters = (jitters < self.jitter).float()
+        brightness, contrast, saturation = (1 + jitters * self.strength * (2 * scale - 1) for scale in scales)
+        saturation = saturation * (greys >= self.grey)
+        angle = jitters * 2 * math.pi * self.hue * (2 * turn - 1)
+        chroma = angle.cos() * self.onto_chroma + angle.sin() * self.turned_chroma
+        matrix = brightness * contrast * (self.onto_luma + saturation * chroma)
+        pixels = images.flatten(2)
+        mean = (self.luma @ pixels.float().mean(2, keepdim=True))[..., None]  # luma [n, 1, 1]
+        offset = (brightness * (1 - contrast) * mean).expand(-1, 3, 1)
+        return torch.baddbmm(offset.to(pixels.dtype), matrix.to(pixels.dtype), pixels).clamp_(0, 1).view_as(images)

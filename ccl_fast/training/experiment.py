@@ -118,8 +118,9 @@ def train(
         workers: processes that read images.
         image_memory: a set of images up to this size (in GiB, one byte a value) is read once and kept in memory; of a
             larger one each batch is read when it is needed.
-        backbone: the encoder: "small" (three convolutions), a classifier of torchvision by name ("resnet18", ...) with
-            random weights; from Python also a module, images [n, c, h, w] to features [n, width].
+        backbone: the encoder: "small" (three convolutions), "resnet8" (a narrow ResNet for small natural images on a
+            CPU), a classifier of torchvision by name ("resnet18", ...) with random weights; from Python also a module,
+            images [n, c, h, w] to features [n, width].
         stem: "3x3" lets a ResNet begin at full resolution, as is usual for small images; "7x7" leaves it as it is;
             "auto" means "3x3" for images of up to 64 pixels.
         embedding_dim: width of the projection head's output, to which the loss is applied.
