@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import commits, cpu, distributed, gpu, kmeans, objectives, scaling, training
+from benchmarks import commits, cpu, distributed, gpu, kmeans, objectives, scaling, step, training
 from benchmarks.readme import update
 from benchmarks.results import DIRECTORY
 
@@ -18,6 +18,7 @@ PARTS = {
     "objectives": (objectives.run_cpu, objectives.run_gpu),
     "kmeans": (kmeans.run_cpu, kmeans.run_gpu),
     "training": (training.run_cpu, training.run_gpu),
+    "step": (step.run_cpu, step.run_gpu),
     "distributed": (distributed.run_cpu, distributed.run_gpu),
 }
 
