@@ -45,10 +45,12 @@ def ccl(
     temperature=0.1,
     center_weight=1.0,
     form="joint",
+    instance_weight=0.0,
     normalize=True,
     reduction="mean",
 ):
     z, ids, shape = as_rows(embeddings, cluster_ids, normalize)
+    views = embeddings.shape[1] if embeddings.ndim == 3 else 1
     if center_temperature is None:
         center_temperature = temperature
     if centers is None:
@@ -84,6 +86,10 @@ def ccl(
                 loss = loss - (weights * s).sum() / weights.sum()
             else:
                 loss = loss - torch.logsumexp(s + weights.log(), 0)
+        if instance_weight:
+            s_own_views = z[[j for j in others if j // views == i // views]] @ z[i] / temperature
+            of_instance = torch.logsumexp(s_others, 0) - s_own_views.mean()
+            loss = (1 - instance_weight) * loss + instance_weight * of_instance
         losses.append(loss)
     return reduced(losses, counted, shape, reduction, embeddings)
 

@@ -61,6 +61,31 @@ def test_center_weight(form, center_weight, backend):
 
 
 @every_form
+@pytest.mark.parametrize("instance_weight", (0.25, 0.5, 1))
+@pytest.mark.parametrize("views", (2, 3))
+@pytest.mark.parametrize("with_centers", (True, False))
+def test_instance_weight(form, instance_weight, views, with_centers, backend):
+    z, ids, centers = batch(7, views, 4, 3, seed=1)
+    check(z, ids, centers if with_centers else None, form=form, instance_weight=instance_weight, backend=backend)
+
+
+@every_form
+def test_an_instance_weight_of_one_is_simclr(form, backend):
+    z, ids, centers = batch(9, 2, 4, 3, seed=1)
+    expected = evaluate(make(backend=backend), z)
+    assert_matches(evaluate(make(form=form, instance_weight=1.0, backend=backend), z, ids, centers), expected)
+
+
+@pytest.mark.parametrize("views", (0, 1))
+def test_an_instance_weight_needs_two_views(views):
+    z, ids, centers = batch(5, views, 4, 3)
+    with pytest.raises(
+        ValueError, match=r"^embeddings: expected shape \[n, views, d\] with two views or more.*got \[5, "
+    ):
+        CCLLoss(instance_weight=0.5)(z, ids, centers)
+
+
+@every_form
 @pytest.mark.parametrize("temperature", (0.005, 0.02, 0.07, 1.0))
 def test_temperature(form, temperature, backend):
     z, ids, centers = batch(8, 2, 6, 3, seed=2)

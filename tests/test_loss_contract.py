@@ -150,6 +150,7 @@ USES = {
     "ccl split": Use(CCLLoss, ccl, rows_with_centers, form="split"),
     "ccl inside": Use(CCLLoss, ccl, with_centers, form="inside"),
     "ccl with concentrations": Use(CCLLoss, ccl, lambda z: (*with_centers(z), CONCENTRATIONS), center_weight=2),
+    "ccl with an instance weight": Use(CCLLoss, ccl, with_centers, instance_weight=0.4),
     "ccl without centres": Use(CCLLoss, ccl, lambda z: (z, IDS[: len(z)])),
     "supcon outside": Use(SupConLoss, supcon, lambda z: (z[:, 0], IDS[: len(z)])),
     "supcon inside": Use(SupConLoss, supcon, lambda z: (z, IDS[: len(z)]), form="inside"),
@@ -544,7 +545,7 @@ def test_optimiser_lowers_the_loss_and_keeps_the_temperature_positive(use, backe
 def test_arguments_are_in_the_documented_order(loss):
     names = {
         CCLLoss: "temperature center_weight form center_temperature learnable_temperature normalize reduction backend "
-        "process_group exchange",
+        "process_group exchange instance_weight",
         SupConLoss: "temperature form learnable_temperature normalize reduction backend process_group exchange",
         InfoNCELoss: "temperature symmetric learnable_temperature normalize reduction backend process_group exchange",
     }
@@ -602,6 +603,9 @@ OPTIONS = {
     "nan weight": ({"center_weight": float("nan")}, r"center_weight: .*0.*nan"),
     "infinite weight": ({"center_weight": float("inf")}, r"center_weight: .*0.*inf"),
     "weight type": ({"center_weight": "1"}, r"center_weight: .*'1'"),
+    "instance weight above 1": ({"instance_weight": 1.5}, r"instance_weight: .*0 to 1.*1\.5"),
+    "negative instance weight": ({"instance_weight": -0.1}, r"instance_weight: .*0 to 1.*-0\.1"),
+    "nan instance weight": ({"instance_weight": float("nan")}, r"instance_weight: .*0 to 1.*nan"),
     "weight tensor": ({"center_weight": torch.tensor(1.0)}, r"center_weight: .*tensor"),
     "center temperature 0": ({"center_temperature": 0}, r"center_temperature: .*positive.*0"),
     "center temperature nan": ({"center_temperature": float("nan")}, r"center_temperature: .*positive.*nan"),

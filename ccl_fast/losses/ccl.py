@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ccl_fast.losses.contrast import ContrastiveLoss, check_center_temperature
-from ccl_fast.ops import logaddexp
-from ccl_fast.ops.validation import check_choice, check_not_negative
+from ccl_fast.losses.contrast import Batch, ContrastiveLoss, check_center_temperature
+from ccl_fast.ops import logaddexp, row_dot
+from ccl_fast.ops.validation import check_choice, check_not_negative, check_number
 
 FORMS = ("joint", "split", "inside")
 
@@ -26,6 +26,16 @@ class CCLLoss(ContrastiveLoss):
         \text{inside:}\quad & \ell_i = \log\Big(\sum_{j \in A(i)} e^{s_{ij}} + \sum_c e^{s_{ic}}\Big)
             - \log\Big(\sum_{p \in P(i)} e^{s_{ip}} + \lambda e^{s_{i y_i}}\Big)
 
+    With an instance weight :math:`\omega`, and V(i) the other views of i's own sample,
+
+    .. math::
+        \ell_i \leftarrow (1 - \omega)\, \ell_i + \omega
+            \Big[\log \sum_{j \in A(i)} e^{s_{ij}} - \frac{1}{|V(i)|} \sum_{v \in V(i)} s_{iv}\Big].
+
+    Own views are among the positives P(i) already, but with m cluster-mates in the batch they have a 2m-th of the pull;
+    where clusters err, what is certain, the sample itself, should keep a share of its own. It costs O(n d): the
+    log-sum-exp is the same.
+
     The loss is the mean over the anchors that have a positive. An anchor without one (and, in "split", a bracket
     without one) contributes 0, never NaN. Without centres it is SupCon on the cluster ids; without cluster ids,
     NT-Xent (SimCLR). Memory is linear in n; a second derivative raises.
@@ -37,6 +47,7 @@ class CCLLoss(ContrastiveLoss):
         temperature: T, > 0; the initial value if learnable.
         center_weight: lambda, >= 0.
         form: "joint", "split" or "inside".
+        instance_weight: omega, 0 to 1; above 0 the embeddings must be [n, views, d] with two or more views.
         center_temperature: T_c of the centres: a number, a tensor ``[k]`` (one per cluster, such as PCL's
             concentration), or None for T. ``forward`` takes another one, as clusters change during training.
         learnable_temperature: make log T a parameter (``log_temperature``).
@@ -71,23 +82,26 @@ class CCLLoss(ContrastiveLoss):
         backend: str = "auto",
         process_group: ProcessGroup | str | None = None,
         exchange: str = "all-gather",
+        instance_weight: float = 0.0,
     ):
         super().__init__(temperature, learnable_temperature, normalize, reduction, backend, process_group, exchange)
         check_choice("form", form, FORMS)
         check_not_negative("center_weight", center_weight)
         check_center_temperature(center_temperature)
-        self.form, self.center_weight = form, center_weight
+        check_number("instance_weight", instance_weight, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+        self.form, self.center_weight, self.instance_weight = form, center_weight, instance_weight
         if isinstance(center_temperature, Tensor) and not isinstance(center_temperature, nn.Parameter):
             self.register_buffer("center_temperature", center_temperature, persistent=False)
         else:
             self.center_temperature = center_temperature
 
     def extra_repr(self) -> str:
-        return f"form={self.form!r}, center_weight={self.center_weight}, {super().extra_repr()}"
+        weights = f"center_weight={self.center_weight}, instance_weight={self.instance_weight}"
+        return f"form={self.form!r}, {weights}, {super().extra_repr()}"
 
     @property
     def settings(self) -> dict:
-        return super().settings | {"form": self.form, "center_weight": self.center_weight}
+        return super().settings | {name: getattr(self, name) for name in ("form", "center_weight", "instance_weight")}
 
     def forward(
         self,
@@ -114,7 +128,9 @@ class CCLLoss(ContrastiveLoss):
         """
         if center_temperature is None:
             center_temperature = self.center_temperature
-        batch = self.prepare(embeddings, cluster_ids, self._ids_name, centers, center_temperature)
+        batch = self.prepare(
+            embeddings, cluster_ids, self._ids_name, centers, center_temperature, lambda: self._check_views(embeddings)
+        )
         if centers is not None and centers.shape[0] == 0:  # before the first clustering: all unassigned
             centers = None
         scale = 1.0 / self.shared(self.temperature, batch.exchange)
@@ -124,21 +140,38 @@ class CCLLoss(ContrastiveLoss):
             weight = self.center_weight * batch.assigned.to(own_center.dtype)
 
         others, positives, count = self.contrast(batch, scale, inside=self.form == "inside")
+        candidates = others
+        if centers is not None and self.form != "split":
+            candidates = logaddexp(others, center_logsumexp)
         if self.form == "inside":
             if centers is not None:
-                others = logaddexp(others, center_logsumexp)
                 positives = logaddexp(positives, own_center + weight.log())
             has_positive = positives != -torch.inf
-            losses = others.masked_fill(~has_positive, 0.0) - positives.masked_fill(~has_positive, 0.0)
-            return self.reduce(losses, has_positive, batch.shape, batch.exchange)
-        if centers is None:
-            losses = others - positives / count.clamp(min=1)
-        elif self.form == "joint":
-            others = logaddexp(others, center_logsumexp)
-            count = count + weight
-            losses = others - (positives + weight * own_center) / torch.where(count > 0, count, 1.0)
+            losses = candidates.masked_fill(~has_positive, 0.0) - positives.masked_fill(~has_positive, 0.0)
         else:
-            local = (others - positives / count.clamp(min=1)).masked_fill(count == 0, 0.0)
-            losses = local + weight * (center_logsumexp - own_center)
-            count = count + weight
-        return self.reduce(losses, count > 0, batch.shape, batch.exchange)
+            if centers is None:
+                losses = others - positives / count.clamp(min=1)
+            elif self.form == "joint":
+                count = count + weight
+                losses = candidates - (positives + weight * own_center) / torch.where(count > 0, count, 1.0)
+            else:
+                local = (others - positives / count.clamp(min=1)).masked_fill(count == 0, 0.0)
+                losses = local + weight * (center_logsumexp - own_center)
+                count = count + weight
+            has_positive = count > 0
+        if self.instance_weight:
+            instance = others - _mean_of_own_views(batch) * scale
+            losses = (1 - self.instance_weight) * losses + self.instance_weight * instance
+        return self.reduce(losses, has_positive, batch.shape, batch.exchange)
+
+    def _check_views(self, embeddings: Tensor) -> None:
+        if self.instance_weight and (embeddings.ndim != 3 or embeddings.shape[1] < 2):
+            expected = "shape [n, views, d] with two views or more, for instance_weight"
+            raise ValueError(f"embeddings: expected {expected}, got {list(embeddings.shape)}")
+
+
+def _mean_of_own_views(batch: Batch) -> Tensor:
+    """Of every row, the mean inner product with the other views of its sample."""
+    n, views = batch.shape
+    z = batch.z.unflatten(0, (n, views)).to(torch.promote_types(batch.z.dtype, torch.float32))
+    return row_dot(z.sum(1, keepdim=True) - z, z).flatten() / (views - 1)
