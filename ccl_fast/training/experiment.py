@@ -27,7 +27,7 @@ from ccl_fast.training.loop import Run
 from ccl_fast.training.objectives import BASELINE, OBJECTIVES
 from ccl_fast.training.processes import Processes, alone, launched, launched_size
 from ccl_fast.training.progress import WARM_UP, Progress, advance
-from ccl_fast.training.report import describe, format_table, write_report
+from ccl_fast.training.report import describe, write_report
 from ccl_fast.training.run_folder import CHECKPOINTS, CONFIG, check_free, claim, default_folder
 
 # Of a short run, half is warm-up.
@@ -230,8 +230,6 @@ def train(
         "seconds": round(progress.seconds_before + time.perf_counter() - start, 1),
     }
     write_report(folder, report, judgements, sets, models)
-    print(format_table(report))
-    print(f"written to {folder}; look at {folder / 'report.html'}")
     return report
 
 
