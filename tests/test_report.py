@@ -345,6 +345,7 @@ ODD = {
     "mostly zeros": {"change_scores": lambda x: (x - 1).clamp(min=0)},
     "huge scores": {"change_scores": lambda x: 1e6 + x},
     "a hundred clusters": {"clusters": 100, "sizes": (300, 40, 5)},
+    "more clusters than the map has images": {"clusters": 1300, "sizes": (2600, 40, 5)},
     "twelve sets": {"near": [f"n{i}" for i in range(6)], "far": [f"f{i}" for i in range(6)], "sizes": (60, 40, 5)},
     "long names": {"near": ["x" * 300], "far": ["/very/long" * 30]},
     "other scripts": {"near": ["звук", "צליל", "音 🎵"], "far": ["not \udcff Unicode", "$", "tab\tline\n"]},
@@ -376,6 +377,49 @@ def test_odd_judgements(case, tmp_path):
         assert (f"{empty} of them empty" in page.text) == (empty > 0)
     for name in sets:
         assert page.text.count(name.encode(errors="replace").decode()) >= 4
+
+
+def test_centers_keep_their_numbers_where_the_map_shows_no_image_of_theirs():
+    ids = torch.cat([torch.arange(600), torch.arange(300, 600), torch.full((600,), 7)])
+    centers = torch.randn(700, 3)
+    points = pictures.sample(torch.randn(1500, 3), ids, centers, [], [])
+    assert set(points.numbers.tolist()) - set(points.ids.tolist())
+    assert points.centers.equal(centers[points.numbers])
+    assert len(points.numbers) == pictures.MOST_DRAWN
+    assert {7, *range(300, 600)} <= set(points.numbers.tolist())  # the largest
+
+
+PICTURES = {
+    "ScoreAxis.of": "histograms",
+    "histograms": "histograms",
+    "roc_curves": "ROC curves",
+    "detectors": "the detectors on near OOD",
+    "cluster_colors": "CCL's map of clusters",
+    "sample": "map of clusters",
+    "plane": "map of clusters",
+    "cluster_map": "map of clusters",
+    "cluster_sizes": "sizes of clusters",
+    "curves": "the curve of loss",
+    "thumbnail": "images of clusters",
+}
+
+
+@pytest.mark.parametrize("broken", PICTURES)
+def test_a_picture_that_cannot_be_drawn_costs_this_picture(broken, made, page, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise ValueError("zip() argument 2 is <longer> than argument 1\nand more")
+
+    monkeypatch.setattr(f"ccl_fast.evaluation.pictures.{broken}", fail)
+    ours = write(tmp_path, *made)
+    lost = ours.text.count("Could not be drawn (ValueError: zip() argument 2 is <longer> than argument 1).")
+    drawn, all_drawn = (
+        sum("aria-label" in svg for svg in p.all("svg")) + (len(p.all("img")) > 0) for p in (ours, page)
+    )
+    assert 1 <= lost <= 6 and all_drawn - 4 <= drawn < all_drawn
+    assert ours.rows == page.rows
+    error = capsys.readouterr().err
+    assert error.count("\n") == lost
+    assert "report: could not draw " in error and PICTURES[broken] in error
 
 
 def test_parts_that_are_not_there_are_left_out(tmp_path):
@@ -465,6 +509,7 @@ def test_sample_is_bounded_and_of_every_set():
     assert len(points.train) == len(points.ids) == 1000 and len(points.far) == 0
     assert points.near.sum(0).tolist() == [60, 60, 60] and len(points.near) == 120
     assert points.centers.equal(centers[:7])  # the two that have no image are left out
+    assert points.numbers.equal(torch.arange(7))
     again = pictures.sample(train, ids, centers, near, far)
     assert again.train.equal(points.train)
     assert all(

@@ -74,6 +74,24 @@ def test_writes_report_picture_and_weights(tiny):
     assert simclr[1] != ccl[1]
 
 
+def test_results_are_written_before_the_page_and_whatever_becomes_of_it(tmp_path, monkeypatch, capsys):
+    def fail(path, *_):
+        there.extend(sorted(p.name for p in path.parent.iterdir()))
+        raise ZeroDivisionError("no page today")
+
+    there = []
+    monkeypatch.setattr("ccl_fast.training.report.write_page", fail)
+    small = TINY | {"limit": 100, "batch_size": 50, "far_ood": []}
+    report = train(tmp_path / "run", **small)
+    assert {"ccl.pt", "simclr.pt", "report.json"} <= set(there)
+    assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
+    said = capsys.readouterr()
+    assert "report: could not make" in said.err and "(ZeroDivisionError: no page today)" in said.err
+    assert "head/nearest_neighbor *" in said.out and f"written to {tmp_path / 'run'}\n" in said.out
+    assert main(["evaluate", f"--run={tmp_path / 'run'}"]) == 0
+    assert (tmp_path / "run" / "evaluation" / "evaluation.json").exists()
+
+
 def test_the_weights_give_the_reported_numbers(tiny):
     report = json.loads((tiny / "report.json").read_text())
     features, detector = report["default"].split("/")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from jinja2 import Environment, StrictUndefined
@@ -47,9 +49,13 @@ CURVES = {  # of a line of the log
 SHOWN_IMAGES = 12  # most outlying, least outlying
 SHOWN_CLUSTERS, SHOWN_PER_CLUSTER = 12, 6
 
+T = TypeVar("T")
+
 
 def write_page(path: Path, report: dict, judgements: Mapping[str, Judgement], images: Mapping[str, Images]) -> None:
     """Write the report as a page that opens in any browser, light or dark, wide or narrow, and prints.
+
+    A picture that cannot be drawn is a note in the page, and a line on stderr.
 
     Args:
         path: of the HTML file; it is whole or not there.
@@ -92,7 +98,9 @@ def _content(report: dict, judgements: Mapping[str, Judgement], images: Mapping[
     sets = [*report["near"], *report["far"]]
     groups = [group for group in GROUPS if report[group]]
     counts = report["images"]
-    axis = pictures.ScoreAxis.of([scores for judgement in judgements.values() for scores in judgement.scores.values()])
+    axis = functools.cache(
+        lambda: pictures.ScoreAxis.of([s for judgement in judgements.values() for s in judgement.scores.values()])
+    )
     return {
         "light": Markup(pictures.css_colors(dark=False)),
         "dark": Markup(pictures.css_colors(dark=True)),
@@ -141,6 +149,16 @@ def _content(report: dict, judgements: Mapping[str, Judgement], images: Mapping[
     }
 
 
+def _attempted(what: str, draw: Callable[[], T]) -> T | Markup:
+    """What is drawn, or a note in its place: whatever is odd about a picture costs this picture and nothing else."""
+    try:
+        return draw()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"report: could not draw {what} ({reason})", file=sys.stderr)
+        return Markup('<p class="note">Could not be drawn ({}).</p>').format(reason)
+
+
 def _facts(report: dict, sets: Sequence[str]) -> list[str]:
     counts, environment = report["images"], report["environment"]
     facts = [
@@ -185,7 +203,10 @@ def _overview(report: dict, objectives: Sequence[str], group: str) -> dict:
     words = "; ".join(f"{titles[o]}: {best[o]}" for o in objectives)
     return {
         "title": f"{group.capitalize()} OOD",
-        "svg": Markup(pictures.detectors({colors[o]: values[o] for o in objectives}, report["default"], alt)),
+        "svg": _attempted(
+            f"the detectors on {group} OOD",
+            lambda: Markup(pictures.detectors({colors[o]: values[o] for o in objectives}, report["default"], alt)),
+        ),
         "caption": f"{_mean_of(report[group]).capitalize()}. Highest with {words}.",
     }
 
@@ -210,7 +231,7 @@ def _cells(report: dict, objectives: Sequence[str], detector: str, of: str) -> l
     return cells
 
 
-def _scores(report: dict, judgement: Judgement, objective: str, axis: pictures.ScoreAxis) -> dict:
+def _scores(report: dict, judgement: Judgement, objective: str, axis: Callable[[], pictures.ScoreAxis]) -> dict:
     """Histograms and ROC curves of the default detector."""
     title, metrics = report["titles"][objective], report["results"][objective][report["default"]]
     test = judgement.scores["test"]
@@ -228,8 +249,11 @@ def _scores(report: dict, judgement: Judgement, objective: str, axis: pictures.S
     of_rocs = ", ".join(f"{s.name} {auroc}" for s, auroc in zip(sets, aurocs, strict=True))
     return {
         "objective": title,
-        "histograms": Markup(pictures.histograms(test, sets, axis, alt)),
-        "roc": Markup(pictures.roc_curves(test, sets, f"{title}: ROC curves. AUROC: {of_rocs}.")),
+        "histograms": _attempted(f"{title}'s histograms", lambda: Markup(pictures.histograms(test, sets, axis(), alt))),
+        "roc": _attempted(
+            f"{title}'s ROC curves",
+            lambda: Markup(pictures.roc_curves(test, sets, f"{title}: ROC curves. AUROC: {of_rocs}.")),
+        ),
         "legend": list(zip(sets, aurocs, strict=True)),
     }
 
@@ -239,21 +263,31 @@ def _clusters(report: dict, judgement: Judgement, objective: str, images: Mappin
     title, k = report["titles"][objective], len(judgement.centers)
     features = {part: of_part["head"] for part, of_part in judgement.features.items()}
     near, far = ([features[name] for name in report[group]] for group in GROUPS)
-    colors = pictures.cluster_colors(judgement.centers)
+    colors = functools.cache(lambda: pictures.cluster_colors(judgement.centers))
     sizes = judgement.cluster_ids.bincount(minlength=k)
     empty = int((sizes == 0).sum())
     words = f"from {sizes.min():,} to {sizes.max():,} training images" if k > 1 else "of all training images"
     words += f", {empty} of them empty" if empty else ""
-    points = pictures.sample(features["train"], judgement.cluster_ids, judgement.centers, near, far)
-    alt = f"{title}: map of {len(points.train):,} training images in the colours of their clusters, with"
-    alt += f" {len(points.near)} images of near and {len(points.far)} of far OOD sets."
+
+    def draw_map() -> Markup:
+        points = pictures.sample(features["train"], judgement.cluster_ids, judgement.centers, near, far)
+        alt = f"{title}: map of {len(points.train):,} training images in the colours of their clusters, with"
+        alt += f" {len(points.near)} images of near and {len(points.far)} of far OOD sets."
+        return Markup(pictures.cluster_map(points, colors(), alt))
+
+    def draw_sizes() -> Markup:
+        alt = f"{title}: sizes of {_count(k, 'cluster')}, {words}."
+        return Markup(pictures.cluster_sizes(sizes, colors(), alt))
+
     return {
         "objective": title,
-        "map": Markup(pictures.cluster_map(points, colors, alt)),
-        "sizes": Markup(pictures.cluster_sizes(sizes, colors, f"{title}: sizes of {_count(k, 'cluster')}, {words}.")),
+        "map": _attempted(f"{title}'s map of clusters", draw_map),
+        "sizes": _attempted(f"{title}'s sizes of clusters", draw_sizes),
         "caption": f"{_count(k, 'cluster')}, {words}.",
         "quality": report.get("clustering", {}).get(objective, {}),
-        "gallery": _gallery(judgement, images["train"], sizes, colors),
+        "gallery": _attempted(
+            f"{title}'s images of clusters", lambda: _gallery(judgement, images["train"], sizes, colors())
+        ),
     }
 
 
@@ -305,7 +339,10 @@ def _training(report: dict, objectives: Sequence[str]) -> list[dict]:
             ends = "; ".join(f"{report['titles'][o]} from {v[0]:.3g} to {v[-1]:.3g}" for o, (_, v) in lines.items())
             alt = f"{title} by epoch: {ends}."
             colored = {colors[objective]: values for objective, values in lines.items()}
-            shown.append({"title": title, "svg": Markup(pictures.curves(colored, alt)), "objectives": lines})
+            svg = _attempted(
+                f"the curve of {key}", lambda colored=colored, alt=alt: Markup(pictures.curves(colored, alt))
+            )
+            shown.append({"title": title, "svg": svg, "objectives": lines})
     return shown
 
 
@@ -315,6 +352,7 @@ def _border(
     """The most outlying test images and the least outlying OOD images, each with the nearest training image."""
     level = report["default"].split("/")[0]
     features = {part: normalize(of_part[level]) for part, of_part in judgement.features.items()}
+    title = report["titles"][objective]
 
     def row(part: str, number: int) -> dict:
         nearest = int((features["train"] @ features[part][number]).argmax())
@@ -331,9 +369,9 @@ def _border(
     of_each = max(1, SHOWN_IMAGES // max(1, len(sets)))
     missed = [(s, n) for s in sets for n in judgement.scores[s].argsort(stable=True)[:of_each].tolist()]
     return {
-        "objective": report["titles"][objective],
-        "alarms": [row("test", number) for number in alarms],
-        "missed": [row(*entry) for entry in missed],
+        "objective": title,
+        "alarms": _attempted(f"{title}'s outlying test images", lambda: [row("test", number) for number in alarms]),
+        "missed": _attempted(f"{title}'s missed OOD images", lambda: [row(*entry) for entry in missed]),
     }
 
 

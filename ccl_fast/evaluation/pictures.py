@@ -54,6 +54,7 @@ _NAMES = {light: name for name, light in LIGHT.items()}
 
 WIDTH = 480  # of a picture; the page shows it as wide as there is room
 MOST_NAMED = 30  # clusters
+MOST_DRAWN = 500  # clusters, each with a colour, a bar and a ring of its own
 ACCEPTED = 95  # percent of the test images that the threshold accepts
 _STYLE = {
     "svg.fonttype": "none",
@@ -232,7 +233,9 @@ def detectors(values: Mapping[str, Mapping[str, float]], default: str, alt: str)
 
 
 def cluster_colors(centers: Tensor) -> list[str]:
-    """A colour for every cluster, other than those of the clusters next to it."""
+    """A colour for every cluster, other than those of the clusters next to it if they are few enough to be drawn."""
+    if len(centers) > MOST_DRAWN:
+        return [HUES[number % len(HUES)] for number in range(len(centers))]
     cosines = normalize(centers.double()) @ normalize(centers.double()).T
     chosen: list[int] = []
     for number, row in enumerate(cosines):
@@ -245,12 +248,15 @@ def cluster_colors(centers: Tensor) -> list[str]:
 
 @_style()
 def cluster_sizes(sizes: Tensor, colors: Sequence[str], alt: str) -> str:
-    """Images of every cluster, the largest first, in the colours of the map."""
+    """Images of every cluster, the largest first, in the colours of the map if they are few enough to be told apart."""
     figure = _figure(210)
     panel = _axes(figure, 52, 10, WIDTH - 62, 152)
     order = sizes.argsort(descending=True, stable=True).tolist()
     hues = [LIGHT[colors[number]] for number in order]
-    panel.bar(range(len(order)), sizes[order].tolist(), 0.8, color=hues, alpha=0.85)
+    if len(order) <= MOST_DRAWN:
+        panel.bar(range(len(order)), sizes[order].tolist(), 0.8, color=hues, alpha=0.85)
+    else:
+        panel.stairs(sizes[order].tolist(), [i - 0.5 for i in range(len(order) + 1)], fill=True, color=LIGHT["quiet"])
     even = sizes.double().mean().item()
     panel.axhline(even, color=LIGHT["ink"], lw=1, ls=(0, (4, 3)))
     panel.text(0.995, even, "even", transform=panel.get_yaxis_transform(), ha="right", va="bottom", size=11)
@@ -265,11 +271,12 @@ def cluster_sizes(sizes: Tensor, colors: Sequence[str], alt: str) -> str:
 
 @dataclass
 class Points:
-    """Features to be laid out in the plane."""
+    """Features to be laid out in the plane: training images with their clusters, and centres with their numbers."""
 
     train: Tensor
     ids: Tensor
     centers: Tensor
+    numbers: Tensor
     near: Tensor
     far: Tensor
 
@@ -277,7 +284,8 @@ class Points:
 def sample(
     train: Tensor, ids: Tensor, centers: Tensor, near: Sequence[Tensor], far: Sequence[Tensor], seed: int = 0
 ) -> Points:
-    """At most 1,000 training images, 120 images of near and 120 of far sets; the centres that have images."""
+    """At most 1,000 training images, 120 images of near and 120 of far sets, so that t-SNE takes seconds; the centres
+    that have images, of more than ``MOST_DRAWN`` those that have most."""
     generator = torch.Generator().manual_seed(seed)
 
     def some(x: Tensor, n: int) -> Tensor:
@@ -287,7 +295,10 @@ def sample(
         return torch.cat([train[:0], *(x[some(x, -(-120 // len(sets)))] for x in sets)])
 
     rows = some(train, 1000)
-    return Points(train[rows], ids[rows], centers[ids.unique()], of_sets(near), of_sets(far))
+    sizes = ids.bincount(minlength=len(centers))
+    largest = sizes.argsort(descending=True, stable=True)[: min(MOST_DRAWN, int((sizes > 0).sum()))]
+    numbers = largest.sort().values
+    return Points(train[rows], ids[rows], centers[numbers], numbers, of_sets(near), of_sets(far))
 
 
 def plane(x: Tensor) -> np.ndarray:
@@ -329,7 +340,7 @@ def cluster_map(points: Points, colors: Sequence[str], alt: str) -> str:
         _draw(panel, train[of_train == color], [(0, 0), (0.01, 0)], LIGHT[color], 4.2, 0.55)
     _draw(panel, near, [(-2.4, -2.4), (2.4, 2.4), (-2.4, 2.4), (2.4, -2.4)], LIGHT["ink"], 1.2, 0.9)
     _draw(panel, far, [(-3, 0), (3, 0), (0, -3), (0, 3)], LIGHT["ink"], 1.2, 0.9)
-    numbers = points.ids.unique().tolist()
+    numbers = points.numbers.tolist()
     is_few = len(numbers) <= MOST_NAMED
     for number, (x, y) in zip(numbers, centers.tolist(), strict=True):
         panel.plot(x, y, "o", color=LIGHT["paper"], mec=LIGHT[colors[number]], mew=1.8, ms=17 if is_few else 6)

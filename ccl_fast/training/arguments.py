@@ -27,7 +27,12 @@ FREE_ARGUMENTS = (
     "image_memory",
     "compile_model",
     "timeout",
+    "warmup_from",
 )
+# What may differ too between runs that have a warm-up in common.
+AFTER_WARM_UP = ("objective", "baseline", "clusters", "near_ood", "far_ood", *OPTIONS)
+# Of a short run, half is warm-up.
+MOST_WARM_UP = 20
 
 FLAGS = (
     *("baseline", "download", "strict", "concentration", "channels_last", "compile_model", "fused_optimizer"),
@@ -61,6 +66,19 @@ def comparable(arguments: dict) -> dict:
     return plain({name: value for name, value in arguments.items() if name not in FREE_ARGUMENTS})
 
 
+def of_warm_up(arguments: dict) -> dict:
+    """Those of them that runs with a common warm-up must share."""
+    shared = {name: value for name, value in comparable(arguments).items() if name not in AFTER_WARM_UP}
+    return shared | {"warmup_epochs": warm_up_epochs(arguments)}
+
+
+def warm_up_epochs(arguments: dict) -> int:
+    epochs, given = arguments["epochs"], arguments["warmup_epochs"]
+    if given is not None:
+        return given
+    return min(MOST_WARM_UP, epochs // 2) if isinstance(epochs, int) else 0
+
+
 def check(arguments: dict) -> None:
     """Everything that can be told before the data is read."""
 
@@ -70,7 +88,8 @@ def check(arguments: dict) -> None:
 
     for name in FLAGS:
         expect(isinstance(arguments[name], bool), name, "True or False")
-    expect(isinstance(arguments["output"], str | Path | None), "output", "the path of a folder")
+    for name in ("output", "warmup_from"):
+        expect(isinstance(arguments[name], str | Path | None), name, "the path of a folder")
     expect(isinstance(arguments["device"], str), "device", "the name of a device")
     for name in ("near_ood", "far_ood"):
         sets = arguments[name]
@@ -121,6 +140,9 @@ def check(arguments: dict) -> None:
     )
     expect(not (arguments["resume"] and arguments["overwrite"]), "overwrite", "False when resuming")
     expect(not arguments["resume"] or arguments["output"] is not None, "output", "the folder of the run to resume")
+    output, origin = arguments["output"], arguments["warmup_from"]
+    is_itself = None not in (output, origin) and Path(output).resolve() == Path(origin).resolve()
+    expect(not is_itself or arguments["resume"], "warmup_from", "another folder than output")
     expect(arguments["resume_from"] in ("last", "previous"), "resume_from", '"last" or "previous"')
     epochs, warmup = arguments["epochs"], arguments["warmup_epochs"]
     expect(_is_int(warmup) and 0 <= warmup <= epochs, "warmup_epochs", f"0 to epochs={epochs}")

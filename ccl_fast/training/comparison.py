@@ -29,6 +29,7 @@ def compare(
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     overwrite: bool = False,
     resume: bool = False,
+    warmup_from: str | Path | None = None,
     **options,
 ) -> dict:
     """Train SimCLR and an objective on the same budget with several seeds, and tell what the objective gains.
@@ -41,6 +42,8 @@ def compare(
         seeds: at least two different seeds.
         overwrite: replace the results in an existing output folder.
         resume: go on with the comparison in the output folder; seeds that are done are not run again.
+        warmup_from: folder of another comparison with these seeds, whose warm-ups and SimCLR runs are taken over: only
+            the objective is trained.
         options: the other arguments of ``train``, ``objective`` among them.
 
     Returns:
@@ -69,6 +72,11 @@ def compare(
     if folder.exists() and not (overwrite or resume or is_empty(folder)):
         expected = "a folder that does not exist yet, or overwrite or resume"
         raise FileExistsError(f"output: expected {expected}, got {str(folder)!r}")
+    origins = {seed: None if warmup_from is None else Path(warmup_from) / f"seed{seed}" for seed in seeds}
+    missing = [str(origin) for origin in origins.values() if origin is not None and not origin.is_dir()]
+    if missing:
+        expected = f"the folder of a comparison with seeds {seeds}"
+        raise ArgumentError(f"warmup_from: expected {expected}, got {str(warmup_from)!r} without {missing[0]}")
     if overwrite:  # all at once: a comparison that is stopped and resumed takes no result of an earlier one
         earlier = [of_seed for seed in seeds if (of_seed := folder / f"seed{seed}").exists()]
         for of_seed in earlier:
@@ -84,7 +92,8 @@ def compare(
             continue
         started = resume and (of_seed / CHECKPOINTS / LAST).exists()
         again = resume and not started and of_seed.exists() and not is_empty(of_seed)  # killed before a checkpoint
-        reports.append(train(output=of_seed, seed=seed, baseline=True, overwrite=again, resume=started, **options))
+        how = {"overwrite": again, "resume": started, "warmup_from": origins[seed]}
+        reports.append(train(output=of_seed, seed=seed, baseline=True, **how, **options))
     comparison = {
         "seeds": seeds,
         "arguments": comparable(reports[0]["arguments"]) | {"seed": None},

@@ -14,7 +14,7 @@ from ccl_fast.evaluation import judge
 from ccl_fast.training.arguments import find_device
 from ccl_fast.training.image_sets import load_image_sets
 from ccl_fast.training.processes import check_alone
-from ccl_fast.training.report import describe, format_table, write_report
+from ccl_fast.training.report import describe, write_report
 from ccl_fast.training.run_folder import EVALUATION
 from ccl_fast.training.trained import TrainedRun
 
@@ -99,6 +99,4 @@ def evaluate(
     report["seconds"] = round(time.perf_counter() - start, 1)
     folder.mkdir(parents=True, exist_ok=True)
     write_report(folder, report, judgements, sets, models={}, name="evaluation")
-    print(format_table(report))
-    print(f"written to {folder}; look at {folder / 'evaluation.html'}")
     return report

@@ -20,18 +20,15 @@ from ccl_fast.errors import ArgumentError
 from ccl_fast.evaluation import judge
 from ccl_fast.files import write_atomically
 from ccl_fast.training import checkpoint
-from ccl_fast.training.arguments import as_list, check, check_sizes, comparable, plain
+from ccl_fast.training.arguments import as_list, check, check_sizes, comparable, plain, warm_up_epochs
 from ccl_fast.training.image_sets import ImageSets, load_image_sets, read_split
 from ccl_fast.training.interruption import Interruption
 from ccl_fast.training.loop import Run
 from ccl_fast.training.objectives import BASELINE, OBJECTIVES
 from ccl_fast.training.processes import Processes, alone, launched, launched_size
 from ccl_fast.training.progress import WARM_UP, Progress, advance
-from ccl_fast.training.report import describe, format_table, write_report
+from ccl_fast.training.report import describe, write_report
 from ccl_fast.training.run_folder import CHECKPOINTS, CONFIG, check_free, claim, default_folder
-
-# Of a short run, half is warm-up.
-MOST_WARM_UP = 20
 
 
 def train(
@@ -76,6 +73,7 @@ def train(
     overwrite: bool = False,
     resume: bool = False,
     resume_from: Literal["last", "previous"] = "last",
+    warmup_from: str | Path | None = None,
 ) -> dict | None:
     """Train on images without their labels, and tell images of other kinds from them.
 
@@ -157,6 +155,10 @@ def train(
         resume: go on with the run in the output folder; the other arguments must be the same (``--config
             <output>/config.yaml`` gives them).
         resume_from: the checkpoint to go on from, "last", or the one before it, "previous".
+        warmup_from: folder of another run, whose warm-up this one begins with instead of a warm-up of its own, and
+            whose SimCLR is the baseline if it is finished. Arguments that matter before the end of the warm-up must be
+            the same. The result is that of a run by itself, on a CPU bit for bit. A run that is resumed needs it no
+            more.
 
     Returns:
         The content of report.json; on other processes than the first None.
@@ -176,10 +178,8 @@ def train(
     2021 (PCL: several numbers of clusters, concentration). Those of the other objectives: see ``ccl_fast.losses``.
     """
     arguments = {name: value.item() if isinstance(value, np.generic) else value for name, value in locals().items()}
-    epochs, warmup_epochs = arguments["epochs"], arguments["warmup_epochs"]
-    if warmup_epochs is None:
-        warmup_epochs = min(MOST_WARM_UP, epochs // 2) if isinstance(epochs, int) else 0
-    options = SimpleNamespace(**arguments | {"clusters": as_list(clusters), "warmup_epochs": warmup_epochs})
+    resolved = {"clusters": as_list(clusters), "warmup_epochs": warm_up_epochs(arguments)}
+    options = SimpleNamespace(**arguments | resolved)
     check(vars(options))
     _check_shared(objective)
     start = time.perf_counter()
@@ -192,11 +192,17 @@ def train(
         check_sizes(len(images), options.batch_size, options.clusters, options.concentration, processes.size)
         # Before anything is written: its errors are those of arguments.
         first = Run(options_of[BASELINE], images, fabric, processes)
-        state = None
+        state = origin = None
         if resume:
             state = processes.first(lambda: checkpoint.load(folder / CHECKPOINTS, resume_from), patient=True)
+        elif warmup_from is not None:
+            origin = processes.first(lambda: _load_origin(warmup_from), patient=True)
         progress = Progress(folder, comparable(arguments), images, state, processes)
+        if origin is not None:
+            progress.begin_with(origin, warmup_from, {WARM_UP, *objectives} - {objective})
         processes.first(lambda: claim(folder, overwrite=overwrite, resume=resume))
+        if origin is not None and processes.is_first:
+            print(f"taken over from {warmup_from}: {' and '.join(progress.finished)}")
         try:
             processes.first(lambda: _write_config(folder, arguments))
             with Interruption() as interruption:
@@ -231,8 +237,6 @@ def train(
         "seconds": round(progress.seconds_before + time.perf_counter() - start, 1),
     }
     write_report(folder, report, judgements, sets, models)
-    print(format_table(report))
-    print(f"written to {folder}; look at {folder / 'report.html'}")
     return report
 
 
@@ -247,6 +251,13 @@ def _free_folder(options: SimpleNamespace) -> Path:
     folder = default_folder("train") if options.output is None else Path(options.output)
     check_free(folder, overwrite=options.overwrite, resume=options.resume)
     return folder
+
+
+def _load_origin(run: str | Path) -> dict:
+    checkpoints = Path(run) / CHECKPOINTS
+    if not (checkpoints / checkpoint.LAST).exists():
+        raise ArgumentError(f"warmup_from: expected the folder of a run, with its checkpoints, got {str(run)!r}")
+    return checkpoint.load(checkpoints)
 
 
 def _read(options: SimpleNamespace, processes: Processes, device: torch.device) -> tuple[Images, ImageSets | None]:

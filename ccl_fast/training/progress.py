@@ -6,6 +6,7 @@ import json
 import signal
 import time
 import zlib
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from ccl_fast.distributed import PeerError
 from ccl_fast.errors import ArgumentError
 from ccl_fast.files import write_atomically
 from ccl_fast.training import checkpoint
+from ccl_fast.training.arguments import of_warm_up, warm_up_epochs
 from ccl_fast.training.checkpoint import CheckpointError
 from ccl_fast.training.interruption import Interrupted, Interruption
 from ccl_fast.training.loop import Run
@@ -26,6 +28,8 @@ WARM_UP = "warm-up"
 FINGERPRINTED = 100
 # Of the state that a checkpoint keeps.
 KEYS = {"arguments", "images", "finished", "stage", "run", "lines", "seconds"}
+# Of a line of the log: which epoch it is of.
+NO_SCALARS = {"stage", "objective", "epoch", "step"}
 
 
 class Progress:
@@ -51,26 +55,50 @@ class Progress:
         self.seconds_before = 0.0
         self._start = time.perf_counter()
         self._events: tuple[str, SummaryWriter] | None = None
+        self._without_events: list[dict] = []  # lines that TensorBoard has not been given
         if state is None:
             return
-        if not state.keys() >= KEYS:
-            raise CheckpointError(f"the checkpoint in {folder / CHECKPOINTS} is none of a training run")
-        if state["arguments"].keys() != arguments.keys():
-            names = ", ".join(sorted(state["arguments"].keys() ^ arguments.keys()))
-            raise CheckpointError(
-                f"the checkpoint in {folder / CHECKPOINTS} is of another version of ccl_fast ({names})"
-            )
-        for name, was in state["arguments"].items():
-            if was != arguments[name]:
-                expected = f"{was!r}, as the run to resume has it (config.yaml in its folder has all)"
-                raise ArgumentError(f"{name}: expected {expected}, got {arguments[name]!r}")
-        if state["images"] != self.images:
-            raise ArgumentError(
-                "data: expected the training images of the run to resume, got others, or others in number"
-            )
+        self._check(state, folder, "the run to resume", lambda given: given)
         self.finished, self.lines, self.seconds_before = state["finished"], state["lines"], state["seconds"]
         self.under_way = (state["stage"], state["run"])
         processes.first(self._write_lines)  # the last ones may be missing if the run was killed
+
+    def begin_with(self, state: dict, origin: str | Path, stages: Collection[str]) -> None:
+        """Take over the warm-up of another run and, of the stages, what else is finished there.
+
+        Args:
+            state: of the other run's last checkpoint.
+            origin: its folder.
+            stages: the warm-up and others that are the same after the same warm-up.
+        """
+        self._check(state, Path(origin), "the run to warm up from", of_warm_up)
+        finished, epochs = dict(state["finished"]), len(state["run"]["losses"])
+        last = warm_up_epochs(self.arguments) if state["stage"] == WARM_UP else self.arguments["epochs"]
+        if epochs == last:
+            finished[state["stage"]] = _end_of(state["stage"], state["run"])
+        if WARM_UP not in finished:
+            expected = f"a run that has done its warm-up of {last} epochs"
+            raise ArgumentError(f"warmup_from: expected {expected}, got {str(origin)!r} with {epochs}")
+        self.finished = {stage: end for stage, end in finished.items() if stage in stages}
+        self.lines = [line for line in state["lines"] if line["stage"] in self.finished]
+        self._without_events = list(self.lines)
+
+    def _check(self, state: dict, folder: Path, whose: str, shared: Callable[[dict], dict]) -> None:
+        """Whether the state is that of a run with the same images and those arguments that are to be shared."""
+        if not state.keys() >= KEYS:
+            raise CheckpointError(f"the checkpoint in {folder / CHECKPOINTS} is none of a training run")
+        ours, theirs = shared(self.arguments), shared(state["arguments"])
+        if ours.keys() != theirs.keys():
+            names = ", ".join(sorted(ours.keys() ^ theirs.keys()))
+            raise CheckpointError(
+                f"the checkpoint in {folder / CHECKPOINTS} is of another version of ccl_fast ({names})"
+            )
+        for name, was in theirs.items():
+            if was != ours[name]:
+                expected = f"{was!r}, as {whose} has it (config.yaml in its folder has all)"
+                raise ArgumentError(f"{name}: expected {expected}, got {ours[name]!r}")
+        if state["images"] != self.images:
+            raise ArgumentError(f"data: expected the training images of {whose}, got others, or others in number")
 
     def save(self, stage: str, run: Run) -> Path:
         return self.processes.first(lambda: self._save(stage, run))
@@ -92,19 +120,22 @@ class Progress:
 
     def end_epoch(self, stage: str, run: Run) -> None:
         epoch = len(run.losses)
-        scalars = {"loss": run.losses[-1], "learning_rate": run.used_learning_rate} | run.log
         line = {"stage": stage, "objective": run.options.objective, "epoch": epoch, "step": run.step}
-        self.lines.append(line | scalars)
+        line |= {"loss": run.losses[-1], "learning_rate": run.used_learning_rate} | run.log
+        self.lines.append(line)
+        self._without_events.append(line)
 
         def write() -> None:
             self._save(stage, run)
             self._write_lines()
-            events = self._events_of(stage, epoch)
-            for name, value in scalars.items():
-                events.add_scalar(name, value, epoch)
+            for line in self._without_events:
+                events = self._events_of(line["stage"], line["epoch"])
+                for name in line.keys() - NO_SCALARS:
+                    events.add_scalar(name, line[name], line["epoch"])
             events.flush()
 
         self.processes.first(write)
+        self._without_events = []
 
     def _events_of(self, stage: str, epoch: int) -> SummaryWriter:
         if self._events is None or self._events[0] != stage:
@@ -152,8 +183,12 @@ def advance(run: Run, stage: str, epochs: int, progress: Progress, interruption:
         last = progress.folder / CHECKPOINTS / checkpoint.LAST
         good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
         raise type(error)(f"{error}; {good}") from error
-    # Only the warm-up is gone on from.
-    progress.finished[stage] = run.state_dict() | ({} if stage == WARM_UP else {"optimizer": None})
+    progress.finished[stage] = _end_of(stage, run.state_dict())
+
+
+def _end_of(stage: str, state: dict) -> dict:
+    """What is kept of the state at the end of a stage: only the warm-up is gone on from."""
+    return state if stage == WARM_UP else state | {"optimizer": None}
 
 
 def _fingerprint(images: Images) -> list[int]:

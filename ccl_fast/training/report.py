@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -81,13 +82,24 @@ def write_report(
     models: Mapping[str, Model],
     name: str = "report",
 ) -> None:
-    """Write <name>.json, <name>.html and <objective>.pt (a state_dict), and drop an earlier run's other weights."""
+    """Write <objective>.pt (a state_dict) and <name>.json, drop an earlier run's other weights, print the table; then
+    draw <name>.html. No error of the page costs the results: it is a line on stderr."""
+    page = folder / f"{name}.html"
+    page.unlink(missing_ok=True)  # an earlier one
     if models:
         for objective in OBJECTIVES.keys() - models.keys():
             (folder / f"{objective}.pt").unlink(missing_ok=True)
     for objective, model in models.items():
         weights = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
         write_atomically(folder / f"{objective}.pt", lambda file, weights=weights: torch.save(weights, file))
-    write_page(folder / f"{name}.html", report, judgements, sets.parts)
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     write_atomically(folder / f"{name}.json", lambda file: file.write(text.encode()))
+    print(format_table(report))
+    try:
+        write_page(page, report, judgements, sets.parts)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"report: could not make {page} ({reason}); the results are in {name}.json", file=sys.stderr)
+        print(f"written to {folder}")
+    else:
+        print(f"written to {folder}; look at {page}")

@@ -64,7 +64,8 @@ class TrainedRun:
 
 def _read(config: Path) -> dict:
     """The arguments of a run."""
-    names = inspect.signature(train).parameters.keys() - {"timeout", "objective", "baseline"}  # older runs have none
+    newer = {"timeout", "objective", "baseline", "warmup_from"}  # older runs have none
+    names = inspect.signature(train).parameters.keys() - newer
     try:
         arguments = yaml.safe_load(config.read_text())
     except (ValueError, yaml.YAMLError) as error:
