@@ -1,8 +1,8 @@
 """How many rows the certificate of k-means leaves in doubt, and how many of them must meet all centres again.
 
 `python -m benchmarks.certificate` needs no GPU: it repeats the arithmetic of csrc/kmeans_assign.cuh and kmeans_pair.cuh
-with torch, from the same packed rows (rounded to float16) and the same bounds; tests compare it with the kernels. Beside
-stands the former rule, by which every row in doubt met all centres.
+with torch, from the same packed rows (rounded to float16) and the same bounds; a test compares it with the kernels.
+Beside stands the former rule, by which every row in doubt met all centres.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from ccl_fast.ops.kmeans_assign import prepare_rows
 from ccl_fast.ops.kmeans_update import kmeans_update
 
 CPU, HALF = torch.device("cpu"), torch.float16
-# And the iterations whose assignment is looked at. Only rows are counted that are no centre of the start: among a million
-# there are few of those, here many, and they are never in doubt.
+# And the iterations whose assignment is looked at. Only rows are counted that are no centre of the start: among a
+# million there are few of those, here many, and they are never in doubt.
 RUNS = (
-    (Size(100_000, 128, HALF, 1000), (1, 2, 5)),
-    (Size(40_000, 128, HALF, 10_000), (1, 2)),
-    (Size(40_000, 512, HALF, 4000), (1, 2)),
-    (Size(18_192, 2048, HALF, 10_000), (1,)),
+    (Size(40_000, 128, HALF, 1000), (1, 2, 5)),
+    (Size(20_000, 128, HALF, 10_000), (1,)),
+    (Size(16_000, 512, HALF, 4000), (1, 2)),
+    (Size(14_096, 2048, HALF, 10_000), (1,)),
 )
 QUICK_RUNS = ((Size(600, 64, HALF, 40), (1, 2)),)
 

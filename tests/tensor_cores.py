@@ -1,4 +1,4 @@
-"""How tensor cores have been seen to add: the oracle of the emulation's truncating mode, and of the bound of its error."""
+"""How tensor cores have been seen to add: an oracle of the emulated ones that truncate, and of their bound."""
 
 import torch
 from torch import Tensor

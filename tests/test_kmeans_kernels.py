@@ -138,10 +138,8 @@ def test_the_bound_of_the_scores_error_holds(name, dtype, metric, module, kmeans
     summing = gamma(case.x.shape[1]) * case.norm[:, None].double() * norm + LEAST
     summing += RHO / 2 * norm**2 * (metric == "euclidean")
     zero = torch.zeros_like(products[..., 0])
-    for total in (
-        products.cumsum(-1, dtype=torch.float32)[..., -1],
-        *(truncated_sum(zero, products, n) for n in (8, 16)),
-    ):
+    truncated = [truncated_sum(zero, products, addends) for addends in (8, 16)]
+    for total in (products.cumsum(-1, dtype=torch.float32)[..., -1], *truncated):
         score = half_square - total.float()
         for index in (0, 15):
             tagged = (score.view(torch.int32) & ~15 | index).view(torch.float32)
@@ -176,9 +174,8 @@ def assign(x: Tensor, norm: Tensor, residue: Tensor, centers: Tensor, half_squar
     listed = unsure[:count].long()
 
     def by_row(values: Tensor) -> Tensor:
-        return (
-            torch.zeros_like(labels, dtype=values.dtype).view(-1).scatter(0, listed, values[:count]).view(labels.shape)
-        )
+        zeros = torch.zeros_like(labels, dtype=values.dtype)
+        return zeros.view(-1).scatter(0, listed, values[:count]).view(labels.shape)
 
     times = torch.bincount(listed, minlength=problems * rows).view(labels.shape)
     return labels, times, by_row(rivals), by_row(others)
@@ -280,10 +277,8 @@ def test_two_centers_are_compared_and_the_others_by_their_bound(dtype, metric, b
     guesses, rivals = torch.randint(k, (2, problems, rows), device=kmeans_device)
     guesses[:, :3], rivals[:, :3] = 15, 4  # a tie
     pairs = torch.stack([guesses, rivals], 2).sort(2).values
-    of_pair = torch.stack(
-        [nearest(x[p, [i]], centers[p, pairs[p, i]], metric) for p in range(problems) for i in range(rows)]
-    )
-    expected = pairs.gather(2, of_pair.view(problems, rows, 1).to(kmeans_device))[..., 0]
+    which = [nearest(x[p, [i]], centers[p, pairs[p, i]], metric) for p in range(problems) for i in range(rows)]
+    expected = pairs.gather(2, torch.stack(which).view(problems, rows, 1).to(kmeans_device))[..., 0]
 
     scale = prepared.scale[:, None, None].double()
     exact = x.double(), centers.double()
@@ -295,11 +290,8 @@ def test_two_centers_are_compared_and_the_others_by_their_bound(dtype, metric, b
         start = 0.0
     score = (start - exact_x @ exact_centers.mT).gather(2, expected[..., None])[..., 0]
     # A bound of the others just below the better score, just above it, none at all, and one that says nothing.
-    others = torch.stack(
-        [score - 1e-5 * score.abs(), score + 1e-5 * score.abs(), *torch.full((2, *score.shape), torch.inf)]
-    )
-    others[3] = -torch.inf
-    others = others.float()
+    little, infinite = 1e-5 * score.abs(), torch.full_like(score, torch.inf)
+    others = torch.stack([score - little, score + little, infinite, -infinite]).float()
     for bound, settled in zip(others, (False, True, True, False), strict=True):
         for count in (0, 1, problems * rows):
             unsure = torch.randperm(problems * rows, device=kmeans_device).int()
@@ -366,9 +358,9 @@ def test_labels_are_exact_at_any_size_where_products_truncate(d, k, make, addend
 def all_that_truncation_can_lose(d: int) -> tuple[Tensor, Tensor]:
     """Rows [1, 2, d] and centres [1, 4, d]; d is a square.
 
-    In the product with the first centre all terms but one are positive and just below the last digit of the sum, in that
-    with the second they are negative; so all are lost, and the scores move apart by 2 d times that digit, of which the
-    bound allows 2 (9/8 d + 18). The first centre is nearer by a little less.
+    In the product with the nearer centre (2, of row 0) all terms but one are positive and just below the last digit of
+    the sum, in that with its rival (0) they are negative; so all are lost, and the scores move by 2 d times that digit,
+    of which the bound allows 2 (9/8 d + 18). It is nearer by a little less.
     """
     little = 2896 * 2.0**-23  # whose square is next to 2^-23
     first = 1 + math.floor(2 * math.sqrt(d) * little * 2**10) * 2.0**-10

@@ -74,7 +74,8 @@ class KMeans:
     ``predict``, ``transform`` and ``score`` are about the rows of the own process, and exchange nothing.
 
     With data ``[B, N, D]``, B independent problems of one size are solved together, each as it would be alone; the
-    attributes but ``doubtful_`` and ``rechecked_`` have B as first dimension, and ``inertia_`` and ``n_iter_`` are tensors ``[B]``.
+    attributes but ``doubtful_`` and ``rechecked_`` have B as first dimension, and ``inertia_`` and ``n_iter_`` are
+    tensors ``[B]``.
 
     Distances are float32 (float64 for float64 data): beyond 1e19 they overflow and below 1e-20 they vanish, so scale
     such data first; labels are right all the same.

@@ -52,8 +52,8 @@ def kmeans_assign(
         centers: ``[k, d]`` or ``[b, k, d]``; the dtype of x, or float32 beside half precision.
         metric: "euclidean" or "cosine". The cosine with a zero row or centre is 0.
         backend: "auto", "cuda" (the extension), "blocked" (plain torch, any device) or "reference" (dense, float64).
-        return_rechecked: return also how many rows were in doubt, and how many of them were re-checked, that is compared
-            with all centres again; the cuda backend decides most doubtful rows between two centres.
+        return_rechecked: return also how many rows were in doubt, and how many of them were re-checked, that is
+            compared with all centres again; the cuda backend decides most doubtful rows between two centres.
 
     Returns:
         ``labels`` int64 ``[n]`` (``[b, n]``) and ``distance``, the same shape, float32 (float64 for float64); with
