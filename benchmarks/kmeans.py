@@ -51,7 +51,7 @@ class KMeansRow(Row):
     inertia: float | None = None  # of the returned centres, in float64
     wrong_labels: int | None = None  # given the starting centres, among the rows checked against float64
     checked: int | None = None
-    rechecked: int | None = None  # by ours in higher precision, in the last assignment
+    rechecked: int | None = None  # by ours with all centres, in the last assignment
     product_rate: float | None = None  # floating-point operations per second, of which the floor is made
 
 

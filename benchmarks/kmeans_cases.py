@@ -23,7 +23,7 @@ class Rows(NamedTuple):
 class Outcome(NamedTuple):
     centers: Tensor  # [clusters, d]
     iterations: int  # that were run
-    rechecked: int | None = None  # rows of the last assignment that were decided in higher precision
+    rechecked: int | None = None  # rows of the last assignment that were compared with all centres again
 
 
 Run = Callable[[Rows], Outcome]

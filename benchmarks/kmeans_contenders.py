@@ -41,7 +41,7 @@ def _ours(case: KMeansCase) -> Run:
         labels, rechecked = _our_labels(*rows)
         sums, sizes = kmeans_update(rows.x, labels, len(rows.centers))
         means = torch.where(sizes[:, None] > 0, sums / sizes[:, None], rows.centers.double())
-        return Outcome(means.float(), 1, int(rechecked))
+        return Outcome(means.float(), 1, int(rechecked[1]))
 
     def fit(rows: Rows) -> Outcome:
         model = KMeans(len(rows.centers), init=case.seeding or rows.centers, max_iter=case.iterations, tol=0.0)

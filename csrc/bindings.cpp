@@ -36,18 +36,31 @@ void pack(Address x, int dtype, int64_t problems, int64_t rows, int64_t d, int m
 
 void assign(Address x, Address x_norm, Address x_residue, Address centers, Address half_square, Address tile_norm,
             Address tile_residue, int64_t problems, int64_t rows, int64_t padded_clusters, int64_t padded_d,
-            Address labels, Address unsure, Address unsure_count, int device, Address stream) {
+            Address labels, Address unsure, Address rivals, Address others, Address unsure_count, int device,
+            Address stream) {
   check(ccl_kmeans_assign(pointer<void>(x), pointer<float>(x_norm), pointer<float>(x_residue), pointer<void>(centers),
                           pointer<float>(half_square), pointer<float>(tile_norm), pointer<float>(tile_residue), problems,
                           rows, padded_clusters, padded_d, pointer<int64_t>(labels), pointer<int32_t>(unsure),
-                          pointer<int32_t>(unsure_count), device, pointer<void>(stream)),
+                          pointer<int32_t>(rivals), pointer<float>(others), pointer<int32_t>(unsure_count), device,
+                          pointer<void>(stream)),
         "kmeans_assign");
 }
 
-void recheck(Address x, int dtype, Address centers, int64_t rows, int64_t clusters, int64_t d, int metric, Address unsure,
-             Address unsure_count, Address labels, int64_t blocks, int device, Address stream) {
+void pair(Address x, int dtype, Address centers, int64_t rows, int64_t clusters, int64_t d, int metric, Address origin,
+          Address scale, Address unsure, Address rivals, Address others, Address unsure_count, Address labels,
+          Address open, Address open_count, int64_t blocks, int device, Address stream) {
+  check(ccl_kmeans_pair(pointer<void>(x), dtype, pointer<float>(centers), rows, clusters, d, metric,
+                        pointer<float>(origin), pointer<float>(scale), pointer<int32_t>(unsure),
+                        pointer<int32_t>(rivals), pointer<float>(others), pointer<int32_t>(unsure_count),
+                        pointer<int64_t>(labels), pointer<int32_t>(open), pointer<int32_t>(open_count), blocks, device,
+                        pointer<void>(stream)),
+        "kmeans_pair");
+}
+
+void recheck(Address x, int dtype, Address centers, int64_t rows, int64_t clusters, int64_t d, int metric, Address open,
+             Address open_count, Address labels, int64_t blocks, int device, Address stream) {
   check(ccl_kmeans_recheck(pointer<void>(x), dtype, pointer<float>(centers), rows, clusters, d, metric,
-                           pointer<int32_t>(unsure), pointer<int32_t>(unsure_count), pointer<int64_t>(labels), blocks,
+                           pointer<int32_t>(open), pointer<int32_t>(open_count), pointer<int64_t>(labels), blocks,
                            device, pointer<void>(stream)),
         "kmeans_recheck");
 }
@@ -75,6 +88,7 @@ void distance(Address x, int dtype, Address centers, Address labels, int64_t pro
 PYBIND11_MODULE(_cuda_emulated, module) {
   module.attr("emulated") = true;
   module.def("set_schedule", &ccl_fast::set_schedule, py::arg("seed"));
+  module.def("set_addition", &ccl_fast::set_addition, py::arg("addends"));
 #else
 PYBIND11_MODULE(_cuda, module) {
   module.attr("emulated") = false;
@@ -88,6 +102,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.attr("PAD_CENTERS") = int(CCL_PAD_CENTERS);
   module.def("kmeans_pack", &pack);
   module.def("kmeans_assign", &assign);
+  module.def("kmeans_pair", &pair);
   module.def("kmeans_recheck", &recheck);
   module.def("kmeans_update", &update);
   module.def("kmeans_distance", &distance);

@@ -87,6 +87,9 @@ __device__ __forceinline__ float to_float(half_t x) {
   return value;
 }
 
+__device__ __forceinline__ uint32_t to_bits(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ float from_bits(uint32_t bits) { return __uint_as_float(bits); }
+
 // To nearest, ties to even; beyond 65519 infinite.
 __device__ __forceinline__ half_t to_half(float x) {
   half_t value;

@@ -4,7 +4,8 @@
 // What a GPU leaves undefined is made visible. Shared memory, and the target of a copy until it is waited for, hold
 // NaN; divergence, misaligned or foreign addresses and writes past the end of shared memory are errors, which `launch`
 // returns; `set_schedule` changes the order in which blocks, warps and lanes run, so that a missing barrier changes
-// the result. Blocks run one after the other, so a block must not wait for another.
+// the result. Blocks run one after the other, so a block must not wait for another. How tensor cores add is not documented;
+// `set_addition` chooses between rounding and the truncation that GPUs have been seen to do.
 #pragma once
 
 #include <setjmp.h>
@@ -88,6 +89,7 @@ struct Fibre {
 class Machine {
  public:
   int seed = 0;
+  int addends = 0;
   std::string error;
 
   // Returns whether all went well; if not, `error` says what did not.
@@ -322,12 +324,32 @@ T shuffle_xor(T x, int mask, int line) {
   return mine.result;
 }
 
+// sum + a[0] b[0] + a[1] b[stride] + ..., `count` products. All are aligned to the largest, and what lies below the last
+// of its 24 digits is cut off, and so it is from the result.
+inline float add_truncated(float sum, const float* a, const float* b, int stride, int count) {
+  double terms[17] = {sum}, largest = std::fabs(sum);
+  for (int k = 0; k < count; ++k) {
+    terms[k + 1] = double(a[k]) * b[k * stride];
+    largest = max(largest, std::fabs(terms[k + 1]));
+  }
+  if (largest == 0.0 || !isfinite(largest)) return sum + float(largest);
+  const double last = std::ldexp(1.0, std::ilogb(largest) - 23);
+  double total = 0.0;  // in units of the last digit
+  for (int k = 0; k <= count; ++k) total += std::trunc(terms[k] / last);
+  const double carry = std::fabs(total) < 0x1p24 ? 1.0 : std::ldexp(1.0, std::ilogb(total) - 23);
+  return float(std::trunc(total / carry) * carry * last);
+}
+
 }  // namespace emulation
 
 // ---- Host.
 
 // 0: forward; -1: reverse; above 0: at random, with this seed.
 inline void set_schedule(int seed) { emulation::machine.seed = seed; }
+
+// Of products by tensor cores, so many to the sum at a time, each cut off at the last digit of the largest of them and of
+// the sum; a divisor of 16. 0: rounded, as floats are.
+inline void set_addition(int addends) { emulation::machine.addends = addends; }
 
 inline const char* error_string(int error) { return error ? emulation::machine.error.c_str() : "no error"; }
 
@@ -354,6 +376,13 @@ inline float to_float(half_t x) {
   if (magnitude >= 65536.0f) bits |= 0x7f800000u;  // infinite, or not a number
   return emulation::bits_of<float>(bits | (uint32_t(x.bits & 0x8000) << 16));
 }
+
+// A GPU takes every NaN for a quiet one, so these pass it over; those of C need not.
+inline float fminf(float a, float b) { return a < b || isnan(b) ? a : b; }
+inline float fmaxf(float a, float b) { return a > b || isnan(b) ? a : b; }
+
+inline uint32_t to_bits(float x) { return emulation::bits_of<uint32_t>(x); }
+inline float from_bits(uint32_t bits) { return emulation::bits_of<float>(bits); }
 
 inline half_t to_half(float x) {
   const uint32_t bits = emulation::bits_of<uint32_t>(x);
@@ -456,6 +485,7 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
     const uint32_t *a, *b;
   } mine = {d, a, b};
   emulation::warp_collective("mma_m16n8k16", line, mine, [](void* const* lanes) {
+    const int addends = emulation::machine.addends;
     float a[16][16], b[16][8], d[16][8] = {};
     auto unpack = [](uint32_t pair, float& low, float& high) {
       low = to_float(half_t{uint16_t(pair)});
@@ -475,7 +505,12 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
         for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
     for (int lane = 0; lane < emulation::LANES; ++lane) {
       const auto& mine = emulation::of<Operands>(lanes[lane]);
-      for (int i = 0; i < 4; ++i) mine.d[i] += d[lane / 4 + 8 * (i / 2)][2 * (lane % 4) + i % 2];
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+        if (!addends) mine.d[i] += d[row][column];
+        for (int k = 0; addends && k < 16; k += addends)
+          mine.d[i] = emulation::add_truncated(mine.d[i], &a[row][k], &b[k][column], 8, addends);
+      }
     }
   });
 }

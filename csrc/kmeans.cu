@@ -4,6 +4,7 @@
 #include "kmeans_assign.cuh"
 #include "kmeans_distance.cuh"
 #include "kmeans_pack.cuh"
+#include "kmeans_pair.cuh"
 #include "kmeans_recheck.cuh"
 #include "kmeans_update.cuh"
 
@@ -45,12 +46,14 @@ int ccl_kmeans_pack(const void* x, int dtype, int64_t problems, int64_t rows, in
 int ccl_kmeans_assign(const void* x, const float* x_norm, const float* x_residue, const void* centers,
                       const float* half_square, const float* tile_norm, const float* tile_residue, int64_t problems,
                       int64_t rows, int64_t padded_clusters, int64_t padded_d, int64_t* labels, int32_t* unsure,
-                      int32_t* unsure_count, int device, void* stream) {
+                      int32_t* rivals, float* others, int32_t* unsure_count, int device, void* stream) {
   DeviceGuard guard(device);
-  // Tensor cores add 16 exact products to the sum so far, and may truncate each of these 17 numbers to the digits that
-  // the largest has in float32: twice its unit roundoff. Then come the roundings of half_square and of the subtraction.
-  const double additions = 17.0 / 16.0 * double(padded_d) + 2;
-  const float gamma = float(2 * kFloatUnit * additions), rho = float(2 * kFloatUnit);
+  // Tensor cores add 8 or 16 exact products to the sum so far, and may truncate each of these 9 or 17 numbers, or the
+  // others and the result, to the digits that the largest has in float32: twice its unit roundoff. Then come the rounding
+  // of half_square, that of the subtraction from it, the index in the score's last bits, and the rounding of the bound.
+  constexpr double truncation = 2 * kFloatUnit, index = truncation * kScores;
+  const double first_order = truncation * (9.0 / 8.0 * double(padded_d) + 2) + index;
+  const float gamma = float(kRoundUp * first_order / (1 - first_order)), rho = float(2 * truncation + index);
   const int64_t steps = padded_d / kStep;
   // 96 KB fit into every GPU from sm_80 on: three steps of centres and up to three of rows, or three of both.
   const bool resident = steps <= 3;
@@ -58,19 +61,31 @@ int ccl_kmeans_assign(const void* x, const float* x_norm, const float* x_residue
   auto run = [&](auto kernel) {
     return launch(kernel, grid(blocks_of(rows, kTile), problems), kThreads, bytes, stream, static_cast<const half_t*>(x),
                   x_norm, x_residue, static_cast<const half_t*>(centers), half_square, tile_norm, tile_residue, rows,
-                  padded_clusters, padded_d, gamma, rho, labels, unsure, unsure_count);
+                  padded_clusters, padded_d, gamma, rho, labels, unsure, rivals, others, unsure_count);
   };
   return resident ? run(assign_kernel<true>) : run(assign_kernel<false>);
 }
 
+int ccl_kmeans_pair(const void* x, int dtype, const float* centers, int64_t rows, int64_t clusters, int64_t d, int metric,
+                    const float* origin, const float* scale, const int32_t* unsure, const int32_t* rivals,
+                    const float* others, const int32_t* unsure_count, int64_t* labels, int32_t* open, int32_t* open_count,
+                    int64_t blocks, int device, void* stream) {
+  DeviceGuard guard(device);
+  return with_dtype(dtype, [&](auto type) {
+    return launch(pair_kernel<std::decay_t<decltype(*type)>>, grid(blocks), 32 * kWarpsPerBlock, 0, stream,
+                  static_cast<decltype(type)>(x), centers, rows, clusters, d, metric == CCL_COSINE, origin, scale, unsure,
+                  rivals, others, unsure_count, labels, open, open_count);
+  });
+}
+
 int ccl_kmeans_recheck(const void* x, int dtype, const float* centers, int64_t rows, int64_t clusters, int64_t d,
-                       int metric, const int32_t* unsure, const int32_t* unsure_count, int64_t* labels, int64_t blocks,
+                       int metric, const int32_t* open, const int32_t* open_count, int64_t* labels, int64_t blocks,
                        int device, void* stream) {
   DeviceGuard guard(device);
   return with_dtype(dtype, [&](auto type) {
     return launch(recheck_kernel<std::decay_t<decltype(*type)>>, grid(blocks), kRecheckWarps * 32,
                   sizeof(Exact) * kRecheckWarps * kRecheckRows, stream, static_cast<decltype(type)>(x), centers, rows,
-                  clusters, d, metric == CCL_COSINE, unsure, unsure_count, labels);
+                  clusters, d, metric == CCL_COSINE, open, open_count, labels);
   });
 }
 

@@ -25,15 +25,25 @@ int ccl_kmeans_pack(const void* x, int dtype, int64_t problems, int64_t rows, in
 // Nearest centre of packed rows. tile_norm, tile_residue [problems, padded_clusters / 128]: the largest norm + residue,
 // and the largest residue, of the centres of a tile. Writes every label; rows whose label rounding could have changed
 // are listed in `unsure` (their index in the whole batch) and counted in `unsure_count`, which the caller has set to 0.
+// Beside each stands in `rivals` the one centre that is most likely to be nearer than its label, and in `others` a lower
+// bound of |c|^2 / 2 - <x, c>, in the units of the packed row, of all centres but these two. padded_d is at most 2^20.
 int ccl_kmeans_assign(const void* x, const float* x_norm, const float* x_residue, const void* centers,
                       const float* half_square, const float* tile_norm, const float* tile_residue, int64_t problems,
                       int64_t rows, int64_t padded_clusters, int64_t padded_d, int64_t* labels, int32_t* unsure,
-                      int32_t* unsure_count, int device, void* stream);
+                      int32_t* rivals, float* others, int32_t* unsure_count, int device, void* stream);
+
+// The nearer, in float64, of the label and the rival of every row that ccl_kmeans_assign has listed; lowest index on ties.
+// Rows where `others` does not exclude all other centres by then are listed in `open` and counted in `open_count`, which
+// the caller has set to 0. origin and scale are those of ccl_kmeans_pack. `blocks` blocks share the list.
+int ccl_kmeans_pair(const void* x, int dtype, const float* centers, int64_t rows, int64_t clusters, int64_t d, int metric,
+                    const float* origin, const float* scale, const int32_t* unsure, const int32_t* rivals,
+                    const float* others, const int32_t* unsure_count, int64_t* labels, int32_t* open, int32_t* open_count,
+                    int64_t blocks, int device, void* stream);
 
 // The exact arg-min of the listed rows, lowest index on ties: float32 with an error bound, float64 where it decides.
 // Starts from the labels that are there. `blocks` blocks share the list.
 int ccl_kmeans_recheck(const void* x, int dtype, const float* centers, int64_t rows, int64_t clusters, int64_t d,
-                       int metric, const int32_t* unsure, const int32_t* unsure_count, int64_t* labels, int64_t blocks,
+                       int metric, const int32_t* open, const int32_t* open_count, int64_t* labels, int64_t blocks,
                        int device, void* stream);
 
 // Sums of rows by cluster. order [rows]: row numbers sorted by cluster; offsets [clusters + 1]: where each begins;

@@ -1,4 +1,4 @@
-// Nearest centre by tensor cores: a tile of scores at a time, of which only each row's best and second best live on.
+// Nearest centre by tensor cores: a tile of scores at a time, of which only each row's three lowest bounds live on.
 //
 // The score of row x and centre c is |c|^2 / 2 - <x, c>, which orders centres as |x - c| does (for the cosine, with unit
 // vectors, - <x, c> alone). It is computed from rows rounded to float16 (x^ = x - d, c^ = c - e) and summed in float32, so
@@ -6,8 +6,10 @@
 //
 //   |d| (|c^| + |e|) + |x^| (|e| + gamma |c^|) + rho |c|^2 / 2,
 //
-// of which the kernel takes the largest over the centres of a tile. A label is certain if no other centre's score, less
-// its error, reaches the best score plus its error. The other rows are listed, to be decided in higher precision.
+// of which the kernel takes the largest over the centres of a tile. So every score has a lower and an upper bound. The
+// nearest centre is the one with the lowest lower bound if the next lower bound is above some centre's upper bound. The
+// other rows are in doubt: they are listed with the centre of the second lower bound, its rival, and with the third
+// lower bound, which is one of all other centres; kmeans_pair.cuh goes on from there.
 #pragma once
 
 #include "device.cuh"
@@ -28,6 +30,9 @@ constexpr int kBlocks = 2;
 constexpr int kWarpRows = 32, kWarpCenters = 64;
 constexpr int kSlots = 4;      // rows whose scores one thread holds
 constexpr int kScores = 16;    // scores of such a row that it holds
+constexpr uint32_t kIndexBits = kScores - 1;  // of a score's bits, those that its index takes the place of
+constexpr float kLeastError = 1e-37f;  // what float32 may lose below its normal numbers
+constexpr float kMostScore = 3e38f;    // a score beyond float32's range is above this
 
 // Shared rows of 128 bytes hold 8 chunks of 16; a row's chunks are permuted so that 8 rows meet no bank twice.
 __device__ __forceinline__ char* chunk_address(char* tile, int row, int chunk) {
@@ -47,21 +52,40 @@ __device__ __forceinline__ void load_tile(char* tile, const half_t* rows, int co
   }
 }
 
-// What is known of one row's centres so far.
+// What is known of one row's centres so far: the three lowest of the scores' lower bounds, whose centres the lower two
+// are, and the lowest upper bound. What is not a number is passed over, as infinity is.
 struct Nearest {
-  float best = INFINITY;    // lowest score
-  float error = 0.0f;       // of that score
-  float second = INFINITY;  // lower bound of all other scores
-  int label = 0;
+  float first = INFINITY, second = INFINITY, third = INFINITY;
+  float upper = INFINITY;
+  int label = 0, rival = 0;
 
-  __device__ __forceinline__ void merge(float score, float score_error, float others, int index) {
-    const bool better = score < best || (score == best && index < label);
-    second = fminf(fminf(second, others), better ? best - error : score - score_error);
-    if (better) {
-      best = score;
-      error = score_error;
-      label = index;
-    }
+  __device__ __forceinline__ void add(float bound, int index) {
+    // Selections rather than branches: these take fewer registers.
+    const bool nearest = bound < first, near = bound < second;
+    third = near ? second : fminf(third, bound);
+    rival = nearest ? label : near ? index : rival;
+    second = nearest ? first : near ? bound : second;
+    label = nearest ? index : label;
+    first = nearest ? bound : first;
+  }
+
+  __device__ __forceinline__ void merge(const Nearest& other) {
+    add(other.first, other.label);
+    add(other.second, other.rival);
+    third = fminf(third, other.third);
+    upper = fminf(upper, other.upper);
+  }
+
+  // Of a row in another thread.
+  __device__ __forceinline__ Nearest shuffled(int mask) const {
+    Nearest other;
+    other.first = shuffle_xor(first, mask);
+    other.second = shuffle_xor(second, mask);
+    other.third = shuffle_xor(third, mask);
+    other.upper = shuffle_xor(upper, mask);
+    other.label = shuffle_xor(label, mask);
+    other.rival = shuffle_xor(rival, mask);
+    return other;
   }
 };
 
@@ -72,7 +96,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                   const half_t* __restrict__ centers, const float* __restrict__ half_square,
                   const float* __restrict__ tile_norm, const float* __restrict__ tile_residue, int64_t rows,
                   int64_t padded_clusters, int64_t padded_d, float gamma, float rho, int64_t* __restrict__ labels,
-                  int32_t* __restrict__ unsure, int32_t* __restrict__ unsure_count) {
+                  int32_t* __restrict__ unsure, int32_t* __restrict__ rivals, float* __restrict__ others,
+                  int32_t* __restrict__ unsure_count) {
   const int64_t problem = blockIdx.y, first = int64_t(blockIdx.x) * kTile;
   const int steps = int(padded_d / kStep), tiles = int(padded_clusters / kTile);
   x += (problem * rows + first) * padded_d;
@@ -152,27 +177,37 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const float centers_norm = tile_norm[int64_t(blockIdx.y) * tiles + tile];
     const float centers_residue = tile_residue[int64_t(blockIdx.y) * tiles + tile];
     const float relative = centers_residue + gamma * centers_norm;
-    const float absolute = rho * centers_norm * centers_norm;
+    const float absolute = 0.5f * rho * centers_norm * centers_norm + kLeastError;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      float low = INFINITY, next = INFINITY;
+      auto score_of = [&](int i) { return scores[slot / 2][i / 2][slot % 2 * 2 + i % 2]; };
+      float lowest = INFINITY;
 #pragma unroll
-      for (int i = 0; i < kScores; ++i) {
-        const float score = scores[slot / 2][i / 2][slot % 2 * 2 + i % 2];
-        next = fminf(next, fmaxf(low, score));
-        low = fminf(low, score);
-      }
+      for (int i = 0; i < kScores; ++i) lowest = fminf(lowest, score_of(i));
       const int64_t row = blockIdx.y * rows + first + min(warp_row + slot * 8 + lane / 4, last_row);
       const float error = x_residue[row] * centers_norm + x_norm[row] * relative + absolute;
       Nearest& so_far = nearest[slot];
-      if (low < so_far.best) {  // rare after the first tiles, so only here the index is looked for
-        int label = 0;
+      so_far.upper = fminf(so_far.upper, lowest + error);
+      if (lowest - error < so_far.second) {  // rare after the first tiles
+        // The three lowest, with their indices in the last bits, which `error` allows for. Infinity may so become a NaN,
+        // which fminf and fmaxf pass over.
+        float low = INFINITY, middle = INFINITY, high = INFINITY;
 #pragma unroll
-        for (int i = kScores - 1; i >= 0; --i)
-          if (scores[slot / 2][i / 2][slot % 2 * 2 + i % 2] == low) label = first_center + i / 2 * 8 + i % 2;
-        so_far.merge(low, error, next - error, label);
+        for (int i = 0; i < kScores; ++i) {
+          const float score = from_bits((to_bits(score_of(i)) & ~kIndexBits) | i);
+          high = fmaxf(middle, fminf(high, score));
+          middle = fmaxf(low, fminf(middle, score));
+          low = fminf(low, score);
+        }
+        auto center_of = [&](float score) {
+          const int i = to_bits(score) & kIndexBits;
+          return first_center + i / 2 * 8 + i % 2;
+        };
+        so_far.add(low - error, center_of(low));
+        so_far.add(middle - error, center_of(middle));
+        so_far.third = fminf(so_far.third, high - error);
       } else {
-        so_far.second = fminf(so_far.second, low - error);
+        so_far.third = fminf(so_far.third, lowest - error);
       }
     }
     ++tile;
@@ -185,11 +220,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
     Nearest& mine = nearest[slot];
-    for (int mask = 1; mask < 4; mask *= 2) {
-      const float best = shuffle_xor(mine.best, mask), error = shuffle_xor(mine.error, mask);
-      const float second = shuffle_xor(mine.second, mask);
-      mine.merge(best, error, second, shuffle_xor(mine.label, mask));
-    }
+    for (int mask = 1; mask < 4; mask *= 2) mine.merge(mine.shuffled(mask));
     if (warp % 2 == 1 && lane % 4 == 0) shared[warp_row + slot * 8 + lane / 4] = mine;
   }
   barrier();
@@ -199,11 +230,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const int local = warp_row + slot * 8 + lane / 4;
     if (first + local >= rows) continue;
     Nearest& mine = nearest[slot];
-    mine.merge(shared[local].best, shared[local].error, shared[local].second, shared[local].label);
+    mine.merge(shared[local]);
     const int64_t row = problem * rows + first + local;
     labels[row] = mine.label;
-    // Also where a score is not a number.
-    if (!(mine.second > mine.best + mine.error)) unsure[atomic_add(unsure_count, 1)] = int32_t(row);
+    if (mine.second > mine.upper && mine.upper < kMostScore) continue;
+    const int listed = atomic_add(unsure_count, 1);
+    unsure[listed] = int32_t(row);
+    rivals[listed] = mine.rival;
+    others[listed] = mine.third;
   }
 }
 

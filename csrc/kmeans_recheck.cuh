@@ -1,8 +1,8 @@
-// The exact arg-min of the rows that the tensor cores left open.
+// The exact arg-min of the rows that not even the comparison of two centres could decide.
 #pragma once
 
 #include "device.cuh"
-#include "kmeans_pack.cuh"
+#include "kmeans_exact.cuh"
 
 namespace ccl_fast {
 
@@ -10,38 +10,13 @@ constexpr int kRecheckRows = 4;  // rows that share one reading of the centres
 constexpr int kRecheckWarps = 8;
 constexpr float kLeastSquare = 1e-30f, kMostSquare = 1e38f;  // sums of squares whose relative rounding is float32's
 
-// Float64 score of a row and a centre: |x - c|^2, or -<x, c> / |c| for the cosine (0 for a zero centre). One warp; the
-// order of the sum depends on d alone, so equal centres have equal scores.
-template <class T>
-__device__ double exact_score(const T* x, const float* center, int64_t d, bool cosine) {
-  double sum = 0.0, square = 0.0;
-  for (int64_t j = threadIdx.x % 32; j < d; j += 32) {
-    const double value = to_float(x[j]), c = center[j];
-    sum += cosine ? value * c : (value - c) * (value - c);
-    square += c * c;
-  }
-  sum = warp_sum(sum);
-  if (!cosine) return sum;
-  square = warp_sum(square);
-  return square > 0.0 ? -sum / sqrt(square) : 0.0;
-}
-
-struct Exact {
-  double score;
-  int64_t label;
-
-  __device__ __forceinline__ void merge(double other, int64_t index) {
-    if (other < score || (other == score && index < label)) score = other, label = index;
-  }
-};
-
 template <class T>
 __global__ void __launch_bounds__(kRecheckWarps * 32, 2)
     recheck_kernel(const T* __restrict__ x, const float* __restrict__ centers, int64_t rows, int64_t clusters, int64_t d,
-                   bool cosine, const int32_t* __restrict__ unsure, const int32_t* __restrict__ unsure_count,
+                   bool cosine, const int32_t* __restrict__ open, const int32_t* __restrict__ open_count,
                    int64_t* __restrict__ labels) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t count = *unsure_count;
+  const int64_t count = *open_count;
   const float unit = float(kFloatUnit) * float(d + 16);  // relative error of a float32 sum of d products, and some more
   for (int64_t group = blockIdx.x; group * kRecheckRows < count; group += gridDim.x) {
     const T* row_of[kRecheckRows];
@@ -52,7 +27,7 @@ __global__ void __launch_bounds__(kRecheckWarps * 32, 2)
     for (int r = 0; r < kRecheckRows; ++r) {
       // The last group repeats the last row, to no harm: it finds the same label.
       const int64_t listed = group * kRecheckRows + r < count ? group * kRecheckRows + r : count - 1;
-      const int64_t row = unsure[listed];
+      const int64_t row = open[listed];
       row_of[r] = x + row * d;
       centers_of[r] = centers + row / rows * clusters * d;
       const int64_t guess = labels[row];
@@ -99,7 +74,7 @@ __global__ void __launch_bounds__(kRecheckWarps * 32, 2)
         best.merge(candidate.score, candidate.label);
       }
       const int64_t listed = group * kRecheckRows + threadIdx.x;
-      if (listed < count) labels[unsure[listed]] = best.label;
+      if (listed < count) labels[open[listed]] = best.label;
     }
     barrier();  // before the next group writes
   }

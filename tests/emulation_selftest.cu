@@ -124,6 +124,11 @@ __global__ void positions_kernel(int* where, int* count) {
 
 __global__ void poke_kernel(int byte) { shared_memory()[byte] = 1; }
 
+__global__ void lower_and_higher_kernel(const float* a, const float* b, float* low, float* high, int n) {
+  const int i = threadIdx.x;
+  if (i < n) low[i] = fminf(a[i], b[i]), high[i] = fmaxf(a[i], b[i]);
+}
+
 template <class T>
 __global__ void to_float_kernel(const T* from, float* to, int n) {
   const int i = threadIdx.x + blockIdx.x * blockDim.x;
@@ -224,6 +229,11 @@ void positions(unsigned x, unsigned y, unsigned z, int threads, py::array where,
 
 void poke(int byte, size_t shared_bytes) { run(poke_kernel, 1, 32, shared_bytes, byte); }
 
+void lower_and_higher(py::array a, py::array b, py::array low, py::array high) {
+  run(lower_and_higher_kernel, 1, 32, 0, Array<float>(a), Array<float>(b), Array<float>(low), Array<float>(high),
+      static_cast<int>(a.size()));
+}
+
 template <class T>
 void convert(void (*kernel)(const T*, float*, int), py::array from, py::array to) {
   const int n = static_cast<int>(from.size());
@@ -249,11 +259,13 @@ PYBIND11_MODULE(_selftest, module) {
   module.def("reduce", reduce);
   module.def("positions", positions);
   module.def("poke", poke);
+  module.def("lower_and_higher", lower_and_higher);
   module.def("float_of_half", [](py::array a, py::array b) { convert<half_t>(to_float_kernel, a, b); });
   module.def("float_of_bfloat16", [](py::array a, py::array b) { convert<bfloat16_t>(to_float_kernel, a, b); });
   module.def("float_of_double", [](py::array a, py::array b) { convert<double>(to_float_kernel, a, b); });
   module.def("round_to_half", round_to_half);
 #ifdef CCL_FAST_EMULATE
   module.def("set_schedule", set_schedule);
+  module.def("set_addition", set_addition);
 #endif
 }

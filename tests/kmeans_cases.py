@@ -35,7 +35,8 @@ def assert_exact(x: Tensor, centers: Tensor, metrics=METRICS, only: list[str] | 
             )
             assert labels.dtype == torch.int64 and labels.device == x.device and labels.shape == expected.shape
             assert distance.dtype == torch.promote_types(x.dtype, torch.float32) and distance.shape == expected.shape
-            assert rechecked.shape == () and 0 <= rechecked <= expected.numel()
+            assert rechecked.dtype == torch.int64 and rechecked.shape == (2,)
+            assert expected.numel() >= rechecked[0] >= rechecked[1] >= 0
             wrong = labels.cpu() != expected
             assert not wrong.any(), (
                 f"{backend}, {metric}: {wrong.sum()} of {wrong.numel()} labels are wrong, "

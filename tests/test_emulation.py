@@ -9,6 +9,7 @@ import emulated
 import numpy as np
 import pytest
 import torch
+from tensor_cores import truncated_sum
 
 SCHEDULES = [0, -1, 1, 2, 3]
 NONE, SHUFFLE, RETURN, BARRIER, OTHER_BARRIER, WHOLE_WARP = range(6)  # as in emulation_selftest.cu
@@ -51,6 +52,47 @@ def test_mma_multiplies_by_the_documented_layout(device):
     device.multiply(a, b, d)
     exact = before + a.astype(np.float64) @ b.astype(np.float64)
     np.testing.assert_allclose(d, exact, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(params=[8, 16])
+def addends(request, emulation):
+    emulation.set_addition(request.param)
+    yield request.param
+    emulation.set_addition(0)
+
+
+def operands(magnitudes: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of products and sums whose exponents differ by up to twice and three times so many powers of two."""
+    random = np.random.default_rng(1)
+
+    def draw(*shape):
+        return random.standard_normal(shape) * 2.0 ** random.uniform(-magnitudes, 0, shape)
+
+    return draw(16, 16).astype(np.float16), draw(16, 8).astype(np.float16), (8 * draw(16, 8)).astype(np.float32)
+
+
+@pytest.mark.parametrize("magnitudes", [0, 5, 12])
+def test_mma_truncates_where_it_is_told_to(emulation, addends, magnitudes):
+    a, b, before = operands(magnitudes)
+    products = a[:, None, :].astype(np.float64) * b.T[None].astype(np.float64)
+    expected = truncated_sum(torch.from_numpy(before), torch.from_numpy(products), addends).numpy()
+    d = before.copy()
+    emulation.multiply(a, b, d)
+    np.testing.assert_array_equal(d, expected)
+    assert (d != (before + products.sum(2)).astype(np.float32)).any()
+
+
+def test_truncation_loses_as_much_as_the_bound_says(emulation, addends):
+    """A sum of 1, and beside it nothing but what is a little less than its last digit: all of that is lost."""
+    a, b = np.full((16, 16), 2896 * 2.0**-23, np.float16), np.full((16, 8), 2896 * 2.0**-23, np.float16)
+    product = float(a[0, 0]) * float(b[0, 0])
+    assert 0.999 * 2.0**-23 < product < 2.0**-23
+    d = np.ones((16, 8), np.float32)
+    emulation.multiply(a, b, d)
+    assert (d == 1).all()
+    d = -d  # towards zero, whatever the sign
+    emulation.multiply(-a, b, d)
+    assert (d == -1).all()
 
 
 def test_mma_multiplies_subnormals_exactly(device):
@@ -106,6 +148,20 @@ def test_every_thread_of_the_grid_runs_once(device):
 
 def test_an_empty_grid_is_no_error(device):
     device.positions(2, 0, 4, 64, np.zeros(1, np.int32), np.zeros(1, np.int32))
+
+
+def test_the_lower_and_the_higher_pass_over_every_nan(device):
+    nan = np.array([0x7F800001, 0xFF80000F, 0x7FC00000, 0xFFFFFFFF], np.uint32).view(np.float32)  # signalling ones too
+    numbers = np.array([1, -2, np.inf, -np.inf], np.float32)
+    for a, b in ((nan, numbers), (numbers, nan)):
+        low, high = np.zeros((2, 4), np.float32)
+        device.lower_and_higher(a, b, low, high)
+        np.testing.assert_array_equal(low, numbers)
+        np.testing.assert_array_equal(high, numbers)
+    low, high = np.zeros((2, 4), np.float32)
+    device.lower_and_higher(numbers, numbers[::-1].copy(), low, high)
+    np.testing.assert_array_equal(low, [-np.inf, -2, -2, -np.inf])
+    np.testing.assert_array_equal(high, [1, np.inf, np.inf, 1])
 
 
 def test_float_of_every_half_and_bfloat16(device):

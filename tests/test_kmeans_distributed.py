@@ -353,7 +353,7 @@ def test_an_iteration_is_one_message_of_the_sums():
     x, k, d = torch.randn(3000, 8), 5, 8
     options = {"n_clusters": k, "tol": 0, "init": x[:k]}
     one, two = (run(messages, 2, x, [1000, 2000], options | {"max_iter": n})[0] for n in (1, 2))
-    iteration = 8 * (k * d + k + 2)
+    iteration = 8 * (k * d + k + 3)
     assert len(two) == len(one) + 1 and two.count(iteration) == one.count(iteration) + 1 == 3
     assert max(two) == iteration
 

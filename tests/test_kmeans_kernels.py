@@ -1,6 +1,7 @@
 """The CUDA kernels of k-means one by one: what the error bound promises, and that the result needs it."""
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from kmeans_cases import (
     make_hostile,
     nearest,
 )
+from tensor_cores import truncated_sum
 from torch import Tensor
 
 from ccl_fast.kernels import extension
@@ -24,11 +26,14 @@ from ccl_fast.ops.kmeans_update import kmeans_update
 
 DTYPES = (torch.float32, *HALF)
 UNIT = 2.0**-24  # unit roundoff of float32
-RHO = 2 * UNIT
+INDEX = 16 * 2 * UNIT  # what a score's index in its last bits may change
+RHO = 4 * UNIT + INDEX
+LEAST = 1e-37  # what float32 may lose below its normal numbers
 
 
 def gamma(padded_d: int) -> float:
-    return 2 * UNIT * (17 / 16 * padded_d + 2)
+    first_order = 2 * UNIT * (9 / 8 * padded_d + 2) + INDEX
+    return first_order / (1 - first_order)
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +135,15 @@ def test_the_bound_of_the_scores_error_holds(name, dtype, metric, module, kmeans
     float64 = 1e-13 * (square[finite] + case.exact_x.norm(dim=1, keepdim=True) * square[finite].sqrt()) + 1e-45
     assert ((in_float16 - exact).abs() <= rounding + UNIT * square[finite] + float64).all()
     products = case.x.float()[:, None] * packed_centers.float()
-    in_float32 = half_square - products.cumsum(-1, dtype=torch.float32)[..., -1]
-    summing = gamma(case.x.shape[1]) * case.norm[:, None].double() * norm + RHO * norm**2 * (metric == "euclidean")
-    assert ((in_float32.double() - exact).abs() <= rounding + summing + float64).all()
+    summing = gamma(case.x.shape[1]) * case.norm[:, None].double() * norm + LEAST
+    summing += RHO / 2 * norm**2 * (metric == "euclidean")
+    zero = torch.zeros_like(products[..., 0])
+    truncated = [truncated_sum(zero, products, addends) for addends in (8, 16)]
+    for total in (products.cumsum(-1, dtype=torch.float32)[..., -1], *truncated):
+        score = half_square - total.float()
+        for index in (0, 15):
+            tagged = (score.view(torch.int32) & ~15 | index).view(torch.float32)
+            assert ((tagged.double() - exact).abs() <= rounding + summing + float64).all()
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -147,19 +158,27 @@ def test_packing_keeps_the_digits_of_float16(metric, module, kmeans_device):
 
 
 def assign(x: Tensor, norm: Tensor, residue: Tensor, centers: Tensor, half_square, tile_norm: Tensor, tile_residue):
-    """Labels [problems, rows], and for every row how often it is listed as unsure."""
+    """Labels [problems, rows]; and how often each row is listed as unsure, with what rival and bound of the others."""
     problems, rows, padded_d = x.shape
     labels = torch.full((problems, rows), -1, dtype=torch.int64, device=x.device)
     unsure = torch.full((problems * rows + 1,), -1, dtype=torch.int32, device=x.device)
+    rivals, others = torch.full_like(unsure, -1), torch.full_like(unsure, torch.nan, dtype=torch.float32)
     count = torch.zeros(1, dtype=torch.int32, device=x.device)
     extension.module.kmeans_assign(
         address(x), address(norm), address(residue), address(centers), address(half_square), address(tile_norm),
         address(tile_residue), problems, rows, centers.shape[1], padded_d, address(labels), address(unsure),
-        address(count), *extension.where(x),
+        address(rivals), address(others), address(count), *extension.where(x),
     )  # fmt: skip
-    listed, rest = unsure.split([int(count), len(unsure) - int(count)])
-    assert (rest == -1).all()
-    return labels, torch.bincount(listed.long(), minlength=problems * rows).view(problems, rows)
+    count = int(count)
+    assert (unsure[count:] == -1).all() and (rivals[count:] == -1).all() and others[count:].isnan().all()
+    listed = unsure[:count].long()
+
+    def by_row(values: Tensor) -> Tensor:
+        zeros = torch.zeros_like(labels, dtype=values.dtype)
+        return zeros.view(-1).scatter(0, listed, values[:count]).view(labels.shape)
+
+    times = torch.bincount(listed, minlength=problems * rows).view(labels.shape)
+    return labels, times, by_row(rivals), by_row(others)
 
 
 @pytest.mark.parametrize("summing", [False, True])
@@ -180,19 +199,24 @@ def test_the_unsure_rows_are_those_the_bound_leaves_open(rows, padded_d, summing
     score = half_square[:, None].double() - x.double() @ centers.double().mT
     factor = tile_residue.double() + gamma(padded_d) * tile_norm.double()
     error = residue[..., None] * tile_norm.double()[:, None] + norm[..., None] * factor[:, None]
-    error = error + RHO * tile_norm.double()[:, None] ** 2
+    error = error + RHO / 2 * tile_norm.double()[:, None] ** 2
     error = error.repeat_interleave(128, 2)
-    best, expected = score.min(2)
-    others = (score - error).scatter(2, expected[..., None], torch.inf).amin(2)
-    margin = others - best - error.gather(2, expected[..., None])[..., 0]
+    bounds, order = (score - error).topk(4, dim=2, largest=False)
+    margin = bounds[..., 1] - (score + error).amin(2)
 
-    labels, listed = assign(x, norm, residue, centers, half_square, tile_norm, tile_residue)
-    assert torch.equal(labels, expected)
-    clear = margin.abs() > 1e-3  # what float32 rounds
+    labels, listed, rivals, others = assign(x, norm, residue, centers, half_square, tile_norm, tile_residue)
+    rounding = 1e-5 * score[score.isfinite()].abs().max()  # of float32, and of the index in its last bits
+    clear = margin.abs() > rounding
     assert torch.equal(listed[clear], (margin <= 0)[clear].long())
     assert listed.max() <= 1
+    apart = bounds.diff(dim=2) > rounding
+    assert torch.equal(labels[apart[..., 0]], order[..., 0][apart[..., 0]])
+    known = (listed == 1) & apart[..., 1]
+    pair = torch.stack([labels, rivals.long()], 2).sort(2).values
+    assert torch.equal(pair[known], order[..., :2].sort(2).values[known])
+    torch.testing.assert_close(others.double()[listed == 1], bounds[..., 2][listed == 1], rtol=0, atol=rounding.item())
     if rows > 1:
-        assert 0 < listed.sum() < problems * rows
+        assert 0 < listed.sum() < problems * rows and known.any()
 
 
 def test_a_bound_that_overflows_leaves_rows_open(module, kmeans_device):
@@ -202,22 +226,160 @@ def test_a_bound_that_overflows_leaves_rows_open(module, kmeans_device):
     for tile_norm in ([1e30, 0.0], [0.0, 1e30], [1e30, 1e30]):
         tile_norm = torch.tensor([tile_norm], device=kmeans_device)
         for norm, residue in ((zeros, zeros), (zeros, ones), (ones, zeros)):
-            _, listed = assign(x, norm, residue, centers, half_square, tile_norm, tile_norm)
-            assert (listed == 1).all()
+            _, listed, _, others = assign(x, norm, residue, centers, half_square, tile_norm, tile_norm)
+            assert (listed == 1).all() and (others == -torch.inf).all()
+
+
+def test_a_score_beyond_float32_leaves_rows_open(module, kmeans_device):
+    """It is in no bound, and could be the lowest where the others are as high as float32 reaches."""
+    x, centers = (torch.randn(1, rows, 64, dtype=torch.float16, device=kmeans_device) for rows in (50, 128))
+    zeros, tile = torch.zeros(1, 50, device=kmeans_device), torch.zeros(1, 1, device=kmeans_device)
+    half_square = torch.full((1, 128), torch.inf, device=kmeans_device)
+    for reached, expected in ((torch.inf, 1), (3.3e38, 1), (2e38, 0)):
+        half_square[:, 77] = reached
+        labels, listed, rivals, _ = assign(x, zeros, zeros, centers, half_square, tile, tile)
+        assert (listed == expected).all()
+        assert (labels == (77 if reached < torch.inf else 0)).all() and (rivals == 0).all()
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("make,n,least_wrong", [(gaussian, 8000, 1), (crowded, 1000, 100)])
-def test_without_the_recheck_labels_are_wrong(make, n, least_wrong, metric, module, kmeans_device, monkeypatch):
+def test_without_more_digits_labels_are_wrong(make, n, least_wrong, metric, module, kmeans_device, monkeypatch):
     """So it is the bound that makes the labels of the other tests right."""
     x, centers = (rows.to(kmeans_device, torch.float32) for rows in make(n, 120, 4))
-    careless = SimpleNamespace(**{name: getattr(module, name) for name in dir(module) if not name.startswith("_")})
-    careless.kmeans_recheck = lambda *arguments: None
-    monkeypatch.setattr(extension, "module", careless)
-    labels, _, listed = kmeans_assign(x, centers, metric=metric, backend="cuda", return_rechecked=True)
-    assert least_wrong <= (labels.cpu() != nearest(x, centers, metric)).sum() <= listed
+    monkeypatch.setattr(extension, "module", without(module, "kmeans_pair", "kmeans_recheck"))
+    labels, _, (doubtful, _) = kmeans_assign(x, centers, metric=metric, backend="cuda", return_rechecked=True)
+    assert least_wrong <= (labels.cpu() != nearest(x, centers, metric)).sum() <= doubtful
     if make is gaussian:
-        assert listed < 0.05 * n
+        assert doubtful < 0.05 * n
+
+
+def without(module, *kernels: str) -> SimpleNamespace:
+    """The module, whose kernels of these names do nothing."""
+    careless = SimpleNamespace(**{name: getattr(module, name) for name in dir(module) if not name.startswith("_")})
+    for name in kernels:
+        setattr(careless, name, lambda *arguments: None)
+    return careless
+
+
+# ---- The comparison of two centres.
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_centers_are_compared_and_the_others_by_their_bound(dtype, metric, blocks, module, kmeans_device):
+    problems, rows, k, d = 2, 23, 21, 37
+    x = (3 + torch.randn(problems, rows, d)).to(kmeans_device, dtype)
+    centers = 3 + torch.randn(problems, k, d, device=kmeans_device)
+    centers[:, 15] = centers[:, 4]
+    prepared = kmeans_assign_cuda.Rows(x, metric)
+    guesses, rivals = torch.randint(k, (2, problems, rows), device=kmeans_device)
+    guesses[:, :3], rivals[:, :3] = 15, 4  # a tie
+    pairs = torch.stack([guesses, rivals], 2).sort(2).values
+    which = [nearest(x[p, [i]], centers[p, pairs[p, i]], metric) for p in range(problems) for i in range(rows)]
+    expected = pairs.gather(2, torch.stack(which).view(problems, rows, 1).to(kmeans_device))[..., 0]
+
+    scale = prepared.scale[:, None, None].double()
+    exact = x.double(), centers.double()
+    if metric == "euclidean":
+        exact_x, exact_centers = (scale * (values - prepared.origin[:, None].double()) for values in exact)
+        start = exact_centers.square().sum(2)[:, None] / 2
+    else:
+        exact_x, exact_centers = (scale * values / values.norm(dim=2, keepdim=True) for values in exact)
+        start = 0.0
+    score = (start - exact_x @ exact_centers.mT).gather(2, expected[..., None])[..., 0]
+    # A bound of the others just below the better score, just above it, none at all, and one that says nothing.
+    little, infinite = 1e-5 * score.abs(), torch.full_like(score, torch.inf)
+    others = torch.stack([score - little, score + little, infinite, -infinite]).float()
+    for bound, settled in zip(others, (False, True, True, False), strict=True):
+        for count in (0, 1, problems * rows):
+            unsure = torch.randperm(problems * rows, device=kmeans_device).int()
+            listed_rivals, listed_bounds = (v.view(-1)[unsure.long()].contiguous() for v in (rivals.int(), bound))
+            labels, open_rows = guesses.clone(), torch.full_like(unsure, -1)
+            unsure_count, open_count = torch.tensor([[count], [0]], dtype=torch.int32, device=kmeans_device)
+            module.kmeans_pair(
+                address(x), extension.dtype_code(dtype), address(centers), rows, k, d, extension.metric_code(metric),
+                address(prepared.origin), address(prepared.scale), address(unsure), address(listed_rivals),
+                address(listed_bounds), address(unsure_count), address(labels), address(open_rows),
+                address(open_count), blocks, *extension.where(x),
+            )  # fmt: skip
+            listed = torch.zeros(problems * rows, dtype=torch.bool, device=kmeans_device)
+            listed[unsure[:count].long()] = True
+            assert torch.equal(labels, torch.where(listed.view(problems, rows), expected, guesses))
+            assert open_count == (0 if settled else count)
+            assert torch.equal(open_rows[:open_count].sort().values, unsure[: 0 if settled else count].sort().values)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_more_than_two_centers_need_the_recheck(metric, module, kmeans_device, monkeypatch):
+    x, centers = gaussian(200, 20, 4)
+    close = centers[:, None] * (1 + 1e-6 * torch.randn(20, 5, 4, dtype=torch.float64))
+    x, centers = x.to(kmeans_device, torch.float32), close.flatten(0, 1).to(kmeans_device, torch.float32)
+    monkeypatch.setattr(extension, "module", without(module, "kmeans_recheck"))
+    labels, _, (doubtful, rechecked) = kmeans_assign(x, centers, metric=metric, backend="cuda", return_rechecked=True)
+    assert 50 <= (labels.cpu() != nearest(x, centers, metric)).sum() <= rechecked <= doubtful
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_of_ordinary_rows_in_doubt_few_are_rechecked(metric, module, kmeans_device):
+    x, centers = (rows.to(kmeans_device, torch.float32) for rows in gaussian(4000, 120, 16))
+    labels, _, (doubtful, rechecked) = kmeans_assign(x, centers, metric=metric, backend="cuda", return_rechecked=True)
+    assert torch.equal(labels.cpu(), nearest(x, centers, metric))
+    assert doubtful > 20 and rechecked <= doubtful / 10
+
+
+# ---- Tensor cores that truncate.
+
+
+@pytest.fixture(params=[8, 16])
+def addends(request, module):
+    if not module.emulated:
+        pytest.skip("a GPU adds in its own way")
+    module.set_addition(request.param)
+    yield request.param
+    module.set_addition(0)
+
+
+@pytest.mark.parametrize("name,dtype,metric", [case for case in hostile_cases() if case[1] in DTYPES], ids=str)
+def test_labels_are_exact_for_hostile_numbers_where_products_truncate(name, dtype, metric, addends, kmeans_device):
+    assert_exact(*make_hostile(name, dtype, kmeans_device), metrics=[metric], only=["cuda"])
+
+
+@pytest.mark.parametrize("make", [gaussian, crowded])
+@pytest.mark.parametrize("k", [1, 2, 3, 130])
+@pytest.mark.parametrize("d", [1, 63, 129, 257])
+def test_labels_are_exact_at_any_size_where_products_truncate(d, k, make, addends, kmeans_device):
+    x, centers = (rows.to(kmeans_device, torch.float32) for rows in make(40, max(k, 2), d))
+    for scale in (1.0, 1e-20, 1e20):
+        assert_exact(scale * x, scale * centers[:k], only=["cuda"])
+
+
+def all_that_truncation_can_lose(d: int) -> tuple[Tensor, Tensor]:
+    """Rows [1, 2, d] and centres [1, 4, d]; d is a square.
+
+    In the product with the nearer centre (2, of row 0) all terms but one are positive and just below the last digit of
+    the sum, in that with its rival (0) they are negative; so all are lost, and the scores move by 2 d times that digit,
+    of which the bound allows 2 (9/8 d + 18). It is nearer by a little less.
+    """
+    little = 2896 * 2.0**-23  # whose square is next to 2^-23
+    first = 1 + math.floor(2 * math.sqrt(d) * little * 2**10) * 2.0**-10
+    x = torch.full((d,), little)
+    near, far = x.clone(), -x
+    x[0], near[0], far[0] = 1, first, 1
+    return torch.stack([x, -x])[None], torch.stack([far, -far, near, -near])[None]
+
+
+@pytest.mark.parametrize("d", [1024, 4096])
+def test_the_bound_covers_all_that_truncation_can_lose(d, addends, module, kmeans_device, monkeypatch):
+    x, centers = (rows.to(kmeans_device) for rows in all_that_truncation_can_lose(d))
+    assert_exact(x, centers, metrics=["euclidean"], only=["cuda"])
+    monkeypatch.setattr(extension, "module", without(module, "kmeans_pair", "kmeans_recheck"))
+    labels, _, (doubtful, _) = kmeans_assign(x, centers, backend="cuda", return_rechecked=True)
+    assert labels.tolist() == [[0, 1]] and doubtful == 2  # nearest are centres 2 and 3
+    module.set_addition(0)
+    labels, _ = kmeans_assign(x, centers, backend="cuda")
+    assert labels.tolist() == [[2, 3]]
 
 
 # ---- The re-check.

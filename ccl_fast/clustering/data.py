@@ -36,7 +36,7 @@ class Sweep(NamedTuple):
     sums: Tensor  # float64 [problems, k, d], of the rows of each cluster
     weights: Tensor  # float64 [problems, k]
     changed: Tensor  # int64 [problems], how many labels are not those of before
-    rechecked: Tensor  # how many rows were decided in higher precision
+    rechecked: Tensor  # int64 [2], how many rows were in doubt, and how many of them were re-checked
 
 
 class Data:
@@ -160,7 +160,7 @@ class Data:
         return self.shards.sum(total)[0] / self.shards.total
 
     def _sweep(self, chunk: Chunk, centers: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Labels, and of these rows alone the sums, the weights, and how many rows were re-checked."""
+        """Labels, and of these rows alone the sums, the weights, and how many rows were in doubt and re-checked."""
         labels, rechecked = chunk.rows.nearest(centers)
         sums, weights = self._sum_by_cluster(chunk.x, labels, centers.shape[1], chunk.sum_weight)
         if self.metric == "cosine":  # the rows count in the sums by another weight than their own
@@ -169,9 +169,9 @@ class Data:
         return labels, sums, weights, rechecked
 
     def _nothing(self, centers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums, weights and the number of re-checked rows where there are no rows."""
+        """Sums, weights and the numbers of doubtful and re-checked rows where there are no rows."""
         sums = torch.zeros_like(centers, dtype=torch.float64)
-        return sums, sums.sum(2), torch.zeros((), dtype=torch.int64, device=centers.device)
+        return sums, sums.sum(2), torch.zeros(2, dtype=torch.int64, device=centers.device)
 
     def _sum_by_cluster(self, x: Tensor, labels: Tensor, k: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         return sum_by_cluster(x, labels, k, weights, self.backend, wide=self.shards.wide)

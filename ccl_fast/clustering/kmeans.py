@@ -62,7 +62,8 @@ class KMeans:
         labels_: int64 ``[N]``, the nearest centre of every fitted row.
         inertia_: the minimised sum, a float.
         n_iter_: the number of Lloyd iterations run, an int.
-        rechecked_: how many rows of the last assignment had to be decided in higher precision, an int.
+        doubtful_: how many rows of the last assignment had to be decided in higher precision, an int.
+        rechecked_: how many of these had to be compared with all centres again, an int.
 
     **With a process group** ``fit`` is a collective: every process passes a shard of the rows, of any size, also none,
     and gets the labels of these. Everything else that is found is of all the rows, and the same bits on every process.
@@ -73,7 +74,8 @@ class KMeans:
     ``predict``, ``transform`` and ``score`` are about the rows of the own process, and exchange nothing.
 
     With data ``[B, N, D]``, B independent problems of one size are solved together, each as it would be alone; the
-    attributes but ``rechecked_`` have B as first dimension, and ``inertia_`` and ``n_iter_`` are tensors ``[B]``.
+    attributes but ``doubtful_`` and ``rechecked_`` have B as first dimension, and ``inertia_`` and ``n_iter_`` are
+    tensors ``[B]``.
 
     Distances are float32 (float64 for float64 data): beyond 1e19 they overflow and below 1e-20 they vanish, so scale
     such data first; labels are right all the same.
@@ -287,7 +289,7 @@ class KMeans:
         if x.ndim == 2:
             centers, labels, inertia, n_iter = centers[0], labels[0], inertia.item(), n_iter.item()
         self.cluster_centers_, self.labels_, self.inertia_, self.n_iter_ = centers, labels, inertia, n_iter
-        self.rechecked_ = int(best.rechecked)
+        self.doubtful_, self.rechecked_ = best.rechecked.tolist()
 
     @contextlib.contextmanager
     def _progress(self, shards: Whole):

@@ -19,7 +19,7 @@ class Solution(NamedTuple):
     labels: Tensor  # int64 [problems, n]
     inertia: Tensor  # float64 [problems]
     n_iter: Tensor  # int64 [problems]
-    rechecked: Tensor  # of the last assignment of all problems
+    rechecked: Tensor  # int64 [2], as in Sweep, of the last assignment of all problems
 
     def or_better(self, other: Solution) -> Solution:
         """Problem by problem the solution with the lower inertia."""

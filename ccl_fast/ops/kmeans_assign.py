@@ -25,7 +25,8 @@ class Rows(Protocol):
     """Rows [problems, rows, d], prepared once by a backend and then compared with many sets of centres."""
 
     def nearest(self, centers: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels int64 [problems, rows] for centers [problems, k, d]; the number of rows that were re-checked."""
+        """Labels int64 [problems, rows] for centers [problems, k, d]; and int64 [2]: how many rows the fast product
+        left in doubt, and how many of them were re-checked, that is compared with all centres again."""
 
 
 def kmeans_assign(
@@ -51,11 +52,12 @@ def kmeans_assign(
         centers: ``[k, d]`` or ``[b, k, d]``; the dtype of x, or float32 beside half precision.
         metric: "euclidean" or "cosine". The cosine with a zero row or centre is 0.
         backend: "auto", "cuda" (the extension), "blocked" (plain torch, any device) or "reference" (dense, float64).
-        return_rechecked: return also the number of rows that were decided in higher precision.
+        return_rechecked: return also how many rows were in doubt, and how many of them were re-checked, that is
+            compared with all centres again; the cuda backend decides most doubtful rows between two centres.
 
     Returns:
         ``labels`` int64 ``[n]`` (``[b, n]``) and ``distance``, the same shape, float32 (float64 for float64); with
-        ``return_rechecked`` also an int64 tensor without dimensions.
+        ``return_rechecked`` also these two numbers, int64 ``[2]``.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value, or is not finite; the backend cannot run.
@@ -83,7 +85,7 @@ def kmeans_assign(
         x, centers = x[None], centers[None]
     if x.shape[0] * x.shape[1] == 0:
         labels = torch.empty(x.shape[:2], dtype=torch.int64, device=x.device)
-        rechecked = torch.zeros((), dtype=torch.int64, device=x.device)
+        rechecked = torch.zeros(2, dtype=torch.int64, device=x.device)
     else:
         labels, rechecked = prepare_rows(x, metric=metric, backend=backend).nearest(centers)
     exact = "blocked" if backend == "reference" else backend  # differences, without blocks of K

@@ -54,10 +54,10 @@ class Rows:
         )
 
     def nearest(self, centers: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels int64 [problems, rows], and how many rows had to be re-checked."""
+        """Labels int64 [problems, rows], and how many rows were in doubt and re-checked, int64 [2]: the same ones."""
         with torch.autocast(centers.device.type, enabled=False):  # the products are float32's
-            labels, rechecked = zip(*(self._nearest(i, c) for i, c in enumerate(centers)), strict=True)
-        return torch.stack(labels), torch.tensor(sum(rechecked), device=centers.device)
+            labels, unsure = zip(*(self._nearest(i, c) for i, c in enumerate(centers)), strict=True)
+        return torch.stack(labels), torch.tensor([sum(unsure)] * 2, device=centers.device)
 
     def _moved(self, problem: int, rows: Tensor) -> Tensor:
         return (rows.to(self.dtype) - self.origin[problem]).mul_(self.scale[problem])

@@ -10,8 +10,10 @@ from ccl_fast.kernels.extension import address
 TOP_EXPONENT = 15
 # Rows in doubt are listed as int32.
 MOST_ROWS = 2**31 - 1
-# Blocks of the re-check, per multiprocessor.
-RECHECK_BLOCKS = 4
+# Beyond it the bound of a float32 sum would be none.
+MOST_COLUMNS = 1 << 20
+# Blocks that share a list, per multiprocessor.
+LIST_BLOCKS = 4
 
 
 class Rows:
@@ -25,6 +27,8 @@ class Rows:
             raise ValueError(
                 f"x: expected at most {limits} for the cuda backend, got {problems} and {problems * x.shape[1]}"
             )
+        if d > MOST_COLUMNS:
+            raise ValueError(f"x: expected at most {MOST_COLUMNS} columns for the cuda backend, got {d}")
         self.padded_d = _round_up(d, extension.module.PAD_COLUMNS)
         if metric == "cosine":
             self.origin = None
@@ -40,7 +44,7 @@ class Rows:
         self.packed, self.norm, self.residue, _ = self._pack(self.x, x.shape[1])
 
     def nearest(self, centers: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels int64 [problems, rows], and how many rows had to be re-checked, on the device."""
+        """Labels int64 [problems, rows], and how many rows were in doubt and re-checked, int64 [2], on the device."""
         module, centers = extension.module, centers.contiguous()
         problems, rows, d = self.x.shape
         clusters = centers.shape[1]
@@ -51,19 +55,29 @@ class Rows:
         tile_residue = residue.view(tiles).amax(2)
 
         labels = torch.empty(problems, rows, dtype=torch.int64, device=centers.device)
-        unsure = torch.empty(problems * rows, dtype=torch.int32, device=centers.device)
-        count = torch.zeros(1, dtype=torch.int32, device=centers.device)
+        unsure, rivals, open_rows = torch.empty(3, problems * rows, dtype=torch.int32, device=centers.device)
+        others = torch.empty(problems * rows, dtype=torch.float32, device=centers.device)
+        counts = torch.zeros(2, dtype=torch.int32, device=centers.device)
+        unsure_count, open_count = counts
+        kind = extension.dtype_code(self.x.dtype)
+        shape = rows, clusters, d, extension.metric_code(self.metric)
+        where = LIST_BLOCKS * _multiprocessors(centers.device), *extension.where(centers)
         module.kmeans_assign(
             address(self.packed), address(self.norm), address(self.residue), address(packed), address(half_square),
             address(tile_norm), address(tile_residue), problems, rows, padded, self.padded_d,
-            address(labels), address(unsure), address(count), *extension.where(centers),
+            address(labels), address(unsure), address(rivals), address(others), address(unsure_count),
+            *extension.where(centers),
+        )  # fmt: skip
+        module.kmeans_pair(
+            address(self.x), kind, address(centers), *shape, address(self.origin), address(self.scale),
+            address(unsure), address(rivals), address(others), address(unsure_count), address(labels),
+            address(open_rows), address(open_count), *where,
         )  # fmt: skip
         module.kmeans_recheck(
-            address(self.x), extension.dtype_code(self.x.dtype), address(centers), rows, clusters, d,
-            extension.metric_code(self.metric), address(unsure), address(count), address(labels),
-            RECHECK_BLOCKS * _multiprocessors(centers.device), *extension.where(centers),
+            address(self.x), kind, address(centers), *shape, address(open_rows), address(open_count),
+            address(labels), *where,
         )  # fmt: skip
-        return labels, count[0].long()
+        return labels, counts.long()
 
     def _pack(self, x: Tensor, padded_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         problems, rows, d = x.shape

@@ -14,13 +14,13 @@ class Rows:
         self.x, self.metric = x.double(), metric
 
     def nearest(self, centers: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels int64 [problems, rows], and the number of rows that were re-checked: none."""
+        """Labels int64 [problems, rows], and how many rows were in doubt and re-checked, int64 [2]: none."""
         block = max(1, BLOCK_ENTRIES // max(1, centers.shape[1] * centers.shape[2]))
         labels = [
             torch.cat([_argmin(exact_scores(part[:, None], c[None], self.metric)) for part in x.split(block)])
             for x, c in zip(self.x, centers.double(), strict=True)
         ]
-        return torch.stack(labels), torch.zeros((), dtype=torch.int64, device=centers.device)
+        return torch.stack(labels), torch.zeros(2, dtype=torch.int64, device=centers.device)
 
 
 def exact_scores(x: Tensor, centers: Tensor, metric: str) -> Tensor:
