@@ -6,7 +6,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.cpu_product import times_transposed
+from ccl_fast.ops.half_product import factor, product
 from ccl_fast.ops.row_dot import without_autocast
 from ccl_fast.ops.streaming_logsumexp import in_autocast_dtype
 from ccl_fast.ops.validation import check_floating, check_integer, check_matrix, check_same, check_tensor
@@ -82,7 +82,7 @@ def _op(q: Tensor, k: Tensor, crow_indices: Tensor, col_indices: Tensor) -> Tens
         if len(col_indices) > len(q) * len(
             k
         ):  # torch refuses: some edges are repeated, and the whole matrix is smaller
-            return times_transposed(q.to(dtype), k.to(dtype))[_rows(crow_indices, col_indices), col_indices]
+            return product(factor(q), factor(k))[_rows(crow_indices, col_indices), col_indices]
         return torch.sparse.sampled_addmm(pattern, q.to(dtype), k.to(dtype).T, beta=0.0).values().clone()  # no view
 
 

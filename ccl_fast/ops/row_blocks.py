@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.cpu_product import times_transposed
+from ccl_fast.ops.half_product import Weights, columns_of, factor, product
 
-# Similarities at a time: on a CPU they stay in its cache, on a GPU they fill it.
-CPU_ELEMENTS, GPU_ELEMENTS = 1 << 20, 1 << 24
-# Of many keys a few rows more than fit: for fewer the product would mostly read keys.
+# Similarities at a time on a CPU: they stay in its cache. Of many keys a few rows more than fit: for fewer the product
+# would mostly read keys.
+CPU_ELEMENTS = 1 << 20
 FEWEST_ROWS, MOST_ROWS = 32, 512
+# On a GPU they fill no cache, but launches, and what is read and written once a block, are to be few: a share of its
+# memory, for all that an operator keeps of a pair at a time: four float32 numbers, two masks, one half and a top-k's.
+DEVICE_SHARE, LEAST_BYTES = 32, 384 << 20
+BYTES_OF_PAIR = 24
 
 
 def block_rows(keys: int, device: torch.device) -> int:
     """How many rows to compute at a time against so many keys."""
-    elements = CPU_ELEMENTS if device.type == "cpu" else GPU_ELEMENTS
-    return max(FEWEST_ROWS, min(MOST_ROWS, elements // max(keys, 1)))
+    if device.type == "cpu":
+        return max(FEWEST_ROWS, min(MOST_ROWS, CPU_ELEMENTS // max(keys, 1)))
+    return max(FEWEST_ROWS, workspace_bytes(device_memory(device)) // (BYTES_OF_PAIR * max(keys, 1)))
+
+
+def workspace_bytes(memory: int) -> int:
+    """Of a GPU's memory what an operator takes for the blocks it works on."""
+    return max(LEAST_BYTES, memory // DEVICE_SHARE)
+
+
+@functools.cache
+def device_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory, used or not, so that blocks are the same in every run; 0 where torch does not tell."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def blocks_of(rows: int, size: int) -> Iterator[slice]:
@@ -35,10 +52,9 @@ class RowBlocks:
         self, q: Tensor, k: Tensor | None = None, q_ids: Tensor | None = None, k_ids: Tensor | None = None,
         candidates: str = "all", excluded: Tensor | None = None,
     ):  # fmt: skip
-        dtype = torch.promote_types(q.dtype, torch.float32)
         self.is_self = k is None
-        self.q = q.to(dtype)
-        self.k = self.q if k is None else k.to(dtype)
+        self.q = factor(q)
+        self.k = self.q if k is None else factor(k)
         self.q_ids, self.k_ids, self.candidates = q_ids, q_ids if k is None else k_ids, candidates
         self.excluded = excluded
         self.size = block_rows(len(self.k), q.device)
@@ -47,7 +63,7 @@ class RowBlocks:
         return blocks_of(len(self.q), self.size)
 
     def similarities(self, rows: slice) -> Tensor:
-        return times_transposed(self.q[rows], self.k)
+        return product(self.q[rows], self.k)
 
     def only_candidates_(self, x: Tensor, rows: slice, nothing: float = -torch.inf) -> Tensor:
         """x [rows, m] with ``nothing`` where a key is no candidate, in place."""
@@ -69,16 +85,16 @@ class RowBlocks:
         """Given, by rows, the derivatives W of something by the similarities: W k for q, W^T q for k; of rows against
         themselves the sum of both, for q."""
         need_k = need_q if self.is_self else need_k
-        # Transposed, as both products with W are fast that way.
-        q_columns, k_columns = self.q.T.contiguous(), self.k.T.contiguous()
-        to_q = torch.zeros_like(self.q) if need_q else None
-        to_k = torch.zeros_like(k_columns) if need_k else None
+        dtype = torch.promote_types(self.q.dtype, torch.float32)
+        q_columns, k_columns = columns_of(self.q), columns_of(self.k)
+        to_q = self.q.new_zeros(self.q.shape, dtype=dtype) if need_q else None
+        to_k = self.k.new_zeros(k_columns.shape, dtype=dtype) if need_k else None
         for rows in self:
-            w = weights(rows)
+            w = Weights(weights(rows), self.q.dtype)
             if need_q:
-                to_q[rows] = times_transposed(w, k_columns)
+                to_q[rows] = w.sums_of_keys(k_columns)
             if need_k:
-                to_k += times_transposed(q_columns[:, rows], w.T)
+                to_k += w.sums_of_queries(q_columns[:, rows])
         if self.is_self:
             return (to_q.add_(to_k.T) if need_q else None), None
         return to_q, to_k.T.contiguous() if need_k else None

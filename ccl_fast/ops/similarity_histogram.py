@@ -63,8 +63,9 @@ def _op(
         for rows in blocks:
             x = blocks.only_candidates_(blocks.similarities(rows), rows, torch.nan)  # which counts nowhere
             # Counts are of the dtype of x, and float32 has all whole numbers up to 2^24 alone.
-            x = x.double() if x.numel() > COUNTED else x
-            counts += x.clamp_(low, high).histc(bins, low, high).long()
+            for part in x.split(max(1, COUNTED // max(1, x.shape[1]))):
+                part = part.double() if part.numel() > COUNTED else part
+                counts += part.clamp_(low, high).histc(bins, low, high).long()
         return counts
 
 

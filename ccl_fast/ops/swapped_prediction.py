@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ccl_fast.ops.backends import choose_backend
-from ccl_fast.ops.cpu_product import times_transposed
+from ccl_fast.ops.half_product import Weights, columns_of, factor, product
 from ccl_fast.ops.row_blocks import block_rows, blocks_of
 from ccl_fast.ops.row_dot import row_dot, without_autocast
 from ccl_fast.ops.sinkhorn import plan_average
@@ -89,7 +89,7 @@ class _Rows:
     """Scores of the same rows of all views, in accumulation precision, and what is made of them."""
 
     def __init__(self, z: Tensor, centers: Tensor, potentials: Tensor, scale: Tensor, plan_scale: float):
-        self.z, self.centers = z, centers.to(scale.dtype)
+        self.z, self.centers = z, factor(centers)
         self.potentials, self.scale, self.plan_scale = potentials, scale, plan_scale
         self.assigned = len(potentials)
         self.size = block_rows(len(z) * len(centers), z.device)
@@ -98,10 +98,11 @@ class _Rows:
         return blocks_of(self.z.shape[1], self.size)
 
     def points(self, rows: slice) -> Tensor:
-        return self.z[:, rows].to(self.scale.dtype)
+        """Of all views one after the other, [views * rows, d]."""
+        return factor(self.z[:, rows].flatten(0, 1))
 
     def scores(self, points: Tensor) -> Tensor:
-        return times_transposed(points.flatten(0, 1), self.centers).view(*points.shape[:2], -1)
+        return product(points, self.centers).view(len(self.z), -1, len(self.centers))
 
     def plans(self, x: Tensor) -> Tensor:
         return torch.add(self.potentials[:, None], x[: self.assigned], alpha=self.plan_scale).softmax(2)
@@ -137,9 +138,9 @@ def _backward_op(
     need_z, need_centers, need_scale = needs
     with without_autocast(z.device):
         block = _Rows(z, centers, potentials, scale, plan_scale)
-        columns = block.centers.T.contiguous()
+        of_centers = columns_of(block.centers)
         grad_z = torch.empty_like(z, memory_format=torch.contiguous_format) if need_z else z.new_empty(0)
-        to_centers, to_scale = torch.zeros_like(columns), torch.zeros_like(scale)
+        to_centers, to_scale = scale.new_zeros(of_centers.shape), torch.zeros_like(scale)
         for rows in block:
             points = block.points(rows)
             x = block.scores(points)
@@ -147,14 +148,14 @@ def _backward_op(
             # By the logits: p for every plan of another view, less those plans.
             w = _times_assigned(x.mul_(scale).softmax(2), block.assigned).sub_(plans.sum(0))
             w[: block.assigned] += plans
-            w = w.mul_(grad[rows, None]).flatten(0, 1)
+            w = Weights(w.mul_(grad[rows, None]).flatten(0, 1), points.dtype)
             if need_z or need_scale:
-                by_z = times_transposed(w, columns)
-                to_scale += row_dot(by_z, points.flatten(0, 1)).sum()
+                by_z = w.sums_of_keys(of_centers)
+                to_scale += row_dot(by_z, points).sum()
                 if need_z:
-                    grad_z[:, rows] = by_z.mul_(scale).view_as(points).to(z.dtype)
+                    grad_z[:, rows] = by_z.mul_(scale).view_as(z[:, rows])
             if need_centers:
-                to_centers += times_transposed(points.flatten(0, 1).T.contiguous(), w.T)
+                to_centers += w.sums_of_queries(columns_of(points))
         grad_centers = to_centers.T.mul(scale).to(centers.dtype).contiguous() if need_centers else z.new_empty(0)
         return grad_z, grad_centers, to_scale
 
