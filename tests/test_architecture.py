@@ -1,5 +1,5 @@
-"""Calls go one way: training -> evaluation -> ood, models, data; training, ood -> losses, clustering -> ops -> kernels,
-distributed."""
+"""Calls go one way: training -> evaluation -> ood, models, data; training, evaluation, ood -> losses, clustering -> ops
+-> kernels, distributed."""
 
 import ast
 import subprocess
@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "ood": {"losses", "clustering", "ops"},
     "data": set(),
     "models": {"data"},
-    "evaluation": {"data", "models", "ood", "clustering"},
+    "evaluation": {"data", "models", "ood", "clustering", "ops"},
     "training": {"data", "models", "evaluation", "losses", "clustering", "ood", "ops", "distributed"},
 }
 

@@ -52,16 +52,26 @@ def test_says_what_the_reports_of_the_seeds_say(two_seeds):
         gains = [a - b for a, b in zip(parts["ccl"]["values"], parts["simclr"]["values"], strict=True)]
         assert parts["gain"]["values"] == gains
         assert parts["gain"]["deviation"] == pytest.approx(statistics.stdev(gains))
+    for level in ("encoder", "head"):
+        parts = written["knn"][level]
+        simclr, ccl = ([report["knn"][objective][level] for report in reports] for objective in ("simclr", "ccl"))
+        assert (parts["simclr"]["values"], parts["ccl"]["values"]) == (simclr, ccl)
+        assert parts["gain"]["values"] == [a - b for a, b in zip(ccl, simclr, strict=True)]
 
 
 def test_the_table_has_a_line_for_every_detector_and_kind_of_ood_set(two_seeds):
     written = json.loads((two_seeds / "comparison.json").read_text())
     lines = comparison.format_comparison(written).splitlines()
-    assert len(lines) == 2 + 10 * 2 + 1
+    assert len(lines) == 2 + 10 * 2 + 2 + 1
     gain = written["results"]["head/nearest_neighbor"]["near"]["auroc"]["gain"]
     line = next(line for line in lines if line.startswith("head/nearest_neighbor *"))
     assert f"{gain['mean']:+.3f} +- {gain['deviation']:.3f}" in line
     assert line.endswith(f"{sum(value > 0 for value in gain['values'])} of 2")
+    gain = written["knn"]["head"]["gain"]
+    assert lines[-2].startswith("k-NN accuracy of the head ")
+    assert f"{gain['mean']:+.3f} +- {gain['deviation']:.3f}" in lines[-2]
+    del written["knn"]  # as without classes
+    assert comparison.format_comparison(written).splitlines() == lines[:-3] + lines[-1:]
 
 
 def test_resuming_runs_only_what_is_missing(two_seeds):

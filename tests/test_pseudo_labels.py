@@ -85,11 +85,18 @@ def test_cluster_quality_against_scikit_learn_and_by_hand():
         ids, classes = (torch.randint(m, (200,), generator=generator) for m in (k, n_classes))
         found = cluster_quality(ids, classes)
         assert found["nmi"] == pytest.approx(metrics.normalized_mutual_info_score(classes, ids), abs=1e-5)
+        mates = (ids[:, None] == ids) & ~torch.eye(200, dtype=torch.bool)
+        same = (mates & (classes[:, None] == classes)).sum(1) / mates.sum(1)
+        assert found["same_class"] == pytest.approx(same[mates.any(1)].mean().item())
     same = cluster_quality(torch.tensor([0, 0, 1, 1]), torch.tensor([-1, -1, 10**12, 10**12]))
     assert same["accuracy"] == 1 and same["nmi"] == pytest.approx(1)
     # Two clusters of class 0: only one of them may stand for it.
     found = cluster_quality(torch.tensor([0, 0, 1, 2, 2]), torch.tensor([0, 0, 0, 1, 1]))
     assert found["accuracy"] == pytest.approx(4 / 5)
+    assert found["same_class"] == 1
+    found = cluster_quality(torch.tensor([0, 0, 0, 1]), torch.tensor([5, 5, 6, 6]))
+    assert found["same_class"] == pytest.approx((1 / 2 + 1 / 2 + 0) / 3)
+    assert cluster_quality(torch.arange(3), torch.zeros(3))["same_class"] == 1  # nobody has mates
 
 
 def test_random_numbers_depend_on_their_keys_alone():

@@ -432,6 +432,34 @@ def test_parts_that_are_not_there_are_left_out(tmp_path):
     assert "Loss" not in page.text and "#training" not in page.bytes.decode()
 
 
+def test_whatever_is_in_the_log_has_a_curve(tmp_path):
+    report, judgements, images = make(objectives=("ccl",), sizes=(40, 20, 6))
+    for epoch, line in enumerate(report["log"]["ccl"]):
+        line |= {"stage": "ccl", "objective": "ccl", "step": 9, "head_knn": 0.25 + epoch, "some_new_share": 0.5}
+        line |= {"same_class/7": 0.75, "same_class/9": 0.5}
+    page = write(tmp_path, report, judgements, images)
+    labels = [svg["aria-label"] for svg in page.all("svg") if " by epoch: " in svg.get("aria-label", "")]
+    assert [label.split(" by epoch")[0] for label in labels] == [
+        "Loss",
+        "k-NN accuracy of the head’s features",
+        "Share of images that changed cluster",
+        "NMI of clusters and classes",
+        "Accuracy of clusters as classes",
+        "Share of cluster-mates of the same class, K = 7",
+        "Share of cluster-mates of the same class, K = 9",
+        "Some new share",
+    ]
+    assert labels[1].endswith(": CCL from 0.25 to 1.25.")
+
+
+def test_the_accuracy_of_neighbors_is_beside_the_auroc(tmp_path):
+    report, judgements, images = make(sizes=(40, 20, 6))
+    assert "Classes" not in write(tmp_path, report, judgements, images).text
+    report["knn"] = {"simclr": {"encoder": 0.5931, "head": 0.6152}, "ccl": {"encoder": 0.7, "head": 0.8}}
+    text = " ".join(write(tmp_path, report, judgements, images).text.split())
+    assert "SimCLR 59.3 % encoder 61.5 % head CCL 70.0 % encoder 80.0 % head" in text
+
+
 @pytest.mark.parametrize("objectives", [("simclr", "ccl"), ("ccl",), ("simclr",)])
 def test_the_loss_of_the_warm_up_is_in_the_line_of_the_baseline_alone(objectives, tmp_path):
     report, judgements, images = make(objectives=objectives, sizes=(40, 20, 6))

@@ -2,6 +2,7 @@
 
 from ccl_fast.evaluation.cluster_quality import cluster_quality
 from ccl_fast.evaluation.judge import DEFAULT, GROUPS, Judgement, cluster, judge, make_detectors
+from ccl_fast.evaluation.knn import knn_accuracy
 from ccl_fast.evaluation.page import write_page
 from ccl_fast.evaluation.pictures import threshold
 
@@ -12,6 +13,7 @@ __all__ = [
     "cluster",
     "cluster_quality",
     "judge",
+    "knn_accuracy",
     "make_detectors",
     "threshold",
     "write_page",

@@ -18,9 +18,10 @@ def cluster_quality(ids: Tensor, classes: Tensor) -> dict[str, float]:
         classes: class of every sample, int ``[n]``.
 
     Returns:
-        ``{"nmi", "accuracy"}``, both in [0, 1]: normalised mutual information (arithmetic mean of the entropies), and
-        the share of samples in the class that their cluster stands for, where every class has at most one cluster and
-        every cluster one class, chosen so that the share is largest (Hungarian method).
+        ``{"nmi", "accuracy", "same_class"}``, all in [0, 1]: normalised mutual information (arithmetic mean of the
+        entropies); the share of samples in the class that their cluster stands for, where every class has at most one
+        cluster and every cluster one class, chosen so that the share is largest (Hungarian method); and the share of
+        a sample's cluster-mates that are of its class, mean over the samples that have some (1 if none has).
     """
     ids, classes = (x.cpu().unique(return_inverse=True)[1] for x in (ids, classes))  # whatever their numbers
     with warnings.catch_warnings():  # torchmetrics builds a sparse tensor, of which torch warns
@@ -29,4 +30,10 @@ def cluster_quality(ids: Tensor, classes: Tensor) -> dict[str, float]:
     together = torch.zeros(int(ids.max()) + 1, int(classes.max()) + 1, dtype=torch.int64)
     together.index_put_((ids, classes), torch.ones_like(ids), accumulate=True)
     rows, columns = linear_sum_assignment(together.numpy(), maximize=True)
-    return {"nmi": nmi, "accuracy": together.numpy()[rows, columns].sum().item() / len(ids)}
+    sizes, mates = together.sum(1, keepdim=True), (together * (together - 1)).double()
+    same = (mates / (sizes - 1).clamp(min=1)).sum() / sizes[sizes > 1].sum() if (sizes > 1).any() else torch.ones(())
+    return {
+        "nmi": nmi,
+        "accuracy": together.numpy()[rows, columns].sum().item() / len(ids),
+        "same_class": same.item(),
+    }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ccl_fast.clustering import KMeans
 from ccl_fast.data import Images
+from ccl_fast.evaluation.knn import knn_accuracy
 from ccl_fast.models import Model, embed
 from ccl_fast.ood import CosineNorm, Ensemble, Mahalanobis, NearestCenter, NearestNeighbor, ood_metrics
 from ccl_fast.ood.detector import FeatureDetector
@@ -56,6 +57,8 @@ class Judgement:
     # spherical k-means of the training images' head features: ids [n] and unit centres [k, d], on the CPU
     cluster_ids: Tensor
     centers: Tensor
+    # "encoder" or "head" -> accuracy of the nearest training images' votes on the classes of the test images, if known
+    knn: dict[str, float] = field(default_factory=dict)
 
 
 def judge(
@@ -87,12 +90,17 @@ def judge(
             metrics[f"{level}/{name}"] = _metrics(scores, near, far)
             if f"{level}/{name}" == DEFAULT:
                 shown = scores
+    knn = {}
+    if train.classes is not None and test.classes is not None:
+        of_train, of_test = features["train"], features["test"]
+        knn = {level: knn_accuracy(x, train.classes, of_test[level], test.classes) for level, x in of_train.items()}
     return Judgement(
         metrics,
         {part: {level: x.cpu() for level, x in of_part.items()} for part, of_part in features.items()},
         shown,
         of_head.labels_.cpu(),
         of_head.cluster_centers_.cpu(),
+        knn,
     )
 
 

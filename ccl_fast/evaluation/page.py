@@ -40,12 +40,17 @@ METRICS = (
 )
 CURVES = {  # of a line of the log
     "loss": "Loss",
+    "encoder_knn": "k-NN accuracy of the encoder’s features",
+    "head_knn": "k-NN accuracy of the head’s features",
     "changed_labels": "Share of images that changed cluster",
+    "view_agreement": "Share of images whose two views lie in the same cluster",
     "nmi": "NMI of clusters and classes",
     "accuracy": "Accuracy of clusters as classes",
+    "same_class": "Share of cluster-mates of the same class",
     "smallest_cluster": "Images in the smallest cluster",
     "largest_cluster": "Images in the largest cluster",
 }
+NO_CURVES = ("stage", "objective", "epoch", "step", "learning_rate")
 SHOWN_IMAGES = 12  # most outlying, least outlying
 SHOWN_CLUSTERS, SHOWN_PER_CLUSTER = 12, 6
 
@@ -110,6 +115,10 @@ def _content(report: dict, judgements: Mapping[str, Judgement], images: Mapping[
         "summary": summarize(report),
         "facts": _facts(report, sets),
         "cards": [_card(report, objectives, group) for group in groups],
+        "knn": [
+            {"objective": objective} | {level: _percent(accuracy) for level, accuracy in of_levels.items()}
+            for objective, of_levels in report.get("knn", {}).items()
+        ],
         "metrics": METRICS,
         "overview": [_overview(report, objectives, group) for group in groups],
         "of_groups": [
@@ -311,8 +320,10 @@ def _gallery(judgement: Judgement, train: Images, sizes: Tensor, colors: Sequenc
 def _curves_of(log: Mapping[str, Sequence[Mapping]]) -> dict[str, str]:
     """Key of a line of the log -> title; where there are several numbers of clusters, the key ends with theirs."""
     keys = dict.fromkeys(key for lines in log.values() for line in lines for key in line)
+    others = dict.fromkeys(key.partition("/")[0] for key in keys)
+    named = {name: name.replace("_", " ").capitalize() for name in others if name not in NO_CURVES}
     titles = {}
-    for name, title in CURVES.items():
+    for name, title in (CURVES | {name: title for name, title in named.items() if name not in CURVES}).items():
         for key in keys:
             base, _, k = key.partition("/")
             if base == name:

@@ -30,7 +30,7 @@ FREE_ARGUMENTS = (
     "warmup_from",
 )
 # What may differ too between runs that have a warm-up in common.
-AFTER_WARM_UP = ("objective", "baseline", "clusters", "near_ood", "far_ood", *OPTIONS)
+AFTER_WARM_UP = ("objective", "baseline", "clusters", "near_ood", "far_ood", "probe_every", *OPTIONS)
 # Of a short run, half is warm-up.
 MOST_WARM_UP = 20
 
@@ -104,7 +104,7 @@ def check(arguments: dict) -> None:
     dimension = arguments["embedding_dim"]
     expect(_is_int(dimension) and 1 <= dimension <= MOST_DIMENSIONS, "embedding_dim", f"1 to {MOST_DIMENSIONS}")
     expect(_is_int(arguments["seed"]) and 0 <= arguments["seed"] < 2**62, "seed", "an integer from 0 to 2^62")
-    for name in ("center_ramp_epochs", "workers"):
+    for name in ("center_ramp_epochs", "probe_every", "workers"):
         expect(_is_int(arguments[name]) and arguments[name] >= 0, name, "an integer >= 0")
     for name in ("temperature", "learning_rate"):
         expect(_is_number(arguments[name]) and 0 < arguments[name] < math.inf, name, "a positive number")

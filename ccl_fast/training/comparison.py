@@ -48,8 +48,8 @@ def compare(
 
     Returns:
         The content of comparison.json: for every detector, kind of OOD set ("near", "far") and metric the values of
-        both and the gains, by seed, with mean and standard deviation; the arguments, and where and when each
-        seed was run.
+        both and the gains, by seed, with mean and standard deviation; so too the k-NN accuracy of encoder and head, if
+        classes are known; the arguments, and where and when each seed was run.
 
     Raises:
         ArgumentError: a ValueError naming the argument, what was expected and what came.
@@ -102,6 +102,8 @@ def compare(
         "titles": reports[0]["titles"],
         "results": summarize([report["results"] for report in reports]),
     }
+    if all("knn" in report for report in reports):
+        comparison["knn"] = summarize_knn([report["knn"] for report in reports])
     text = json.dumps(comparison, indent=2, allow_nan=False) + "\n"
     write_atomically(folder / COMPARISON, lambda file: file.write(text.encode()))
     print(format_comparison(comparison))
@@ -130,11 +132,26 @@ def summarize(results: Sequence[dict]) -> dict:
         for group in [group for group in GROUPS if group in by_set]:
             summary[detector][group] = {}
             for metric in by_set[group]:
-                theirs, ours = ([r[name][detector][group][metric] for r in results] for name in (baseline, objective))
-                gain = [a - b for a, b in zip(ours, theirs, strict=True)]
-                moments = {baseline: _moments(theirs), objective: _moments(ours), "gain": _moments(gain)}
-                summary[detector][group][metric] = moments
+                of_each = {name: [r[name][detector][group][metric] for r in results] for name in (baseline, objective)}
+                summary[detector][group][metric] = _paired(of_each)
     return summary
+
+
+def summarize_knn(accuracies: Sequence[dict]) -> dict:
+    """From the k-NN accuracies of each seed: {"encoder" or "head": {<objective>, "gain"}}."""
+    return {
+        level: _paired(
+            {objective: [of_seed[objective][level] for of_seed in accuracies] for objective in accuracies[0]}
+        )
+        for level in ("encoder", "head")
+    }
+
+
+def _paired(values: dict[str, list[float]]) -> dict:
+    """Of the baseline's and the objective's values by seed, and of the gain."""
+    theirs, ours = values.values()
+    gain = [a - b for a, b in zip(ours, theirs, strict=True)]
+    return {name: _moments(of_name) for name, of_name in (values | {"gain": gain}).items()}
 
 
 def _moments(values: list[float]) -> dict:
@@ -144,23 +161,27 @@ def _moments(values: list[float]) -> dict:
 
 
 def format_comparison(comparison: dict) -> str:
-    """A line for every detector and kind of OOD sets: AUROC of both objectives, and the gain, with the spread."""
+    """A line for every detector and kind of OOD sets: AUROC of both objectives, and the gain, with the spread; and for
+    encoder and head one of the k-NN accuracy, if classes are known."""
     titles = comparison["titles"]
     theirs, ours = titles.values()
+
+    def line(name: str, group: str, parts: dict) -> str:
+        cells = [f"{parts[of]['mean']:.3f} +- {parts[of]['deviation']:.3f}" for of in titles]
+        gain = parts["gain"]
+        better = f"{sum(value > 0 for value in gain['values'])} of {len(gain['values'])}"
+        of_gain = f"{gain['mean']:+9.3f} +- {gain['deviation']:.3f}{better:>13}"
+        return f"{name:29}{group:6}{cells[0]:>16}{cells[1]:>16}{of_gain}"
+
     lines = [
-        f"AUROC, mean and standard deviation over {len(comparison['seeds'])} seeds",
+        f"AUROC (k-NN: accuracy), mean and standard deviation over {len(comparison['seeds'])} seeds",
         f"{'features/detector':29}{'OOD':6}{theirs:>16}{ours:>16}{'gain':>17}{'seeds better':>14}",
     ]
     for detector, groups in comparison["results"].items():
         name = detector + (" *" if detector == comparison["default"] else "")
         for group, metrics in groups.items():
-            parts = metrics["auroc"]
-            cells = [f"{parts[of]['mean']:.3f} +- {parts[of]['deviation']:.3f}" for of in titles]
-            gain = parts["gain"]
-            better = f"{sum(value > 0 for value in gain['values'])} of {len(gain['values'])}"
-            lines.append(
-                f"{name:29}{group:6}{cells[0]:>16}{cells[1]:>16}"
-                f"{gain['mean']:+9.3f} +- {gain['deviation']:.3f}{better:>13}"
-            )
+            lines.append(line(name, group, metrics["auroc"]))
+    for level, parts in comparison.get("knn", {}).items():
+        lines.append(line(f"k-NN accuracy of the {level}", "", parts))
     lines.append(f"* the default. Gain: {ours} less {theirs} of the same seed.")
     return "\n".join(lines)

@@ -25,6 +25,7 @@ from ccl_fast.training.image_sets import ImageSets, load_image_sets, read_split
 from ccl_fast.training.interruption import Interruption
 from ccl_fast.training.loop import Run
 from ccl_fast.training.objectives import BASELINE, OBJECTIVES
+from ccl_fast.training.probe import Probe
 from ccl_fast.training.processes import Processes, alone, launched, launched_size
 from ccl_fast.training.progress import WARM_UP, Progress, advance
 from ccl_fast.training.report import describe, write_report
@@ -63,6 +64,7 @@ def train(
     center_ramp_epochs: int = 0,
     concentration: bool = False,
     ema: float | None = None,
+    probe_every: int = 10,
     seed: int = 0,
     device: str = "auto",
     precision: Literal["32-true", "bf16-mixed"] = "32-true",
@@ -143,6 +145,9 @@ def train(
             their mean (PCL), for "ccl" and "protonce".
         ema: decay of an exponential moving average of the weights, 0.99 to 0.9999 or so. The average is what is
             clustered, judged and saved. By default there is none.
+        probe_every: epochs from one look at the features to the next, which adds to the log their k-NN accuracy on the
+            test images, if classes are known, and how often an image's two views lie in the same cluster; also after
+            the warm-up's last epoch and the last of all. 0: never.
         seed: of weights, split, batches, augmentations and k-means. On one machine it fixes every number.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...; of several processes each takes a GPU of
             its own.
@@ -197,7 +202,8 @@ def train(
             state = processes.first(lambda: checkpoint.load(folder / CHECKPOINTS, resume_from), patient=True)
         elif warmup_from is not None:
             origin = processes.first(lambda: _load_origin(warmup_from), patient=True)
-        progress = Progress(folder, comparable(arguments), images, state, processes)
+        probe = Probe(options.probe_every, images, sets.test if processes.is_first else None)
+        progress = Progress(folder, comparable(arguments), images, state, processes, probe)
         if origin is not None:
             progress.begin_with(origin, warmup_from, {WARM_UP, *objectives} - {objective})
         processes.first(lambda: claim(folder, overwrite=overwrite, resume=resume))

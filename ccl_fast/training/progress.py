@@ -21,7 +21,8 @@ from ccl_fast.training.arguments import of_warm_up, warm_up_epochs
 from ccl_fast.training.checkpoint import CheckpointError
 from ccl_fast.training.interruption import Interrupted, Interruption
 from ccl_fast.training.loop import Run
-from ccl_fast.training.processes import ALONE, Processes
+from ccl_fast.training.probe import Probe
+from ccl_fast.training.processes import Processes
 from ccl_fast.training.run_folder import CHECKPOINTS, EVENTS, METRICS
 
 WARM_UP = "warm-up"
@@ -38,8 +39,16 @@ class Progress:
     Every process knows what is done; the first one writes the files.
     """
 
-    def __init__(self, folder: Path, arguments: dict, images: Images, state: dict | None, processes: Processes = ALONE):
-        self.folder, self.arguments, self.processes = folder, arguments, processes
+    def __init__(
+        self,
+        folder: Path,
+        arguments: dict,
+        images: Images,
+        state: dict | None,
+        processes: Processes,
+        probe: Probe,
+    ):
+        self.folder, self.arguments, self.processes, self.probe = folder, arguments, processes, probe
         with processes.together():
             self.images = _fingerprint(images)
         everywhere = processes.everyone(self.images)
@@ -118,10 +127,13 @@ class Progress:
             },
         )
 
-    def end_epoch(self, stage: str, run: Run) -> None:
-        epoch = len(run.losses)
+    def end_epoch(self, stage: str, run: Run, last: int) -> None:
+        """Write down an epoch of a stage that ends with epoch ``last``."""
+        epoch, seen = len(run.losses), {}
+        if self.probe.is_due(epoch, last):
+            seen = self.processes.first(lambda: self.probe.look(run), patient=True)
         line = {"stage": stage, "objective": run.options.objective, "epoch": epoch, "step": run.step}
-        line |= {"loss": run.losses[-1], "learning_rate": run.used_learning_rate} | run.log
+        line |= {"loss": run.losses[-1], "learning_rate": run.used_learning_rate} | run.log | seen
         self.lines.append(line)
         self._without_events.append(line)
 
@@ -130,7 +142,7 @@ class Progress:
             self._write_lines()
             for line in self._without_events:
                 events = self._events_of(line["stage"], line["epoch"])
-                for name in line.keys() - NO_SCALARS:
+                for name in sorted(line.keys() - NO_SCALARS):
                     events.add_scalar(name, line[name], line["epoch"])
             events.flush()
 
@@ -177,7 +189,7 @@ def advance(run: Run, stage: str, epochs: int, progress: Progress, interruption:
                 epochs,
                 name=stage,
                 after_step=stop_if_asked,
-                after_epoch=lambda: progress.end_epoch(stage, run),
+                after_epoch=lambda: progress.end_epoch(stage, run, epochs),
             )
     except (FloatingPointError, PeerError) as error:
         last = progress.folder / CHECKPOINTS / checkpoint.LAST

@@ -39,6 +39,8 @@ def describe(arguments: dict, sets: ImageSets, judgements: Mapping[str, Judgemen
     }
     if classes is not None:
         report["clustering"] = {m: cluster_quality(j.cluster_ids, classes) for m, j in judgements.items()}
+    if all(judgement.knn for judgement in judgements.values()):
+        report["knn"] = {objective: judgement.knn for objective, judgement in judgements.items()}
     return report | {
         "environment": {
             "ccl_fast": __version__,
@@ -70,6 +72,9 @@ def format_table(report: dict) -> str:
         cells = [results[objective][name][group] for objective, group in columns]
         values = "".join(f"{cell['auroc']:{width - 8}.3f}{cell['fpr95_id']:8.3f}" for cell in cells)
         lines.append(f"{name + (' *' if name == DEFAULT else ''):29}{values}")
+    for objective, accuracies in report.get("knn", {}).items():
+        of_levels = ", ".join(f"{level} {accuracy:.3f}" for level, accuracy in accuracies.items())
+        lines.append(f"k-NN accuracy on the test images, {titles[objective]}: {of_levels}")
     lines.append("* the default. FPR95: share of OOD images accepted when 95 % of the test images are.")
     return "\n".join(lines)
 

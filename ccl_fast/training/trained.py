@@ -64,7 +64,7 @@ class TrainedRun:
 
 def _read(config: Path) -> dict:
     """The arguments of a run."""
-    newer = {"timeout", "objective", "baseline", "warmup_from"}  # older runs have none
+    newer = {"timeout", "objective", "baseline", "warmup_from", "probe_every"}  # older runs have none
     names = inspect.signature(train).parameters.keys() - newer
     try:
         arguments = yaml.safe_load(config.read_text())

@@ -1,0 +1,82 @@
+"""A look at a run on its way: whether its features tell classes apart, and whether its clusters tell images apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ccl_fast.data import Images, Views
+from ccl_fast.evaluation import knn_accuracy
+from ccl_fast.models import embed
+from ccl_fast.ops import kmeans_assign
+from ccl_fast.training.loop import VIEWS, Run
+from ccl_fast.training.randomness import seeded
+
+# Images that are looked at, so that a look costs a fraction of an epoch.
+MOST_TRAIN, MOST_TEST, MOST_IN_VIEWS = 10_000, 5_000, 1_000
+# What the random numbers of a look are for, beside those of a run.
+VIEWED = 2
+
+
+class Probe:
+    """What a look adds to a line of the log.
+
+    ``encoder_knn`` and ``head_knn``: accuracy of the nearest training images' votes on the classes of test images, if
+    these are known. ``view_agreement``: share of training images whose two views lie nearest to the same centre, or
+    prototype; where there are several numbers of them, the key ends with theirs.
+
+    Nothing of it reaches the training, not even its random numbers.
+
+    Args:
+        every: epochs from one look to the next; 0: never.
+        train, test: images, with their classes where known; of several processes the first needs those to test on.
+    """
+
+    def __init__(self, every: int, train: Images, test: Images | None):
+        self.every, self.train, self.test = every, train, test
+
+    def is_due(self, epoch: int, last: int) -> bool:
+        """Also after the last epoch of a stage."""
+        return self.every > 0 and (epoch % self.every == 0 or epoch == last)
+
+    def look(self, run: Run) -> dict[str, float]:
+        return self._accuracies(run) | self._agreement(run)
+
+    def _accuracies(self, run: Run) -> dict[str, float]:
+        if self.train.classes is None or self.test.classes is None:
+            return {}
+        of_train, of_test = _some(self.train, MOST_TRAIN), _some(self.test, MOST_TEST)
+        train, test = embed(run.result, self.train, of_train), embed(run.result, self.test, of_test)
+        classes = self.train.classes[of_train], self.test.classes[of_test]
+        return {f"{level}_knn": knn_accuracy(train[level], classes[0], test[level], classes[1]) for level in train}
+
+    def _agreement(self, run: Run) -> dict[str, float]:
+        targets = [found["centers"] for found in run.pseudo_labels.found] or [p.detach() for p in run.prototypes]
+        if not targets:
+            return {}
+        with seeded(run.fabric.device, run.options.seed, VIEWED):
+            rows, images = _some(self.train, MOST_IN_VIEWS), _Viewed(self.train, run.views)
+            views = [embed(run.result, images, rows)["head"] for _ in range(VIEWS)]
+        log = {}
+        for centers in targets:
+            first, second = (kmeans_assign(view, centers, metric="cosine")[0] for view in views)
+            key = "view_agreement" + (f"/{len(centers)}" if len(targets) > 1 else "")
+            log[key] = (first == second).double().mean().item()
+        return log
+
+
+class _Viewed:
+    """For ``embed``: a random view of each image."""
+
+    def __init__(self, images: Images, views: Views):
+        self.images, self.views = images, views
+
+    def batches(self, batch_size: int, rows: Tensor) -> Iterator[Tensor]:
+        return (self.views(batch) for batch in self.images.batches(batch_size, rows))
+
+
+def _some(images: Images, most: int) -> Tensor:
+    """Rows all over the images: of classes that follow each other, each has its share."""
+    return torch.linspace(0, len(images) - 1, min(len(images), most), dtype=torch.float64).long()
