@@ -184,7 +184,7 @@ def _objectives_words(row: dict) -> str:
 def _harvested(rows: list[dict], source: str) -> str:
     """Of a file that `python -m benchmarks import` has written."""
     what, tables, words, link = " GPU", _gpu_tables, GPU_WORDS, source
-    if rows[0]["stage"] == "kmeans":
+    if rows[0]["case"].startswith("k-means"):
         what, tables, words, link = " GPU k-means", _gpu_kmeans_tables, GPU_KMEANS_WORDS, f"../{source}"
     row = rows[0]
     where = (
@@ -202,9 +202,9 @@ GPU_WORDS = (
     "and backward of NT-Xent or CLIP in turns, in brackets the median ratio to ccl_fast."
 )
 GPU_KMEANS_WORDS = (
-    "K-means step by step, in the first iteration, whose centres are rows, and in a later one; median of a few. Prepare "
-    "is once for all iterations. In doubt: rows whose label the tensor cores' rounding left open; re-checked: those of "
-    "them that met all centres again. Rivals: one iteration in turns."
+    "K-means step by step, in the first iteration, whose centres are rows, and in a later one; median of a few. "
+    "Prepare is once for all iterations. In doubt: rows whose label the tensor cores' rounding left open; re-checked: "
+    "those of them that met all centres again. Rivals: one iteration in turns."
 )
 
 
@@ -249,7 +249,11 @@ def _rivals(rows: list[dict]) -> list[str]:
     by_key = {}
     for r in rows:
         by_key.setdefault((r["case"], r["n"], r["d"], r.get("clusters") or 0), {})[r["contender"]] = r
-    timed = {key: found for key, found in by_key.items() if sum(bool(r.get("p50")) for r in found.values()) > 1}
+    timed = {
+        key: found
+        for key, found in by_key.items()
+        if found.get("ours", {}).get("p50") and sum(bool(r.get("p50")) for r in found.values()) > 1
+    }
     rivals = list(dict.fromkeys(name for found in timed.values() for name in found if name != "ours"))
     lines = [f"| case | N | D | ccl_fast | {' | '.join(rivals)} |", "|---" * (4 + len(rivals)) + "|"]
     for (case, n, d, _), found in timed.items():

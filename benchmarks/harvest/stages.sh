@@ -41,7 +41,8 @@ say() { echo "$*" | tee -a "$OUT/stages.txt"; }
 # stage NAME BOX COMMAND...: one line with its status, below it what it printed. HARVEST_BOX_NAME overrides the box.
 stage() {
     local name=$1 box="HARVEST_BOX_${1^^}" left=$((TOTAL - SECONDS)) log="$RUNNING/$1.log" status
-    box=${!box:-$2}
+    box=${!box:-${HARVEST_DRY_RUN:+$left}} # the boxes are for a GPU
+    box=${box:-$2}
     shift 2
     ((box <= left)) || box=$left
     if ((box < 1)); then
