@@ -51,6 +51,7 @@ class Row:
 
 def machine(device: torch.device) -> dict:
     """What a figure depends on."""
+    status = _output("git", "status", "--porcelain", "--", ".", f":!{DIRECTORY}")  # None without git
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
@@ -60,7 +61,7 @@ def machine(device: torch.device) -> dict:
         **{package: _version(package) for package in PACKAGES},
         "python": platform.python_version(),
         "commit": _output("git", "rev-parse", "HEAD") or _commit_in_a_file(),
-        "dirty": bool(_output("git", "status", "--porcelain", "--", ".", f":!{DIRECTORY}")),
+        "dirty": None if status is None else bool(status),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

@@ -17,7 +17,8 @@ from benchmarks.harvest import device_tests, launches, losses, plan, report  # n
 from benchmarks.harvest.run import RESULTS, Harvest, read_lines  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|overflow|invalid value) encountered:RuntimeWarning")
-STAGES = set("environment wheels build warm smoke losses launches kmeans profile sanitize tests".split())
+STAGES = {"environment", "wheels", "build", "warm", "smoke", "losses", "launches", "kmeans"}
+STAGES |= {"profile", "sanitize", "tests"}
 
 # In the place of Python: stages that hang with a child that will not end, fail, die, or cannot run here.
 STAND_IN = """#!/usr/bin/env bash

@@ -98,8 +98,11 @@ def test_files_tables_and_proposals_come_from_a_folder(folder, tmp_path):
 def test_predicted_stands_beside_measured_for_every_case(folder, tmp_path):
     text = import_folders([folder(made_up_lines())], tmp_path / "results")
     _, _, predicted = prediction.read()
-    beside = [line for line in text.splitlines() if line.endswith(tuple({line["limiter"] for line in predicted}))]
-    assert len(beside) == len(predicted) and all(" 3.000 " in line for line in beside)
+    beside = text.partition("predicted beside measured")[2].partition("the launch table")[0].splitlines()[2:]
+    assert len(beside) == len(predicted)
+    for line, given in zip(beside, predicted, strict=True):
+        assert f"{given['case']} {given['n']} x {given['d']}" in line
+        assert f" {given['ms']:.3f} " in line and " 3.000 " in line
 
 
 def test_a_second_folder_adds_to_the_first_and_no_file_is_overwritten(folder, tmp_path):

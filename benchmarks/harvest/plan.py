@@ -108,7 +108,7 @@ def loss_keys() -> list[dict]:
         for which in PASSES
         for mode in MODES
     ]
-    return ours + [{"case": PRODUCTS, "n": p.n, "d": p.d} for p in PROBLEMS if not p.ids]
+    return ours + [{"case": PRODUCTS, "n": p.n, "d": p.d, "contender": PRODUCTS} for p in PROBLEMS if not p.ids]
 
 
 def launch_keys() -> list[dict]:

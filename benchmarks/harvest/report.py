@@ -62,6 +62,7 @@ def _is_fault(line: dict) -> bool:
         return False
     # A candidate may not fit the device, and a rival may fail; in a dry run both would do so for want of a comma.
     optional = line.get("tried", "shipped") != "shipped" or line.get("contender", "ours") not in ("ours", plan.PRODUCTS)
+    optional |= line["stage"] == "warm"  # the stage that wants what could not be compiled says so itself
     return bool(line.get("dry_run")) or not optional
 
 

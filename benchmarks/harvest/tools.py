@@ -25,7 +25,9 @@ def sanitize(harvest: Harvest) -> None:
     box = harvest.left
     for share, check in ((0.5, "memcheck"), (1.0, "racecheck")):
         left = share * box - (box - harvest.left)
-        _watch(harvest, "compute-sanitizer", ["--tool", check], "sanitized", "sanitizer.txt", left)
+        _watch(
+            harvest, "compute-sanitizer", ["--tool", check, "--error-exitcode", "9"], "sanitized", "sanitizer.txt", left
+        )
 
 
 def _watch(harvest: Harvest, tool: str, options: list[str], what: str, file: str, seconds: float) -> None:
