@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 EXTENSION := setup.py CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: train test lint bench gpu-check launch-table registers clean
+.PHONY: train test lint bench gpu-check gpu-dry-run launch-table registers clean
 
 # On a busy machine OpenMP's threads would otherwise spin while they wait for each other.
 train: $(INSTALLED)
@@ -26,10 +26,11 @@ bench: $(INSTALLED)
 
 # On a machine with a GPU, with whatever Python it has: no network, no virtual environment.
 gpu-check:
-	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'gpu-check needs a CUDA device'"
-	CCL_FAST_CUDA=on $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
-	PYTHONPATH=. OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 4 --dist loadgroup tests
-	PYTHONPATH=. $(PYTHON) -m benchmarks gpu
+	PYTHON=$(PYTHON) benchmarks/harvest.sh 590
+
+# The same script where there is no GPU: interpreted and emulated kernels, tiny sizes; about two minutes.
+gpu-dry-run: $(INSTALLED)
+	HARVEST_DRY_RUN=1 PYTHON=$(abspath $(BIN)/python) benchmarks/harvest.sh 600
 
 # Registers, spills, shared memory and tensor-core instructions of every shipped launch configuration.
 launch-table: $(INSTALLED)

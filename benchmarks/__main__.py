@@ -1,4 +1,5 @@
-"""python -m benchmarks cpu [--quick] | memory | gpu [--dry-run] | readme FILE | plots FILE... | compare A B | scaling
+"""python -m benchmarks cpu [--quick] | memory | gpu [--dry-run] | import FOLDER... | predict [FOLDER] | readme FILE |
+plots FILE... | compare A B | scaling
 
 cpu, gpu and compare take --only PART.
 """
@@ -49,12 +50,26 @@ def main() -> None:
     compare.add_argument("--seconds", type=float, default=8.0, help="for each case and size")
     compare.add_argument("--tests", nargs="+", default=[], help="what pytest gets instead of the part's tests")
     compare.add_argument("--save", action="store_true", help="write a results file too")
+    harvest = what.add_parser("import", help="results files and tables from what benchmarks/harvest.sh left")
+    harvest.add_argument("folders", type=Path, nargs="+", help="that of the first call, and that of the second")
+    harvest.add_argument("--commit", help="that was measured, if the folder does not name it")
+    predict = what.add_parser("predict", help="predicted times of a harvest on an H200, from the compiled code")
+    predict.add_argument("folder", type=Path, nargs="?", help="a harvest whose ceilings replace the assumed ones")
     plan = what.add_parser("scaling", help="the plan for many GPUs, as in docs/scaling.md")
     for name, (value, text) in scaling.ASSUMED.items():
         plan.add_argument(f"--{name.replace('_', '-')}", type=float, default=value, help=f"{text} ({value:g})")
     a = parser.parse_args()
     if a.what == "scaling":
         print(scaling.plan(**{name: getattr(a, name) for name in scaling.ASSUMED}))
+    elif a.what == "import":
+        from benchmarks.harvest.importing import ImportRefused, import_folders
+
+        try:
+            print(import_folders(a.folders, a.output, a.commit))
+        except ImportRefused as error:
+            parser.exit(1, f"{error}\n")
+    elif a.what == "predict":
+        _predict(a.folder)
     elif a.what == "readme":
         update(a.file)
     elif a.what == "plots":
@@ -77,6 +92,18 @@ def main() -> None:
                 print(run_cpu(a.quick, a.output) if a.what == "cpu" else run_gpu(a.dry_run, a.output))
     else:
         parser.exit(2, "no CUDA device here: nothing was measured (--dry-run walks the same code on the CPU)\n")
+
+
+def _predict(folder: Path | None) -> None:
+    from benchmarks.harvest import prediction
+    from benchmarks.harvest.importing import measured_ceilings
+    from benchmarks.harvest.machine_code import counts_of_shipped_launches  # needs Triton
+    from benchmarks.harvest.run import RESULTS, read_lines
+
+    measured = measured_ceilings(read_lines(folder / RESULTS)) if folder else {}
+    source = f"measured: {', '.join(measured)}; the others assumed" if measured else "assumed"
+    prediction.write(counts_of_shipped_launches(), prediction.ASSUMED | measured, source)
+    print(prediction.FILE.read_text())
 
 
 if __name__ == "__main__":

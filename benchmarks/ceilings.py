@@ -58,24 +58,32 @@ def measure_ceilings(
     on_gpu = device.type == "cuda"
     n, copied = n or (8192 if on_gpu else 2048), copied or (2**32 if on_gpu else 2**28)
     rate = product_rate(device, clock, dtype or (torch.bfloat16 if on_gpu else torch.float32), n)
-    source = torch.randint(256, (copied,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    seconds = {"copy": lambda: target.copy_(source)}
-    if not on_gpu:
-        cached = torch.rand(CACHED)
-        seconds["exp2"] = lambda: [torch.exp2(cached, out=cached.clamp_(max=1)) for _ in range(EXP_CALLS)]
-        seconds["clamp"] = lambda: [cached.clamp_(max=1) for _ in range(EXP_CALLS)]
-    for step in (*seconds.values(), *seconds.values()):
-        clock(step)
-    times = {name: percentiles(t)[1] for name, t in interleave(seconds, clock, 1.0).items()}
     if on_gpu:
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        product = torch.randn(2, n, n, device=device).to(dtype or torch.bfloat16)
-        frequency = _clock_under_load(device, lambda: torch.mm(*product), 2 * n**3 / rate)
-        exponentials = EXPONENTIALS_PER_CYCLE * multiprocessors * frequency
+        exponentials = EXPONENTIALS_PER_CYCLE * multiprocessors * clock_under_load(device, n, rate)
     else:
+        cached = torch.rand(CACHED)
+        steps = {
+            "exp2": lambda: [torch.exp2(cached, out=cached.clamp_(max=1)) for _ in range(EXP_CALLS)],
+            "clamp": lambda: [cached.clamp_(max=1) for _ in range(EXP_CALLS)],
+        }
+        times = {name: percentiles(t)[1] for name, t in _warm_and_interleave(steps, clock).items()}
         exponentials = EXP_CALLS * CACHED / max(times["exp2"] - times["clamp"], 1e-9)
-    return Ceilings(rate, 2 * copied / times["copy"], exponentials, overlapping=on_gpu)
+    return Ceilings(rate, copy_rate(device, clock, copied), exponentials, overlapping=on_gpu)
+
+
+def copy_rate(device: torch.device, clock: Clock, copied: int) -> float:
+    """Bytes per second, read plus written, of a copy of so many."""
+    source = torch.randint(256, (copied,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    (times,) = _warm_and_interleave({"copy": lambda: target.copy_(source)}, clock).values()
+    return 2 * copied / percentiles(times)[1]
+
+
+def _warm_and_interleave(steps: dict[str, Step], clock: Clock) -> dict[str, list[float]]:
+    for step in (*steps.values(), *steps.values()):
+        clock(step)
+    return interleave(steps, clock, 1.0)
 
 
 def product_rate(device: torch.device, clock: Clock, dtype: torch.dtype, n: int) -> float:
@@ -86,15 +94,15 @@ def product_rate(device: torch.device, clock: Clock, dtype: torch.dtype, n: int)
     linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     if linear and device.type == "cpu":  # on AMD's CPUs oneDNN is twice as fast as MKL
         steps["oneDNN"] = lambda: linear(a, b, None, "none", [], "")
-    for step in (*steps.values(), *steps.values()):
-        clock(step)
-    return 2 * n**3 / min(percentiles(times)[1] for times in interleave(steps, clock, 1.0).values())
+    return 2 * n**3 / min(percentiles(times)[1] for times in _warm_and_interleave(steps, clock).values())
 
 
-def _clock_under_load(device: torch.device, step: Step, seconds: float) -> float:
-    """The multiprocessors' clock while the device works, in Hz; the highest one if nothing can read it."""
-    for _ in range(int(1.0 / seconds)):
-        step()
+def clock_under_load(device: torch.device, n: int, rate: float) -> float:
+    """The multiprocessors' clock while a GPU multiplies n x n matrices, at so many floating-point operations per
+    second, in Hz; the highest one if nothing can read it."""
+    product = torch.randn(2, n, n, device=device).bfloat16()
+    for _ in range(int(rate / (2 * n**3))):  # for a second
+        torch.mm(*product)
     try:
         query = ["nvidia-smi", f"--id={device.index or 0}", "--query-gpu=clocks.sm"]
         reading = subprocess.check_output([*query, "--format=csv,noheader,nounits"], text=True, timeout=20)

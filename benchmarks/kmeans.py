@@ -56,7 +56,7 @@ class KMeansRow(Row):
 
 
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
     """Inputs of one size, and what does not depend on the case."""
 
     size: Size
@@ -66,7 +66,7 @@ class _Problem:
     rate: float
 
     @classmethod
-    def make(cls, size: Size, device: torch.device, clock: Clock) -> "_Problem":
+    def make(cls, size: Size, device: torch.device, clock: Clock) -> "Problem":
         inputs = CASES["k-means fit"].inputs(size, device)
         rate = product_rate(device, clock, FLOOR_DTYPE[device.type], n=2048 if device.type == "cpu" else 8192)
         return cls(size, device, inputs, truth(inputs), rate)
@@ -119,7 +119,7 @@ def run_cpu(quick: bool, directory: Path) -> str:
     """Time (and, unless quick, memory) of all cases and contenders; the table."""
     file, all_rows = ResultsFile("cpu-kmeans", CPU, directory), []
     for size in QUICK_SIZES if quick else SIZES:
-        problem = _Problem.make(size, CPU, host_clock)
+        problem = Problem.make(size, CPU, host_clock)
         for case in (case for case in CASES.values() if case.seeding is None or size in SEEDED_SIZES):
             rows, _ = problem.measure(case, host_clock, QUICK_SECONDS if quick else CPU_SECONDS, case.contenders, {})
             for row in rows:
@@ -139,12 +139,12 @@ def run_gpu(dry_run: bool, directory: Path) -> str:
 class _GpuRun(Run):
     def table(self) -> str:
         for size in GPU_SIZES if self.on_gpu else DRY_SIZES:
-            problem = _Problem.make(size, self.device, self.clock)
+            problem = Problem.make(size, self.device, self.clock)
             for case in CASES.values():
                 self._measure(problem, case)
         return f"{table(self.rows, COLUMNS)}\n\n{self.file.path}"
 
-    def _measure(self, problem: _Problem, case: KMeansCase) -> None:
+    def _measure(self, problem: Problem, case: KMeansCase) -> None:
         size = problem.size
         work = case.assignments * size.n * size.d * size.clusters
         contenders = _on_gpu(case)

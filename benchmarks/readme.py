@@ -1,5 +1,6 @@
-"""The tables of the README, of the losses, of k-means and of OOD detection, and those of docs/scaling.md and
-docs/objectives.md: generated from results files, never typed."""
+"""The tables of the README, of the losses, of k-means and of OOD detection, and those of docs/scaling.md,
+docs/objectives.md and docs/benchmarks.md: generated from results files, never typed. Sections without a file say what
+has not been measured."""
 
 import json
 import re
@@ -8,9 +9,11 @@ from pathlib import Path
 from benchmarks.kmeans_cases import ITERATIONS
 
 README = Path(__file__).parent.parent / "README.md"
-SCALING, OBJECTIVES = (README.parent / "docs" / name for name in ("scaling.md", "objectives.md"))
-PAGES = {" distributed": SCALING, " objectives": OBJECTIVES}  # besides the README
-KINDS = "(?P<what>(?: k-means| OOD| distributed| objectives)?)"
+SCALING, OBJECTIVES, BENCHMARKS = (
+    README.parent / "docs" / name for name in ("scaling.md", "objectives.md", "benchmarks.md")
+)
+PAGES = {" distributed": SCALING, " objectives": OBJECTIVES, " GPU k-means": BENCHMARKS}  # besides the README
+KINDS = "(?P<what>(?: k-means| OOD| distributed| objectives| GPU| GPU k-means)?)"
 SECTION = re.compile(
     rf"<!-- measured{KINDS}(?:: (?P<source>\S+))? -->\n.*?<!-- /measured(?P=what) -->\n",
     re.DOTALL,
@@ -47,6 +50,8 @@ def section(results: Path, root: Path = README.parent) -> str:
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     source = results.resolve().relative_to(root.resolve()).as_posix()
     what, table, words = "", _table, _words
+    if "stage" in rows[0]:
+        return _harvested(rows, source)
     if "setting" in rows[0]:
         what, table, words = " k-means", _kmeans_table, _kmeans_words
     elif "processes" in rows[0]:
@@ -174,6 +179,93 @@ def _objectives_words(row: dict) -> str:
         "brackets the median ratio to ccl_fast. Dense: the module with its dense backend, or where it has none what "
         "one would write without the library. Peak memory is above the inputs."
     )
+
+
+def _harvested(rows: list[dict], source: str) -> str:
+    """Of a file that `python -m benchmarks import` has written."""
+    what, tables, words, link = " GPU", _gpu_tables, GPU_WORDS, source
+    if rows[0]["case"].startswith("k-means"):
+        what, tables, words, link = " GPU k-means", _gpu_kmeans_tables, GPU_KMEANS_WORDS, f"../{source}"
+    row = rows[0]
+    where = (
+        f"{row['device']}, driver {row['driver']}, torch {row['torch']}, Triton {row['triton']}, {row['date'][:10]}, "
+        f"commit {row['commit'][:10]}; [{source}]({link})."
+    )
+    lines = [line for table in tables(rows) if len(table) > 2 for line in (*table, "")]
+    return "\n".join((f"<!-- measured{what}: {source} -->", *lines, f"{words} {where}", f"<!-- /measured{what} -->\n"))
+
+
+GPU_WORDS = (
+    "Log-sum-exp of N unit rows of bfloat16 against each other: replays of a CUDA graph, median; forward and backward "
+    "apart. Floor: the products that the passes need at the rate of a bare one, or the exponentials if they take "
+    "longer. As called: what a caller waits for both in eager mode. Two products: bare N x N x D ones. Rivals: forward "
+    "and backward of NT-Xent or CLIP in turns, in brackets the median ratio to ccl_fast."
+)
+GPU_KMEANS_WORDS = (
+    "K-means step by step, in the first iteration, whose centres are rows, and in a later one; median of a few. "
+    "Prepare is once for all iterations. In doubt: rows whose label the tensor cores' rounding left open; re-checked: "
+    "those of them that met all centres again. Rivals: one iteration in turns."
+)
+
+
+def _gpu_tables(rows: list[dict]) -> list[list[str]]:
+    ours = {(r["case"], r["n"], r["d"], r["pass"], r["mode"]): r for r in rows if "pass" in r and r.get("p50")}
+    products = {(r["n"], r["d"]): r for r in rows if r["case"] == "two products" and "stage" in r and r.get("p50")}
+    heads = ("case", "N", "D", "forward", "backward", "/ floor", "as called", "two products", "peak")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for case, n, d in dict.fromkeys(key[:3] for key in ours):
+        runs = [ours.get((case, n, d, which, mode)) for mode in ("graph", "eager") for which in ("forward", "backward")]
+        graph, eager = (pair if all(pair) else None for pair in (runs[:2], runs[2:]))
+        floor = sum(run.get("floor") or 0 for run in graph) if graph else 0
+        cells = [
+            case,
+            f"{n:,}",
+            f"{d:,}",
+            *(_time(run["p50"]) if run else "-" for run in runs[:2]),
+            f"{sum(run['p50'] for run in graph) / floor:.2f}" if floor else "-",
+            _time(sum(run["p50"] for run in eager)) if eager else "-",
+            _time(products[n, d]["p50"]) if (n, d) in products else "-",
+            _memory(eager[1]) if eager else "-",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [lines, _rivals([r for r in rows if "pass" not in r and r["contender"] != "two products"])]
+
+
+def _gpu_kmeans_tables(rows: list[dict]) -> list[list[str]]:
+    steps = [r for r in rows if "iteration" in r]
+    names = list(dict.fromkeys(name for r in steps for name in r if name.endswith(" p50")))
+    heads = ("N, D, K", "rows", "iteration", *(name.removesuffix(" p50") for name in names), "in doubt", "re-checked")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for r in (r for r in steps if any(name in r for name in names)):
+        counts = [f"{r[name]:,}" if name in r else "-" for name in ("doubtful", "rechecked")]
+        times = [_time(r[name]) if name in r else "-" for name in names]
+        size = ", ".join(f"{r[name]:,}" for name in ("n", "d", "clusters"))
+        lines.append(f"| {' | '.join((size, r['dtype'], str(r['iteration']), *times, *counts))} |")
+    return [lines, _rivals([r for r in rows if "contender" in r])]
+
+
+def _rivals(rows: list[dict]) -> list[str]:
+    """A line for each comparison in which someone besides ours has a time."""
+    by_key = {}
+    for r in rows:
+        by_key.setdefault((r["case"], r["n"], r["d"], r.get("clusters") or 0), {})[r["contender"]] = r
+    timed = {
+        key: found
+        for key, found in by_key.items()
+        if found.get("ours", {}).get("p50") and sum(bool(r.get("p50")) for r in found.values()) > 1
+    }
+    rivals = list(dict.fromkeys(name for found in timed.values() for name in found if name != "ours"))
+    lines = [f"| case | N | D | ccl_fast | {' | '.join(rivals)} |", "|---" * (4 + len(rivals)) + "|"]
+    for (case, n, d, _), found in timed.items():
+        cells = [
+            case,
+            f"{n:,}",
+            f"{d:,}",
+            _time(found["ours"]["p50"]),
+            *(_rival(found.get(name, {})) for name in rivals),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _table(rows: list[dict]) -> list[str]:

@@ -51,6 +51,7 @@ class Row:
 
 def machine(device: torch.device) -> dict:
     """What a figure depends on."""
+    status = _output("git", "status", "--porcelain", "--", ".", f":!{DIRECTORY}")  # None without git
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
@@ -59,30 +60,35 @@ def machine(device: torch.device) -> dict:
         "torch": torch.__version__,
         **{package: _version(package) for package in PACKAGES},
         "python": platform.python_version(),
-        "commit": _output("git", "rev-parse", "HEAD"),
-        "dirty": bool(_output("git", "status", "--porcelain", "--", ".", f":!{DIRECTORY}")),
+        "commit": _output("git", "rev-parse", "HEAD") or _commit_in_a_file(),
+        "dirty": None if status is None else bool(status),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
 class ResultsFile:
-    """<date>-<device>-<what>.jsonl, numbered if that exists. A row is on disk as soon as it is added."""
+    """A new file of rows, each on disk as soon as it is added."""
 
     def __init__(self, what: str, device: torch.device, directory: Path = DIRECTORY):
         self.machine = machine(device)
-        name = re.sub(r"[^a-z0-9]+", "-", self.machine["device"].lower()).strip("-")
-        stem = f"{self.machine['date'][:10]}-{name}-{what}"
-        directory.mkdir(parents=True, exist_ok=True)
-        number = 1
-        while (path := directory / (f"{stem}-{number}.jsonl" if number > 1 else f"{stem}.jsonl")).exists():
-            number += 1
-        self.path = path
-        self.path.touch(exist_ok=False)
+        self.path = new_file(self.machine, what, directory)
 
     def add(self, rows: list[Row]) -> None:
         with self.path.open("a") as file:
             for row in rows:
                 file.write(json.dumps(asdict(row) | self.machine | {"load": os.getloadavg()[0]}) + "\n")
+
+
+def new_file(machine: dict, what: str, directory: Path) -> Path:
+    """<date>-<device>-<what>.jsonl, numbered if that exists."""
+    name = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
+    stem = f"{machine['date'][:10]}-{name}-{what}"
+    directory.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while (path := directory / (f"{stem}-{number}.jsonl" if number > 1 else f"{stem}.jsonl")).exists():
+        number += 1
+    path.touch(exist_ok=False)
+    return path
 
 
 def table(rows: list[Row], more: dict[str, Callable[[Row], str]] | None = None) -> str:
@@ -132,6 +138,12 @@ def _output(*command: str) -> str | None:
         ).strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _commit_in_a_file() -> str | None:
+    """Where a copy of the files has no git: what `git rev-parse HEAD > COMMIT` wrote before they were copied."""
+    file = DIRECTORY.parents[1] / "COMMIT"
+    return file.read_text().strip() if file.exists() else None
 
 
 def _version(package: str) -> str | None:
