@@ -31,7 +31,7 @@ gpu-check:
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 4 --dist loadgroup tests
 	PYTHONPATH=. $(PYTHON) -m benchmarks gpu
 
-# Registers, spills, shared memory and tensor-core instructions of every shipped launch configuration.
+# What every shipped launch configuration needs (registers, spills, shared memory) and what its inner loop does.
 launch-table: $(INSTALLED)
 	$(BIN)/python tests/offline_compile.py
 
