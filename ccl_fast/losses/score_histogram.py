@@ -69,7 +69,7 @@ def score_histogram(
     wide = torch.promote_types(queries.dtype, torch.float32)
 
     def rows(x: Tensor) -> Tensor:
-        return unit_rows(x) if normalize else x.to(wide)
+        return unit_rows(x) if normalize else x
 
     q, k = rows(queries), rows(keys)
     positives = row_dot(q, k)
@@ -78,11 +78,11 @@ def score_histogram(
         if negatives is None:
             ids = torch.arange(len(q), device=q.device)
             counts = similarity_histogram(q, k, q_ids=ids, k_ids=ids, candidates="other_id", **options)
-            mean, variance = _without(positives, *_moments(q, k))
+            mean, variance = _without(positives, *_moments(q.to(wide), k.to(wide)))
         else:
             others = rows(negatives)
             counts = similarity_histogram(q, others, **options)
-            mean, variance = _moments(q, others)
+            mean, variance = _moments(q.to(wide), others.to(wide))
     low, high = range
     return ScoreHistogram(
         torch.linspace(low, high, bins + 1, dtype=wide, device=q.device),

@@ -1,7 +1,7 @@
 """Products of half-precision matrices with float32 results, without a float32 copy of either, where a GPU has them.
 
-Tensor cores multiply halves exactly and add in float32: products of rows are as accurate as those of float32 copies, at
-many times their speed. Weights, which are computed in float32, are rounded to halves as everything that meets the rows.
+Tensor cores multiply halves exactly and add in float32: products of rows are those of float32 copies, at many times
+their rate. Weights, which are computed in float32, are rounded to halves, as a product has factors of one dtype.
 """
 
 from __future__ import annotations

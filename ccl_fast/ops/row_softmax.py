@@ -43,7 +43,7 @@ def topk_logsumexp(
         ValueError: an argument has the wrong shape, dtype, device or value.
     """
     check_count("topk", topk)
-    return _row_softmax(q, k, scale, None, q_ids, k_ids, None, candidates, topk)[0]
+    return _row_softmax(q, k, scale, None, q_ids, k_ids, None, candidates, topk, "logsumexp")
 
 
 def expected_similarity(
@@ -82,7 +82,7 @@ def expected_similarity(
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value.
     """
-    return _row_softmax(q, k, scale, key_bias, q_ids, k_ids, None, candidates, 0)[1]
+    return _row_softmax(q, k, scale, key_bias, q_ids, k_ids, None, candidates, 0, "mean")
 
 
 def logsumexp_excluding(q: Tensor, k: Tensor, excluded: Tensor, *, scale: float | Tensor) -> Tensor:
@@ -116,18 +116,18 @@ def logsumexp_excluding(q: Tensor, k: Tensor, excluded: Tensor, *, scale: float 
     on_host = excluded.device.type == "cpu" and not torch.compiler.is_compiling() and excluded.numel() > 0
     if on_host and excluded.max() >= len(k):
         raise IndexError(f"excluded: expected rows of k, below {len(k)}, got {excluded.max():d}")
-    return _row_softmax(q, k, scale, None, None, None, excluded.long(), "all", 0)[0]
+    return _row_softmax(q, k, scale, None, None, None, excluded.long(), "all", 0, "logsumexp")
 
 
-def _row_softmax(q, k, scale, key_bias, q_ids, k_ids, excluded, candidates, topk) -> tuple[Tensor, Tensor]:
+def _row_softmax(q, k, scale, key_bias, q_ids, k_ids, excluded, candidates, topk, wanted) -> Tensor:
     check_candidates(q, k, q_ids, k_ids, candidates)
     check_logits(q, k, scale, key_bias)
     q = in_autocast_dtype(q)
     k = None if k is None else k.to(q.dtype)
     scale = scale_tensor(scale, q)
     key_bias = None if key_bias is None else key_bias.to(scale.dtype)
-    logsumexp, mean, _threshold = _op(q, k, scale, key_bias, q_ids, k_ids, excluded, candidates, topk)
-    return logsumexp, mean
+    logsumexp, mean, _ = _op(q, k, scale, key_bias, q_ids, k_ids, excluded, candidates, topk, wanted == "mean")
+    return mean if wanted == "mean" else logsumexp
 
 
 # ---- registration: one operator forward, one backward, so that torch.compile sees two opaque nodes ----
@@ -144,13 +144,13 @@ def _op(
     excluded: Tensor | None,
     candidates: str,
     topk: int,
+    with_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exp and mean similarity of each row's softmax over its candidates, or over the ``topk`` (if not 0) most
-    similar of them, and the least similarity of these (empty if all)."""
+    """Of each row's softmax over its candidates, or over the ``topk`` (if not 0) most similar of them: the log-sum-exp,
+    the mean similarity (empty if not wanted) and the least similarity of the ``topk`` (empty if all)."""
     with without_autocast(q.device):
         blocks = RowBlocks(q, k, q_ids, k_ids, candidates, excluded)
-        logsumexp, mean = (scale.new_empty(len(q)) for _ in range(2))
-        threshold = scale.new_empty(len(q) if topk else 0)
+        logsumexp, mean, threshold = (scale.new_empty(size) for size in _sizes(q, topk, with_mean))
         for rows in blocks:
             x = blocks.similarities(rows)
             if topk:
@@ -160,14 +160,20 @@ def _op(
             weights = _exp_(logits, maximum)
             total = weights.sum(1)
             logsumexp[rows] = maximum + total.log()
-            mean[rows] = weights.mul_(x).sum(1) / total.masked_fill_(total == 0, 1.0)
+            if with_mean:
+                mean[rows] = weights.mul_(x).sum(1) / total.masked_fill_(total == 0, 1.0)
         return logsumexp, mean, threshold
+
+
+def _sizes(q: Tensor, topk: int, with_mean: bool) -> tuple[int, int, int]:
+    n = q.shape[0]
+    return n, n if with_mean else 0, n if topk else 0
 
 
 def _logits(
     blocks: RowBlocks, x: Tensor, rows: slice, scale: Tensor, key_bias: Tensor | None, threshold: Tensor
 ) -> Tensor:
-    """Of similarities x; -inf for keys that do not take part."""
+    """Of similarities x; -inf for keys that do not take part. Forward and backward they are rounded alike."""
     logits = blocks.only_candidates_(x * scale if key_bias is None else torch.addcmul(key_bias, x, scale), rows)
     return logits.masked_fill_(x < threshold[rows, None], -torch.inf) if len(threshold) else logits
 
@@ -177,9 +183,8 @@ def _exp_(logits: Tensor, shift: Tensor) -> Tensor:
 
 
 @_op.register_fake
-def _(q, k, scale, key_bias, q_ids, k_ids, excluded, candidates, topk):
-    n = q.shape[0]
-    return scale.new_empty(n), scale.new_empty(n), scale.new_empty(n if topk else 0)
+def _(q, k, scale, key_bias, q_ids, k_ids, excluded, candidates, topk, with_mean):
+    return tuple(scale.new_empty(size) for size in _sizes(q, topk, with_mean))
 
 
 @torch.library.custom_op("ccl_fast::row_softmax_backward", mutates_args=())
@@ -205,18 +210,24 @@ def _backward_op(
         to_scale = torch.zeros_like(scale)
         to_bias = torch.zeros_like(key_bias) if need_bias else scale.new_empty(0)
 
+        with_mean = mean.shape[0] > 0
+        grad = grad_mean if with_mean else grad_logsumexp
+
         def weights(rows: slice) -> Tensor:
-            x = blocks.similarities(rows)
+            x, g = blocks.similarities(rows), grad[rows]
             p = _exp_(_logits(blocks, x, rows, scale, key_bias, threshold), logsumexp[rows])
-            deviation = x.sub_(mean[rows, None])
-            # By the logits: p of the log-sum-exp, p (x - mean) of the mean.
-            by_logit = torch.addcmul(grad_logsumexp[rows, None], deviation, grad_mean[rows, None]).mul_(p)
-            if need_bias:
-                to_bias.add_(by_logit.sum(0))
-            if need_scale:
-                # sum_j by_logit x, of which sum_j by_logit is the log-sum-exp's gradient.
-                to_scale.add_(row_dot(by_logit, deviation).sum() + torch.dot(grad_logsumexp[rows], mean[rows]))
-            return by_logit.mul_(scale).addcmul_(p, grad_mean[rows, None])
+            if with_mean:
+                x.sub_(mean[rows, None])
+            if need_bias or need_scale:
+                # By the logits: p of the log-sum-exp, p (x - mean) of the mean.
+                by_logit = p * x if with_mean else p
+                if need_bias:
+                    to_bias.add_(g @ by_logit)
+                if need_scale:
+                    to_scale.add_(torch.dot(g, row_dot(by_logit, x)))
+            # By the similarities: scale times these, and of the mean p.
+            by_p = (g * scale)[:, None]
+            return p.mul_(torch.addcmul(g[:, None], x, by_p) if with_mean else by_p)
 
         grad_q, grad_k = blocks.gradients(weights, need_q, need_k)
         return (  # an operator's results must not share memory
@@ -242,7 +253,7 @@ def _(
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.candidates, _topk = inputs
+    *tensors, ctx.candidates, _topk, _with_mean = inputs
     ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(*tensors, *output)
 
@@ -250,7 +261,7 @@ def _save(ctx, inputs, output) -> None:
 def _gradients(ctx, grad_logsumexp: Tensor, grad_mean: Tensor, _grad_threshold: None):
     needs = list(ctx.needs_input_grad[:4])
     grads = _backward_op(*ctx.saved_tensors, grad_logsumexp, grad_mean, ctx.candidates, needs)
-    return (*(g if n else None for g, n in zip(grads, needs, strict=True)), None, None, None, None, None)
+    return (*(g if n else None for g, n in zip(grads, needs, strict=True)), *(6 * [None]))
 
 
 def _double_backward(ctx, *grads):
