@@ -98,7 +98,7 @@ def test_files_tables_and_proposals_come_from_a_folder(folder, tmp_path):
 def test_predicted_stands_beside_measured_for_every_case(folder, tmp_path):
     text = import_folders([folder(made_up_lines())], tmp_path / "results")
     _, _, predicted = prediction.read()
-    beside = text.partition("predicted beside measured")[2].partition("the launch table")[0].splitlines()[2:]
+    beside = text.partition("predicted beside measured")[2].partition("the launch table")[0].splitlines()[2:-1]
     assert len(beside) == len(predicted)
     for line, given in zip(beside, predicted, strict=True):
         assert f"{given['case']} {given['n']} x {given['d']}" in line
