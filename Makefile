@@ -26,7 +26,7 @@ bench: $(INSTALLED)
 
 # On a machine with a GPU, with whatever Python it has: no network, no virtual environment.
 gpu-check:
-	PYTHON=$(PYTHON) benchmarks/harvest.sh 590
+	PYTHON=$(PYTHON) benchmarks/harvest.sh 580
 
 # The same script where there is no GPU: interpreted and emulated kernels, tiny sizes; about two minutes.
 gpu-dry-run: $(INSTALLED)

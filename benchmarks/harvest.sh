@@ -9,7 +9,7 @@
 #
 # Needs no network, and git only if there is no file COMMIT with the commit's name.
 source "$(dirname "$0")/harvest/stages.sh"
-begin "${1:-590}"
+begin "${1:-580}"
 
 python_stage environment 25
 python_stage wheels 15

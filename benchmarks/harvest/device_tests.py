@@ -1,6 +1,7 @@
 """The tests that run kernels on the device, by many processes; and in the second call those that failed."""
 
 import importlib.util
+import os
 import re
 import signal
 import subprocess
@@ -61,10 +62,11 @@ def _pytest(harvest: Harvest, what: list[str], traceback: str, processes: int) -
             print(f"without {' '.join(options)}: {package} is not installed")
     # A shell's background processes ignore interrupts, and so would pytest.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # most tests are small, and there are many processes
     with (harvest.out / "pytest.log").open("a") as log:
         log.write(f"{' '.join(command)}\n")
         log.flush()
-        running = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        running = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
             status = running.wait(timeout=max(1.0, harvest.left - ENDING))
         except subprocess.TimeoutExpired:

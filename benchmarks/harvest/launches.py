@@ -44,11 +44,15 @@ def compare(harvest: Harvest, kernel: str, d: int, candidates: Iterable[tuple[in
                 keys[name] = key
             except Exception as error:
                 harvest.failed(key, error)
+    if not steps:
+        return
     try:
         times = harvest.times(steps, harvest.clock, SECONDS)
-    except Exception as error:
-        for key in keys.values():
-            harvest.failed(key, error)
+    except Exception as error:  # of any of them: none is tried again
+        *others, last = keys.values()
+        for key in others:
+            harvest.line(**key, note=f"one of these launches: {error}"[:300])
+        harvest.failed(last, error)
     else:
         for name, key in keys.items():
             harvest.line(**key | found[name] | times[name])

@@ -2,7 +2,7 @@
 
 A multiprocessor works on tiles. One tile takes each unit some time: the tensor cores its products, the special-function
 units its exponentials, the four schedulers its instructions, the L2 its bytes. Within a block products come before what
-is done with them, and where the pipeline has fewer than three stages the copies before both; the blocks that share a
+is done with them, and where no copy is in flight at the loop's start the copies before both; the blocks that share a
 multiprocessor fill each other's gaps, down to the time of the busiest unit. Nothing here was measured, unless the
 ceilings were: then `python -m benchmarks predict FOLDER` takes them from the harvest.
 """
@@ -26,48 +26,47 @@ ASSUMED = {
     "exponential_rate": 16 * PROCESSORS * 1.7e9,
 }
 SCHEDULERS = 4  # of a multiprocessor: a warp's instruction each in a cycle
-REGISTERS, SHARED, BLOCKS, THREADS = 65_536, 232_448, 32, 2048  # of a multiprocessor
-OWN_SHARED = 1024  # of a block, besides what it asks for
-OVERLAPPING_STAGES = 3
 HALF_BYTES, WIDE_BYTES = 2, 4
 LAUNCH_SECONDS = 10e-6  # assumed: of the small kernels around, in a graph
 HOST_SECONDS = {"forward": 0.4e-3, "backward": 0.6e-3}  # assumed: of the calls that a graph does without
-STRIP_BYTES = 256 << 20
+STRIP_BYTES = max(256 << 20, 140 * 10**9 // 32)  # of the weights that the backward holds at once
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one kernel, per tile of its main loop; instructions of a warp, exponentials of a thread."""
+    """What the audit of the launch table reads of one kernel on sm_90; counts by element of a tile."""
 
     kernel: str
     launch: tuple[int, ...]  # block_m, block_n, block_d, warps, stages
-    registers: int
-    shared_bytes: int
-    instructions: int
-    exponentials: int
-
-    @property
-    def blocks(self) -> int:
-        """That fit on a multiprocessor."""
-        threads = 32 * self.launch[3]
-        by_registers = REGISTERS // (ceil(self.registers / 8) * 8 * threads)
-        return max(1, min(by_registers, SHARED // (self.shared_bytes + OWN_SHARED), BLOCKS, THREADS // threads))
+    blocks_per_multiprocessor: int
+    copies_in_flight: int | None
+    narrowest_product: int | None  # columns
+    instructions: float  # of a thread
+    exponentials: float
 
 
 def tile_seconds(counts: Counts, d: int, ceilings: dict[str, float]) -> dict[str, float]:
     """Of each unit, for one tile on one multiprocessor; and "tile", what they come to together."""
-    block_m, block_n, block_d, warps, stages = counts.launch
+    block_m, block_n, block_d, *_ = counts.launch
+    elements = block_m * block_n
     products = 2 if counts.kernel == "backward_rows" else 1
     loaded = (block_n if d <= block_d else block_m + block_n) * d * HALF_BYTES
     parts = {
-        "tensor cores": products * 2 * block_m * block_n * d * PROCESSORS / ceilings["matrix_rate"],
-        "exponentials": counts.exponentials * 32 * warps * PROCESSORS / ceilings["exponential_rate"],
-        "instructions": counts.instructions * warps / SCHEDULERS / ceilings["clock"],
+        "tensor cores": products * 2 * elements * d * narrowness(counts) * PROCESSORS / ceilings["matrix_rate"],
+        "exponentials": counts.exponentials * elements * PROCESSORS / ceilings["exponential_rate"],
+        "instructions": counts.instructions * elements / 32 / SCHEDULERS / ceilings["clock"],
         "L2": loaded * PROCESSORS / ceilings["l2_rate"],
     }
     serial = parts["tensor cores"] + max(parts["instructions"], parts["exponentials"])
-    serial += parts["L2"] if stages < OVERLAPPING_STAGES else 0.0
-    return parts | {"tile": max(serial / counts.blocks, *parts.values())}
+    serial += 0.0 if counts.copies_in_flight else parts["L2"]
+    return parts | {"tile": max(serial / counts.blocks_per_multiprocessor, *parts.values())}
+
+
+def narrowness(counts: Counts) -> float:
+    """How much longer the narrowest product of 64 rows takes than its arithmetic, as shared memory feeds it: 128 bytes
+    in a cycle of 16 columns of both operands, against 4096 operations."""
+    n = counts.narrowest_product or 64
+    return max(1.0, ((64 + n) * 16 * HALF_BYTES / 128) / (2 * 64 * n * 16 / 4096))
 
 
 def kernel_seconds(counts: Counts, problem: Problem, ceilings: dict[str, float]) -> tuple[float, str]:
@@ -79,9 +78,10 @@ def kernel_seconds(counts: Counts, problem: Problem, ceilings: dict[str, float])
     parts = tile_seconds(counts, problem.d, ceilings)
     total = parts.pop("tile")
     busiest = max(parts, key=parts.get)
-    waves = max(1.0, tiles / (PROCESSORS * counts.blocks))  # few tiles leave multiprocessors idle
+    at_once = PROCESSORS * counts.blocks_per_multiprocessor
+    waves = max(1.0, tiles / at_once)  # few tiles leave multiprocessors idle
     limiter = busiest if parts[busiest] >= 0.95 * total else "units that wait for each other"
-    return waves * counts.blocks * total, limiter
+    return waves * counts.blocks_per_multiprocessor * total, limiter
 
 
 def strip_seconds(problem: Problem, ceilings: dict[str, float]) -> dict[str, float]:

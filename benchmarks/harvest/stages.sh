@@ -2,9 +2,9 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
 PYTHON=${PYTHON:-python3}
 FIRST=build/harvest/first # where the second call finds what the first one found
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 if [ -n "${HARVEST_DRY_RUN:-}" ]; then
-    export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
+    export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 fi
 
 # begin SECONDS: the clock starts, and the eight files are there whatever follows.

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 from benchmarks.harvest import plan
@@ -27,20 +27,19 @@ def run(harvest: Harvest) -> None:
     given = jobs()[:: len(jobs()) // DRY_JOBS] if harvest.dry_run else jobs()
     processes = DRY_PROCESSES if harvest.dry_run else min(PROCESSES, max(1, (os.cpu_count() or 1) - 2))
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        running = {pool.submit(warm, job): job for job in given}
-        for done in as_completed(running):
-            error = done.exception()
-            note = "" if error is None else f"{type(error).__name__}: {error}"[:300]
-            seconds = done.result() if error is None else None
-            harvest.line(case="warm", name=str(running[done]), seconds=seconds, note=note)
+        list(pool.map(warm, given))
 
 
-def warm(job: tuple) -> float:
-    """In a process of the pool."""
-    start = time.monotonic()
-    harvest = Harvest.of_environment("warm")
-    KINDS[job[0]](harvest, *job[1:])
-    return time.monotonic() - start
+def warm(job: tuple) -> None:
+    """In a process of the pool: a line for what was run."""
+    harvest, start, note = Harvest.of_environment("warm"), time.monotonic(), ""
+    try:
+        KINDS[job[0]](harvest, *job[1:])
+    except Exception as error:
+        note = f"{type(error).__name__}: {error}"[:300]
+    harvest.line(case="warm", name=str(job), seconds=time.monotonic() - start, note=note)
+    if note and harvest.device_is_lost():
+        time.sleep(harvest.left)  # this process can do nothing more, and must not take jobs from the others
 
 
 def _problem(harvest: Harvest, problem: plan.Problem) -> None:
