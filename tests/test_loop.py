@@ -117,7 +117,7 @@ def test_the_loss_gets_the_cluster_ids_of_its_images():
 
     calls, images = [], make_images(40)
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 16))
-    still = {"augmentation": "none", "learning_rate": 0.0, "recluster_every": 2}
+    still = {"augmentation": "none", "learning_rate": 0.0, "recluster_every": 2, "believe": 1}
     run = make_run(images, backbone=backbone, clusters=[7, 5], **still)
     run.loss_fn = Spy()
     run.advance(2, name="")
@@ -163,6 +163,21 @@ def test_clusterings_are_counted_from_the_end_of_the_warm_up(monkeypatch):
         run.load_state_dict(state)
         run.advance(6, name="")
         assert epochs == [epoch for epoch in (1, 3, 5) if 2 * epoch >= step]
+
+
+def test_images_that_views_do_not_agree_on_are_not_believed():
+    run = make_run(make_images(40), backbone=nn.Sequential(nn.Flatten(), nn.Linear(64, 16)), clusters=[5], epochs=1)
+    run.advance(1, name="")
+    assert run.log["believed"] == (run.pseudo_labels.found[0]["ids"] >= 0).double().mean().item() < 1
+    same = make_run(make_images(40), clusters=[5], epochs=1, augmentation="none")
+    same.advance(1, name="")
+    assert same.log["believed"] == 1
+
+
+def test_the_loss_gets_its_instance_weight():
+    run = make_run(make_images(16), epochs=1, instance_weight=0.3)
+    assert run.loss_fn.instance_weight == 0.3
+    assert not make_run(make_images(16), epochs=1, objective="supcon").loss_fn.instance_weight
 
 
 def test_kmeans_starts_from_the_last_centers_also_when_resumed(fits):

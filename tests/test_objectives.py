@@ -34,6 +34,7 @@ pytestmark = pytest.mark.xdist_group("test_objectives")  # one process has the r
 DEFAULTS = {name: p.default for name, p in inspect.signature(train).parameters.items()}
 SHARED = {"simclr", "ccl", "supcon", "protonce", "deepcluster-v2", "pamc", "meow", "swav"}  # by several processes
 CHANGED = {"recluster_every": 2, "center_weight": 0.25, "center_ramp_epochs": 2, "concentration": True}
+CHANGED |= {"instance_weight": 0.0, "believe": 1.0}
 
 
 def kinds(each=12, k=4):

@@ -9,7 +9,7 @@ for extra in ("torchmetrics", "lightning", "kornia", "tensorboard", "jsonargpars
     pytest.importorskip(extra)  # the extra "train"
 
 from ccl_fast.evaluation import cluster_quality
-from ccl_fast.training.pseudo_labels import PseudoLabels
+from ccl_fast.training.pseudo_labels import PseudoLabels, view_agreement
 from ccl_fast.training.randomness import seeded, shuffled
 
 CPU = torch.device("cpu")
@@ -24,8 +24,8 @@ def blobs(k, each, spread, seed=0):
     return directions[classes] + spread * torch.randn(k * each, 8, generator=generator), classes
 
 
-def make(clusters, concentration=False):
-    return PseudoLabels(clusters, seed=0, temperature=0.2, concentration=concentration, device=CPU)
+def make(clusters, concentration=False, **given):
+    return PseudoLabels(clusters, seed=0, temperature=0.2, concentration=concentration, device=CPU, **given)
 
 
 def test_a_clustering_of_the_images_asked_for_is_there_for_every_number_of_clusters():
@@ -53,7 +53,13 @@ def test_the_log_counts_sizes_changes_and_agreement():
     x, classes = blobs(4, 20, 0.02)
     labels = make([4])
     first = labels.update(x, classes)
-    assert first == {"smallest_cluster": 20, "largest_cluster": 20, "nmi": pytest.approx(1), "accuracy": 1}
+    assert first == {
+        "smallest_cluster": 20,
+        "largest_cluster": 20,
+        "nmi": pytest.approx(1),
+        "accuracy": 1,
+        "same_class": 1,
+    }
     assert labels.update(x, None) == {"smallest_cluster": 20, "largest_cluster": 20, "changed_labels": 0}
     moved = x.clone()
     moved[0] = x[20]  # one row goes to another cluster
@@ -66,6 +72,48 @@ def test_the_log_counts_sizes_changes_and_agreement():
         "smallest_cluster/2",
         "smallest_cluster",
     }
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_those_nearest_to_their_centers_are_believed(share):
+    x, classes = blobs(4, 20, 0.2)
+    labels, rows = make([4], believe=share), torch.arange(80)
+    log = labels.update(x, classes)
+    ((ids, centers, _),) = labels.of(rows)
+    nearest, to_centers = (F.normalize(x) @ centers.T).max(1).indices, (F.normalize(x) @ centers.T).amax(1)
+    believed = ids >= 0
+    assert believed.sum() == round(share * 80)
+    assert ids[believed].equal(nearest[believed])
+    if 0 < share < 1:
+        assert to_centers[believed].min() >= to_centers[~believed].max() - 1e-6
+        assert log["believed"] == share
+        assert log["believed_same_class"] >= log["same_class"]
+    assert labels.update(x, None)["changed_labels"] == 0  # of all images, believed or not
+
+
+def test_as_many_are_believed_as_views_agree():
+    x, _ = blobs(4, 250, 0.3)
+    for spread, least, most in [(0.0, 0.99, 1.0), (0.5, 0.1, 0.9), (100.0, 0.0, 0.1)]:
+        first, second = x, x + spread * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+        labels, asked = make([4, 3], believe="agreement"), []
+        log = labels.update(x, None, lambda v=(first, second), asked=asked: asked.append(0) or v)
+        assert asked == [0]  # once for all numbers of clusters
+        assert least <= log["believed/4"] <= most
+        assert (labels.found[0]["ids"] >= 0).sum() == round(
+            view_agreement(first, second, labels.found[0]["centers"]) * 1000
+        )
+
+
+def test_agreement_is_beyond_chance():
+    centers = torch.eye(4)
+    same = torch.eye(4).repeat(5, 1)
+    assert view_agreement(same, same, centers) == 1
+    assert view_agreement(same, same.roll(1, 0), centers) == 0
+    half = torch.cat([same[:10], same[10:].roll(1, 0)])
+    assert view_agreement(same, half, centers) == pytest.approx((0.5 - 0.25) / 0.75, abs=0.02)
+    assert view_agreement(same[:1], same[:1], centers) == 1  # one cluster has all: nothing to disagree about
+    random = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0))
+    assert view_agreement(random[:2000], random[2000:], centers) < 0.05
 
 
 def test_the_state_comes_back():

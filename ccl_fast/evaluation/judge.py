@@ -17,7 +17,9 @@ from ccl_fast.ood import CosineNorm, Ensemble, Mahalanobis, NearestCenter, Neare
 from ccl_fast.ood.detector import FeatureDetector
 
 # The detector to quote; the pictures show its scores.
-DEFAULT = "head/nearest_neighbor"
+DEFAULT = "encoder/nearest_neighbor"
+# Which neighbour: one alone may be a freak.
+NEIGHBOR = 5
 # Entries of the metrics that are means over OOD sets.
 GROUPS = ("near", "far")
 # Runs of k-means from different starts, of which the best is kept.
@@ -28,8 +30,9 @@ FOLDS = 5
 
 def make_detectors(n: int, clusters: int, seed: int) -> dict[str, FeatureDetector]:
     """New detectors for n training images, by name. They see training features and nothing else."""
+    k = min(NEIGHBOR, n)
     detectors = {
-        "nearest_neighbor": NearestNeighbor(),
+        "nearest_neighbor": NearestNeighbor(k),
         "nearest_center": NearestCenter(clusters),
         "mahalanobis": Mahalanobis(clusters),
         "cosine_norm": CosineNorm(),

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ccl_fast.errors import ArgumentError
+from ccl_fast.training.cooperation import NEGATIVES
 from ccl_fast.training.objectives import OBJECTIVES, OPTIONS
 
 # What may differ when a run is resumed: where its files are, and where and how fast it is computed.
@@ -108,6 +109,10 @@ def check(arguments: dict) -> None:
         expect(_is_int(arguments[name]) and arguments[name] >= 0, name, "an integer >= 0")
     for name in ("temperature", "learning_rate"):
         expect(_is_number(arguments[name]) and 0 < arguments[name] < math.inf, name, "a positive number")
+    expect(arguments["instance_negatives"] in NEGATIVES, "instance_negatives", f"one of {', '.join(NEGATIVES)}")
+    for name in ("instance_weight", "believe"):
+        share = arguments[name]
+        expect(share == "agreement" or (_is_number(share) and 0 <= share <= 1), name, '0 to 1, or "agreement"')
     timeout = arguments["timeout"]
     expect(_is_number(timeout) and 0 < timeout <= WEEK, "timeout", f"a positive number of seconds, at most {WEEK}")
     for name in ("center_weight", "weight_decay", "image_memory"):

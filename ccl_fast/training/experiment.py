@@ -21,6 +21,7 @@ from ccl_fast.evaluation import judge
 from ccl_fast.files import write_atomically
 from ccl_fast.training import checkpoint
 from ccl_fast.training.arguments import as_list, check, check_sizes, comparable, plain, warm_up_epochs
+from ccl_fast.training.cooperation import NEGATIVES
 from ccl_fast.training.image_sets import ImageSets, load_image_sets, read_split
 from ccl_fast.training.interruption import Interruption
 from ccl_fast.training.loop import Run
@@ -63,6 +64,9 @@ def train(
     center_weight: float = 1.0,
     center_ramp_epochs: int = 0,
     concentration: bool = False,
+    instance_weight: float | Literal["agreement"] = "agreement",
+    instance_negatives: Literal[NEGATIVES] = "other-clusters",
+    believe: float | Literal["agreement"] = "agreement",
     ema: float | None = None,
     probe_every: int = 10,
     seed: int = 0,
@@ -143,6 +147,15 @@ def train(
         center_ramp_epochs: epochs after the warm-up in which that weight grows linearly from 0.
         concentration: give every centre a temperature of its own, smaller for tight clusters, with ``temperature`` as
             their mean (PCL), for "ccl" and "protonce".
+        instance_weight: share of "ccl" that contrasts images with their own views alone, 0 to 1: what is certain keeps
+            its pull, however many cluster-mates there are and however wrong the clusters. "agreement": as large as the
+            share of the images whose clusters are not believed.
+        instance_negatives: what that share holds an image against: the images of "other-clusters", as those of its own
+            are likely of its kind, or "all" images.
+        believe: share of the images whose cluster "ccl" believes, 0 to 1; the others, those farthest from their
+            centres, have their own views as positives alone. "agreement": as large a share as two views of an image
+            agree on the nearest centre, beyond chance (Cohen's kappa), measured at every clustering; clusters that
+            mean nothing are not believed.
         ema: decay of an exponential moving average of the weights, 0.99 to 0.9999 or so. The average is what is
             clustered, judged and saved. By default there is none.
         probe_every: epochs from one look at the features to the next, which adds to the log their k-NN accuracy on the

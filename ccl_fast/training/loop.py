@@ -20,11 +20,12 @@ from ccl_fast.training.processes import ALONE, Processes
 from ccl_fast.training.prototypes import Prototypes
 from ccl_fast.training.pseudo_labels import PseudoLabels
 from ccl_fast.training.randomness import seeded, shuffled
+from ccl_fast.training.viewed import embedded_views
 
 VIEWS = 2
 ADVICE = "a lower learning rate may help"
 # What the random numbers of a run are for.
-ORDER, STEP = 0, 1
+ORDER, STEP, VIEWED = 0, 1, 2
 
 
 class Run:
@@ -44,6 +45,9 @@ class Run:
         ).to(fabric.device, memory_format=self._memory_format)
         self.objective = OBJECTIVES[options.objective]
         self.loss_fn = self.objective.make_loss(options.temperature, processes.group)
+        if "instance_weight" in self.objective.options:
+            self.loss_fn.instance_weight = options.instance_weight
+            self.loss_fn.instance_negatives = options.instance_negatives
         self.warm_up_fn = OBJECTIVES[BASELINE].make_loss(options.temperature, processes.group)
         self.prototypes = Prototypes(
             options.clusters if self.objective.needs == "prototypes" else [],
@@ -69,6 +73,7 @@ class Run:
             seed=options.seed,
             temperature=options.temperature,
             concentration=options.concentration,
+            believe=options.believe if "believe" in self.objective.options else 1.0,
             device=fabric.device,
             processes=processes,
         )
@@ -174,7 +179,12 @@ class Run:
             embeddings = embed(model, self.images, torch.arange(n)[self.processes.part(n)])["head"]
         if self.processes.largest(not embeddings.isfinite().all()):
             raise FloatingPointError(f"embeddings are not finite at step {self.step}; {ADVICE}")
-        self.log = self.pseudo_labels.update(embeddings, self.images.classes)
+
+        def views() -> list[Tensor]:
+            with seeded(self.fabric.device, self.options.seed, VIEWED, len(self.losses)):
+                return embedded_views(model, self.images, self.views)
+
+        self.log = self.pseudo_labels.update(embeddings, self.images.classes, views)
 
     def _step(self, rows: Tensor, images: Tensor) -> float:
         for group in self.optimizer.param_groups:

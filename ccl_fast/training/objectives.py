@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,7 @@ from ccl_fast.losses import (
     SupConLoss,
     SwAVLoss,
 )
-
-
-class Clustering(NamedTuple):
-    """What k-means found, as far as it concerns the images of a batch."""
-
-    ids: Tensor  # [b]: their clusters
-    centers: Tensor  # [k, d]: of all clusters
-    temperatures: Tensor | None  # [k]: the clusters' own ones, if they have such
-
+from ccl_fast.training.cooperation import Clustering, CooperativeCCL
 
 # Of a loss, embeddings [b, 2 views, d], and what they are held against, an entry for every number in ``clusters``:
 # a Clustering, or prototypes [k, d].
@@ -72,7 +64,7 @@ def _mean(value: Callable[[nn.Module, Tensor, Clustering | Tensor], Tensor]) -> 
 
 
 def _protonce(loss: ProtoNCELoss, z: Tensor, targets: Sequence[Clustering]) -> Tensor:
-    ids, centers, temperatures = zip(*targets, strict=True)
+    ids, centers, temperatures, *_ = zip(*targets, strict=True)
     return loss(z, ids, centers, None if temperatures[0] is None else temperatures)
 
 
@@ -98,10 +90,13 @@ OBJECTIVES = {
     "cacr": Objective("CACR", lambda temperature: CACRLoss(), lambda loss, z, _: loss(z), "nothing"),
     "ccl": Objective(
         "CCL",
-        CCLLoss,
-        _mean(lambda loss, z, of: loss(z, of.ids, of.centers, of.temperatures)),
+        CooperativeCCL,
+        _mean(lambda loss, z, of: loss(z, of)),
         "clusters",
-        ("recluster_every", "center_weight", "center_ramp_epochs", "concentration"),
+        (
+            *("recluster_every", "center_weight", "center_ramp_epochs", "concentration"),
+            *("instance_weight", "instance_negatives", "believe"),
+        ),
     ),
     "supcon": Objective(
         "SupCon", SupConLoss, _mean(lambda loss, z, of: loss(z, of.ids)), "clusters", ("recluster_every",)
@@ -129,4 +124,12 @@ OBJECTIVES = {
 }
 
 # Arguments of ``train`` that only some objectives use, with the values that they have for the others.
-OPTIONS = {"recluster_every": 1, "center_weight": 1.0, "center_ramp_epochs": 0, "concentration": False}
+OPTIONS = {
+    "recluster_every": 1,
+    "center_weight": 1.0,
+    "center_ramp_epochs": 0,
+    "concentration": False,
+    "instance_weight": "agreement",
+    "instance_negatives": "other-clusters",
+    "believe": "agreement",
+}

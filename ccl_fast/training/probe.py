@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
-from torch import Tensor
-
-from ccl_fast.data import Images, Views
+from ccl_fast.data import Images
 from ccl_fast.evaluation import knn_accuracy
 from ccl_fast.models import embed
 from ccl_fast.ops import kmeans_assign
-from ccl_fast.training.loop import VIEWS, Run
+from ccl_fast.training.loop import VIEWED, Run
 from ccl_fast.training.randomness import seeded
+from ccl_fast.training.viewed import embedded_views, some
 
 # Images that are looked at, so that a look costs a fraction of an epoch.
-MOST_TRAIN, MOST_TEST, MOST_IN_VIEWS = 10_000, 5_000, 1_000
-# What the random numbers of a look are for, beside those of a run.
-VIEWED = 2
+MOST_TRAIN, MOST_TEST = 10_000, 5_000
 
 
 class Probe:
@@ -47,7 +41,7 @@ class Probe:
     def _accuracies(self, run: Run) -> dict[str, float]:
         if self.train.classes is None or self.test.classes is None:
             return {}
-        of_train, of_test = _some(self.train, MOST_TRAIN), _some(self.test, MOST_TEST)
+        of_train, of_test = some(self.train, MOST_TRAIN), some(self.test, MOST_TEST)
         train, test = embed(run.result, self.train, of_train), embed(run.result, self.test, of_test)
         classes = self.train.classes[of_train], self.test.classes[of_test]
         return {f"{level}_knn": knn_accuracy(train[level], classes[0], test[level], classes[1]) for level in train}
@@ -57,26 +51,10 @@ class Probe:
         if not targets:
             return {}
         with seeded(run.fabric.device, run.options.seed, VIEWED):
-            rows, images = _some(self.train, MOST_IN_VIEWS), _Viewed(self.train, run.views)
-            views = [embed(run.result, images, rows)["head"] for _ in range(VIEWS)]
+            views = embedded_views(run.result, self.train, run.views)
         log = {}
         for centers in targets:
             first, second = (kmeans_assign(view, centers, metric="cosine")[0] for view in views)
             key = "view_agreement" + (f"/{len(centers)}" if len(targets) > 1 else "")
             log[key] = (first == second).double().mean().item()
         return log
-
-
-class _Viewed:
-    """For ``embed``: a random view of each image."""
-
-    def __init__(self, images: Images, views: Views):
-        self.images, self.views = images, views
-
-    def batches(self, batch_size: int, rows: Tensor) -> Iterator[Tensor]:
-        return (self.views(batch) for batch in self.images.batches(batch_size, rows))
-
-
-def _some(images: Images, most: int) -> Tensor:
-    """Rows all over the images: of classes that follow each other, each has its share."""
-    return torch.linspace(0, len(images) - 1, min(len(images), most), dtype=torch.float64).long()

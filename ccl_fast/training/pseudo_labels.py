@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ccl_fast.clustering import KMeans, align_clusters, concentration
 from ccl_fast.evaluation import cluster_quality
-from ccl_fast.training.objectives import Clustering
+from ccl_fast.ops import kmeans_assign
+from ccl_fast.ops.unit import unit
+from ccl_fast.training.cooperation import Clustering
 from ccl_fast.training.processes import ALONE, Processes
 
 # Runs of k-means from different starts, of which the best is kept; later clusterings start from the last centres.
@@ -24,6 +27,8 @@ class PseudoLabels:
         seed: of k-means++.
         temperature: of the loss, which is the mean of the clusters' own ones.
         concentration: give every cluster its own temperature: small for tight ones.
+        believe: share of the images whose cluster is believed, those nearest to their centre; the others count as
+            unassigned. "agreement": as large a share as `view_agreement` is, measured after every clustering.
         device: where ids and centres are kept.
         processes: each clusters with the others, and has the ids of all images.
     """
@@ -36,47 +41,77 @@ class PseudoLabels:
         temperature: float,
         concentration: bool,
         device: torch.device,
+        believe: float | Literal["agreement"] = 1.0,
         processes: Processes = ALONE,
     ):
         self.clusters, self.seed, self.temperature = list(clusters), seed, temperature
         self.concentration, self.device, self.processes = concentration, device, processes
-        # Per number of clusters: {"ids": [n], "centers": [k, d], "temperatures": [k] or absent}.
-        self.found: list[dict[str, Tensor]] = []
+        self.believe = believe
+        # Per number of clusters: {"ids": [n], -1 where not believed; "all_ids": [n]; "believed": their share;
+        # "centers": [k, d]; "temperatures": [k] or absent}.
+        self.found: list[dict[str, Tensor | float]] = []
 
-    def update(self, embeddings: Tensor, classes: Tensor | None) -> dict[str, float]:
+    def update(
+        self, embeddings: Tensor, classes: Tensor | None, views: Callable[[], Sequence[Tensor]] | None = None
+    ) -> dict[str, float]:
         """Cluster anew, from the last centres if there are any; returns what is worth a line in the log.
 
         Args:
             embeddings: ``[n, d]``, finite; of several processes each gives those of its part of the images.
             classes: ``[n]``, of all images, if they are known: for the log and for nothing else.
+            views: embeddings of two views of some images, the same on every process, to measure agreement by.
         """
         log, group = {}, self.processes.group
-        previous, self.found = self.found, []
+        previous, self.found, seen = self.found, [], None
         for i, k in enumerate(self.clusters):
             start = previous[i]["centers"] if previous else "k-means++"
             starts = 1 if previous else STARTS
             kmeans = KMeans(k, metric="cosine", init=start, n_init=starts, seed=self.seed, process_group=group)
             own, centers = kmeans.fit_predict(embeddings), kmeans.cluster_centers_
             ids = self.processes.gather(own)
-            found = {"ids": ids, "centers": centers}
+            log_of_k = _describe(ids, k, previous[i].get("all_ids") if previous else None, classes)
+            found = {"centers": centers}
             if self.concentration:
                 found["temperatures"] = concentration(
                     embeddings, own, centers, mean=self.temperature, process_group=group
                 )
+            believed = self.believe
+            if believed == "agreement":
+                seen = seen or views()
+                believed = self.processes.first(lambda seen=seen, of=centers: view_agreement(*seen, of), patient=True)
+            distance = self.processes.gather(1 - (unit(embeddings) * centers[own]).sum(1))
+            nearest = distance.argsort(stable=True)[: round(believed * len(ids))]
+            found |= {"ids": torch.full_like(ids, -1).scatter(0, nearest, ids[nearest]), "all_ids": ids}
+            found["believed"] = len(nearest) / len(ids)
+            if self.believe != 1:
+                log_of_k["believed"] = found["believed"]
+                if classes is not None and len(nearest):
+                    quality = cluster_quality(ids[nearest], classes.to(ids.device)[nearest])
+                    log_of_k["believed_same_class"] = quality["same_class"]
             self.found.append(found)
-            log_of_k = _describe(ids, k, previous[i]["ids"] if previous else None, classes)
             log |= log_of_k if len(self.clusters) == 1 else {f"{name}/{k}": value for name, value in log_of_k.items()}
         return log
 
     def of(self, rows: Tensor) -> list[Clustering]:
         """The clusterings of the training images of these numbers ``[b]``; none before the first `update`."""
-        return [Clustering(found["ids"][rows], found["centers"], found.get("temperatures")) for found in self.found]
+        return [
+            Clustering(
+                found["ids"][rows],
+                found["centers"],
+                found.get("temperatures"),
+                found["all_ids"][rows],
+                found["believed"],
+            )
+            for found in self.found
+        ]
 
-    def state_dict(self) -> list[dict[str, Tensor]]:
+    def state_dict(self) -> list[dict[str, Tensor | float]]:
         return self.found
 
-    def load_state_dict(self, state: list[dict[str, Tensor]]) -> None:
-        self.found = [{name: tensor.to(self.device) for name, tensor in found.items()} for found in state]
+    def load_state_dict(self, state: list[dict[str, Tensor | float]]) -> None:
+        self.found = [
+            {name: x.to(self.device) if isinstance(x, Tensor) else x for name, x in found.items()} for found in state
+        ]
 
 
 def _describe(ids: Tensor, k: int, previous: Tensor | None, classes: Tensor | None) -> dict[str, float]:
@@ -86,3 +121,19 @@ def _describe(ids: Tensor, k: int, previous: Tensor | None, classes: Tensor | No
         renamed = align_clusters(ids, previous, k)[ids]
         log["changed_labels"] = (renamed != previous).double().mean().item()
     return log if classes is None else log | cluster_quality(ids, classes)
+
+
+def view_agreement(first: Tensor, second: Tensor, centers: Tensor) -> float:
+    """How far two views of an image lie nearest to the same centre, beyond chance: Cohen's kappa, at least 0.
+
+    Of clusters that mean nothing to the features it is about 0, however few they are.
+
+    Args:
+        first, second: embeddings ``[n, d]`` of a view of each of the same images.
+        centers: ``[k, d]``.
+    """
+    ids = [kmeans_assign(view, centers, metric="cosine")[0] for view in (first, second)]
+    shares = [of_view.bincount(minlength=len(centers)).double() / len(of_view) for of_view in ids]
+    by_chance = (shares[0] * shares[1]).sum().item()
+    agreeing = (ids[0] == ids[1]).double().mean().item()
+    return max(0.0, (agreeing - by_chance) / (1 - by_chance)) if by_chance < 1 else 1.0

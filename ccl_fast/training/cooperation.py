@@ -1,0 +1,70 @@
+"""How clusters and instances share a step of CCL."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from ccl_fast.losses import CCLLoss, MEOWLoss
+
+NEGATIVES = ("other-clusters", "all")
+
+
+class Clustering(NamedTuple):
+    """What k-means found, as far as it concerns the images of a batch."""
+
+    ids: Tensor  # [b]: their clusters, -1 where these are not believed
+    centers: Tensor  # [k, d]: of all clusters
+    temperatures: Tensor | None  # [k]: the clusters' own ones, if they have such
+    all_ids: Tensor  # [b]: their clusters, believed or not
+    believed: float  # share of all images whose clusters are
+
+
+class CooperativeCCL(nn.Module):
+    r"""A share :math:`\omega` for images and their own views, the rest for clusters that are believed.
+
+    .. math::
+        \ell_i = (1 - \omega)\, \mathrm{CCL}_i(\text{believed ids}, \text{centres}) + \omega \Big[
+            \log \Big( e^{s_{ii'}} + \sum_{j:\ y_j \ne y_i} e^{s_{ij}} \Big) - s_{ii'} \Big]
+
+    i' is the other view of i, y the cluster, believed or not. The bracket is `MEOWLoss`: that cluster-mates are no
+    negatives does no harm if they are not alike after all, as then it leaves out some of many negatives; that they are
+    positives does, so only those that are believed are. With ``instance_negatives="all"`` it is NT-Xent.
+
+    Args:
+        temperature: of both terms.
+        process_group: of both terms.
+
+    Attributes:
+        instance_weight: :math:`\omega`, 0 to 1, or "agreement": the share of the images that are not believed.
+        instance_negatives: "other-clusters" or "all".
+        center_weight: of the centre among CCL's positives.
+    """
+
+    def __init__(self, temperature: float, process_group: str | None = None):
+        super().__init__()
+        self.clusters = CCLLoss(temperature, process_group=process_group)
+        self.instances = MEOWLoss(temperature, process_group=process_group)
+        self.instance_weight: float | Literal["agreement"] = "agreement"
+        self.instance_negatives = NEGATIVES[0]
+
+    @property
+    def center_weight(self) -> float:
+        return self.clusters.center_weight
+
+    @center_weight.setter
+    def center_weight(self, value: float) -> None:
+        self.clusters.center_weight = value
+
+    def forward(self, embeddings: Tensor, of: Clustering) -> Tensor:
+        """Of embeddings ``[b, 2, d]``."""
+        share = 1 - of.believed if self.instance_weight == "agreement" else self.instance_weight
+        if self.instance_negatives == "all":
+            self.clusters.instance_weight = share  # NT-Xent shares CCL's log-sum-exp
+            return self._of_clusters(embeddings, of)
+        loss = share * self.instances(embeddings, of.all_ids)
+        return loss + (1 - share) * self._of_clusters(embeddings, of) if share < 1 else loss
+
+    def _of_clusters(self, embeddings: Tensor, of: Clustering) -> Tensor:
+        return self.clusters(embeddings, of.ids, of.centers, of.temperatures)
