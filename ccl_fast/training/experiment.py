@@ -153,9 +153,9 @@ def train(
         instance_negatives: what that share holds an image against: the images of "other-clusters", as those of its own
             are likely of its kind, or "all" images.
         believe: share of the images whose cluster "ccl" believes, 0 to 1; the others, those farthest from their
-            centres, have their own views as positives alone. "agreement": as large a share as two views of an image
-            agree on the nearest centre, beyond chance (Cohen's kappa), measured at every clustering; clusters that
-            mean nothing are not believed.
+            centres, have their own views as positives alone. "agreement": as large a share as that of images both of
+            whose views lie nearest to their own cluster's centre, beyond chance, measured at every clustering; clusters
+            that mean nothing are not believed.
         ema: decay of an exponential moving average of the weights, 0.99 to 0.9999 or so. The average is what is
             clustered, judged and saved. By default there is none.
         probe_every: epochs from one look at the features to the next, which adds to the log their k-NN accuracy on the

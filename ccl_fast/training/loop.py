@@ -180,7 +180,7 @@ class Run:
         if self.processes.largest(not embeddings.isfinite().all()):
             raise FloatingPointError(f"embeddings are not finite at step {self.step}; {ADVICE}")
 
-        def views() -> list[Tensor]:
+        def views() -> tuple[Tensor, list[Tensor]]:
             with seeded(self.fabric.device, self.options.seed, VIEWED, len(self.losses)):
                 return embedded_views(model, self.images, self.views)
 

@@ -51,7 +51,7 @@ class Probe:
         if not targets:
             return {}
         with seeded(run.fabric.device, run.options.seed, VIEWED):
-            views = embedded_views(run.result, self.train, run.views)
+            _, views = embedded_views(run.result, self.train, run.views)
         log = {}
         for centers in targets:
             first, second = (kmeans_assign(view, centers, metric="cosine")[0] for view in views)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -28,7 +29,7 @@ class PseudoLabels:
         temperature: of the loss, which is the mean of the clusters' own ones.
         concentration: give every cluster its own temperature: small for tight ones.
         believe: share of the images whose cluster is believed, those nearest to their centre; the others count as
-            unassigned. "agreement": as large a share as `view_agreement` is, measured after every clustering.
+            unassigned. "agreement": as large a share as `agreement` is, measured after every clustering.
         device: where ids and centres are kept.
         processes: each clusters with the others, and has the ids of all images.
     """
@@ -52,14 +53,17 @@ class PseudoLabels:
         self.found: list[dict[str, Tensor | float]] = []
 
     def update(
-        self, embeddings: Tensor, classes: Tensor | None, views: Callable[[], Sequence[Tensor]] | None = None
+        self,
+        embeddings: Tensor,
+        classes: Tensor | None,
+        views: Callable[[], tuple[Tensor, Sequence[Tensor]]] | None = None,
     ) -> dict[str, float]:
         """Cluster anew, from the last centres if there are any; returns what is worth a line in the log.
 
         Args:
             embeddings: ``[n, d]``, finite; of several processes each gives those of its part of the images.
             classes: ``[n]``, of all images, if they are known: for the log and for nothing else.
-            views: embeddings of two views of some images, the same on every process, to measure agreement by.
+            views: the numbers of some images, and embeddings of views of them, to measure agreement by.
         """
         log, group = {}, self.processes.group
         previous, self.found, seen = self.found, [], None
@@ -78,7 +82,9 @@ class PseudoLabels:
             believed = self.believe
             if believed == "agreement":
                 seen = seen or views()
-                believed = self.processes.first(lambda seen=seen, of=centers: view_agreement(*seen, of), patient=True)
+                rows, of_rows = seen
+                found_ids = ids[rows.to(ids.device)]
+                believed = self.processes.first(partial(agreement, found_ids, of_rows, centers), patient=True)
             distance = self.processes.gather(1 - (unit(embeddings) * centers[own]).sum(1))
             nearest = distance.argsort(stable=True)[: round(believed * len(ids))]
             found |= {"ids": torch.full_like(ids, -1).scatter(0, nearest, ids[nearest]), "all_ids": ids}
@@ -123,17 +129,19 @@ def _describe(ids: Tensor, k: int, previous: Tensor | None, classes: Tensor | No
     return log if classes is None else log | cluster_quality(ids, classes)
 
 
-def view_agreement(first: Tensor, second: Tensor, centers: Tensor) -> float:
-    """How far two views of an image lie nearest to the same centre, beyond chance: Cohen's kappa, at least 0.
+def agreement(ids: Tensor, views: Sequence[Tensor], centers: Tensor) -> float:
+    """Share of images all of whose views lie nearest to the centre of the image's own cluster, beyond chance.
 
-    Of clusters that mean nothing to the features it is about 0, however few they are.
+    Chance is that cluster and views fall together independently; the share is that of Cohen's kappa, at least 0. Of
+    clusters that mean nothing to the features it is about 0, however few they are.
 
     Args:
-        first, second: embeddings ``[n, d]`` of a view of each of the same images.
+        ids: clusters of images ``[n]``.
+        views: embeddings ``[n, d]`` of views of the same images.
         centers: ``[k, d]``.
     """
-    ids = [kmeans_assign(view, centers, metric="cosine")[0] for view in (first, second)]
-    shares = [of_view.bincount(minlength=len(centers)).double() / len(of_view) for of_view in ids]
-    by_chance = (shares[0] * shares[1]).sum().item()
-    agreeing = (ids[0] == ids[1]).double().mean().item()
+    all_ids = [ids, *(kmeans_assign(view, centers, metric="cosine")[0].to(ids.device) for view in views)]
+    shares = torch.stack([each.bincount(minlength=len(centers)) for each in all_ids]).double() / len(ids)
+    by_chance = shares.prod(0).sum().item()
+    agreeing = torch.stack([each == ids for each in all_ids]).all(0).double().mean().item()
     return max(0.0, (agreeing - by_chance) / (1 - by_chance)) if by_chance < 1 else 1.0

@@ -14,10 +14,10 @@ from ccl_fast.models import Model, embed
 MOST = 1_000
 
 
-def embedded_views(model: Model, images: Images, views: Views, number: int = 2) -> list[Tensor]:
-    """The head's features of so many random views of the same images, at most 1,000 from all over the set."""
+def embedded_views(model: Model, images: Images, views: Views, number: int = 2) -> tuple[Tensor, list[Tensor]]:
+    """The numbers of at most 1,000 images from all over the set, and the head's features of so many views of each."""
     rows = some(images, MOST)
-    return [embed(model, _Viewed(images, views), rows)["head"] for _ in range(number)]
+    return rows, [embed(model, _Viewed(images, views), rows)["head"] for _ in range(number)]
 
 
 def some(images: Images, most: int) -> Tensor:
