@@ -3,14 +3,25 @@
 Without a GPU a double stands for torch's product on one: halves are multiplied exactly and added in float32.
 """
 
+import importlib
+import weakref
+
 import pytest
 import torch
 from pairs_oracle import every_choice, pairs
 from tolerance import assert_as_accurate
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ccl_fast import ops
 from ccl_fast.ops import half_product, row_blocks
 from ccl_fast.ops.half_product import Weights, columns_of, factor, multiplies_halves, product
+
+# `ccl_fast.ops` has the operators under these names.
+row_softmax, topk, similarity_histogram, swapped_prediction = (
+    importlib.import_module(f"ccl_fast.ops.{name}")
+    for name in ("row_softmax", "topk", "similarity_histogram", "swapped_prediction")
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 halves = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
@@ -270,3 +281,65 @@ def test_a_block_takes_one_product_forward_and_three_backward_all_of_halves(oper
     tensor_cores.clear()
     value.sum().backward()
     assert tensor_cores == [similarities, (views * rows, keys, d), (d, views * rows, keys)] * 3
+
+
+# ---- what a block keeps ----
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that results of torch's functions, those of temporary ones inside others too, took at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.results, self.most = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.results += [weakref.ref(x) for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.results = [x for x in self.results if x() is not None]
+        storages = {x().untyped_storage()._cdata: x().untyped_storage().nbytes() for x in self.results}
+        self.most = max(self.most, sum(storages.values()))
+        return result
+
+
+def run_inside(custom_op, *arguments):
+    """A registered operator's own function, in which the mode sees everything: of the operator it sees one call."""
+    with torch.no_grad(), Live() as live:
+        custom_op._init_fn(*arguments)
+    return live.most
+
+
+@halves
+@pytest.mark.usefixtures("tensor_cores")
+def test_a_pair_takes_no_more_bytes_than_blocks_are_sized_for(dtype, monkeypatch):
+    monkeypatch.setattr(topk, "_largest_of_few", torch.topk)  # as on a GPU, where NumPy is not at hand
+    monkeypatch.setattr(row_softmax, "kth_largest", lambda x, k: topk._largest(x, k)[0][:, -1])
+    n, m, d = 64, 5000, 4
+    monkeypatch.setattr(row_blocks, "MOST_ROWS", n)
+    monkeypatch.setattr(row_blocks, "CPU_ELEMENTS", 2 * n * m)
+    q, k, ids = torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype), torch.arange(n) % 3
+    of_keys = torch.arange(m) % 3
+    scale, bias, vector, none = torch.tensor(2.0), torch.zeros(m), torch.zeros(n), torch.zeros(0)
+    few, rows = torch.zeros(n, 3, dtype=torch.int64), (q, k, scale)
+    among, views, all_four = (ids, of_keys, None), torch.stack((q, q)), [True] * 4
+    taken = {
+        "mean": run_inside(row_softmax._op, *rows, bias, *among, "other_id", 0, True),
+        "hardest": run_inside(row_softmax._op, *rows, None, *among, "other_id", m, False),
+        "excluding": run_inside(row_softmax._op, *rows, None, None, None, few, "all", 0, False),
+        "mean, backward": run_inside(
+            row_softmax._backward_op, *rows, bias, *among, vector, vector, none, vector, vector, "other_id", all_four
+        ),
+        "hardest, backward": run_inside(
+            row_softmax._backward_op, *rows, None, *among, vector, none, vector, vector, none, "other_id",
+            [True, True, True, False],
+        ),
+        "top-k": run_inside(topk._op, q, k, ids, of_keys, "other_id", 400),
+        "histogram": run_inside(similarity_histogram._op, q, k, ids, of_keys, "other_id", 10, -1.0, 1.0),
+        "swapped": run_inside(swapped_prediction._op, views, k, torch.zeros(2, m), scale, 2.0) // 2,
+        "swapped, backward": run_inside(
+            swapped_prediction._backward_op, views, k, torch.zeros(2, m), scale, vector, 2.0, all_four[:3]
+        ) // 2,
+    }  # fmt: skip
+    # Sums for the keys, and what is as small, aside.
+    aside = 4 * m * (2 * d + 2)
+    assert all(4 * n * m <= bytes <= row_blocks.BYTES_OF_PAIR * n * m + aside for bytes in taken.values()), taken
