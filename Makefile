@@ -32,7 +32,7 @@ gpu-check:
 gpu-dry-run: $(INSTALLED)
 	HARVEST_DRY_RUN=1 PYTHON=$(abspath $(BIN)/python) benchmarks/harvest.sh 600
 
-# Registers, spills, shared memory and tensor-core instructions of every shipped launch configuration.
+# What every shipped launch configuration needs (registers, spills, shared memory) and what its inner loop does.
 launch-table: $(INSTALLED)
 	$(BIN)/python tests/offline_compile.py
 

@@ -7,6 +7,8 @@ import torch
 if not torch.cuda.is_available():
     # Before any kernel is imported: without a GPU the Triton kernels themselves run, interpreted, on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
+# What torch asks for under deterministic algorithms; it looks once, at the first product by cuBLAS.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(scope="session")

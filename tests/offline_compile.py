@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for GPUs that are not there, and read what the machine code needs.
+"""Compile the Triton kernels for GPUs that are not there, and read what the machine code needs and its inner loop does.
 
 `python tests/offline_compile.py` (`make launch-table`) prints a line of JSON for every shipped launch and architecture.
 """
@@ -11,41 +11,50 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ccl_fast.kernels import streaming_logsumexp as kernels
-from ccl_fast.kernels.launch import TABLE, Launch, launch
+from ccl_fast.kernels.launch import ARCHITECTURES, TABLE, Launch, launch_on
 
-ARCHITECTURES = (80, 90, 100)
 # The instruction that multiplies matrices in each generation's machine code.
-TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA"}
-DTYPES = {2: "bf16", 4: "fp32"}
+TENSOR_CORE = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA"}
+# Bytes of shared memory: the most that a block may have, and what a multiprocessor has for all of its blocks.
+SHARED_LIMIT = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448}
+SHARED_OF_PROCESSOR = {80: 167_936, 86: 102_400, 90: 233_472, 100: 233_472}
+REGISTERS_OF_PROCESSOR, WARPS_OF_PROCESSOR = 65_536, {80: 64, 86: 48, 90: 64, 100: 64}
+ELEMENTS = {"bf16": 2, "fp32": 4}
 
 
 @dataclass
 class Report:
+    """Of the compiled kernel; the counts are of its inner loop, by element of a tile."""
+
     registers: int
     spill_instructions: int
     shared_bytes: int
+    blocks_per_multiprocessor: int
     tensor_core_instructions: int
+    narrowest_product: int | None  # columns of the narrowest warpgroup product, on sm_90
+    copies_in_flight: int | None  # groups of asynchronous copies that the loop's wait leaves outstanding
+    instructions: float
+    exponentials: float
+    shuffles: float
 
 
-def compile_kernel(kernel: str, element: str, entry: Launch, d: int, arch: int, precision="tf32", **variant) -> Report:
-    """`variant` overrides constexprs; ids=True gives cluster ids, bias=True a key bias."""
+def compile_kernel(kernel: str, element: str, entry: Launch, d: int, arch: int, precision="tf32", **variant):
+    """`variant` overrides constexprs; ids=True gives cluster ids, bias=True a key bias, skip=True runs of ids."""
     fn = getattr(kernels, kernel)
-    ids, bias, flag = variant.pop("ids", False), variant.pop("bias", False), variant.pop("flag", False)
+    ids, bias, flag, skip = (variant.pop(name, False) for name in ("ids", "bias", "flag", "skip"))
     constants = {
         "D": d,
         "BLOCK_D": entry.block_d,
-        "BLOCK": entry.block_m,
         "BLOCK_M": entry.block_m,
         "BLOCK_N": entry.block_n,
         "PRECISION": precision,
         "IS_SELF": True,
-        "WANT_SAME": ids,
+        "WANT_SAME": ids and not skip,
         "WANT_OTHER": True,
         "ROW_ANCHORS": True,
         "COL_ANCHORS": True,
@@ -56,28 +65,26 @@ def compile_kernel(kernel: str, element: str, entry: Launch, d: int, arch: int, 
         absent |= dict.fromkeys(("q_ids_ptr", "k_ids_ptr", "ids_ptr", "a_ids_ptr", "b_ids_ptr"))
     if not flag and kernel != "forward_triangle":
         absent["bounded_ptr"] = None
+    if not skip:
+        absent["skip_ptr"] = None
     signature, attributes, constexprs = {}, {}, {}
     for i, name in enumerate(fn.arg_names):
         if name in constants or name in absent:
             signature[name], constexprs[name] = "constexpr", constants.get(name)
-        elif name.endswith("_col"):  # contiguous rows: stride one
-            signature[name], constexprs[name] = "constexpr", 1
-        elif name.endswith("ids_ptr") or name == "bounded_ptr":
+        elif name.endswith("ids_ptr") or name in ("bounded_ptr", "skip_ptr"):
             signature[name] = "*i32"
         elif name in ("q_ptr", "k_ptr", "a_ptr", "b_ptr", "z_ptr", "out_ptr"):
             signature[name] = f"*{element}"
         else:
             signature[name] = "*fp32" if name.endswith("_ptr") else "i32"
-        # Pointers and the anchors of the columns are aligned, and a row is a multiple of 16 elements; block counts and
-        # other offsets are anything.
-        if name.endswith(("_ptr", "_row", "col_anchor")) and signature[name] != "constexpr":
+        # Pointers are aligned, and a row is a multiple of 16 elements; block counts and other offsets are anything.
+        if name.endswith(("_ptr", "q_row", "k_row", "a_row", "b_row", "z_row")) and signature[name] != "constexpr":
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn, signature, constexprs, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=entry.options)
-    return _read(compiled, arch)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=entry.options)
 
 
-def _read(compiled, arch: int) -> Report:
+def read(compiled, entry: Launch, d: int, arch: int) -> Report:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -88,19 +95,60 @@ def _read(compiled, arch: int) -> Report:
             return done.stdout
 
         usage, code = run("-res-usage"), run("-sass")
+    registers, shared = int(re.search(r"REG:(\d+)", usage).group(1)), compiled.metadata.shared
+    loop, chunk = inner_loop(code)
+    chunks = -(-d // entry.block_d)
+    elements = entry.block_m * entry.block_n / (32 * entry.num_warps)
+
+    def count(pattern):
+        inside = sum(bool(re.search(pattern, line)) for line in chunk)
+        outside = sum(bool(re.search(pattern, line)) for line in loop) - inside
+        return round((outside + inside * chunks) / elements, 2)
+
+    waits = [int(n, 0) for line in chunk or loop for n in re.findall(r"DEPBAR\.LE SB0, (\w+)", line)]
+    widths = [int(n) for n in re.findall(r"HGMMA\.64x(\d+)x", code)]
     return Report(
-        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
+        registers=registers,
         spill_instructions=len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        shared_bytes=compiled.metadata.shared,
+        shared_bytes=shared,
+        blocks_per_multiprocessor=min(
+            REGISTERS_OF_PROCESSOR // (-(-registers // 8) * 8 * 32 * entry.num_warps),
+            SHARED_OF_PROCESSOR[arch] // (shared + 1024),
+            WARPS_OF_PROCESSOR[arch] // entry.num_warps,
+        ),
         tensor_core_instructions=len(re.findall(rf"\b{TENSOR_CORE[arch]}\b", code)),
+        narrowest_product=min(widths, default=None),
+        copies_in_flight=min(waits, default=None),
+        instructions=count("."),
+        exponentials=count(r"MUFU\.EX2"),
+        shuffles=count(r"\bSHFL\b"),
     )
 
 
+def inner_loop(code: str) -> tuple[list[str], list[str]]:
+    """The instructions of the shortest loop with exponentials, and of the loop over chunks of D within it (empty
+    without one); of the whole kernel where the exponentials are in no loop."""
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.M)
+    at, lines = [int(address, 16) for address, _ in found], [line for _, line in found]
+    loops = []
+    for i, line in enumerate(lines):
+        jump = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", line)
+        if jump and int(jump[1], 16) < at[i]:
+            loops.append((at.index(int(jump[1], 16)), i + 1))
+    loops = [(start, stop) for start, stop in loops if any("MMA" in line for line in lines[start:stop])]
+    outer = [x for x in loops if any("MUFU.EX2" in line for line in lines[x[0] : x[1]])]
+    start, stop = min(outer, key=lambda x: x[1] - x[0], default=(0, len(lines)))
+    inner = [x for x in loops if start <= x[0] and x[1] <= stop and x != (start, stop)]
+    low, high = min(inner, key=lambda x: x[1] - x[0], default=(0, 0))
+    return lines[start:stop], lines[low:high]
+
+
 def variants(kernel: str, ids: bool) -> list[dict]:
-    """The ways a kernel is launched, by what changes its machine code."""
+    """The ways a kernel is launched, by what changes its machine code; that of the largest problems first."""
     rectangular = {"IS_SELF": False, "bias": True}
+    skipping = [{"skip": True}] if ids else []
     if kernel == "backward_rows":
-        found = [{"RUN_IF_BOUNDED": True, "flag": True}, {}]
+        found = [{"RUN_IF_BOUNDED": True, "flag": True}, {"flag": True}]
         found += [rectangular | {"COL_ANCHORS": False}, rectangular | {"ROW_ANCHORS": False}]
         found += [{"IS_SELF": False, "RUN_IF_BOUNDED": bounded, "flag": True} for bounded in (False, True)]
     elif kernel == "backward_weights":
@@ -109,30 +157,54 @@ def variants(kernel: str, ids: bool) -> list[dict]:
         found = [{}]
     else:
         found = [{}, rectangular]
-    return [variant | {"ids": ids} for variant in found]
+    return [variant | {"ids": ids} for variant in found] + [found[0] | {"ids": ids} | x for x in skipping]
 
 
-def shipped() -> list[tuple[str, int, int, bool]]:
-    """Each launch of the table: kernel, bytes per element, a D that it serves, and whether there are ids."""
+def shipped() -> list[tuple[str, str, bool, int, str]]:
+    """Each launch of the table: kernel, element, whether there are ids, a D that it serves, precision of products."""
     return [
-        (kernel, size, min(entry.limit, 1024), ids)
-        for (kernel, size), entries in TABLE.items()
+        (kernel, element, ids, min(entry.limit, 1024), precision)
+        for (kernel, size, ids), entries in TABLE.items()
+        for element in ELEMENTS
+        if ELEMENTS[element] == size
         for entry in entries
-        for ids in (False, True)
+        for precision in (("tf32",) if size == 2 else ("tf32x3", "tf32"))
     ]
 
 
-def main() -> None:
-    """Print a line for each launch, variant and architecture; with an argument K only for the K-th of `shipped()`."""
-    wanted = shipped() if len(sys.argv) == 1 else [shipped()[int(sys.argv[1])]]
-    for kernel, size, d, ids in wanted:
-        chosen = launch(kernel, {2: torch.bfloat16, 4: torch.float32}[size], d, ids)
-        for variant in variants(kernel, ids):
-            for arch in ARCHITECTURES:
-                report = compile_kernel(kernel, DTYPES[size], chosen, d, arch, **variant)
-                line = {"kernel": kernel, "dtype": DTYPES[size], "D": d, "arch": arch, "launch": list(chosen)}
-                print(json.dumps(line | {"variant": variant} | asdict(report)), flush=True)
+def planned(entry: tuple, quick: bool) -> list[tuple[int, int]]:
+    """Architectures, and numbers of the variants, to compile. Quick: the first variant for every architecture with a
+    launch of its own (of the backward the first two: within and beyond the bound), the others for sm_90."""
+    kernel, element, ids, d, _ = entry
+    launches = {arch: launch_on(arch, kernel, ELEMENTS[element], d, ids) for arch in ARCHITECTURES}
+    found = []
+    for arch in ARCHITECTURES:
+        count = len(variants(kernel, ids))
+        if quick and arch != 90:
+            count = 0 if arch == 86 and launches[86] == launches[80] else 2 if kernel == "backward_rows" else 1
+        found += [(arch, number) for number in range(count)]
+    return found
+
+
+def audit(kernel: str, element: str, ids: bool, d: int, precision: str, arch: int, number: int) -> dict:
+    """A line of the table."""
+    chosen, variant = launch_on(arch, kernel, ELEMENTS[element], d, ids), variants(kernel, ids)[number]
+    report = read(compile_kernel(kernel, element, chosen, d, arch, precision, **variant), chosen, d, arch)
+    line = {"kernel": kernel, "dtype": element, "D": d, "precision": precision, "arch": arch, "launch": list(chosen)}
+    return line | {"main": number == 0, "variant": variant} | asdict(report)
+
+
+def main(mode: str = "all", which: str = "") -> None:
+    """Print a line for each launch, variant and architecture; "quick K": of the K-th of `shipped()` those that every
+    test run compiles; "ptx KERNEL": the PTX of one of its launches."""
+    if mode == "ptx":
+        chosen = launch_on(90, which, 2, 128, False)
+        print(compile_kernel(which, "bf16", chosen, 128, 90, flag=True).asm["ptx"])
+        return
+    for entry in [shipped()[int(which)]] if mode == "quick" else shipped():
+        for arch, number in planned(entry, mode == "quick"):
+            print(json.dumps(audit(*entry, arch, number)), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

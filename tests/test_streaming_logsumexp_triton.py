@@ -1,11 +1,16 @@
 """The Triton kernels themselves: compiled where there is a GPU, else interpreted on CPU tensors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from logsumexp_cases import Case, assert_agrees, evaluate
 from test_streaming_logsumexp import RELATIONS
+from tolerance import assert_as_accurate
 
 from ccl_fast import CCLLoss, streaming_logsumexp
+from ccl_fast.kernels import launch as launches
+from ccl_fast.kernels.launch import launch_on
 from ccl_fast.ops import streaming_logsumexp_triton as launcher
 
 pytestmark = [
@@ -47,8 +52,6 @@ def test_every_class_of_d(d, m, kernel_device):
 @pytest.mark.parametrize("d", [8, 70, 128, 300])
 @pytest.mark.parametrize("case", [Case(n=150), Case(n=150, m=90, bias=True), Case(n=150, ids=3, return_same=True)])
 def test_half_precision(case, d, dtype, kernel_device):
-    from dataclasses import replace
-
     assert_agrees(replace(case, d=d), "triton", dtype, kernel_device)
 
 
@@ -71,8 +74,116 @@ def test_only_the_gradients_asked_for(needs, m, d, kernel_device):
 
 def test_strips_smaller_than_the_problem(monkeypatch, kernel_device):
     monkeypatch.setattr(launcher, "STRIP_BYTES", 1)
-    for m, bias in ((None, False), (None, True), (150, True)):
+    for m, bias in ((None, False), (None, True), (150, True), (151, False)):
         assert_agrees(Case(n=300, m=m, d=260, bias=bias), "triton", torch.float32, kernel_device)
+
+
+def test_a_million_rows_take_few_strips():
+    """A strip reads and writes a whole float32 gradient, here 3 GB (D = 768): a thousandth of a second on an H200."""
+    n, element, memory = 1 << 20, 2, 141 * 10**9
+    rows = launcher.strip_rows(n, n, element, memory)
+    assert n / rows <= 512
+    assert rows * n * element <= memory * 0.032
+    # What remains on a small device, and where the strip is the whole problem.
+    assert launcher.strip_rows(n, n, element, 8 << 30) == launcher.strip_rows(n, n, element, 0) == 128
+    assert launcher.strip_rows(5000, 4000, element, memory) == 5000
+
+
+def test_strips_have_rows_that_cublas_likes(monkeypatch, kernel_device):
+    """An odd number of columns gives no odd distance between rows, nor any other than a multiple of 8."""
+    strides, original = [], launcher._add_product
+
+    def product(out, a, b):
+        strides.append(max(a.stride()))
+        original(out, a, b)
+
+    monkeypatch.setattr(launcher, "_add_product", product)
+    assert_agrees(Case(n=143, d=260), "triton", torch.float32, kernel_device)
+    assert_agrees(Case(n=20, m=51, d=260), "triton", torch.float32, kernel_device)
+    assert strides
+    assert all(stride % 8 == 0 for stride in strides)
+
+
+@pytest.mark.parametrize(
+    "case", [Case(n=70, m=300, bias=True), Case(n=70, m=300, ids=3, return_same=True), Case(n=130)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_keys_divided_over_the_grid(case, dtype, monkeypatch, triangle, kernel_device):
+    monkeypatch.setattr(launcher, "KEYS_OF_A_PART", 8)
+    monkeypatch.setattr(launcher, "_processors", lambda device: 8)
+    assert launcher._parts(2, 130, kernel_device) == 8
+    assert_agrees(case, "triton", dtype, kernel_device)
+    assert_agrees(replace(case, scale=200.0), "triton", torch.float32, kernel_device)
+
+
+def test_parts_of_the_keys_fill_the_device(monkeypatch):
+    monkeypatch.setattr(launcher, "_processors", lambda device: 132)
+    # (row blocks, keys): K prototypes or a queue; 4,096 rows; enough rows; few keys.
+    expected = {(8, 65_536): 33, (32, 4096): 4, (128, 16_384): 2, (512, 65_536): 1, (1, 500): 1}
+    assert {given: launcher._parts(*given, torch.device("cpu")) for given in expected} == expected
+
+
+def towers(*sizes):
+    return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+
+
+@pytest.mark.parametrize("d", [20, 300])
+@pytest.mark.parametrize("scale", [10.0, 200.0])
+@pytest.mark.parametrize("sizes", [(150, 150), (128, 256), (3, 200, 1), (130,), (64, 0, 64)], ids=str)
+@pytest.mark.parametrize("keys", [None, (70, 200)], ids=str)
+def test_pairs_of_one_id_are_passed_over(keys, sizes, scale, d, monkeypatch, kernel_device):
+    """Runs of ids that end within tiles, at their ends, or that are all."""
+    monkeypatch.setattr(launcher, "TRIANGLE_MIN_ROWS", 1)
+    case = Case(n=sum(sizes), m=keys and sum(keys), d=d, scale=scale, ids=2, candidates="other_id")
+    inputs = case.inputs()
+    inputs |= {"q_ids": towers(*sizes), "k_ids": None if keys is None else towers(*keys)}
+    exact = evaluate(case, inputs, "reference", torch.float64)
+    plain = evaluate(case, inputs, "reference", torch.float32)
+    actual = evaluate(case, inputs, "triton", torch.float32, kernel_device)
+    terms = {"grad s": (exact["grad q"] * inputs["q"]).abs().sum() / scale}
+    for name, value in actual.items():
+        assert_as_accurate(value, exact[name], plain[name], torch.float32, name, magnitude=terms.get(name))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter counts the products")
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("skip", [False, True])
+def test_tiles_within_a_tower_are_not_visited(skip, backward, monkeypatch):
+    """CLIP: of the upper triangle the half that joins the towers; backward half of all."""
+    monkeypatch.setattr(launcher, "TRIANGLE_MIN_ROWS", 1)
+    if not skip:
+        monkeypatch.setattr(launcher, "_skippable", lambda *_: None)
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    n, d, tower = 512, 16, 256
+    z = torch.nn.functional.normalize(torch.randn(n, d), dim=1).requires_grad_()
+    ask = {"scale": 10.0, "q_ids": towers(tower, tower).int(), "candidates": "other_id", "backend": "triton"}
+    products, original = [], InterpreterBuilder.create_dot
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda *x: products.append(1) or original(*x))
+    out = streaming_logsumexp(z, **ask)
+    if backward:
+        products.clear()
+        out.sum().backward()
+    found = len(products)
+    kernel = "backward_rows" if backward else "forward_triangle"
+    table = launch_on(80, kernel, 4, d, True)
+    rows, cols = n // table.block_m, n // table.block_n
+    if backward:  # a product for the logits, and one for the gradient
+        assert found == (2 * rows * cols // 2 if skip else 2 * rows * cols)
+    else:
+        # A row of blocks begins at its diagonal.
+        assert table.block_m == table.block_n
+        assert found == ((rows // 2) * (cols // 2) if skip else rows * (rows + 1) // 2)
+
+
+@pytest.mark.parametrize("precision,expected", [("highest", "tf32x3"), ("high", "tf32"), ("medium", "tf32")])
+def test_float32_products_follow_torch(precision, expected):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        assert launcher._precision() == expected
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_small_gradients_survive_float16(kernel_device):
@@ -99,13 +210,15 @@ def test_tiny_gradients_do_not_overflow_the_gain_of_float16(kernel_device):
 def test_the_flag_is_decided_on_the_device(monkeypatch, kernel_device):
     """One captured program serves temperatures on both sides of the bound: no host value selects the path."""
     monkeypatch.setattr(launcher, "TRIANGLE_MIN_ROWS", 1)
-    if kernel_device.type == "cuda":
-        monkeypatch.setattr(torch.Tensor, "item", _refuse)
-        monkeypatch.setattr(torch.Tensor, "__bool__", _refuse)
     z = torch.nn.functional.normalize(torch.randn(100, 8, device=kernel_device), dim=1)
-    for temperature in (0.5, 0.05, 0.005):
-        scale = torch.tensor(1 / temperature, device=kernel_device)
-        out = streaming_logsumexp(z, scale=scale, backend="triton")
+    scales = [torch.tensor(1 / temperature, device=kernel_device) for temperature in (0.5, 0.05, 0.005)]
+    with monkeypatch.context() as patch:
+        if kernel_device.type == "cuda":
+            patch.setattr(torch.Tensor, "item", _refuse)
+            patch.setattr(torch.Tensor, "__bool__", _refuse)
+        found = [streaming_logsumexp(z, scale=scale, backend="triton") for scale in scales]
+    # A comparison copies to the host: only here.
+    for out, scale in zip(found, scales, strict=True):
         torch.testing.assert_close(out, streaming_logsumexp(z, scale=scale, backend="reference"))
 
 
@@ -164,12 +277,14 @@ def _poison(x):
     return x.fill_(torch.nan) if x.is_floating_point() and x.device.type != "meta" else x
 
 
-def test_deterministic_mode_gives_the_same_bits_twice(monkeypatch, kernel_device):
-    """The triangle adds column sums atomically; under deterministic algorithms it is not taken."""
+@pytest.mark.parametrize("d", [16, 260])
+def test_deterministic_mode_gives_the_same_bits_twice(d, monkeypatch, kernel_device):
+    """The triangle adds column sums atomically; under deterministic algorithms it is not taken. The wider rows go
+    through cuBLAS, which is as conftest.py sets it."""
     monkeypatch.setattr(launcher, "TRIANGLE_MIN_ROWS", 1)
     torch.use_deterministic_algorithms(True)
     try:
-        case = Case(n=300, d=16, ids=4, return_same=True)
+        case = Case(n=300, d=d, ids=4, return_same=True)
         first, second = (evaluate(case, case.inputs(), "triton", torch.float32, kernel_device) for _ in range(2))
     finally:
         torch.use_deterministic_algorithms(False)
@@ -239,3 +354,24 @@ def test_captured_in_a_cuda_graph():
 @pytest.mark.parametrize("scale", [10.0, 200.0])
 def test_keys_removed_by_the_bias(m, relation, scale, kernel_device):
     assert_agrees(Case(m=m, bias=True, removed=True, scale=scale, **relation), "triton", torch.float32, kernel_device)
+
+
+def test_every_device_has_a_launch_that_fits_it(monkeypatch):
+    """sm_80, sm_90 and sm_100 their own; sm_86, sm_89, sm_120 and what is yet to come those for the least memory."""
+    capabilities = {
+        (8, 0): 80,
+        (8, 6): 86,
+        (8, 9): 86,
+        (9, 0): 90,
+        (10, 0): 100,
+        (10, 3): 100,
+        (12, 0): 86,
+        (13, 0): 86,
+    }
+    for capability, expected in capabilities.items():
+        launches._architecture.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert launches.architecture_of(torch.device("cuda", 0)) == expected
+    launches._architecture.cache_clear()
+    assert launch_on(86, "backward_rows", 2, 256, False).block_d == 256
+    assert launch_on(90, "backward_rows", 2, 257, False) is None

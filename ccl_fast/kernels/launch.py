@@ -1,5 +1,6 @@
 """The launch configurations of the kernels: one table, in the order of the padded D."""
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -15,56 +16,97 @@ class Launch(NamedTuple):
     num_stages: int
 
     @property
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+    def options(self) -> dict[str, int | bool]:
+        # Fused multiply-adds are said outright: Triton 3.9 warns where they are left to its default, which will change.
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
 class Entry(NamedTuple):
-    """Serves D padded to at most `limit`; cluster ids take registers, so they may need a launch of their own."""
+    """Serves D padded to at most `limit`. The base launch fits the 99 KB of shared memory that a block has on sm_86,
+    sm_89 and sm_120; an architecture with more room, or another way to multiply, may have a launch of its own."""
 
     limit: int
-    plain: Launch
-    with_ids: Launch
+    base: Launch
+    sm_80: Launch | None = None
+    sm_90: Launch | None = None
+    sm_100: Launch | None = None
+
+    def on(self, architecture: int) -> Launch:
+        return getattr(self, f"sm_{architecture}", None) or self.base
 
 
-def _entry(limit: int, plain: Launch, with_ids: Launch | None = None) -> Entry:
-    return Entry(limit, plain, with_ids or plain)
-
-
-# By kernel and bytes per element. Where block_d is less than the padded D the products loop over chunks of it; a
-# kernel whose list ends is not for larger D. Every entry is compiled for sm_80, sm_90 and sm_100 in
-# tests/test_triton_offline.py: no spills, tensor cores, and shared memory that fits (on sm_80 into the 99 KB that its
-# smaller relatives have). Chosen by these readings; not yet by timing on a GPU.
+# By kernel, bytes per element, and whether there are cluster ids, which take registers. Where block_d is less than the
+# padded D the products loop over chunks of it; a kernel whose list ends is not for larger D. Every entry is compiled
+# for the architectures it serves in tests/test_triton_offline.py: no spills under Triton 3.6 to 3.9, tensor cores,
+# shared memory that fits, and bounds on the inner loop. Chosen by these readings; not yet by timing on a GPU.
 ANY = 1 << 30
-TABLE: dict[tuple[str, int], list[Entry]] = {
-    ("forward_rows", 2): [
-        _entry(64, Launch(128, 64, 64, 4, 3), Launch(128, 64, 64, 8, 3)),
-        _entry(128, Launch(128, 64, 128, 8, 3)),
-        _entry(ANY, Launch(128, 128, 64, 8, 3)),
+ARCHITECTURES = (80, 86, 90, 100)
+TABLE: dict[tuple[str, int, bool], list[Entry]] = {
+    ("forward_rows", 2, False): [
+        Entry(64, Launch(128, 64, 64, 4, 3)),
+        Entry(128, Launch(128, 64, 128, 8, 3)),
+        Entry(ANY, Launch(128, 128, 64, 8, 3)),
     ],
-    ("forward_rows", 4): [_entry(ANY, Launch(64, 64, 32, 4, 3))],
-    ("forward_triangle", 2): [
-        _entry(64, Launch(128, 128, 64, 8, 3)),
-        _entry(128, Launch(128, 128, 128, 8, 2)),
-        _entry(ANY, Launch(128, 128, 32, 8, 3), Launch(128, 128, 64, 8, 3)),
+    ("forward_rows", 2, True): [
+        Entry(64, Launch(128, 64, 64, 8, 3)),
+        Entry(128, Launch(128, 64, 128, 8, 3)),
+        Entry(ANY, Launch(128, 128, 64, 8, 3)),
     ],
-    ("forward_triangle", 4): [_entry(ANY, Launch(64, 64, 32, 4, 3))],
-    ("backward_rows", 2): [
-        _entry(64, Launch(128, 64, 64, 8, 3)),
-        _entry(128, Launch(64, 64, 128, 4, 2), Launch(64, 64, 128, 8, 2)),
-        _entry(256, Launch(64, 32, 256, 8, 2)),
+    ("forward_triangle", 2, False): [
+        Entry(64, Launch(128, 128, 64, 8, 3)),
+        Entry(128, Launch(128, 64, 128, 8, 3), sm_90=Launch(128, 64, 128, 4, 3)),
+        Entry(ANY, Launch(128, 128, 64, 8, 3), sm_100=Launch(128, 128, 32, 8, 3)),
     ],
-    ("backward_rows", 4): [_entry(64, Launch(64, 32, 64, 4, 2))],
-    ("backward_weights", 2): [_entry(ANY, Launch(128, 64, 64, 8, 3))],
-    ("backward_weights", 4): [_entry(ANY, Launch(64, 64, 32, 4, 3))],
+    ("forward_triangle", 2, True): [
+        Entry(64, Launch(128, 128, 64, 8, 3), sm_100=Launch(64, 64, 64, 4, 3)),
+        Entry(128, Launch(128, 64, 128, 8, 3)),
+        Entry(ANY, Launch(128, 128, 64, 8, 3), sm_100=Launch(64, 64, 64, 4, 3)),
+    ],
+    ("backward_rows", 2, False): [
+        Entry(64, Launch(128, 64, 64, 8, 3)),
+        Entry(128, Launch(64, 64, 128, 4, 3), sm_90=Launch(128, 64, 128, 8, 3)),
+        Entry(256, Launch(64, 32, 256, 8, 3), sm_90=Launch(128, 32, 256, 8, 3)),
+    ],
+    ("backward_rows", 2, True): [
+        Entry(64, Launch(128, 64, 64, 8, 3), sm_100=Launch(64, 64, 64, 8, 3)),
+        Entry(128, Launch(64, 64, 128, 8, 3), sm_90=Launch(128, 64, 128, 8, 3)),
+        Entry(256, Launch(64, 32, 256, 8, 3), sm_90=Launch(128, 32, 256, 8, 3)),
+    ],
+    ("backward_weights", 2, False): [Entry(ANY, Launch(128, 64, 64, 8, 3), sm_90=Launch(128, 128, 64, 8, 3))],
+    ("backward_weights", 2, True): [Entry(ANY, Launch(128, 64, 64, 8, 3))],
+    ("forward_rows", 4, False): [Entry(ANY, Launch(64, 64, 32, 4, 3))],
+    ("forward_rows", 4, True): [Entry(ANY, Launch(64, 64, 32, 4, 3))],
+    ("forward_triangle", 4, False): [Entry(ANY, Launch(64, 64, 32, 4, 3))],
+    ("forward_triangle", 4, True): [Entry(ANY, Launch(64, 64, 32, 4, 3))],
+    ("backward_rows", 4, False): [Entry(64, Launch(64, 32, 64, 4, 2))],
+    ("backward_rows", 4, True): [Entry(64, Launch(64, 32, 64, 4, 2))],
+    ("backward_weights", 4, False): [Entry(ANY, Launch(64, 64, 32, 4, 3))],
+    ("backward_weights", 4, True): [Entry(ANY, Launch(64, 64, 32, 4, 3))],
 }
 
 
-def launch(kernel: str, dtype: torch.dtype, d: int, ids: bool) -> Launch | None:
+def architecture_of(device: torch.device) -> int:
+    """Of `ARCHITECTURES` the one whose launches the device takes; what is interpreted on a CPU takes those of sm_80."""
+    return _architecture(device.index) if device.type == "cuda" else 80
+
+
+@cache
+def _architecture(index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    by_major = {8: 80 if minor == 0 else 86, 9: 90, 10: 100, 11: 100}
+    return by_major.get(major, 86)
+
+
+def launch(kernel: str, dtype: torch.dtype, d: int, ids: bool, device: torch.device) -> Launch | None:
     """The launch of a kernel for a dtype, D, and whether there are ids; None if the kernel does not take that D."""
+    return launch_on(architecture_of(device), kernel, dtype.itemsize, d, ids)
+
+
+def launch_on(architecture: int, kernel: str, element_size: int, d: int, ids: bool) -> Launch | None:
+    """The same for one of `ARCHITECTURES`."""
     padded = max(16, 1 << (d - 1).bit_length())
-    for entry in TABLE[kernel, dtype.itemsize]:
+    for entry in TABLE[kernel, element_size, ids]:
         if padded <= entry.limit:
-            chosen = entry.with_ids if ids else entry.plain
+            chosen = entry.on(architecture)
             return chosen._replace(block_d=min(chosen.block_d, padded))
     return None

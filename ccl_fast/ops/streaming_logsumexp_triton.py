@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +14,29 @@ from ccl_fast.ops.row_dot import row_dot
 
 # Below this the time is that of the launches: one kernel that is always right beats two and a flag.
 TRIANGLE_MIN_ROWS = 4096
-# The weights that the backward writes for a library's matrix product, where D does not fit on chip.
+# The weights that the backward writes for a library's matrix product, where D does not fit on chip: at least so many
+# bytes, and on a device with more memory this share of it. A strip reads and writes a whole gradient.
 STRIP_BYTES = 256 << 20
+STRIP_SHARE = 32
 _ALIGNMENT = 128
+# Elements between two rows: offsets within a tile have 32 bits.
+FARTHEST = 1 << 22
+# Few rows leave multiprocessors idle: then the keys are divided, into parts of at least so many.
+KEYS_OF_A_PART = 1024
+
+
+class Anchors(NamedTuple):
+    """What the kernels read of rows that are anchors: (reference, weight) over the same id and over the others, see
+    `kernels.prepare_anchors`; None where not wanted."""
+
+    ref_same: Tensor | None = None
+    weight_same: Tensor | None = None
+    ref_other: Tensor | None = None
+    weight_other: Tensor | None = None
+
+    @property
+    def wanted(self) -> dict[str, bool]:
+        return {"WANT_SAME": self.weight_same is not None, "WANT_OTHER": self.weight_other is not None}
 
 
 def obstacles(device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -38,53 +59,71 @@ def obstacles(device: torch.device, dtype: torch.dtype) -> list[str]:
 def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple[Tensor, Tensor, Tensor]:
     kernels, launch = _kernels()
     is_self = k is None
-    n, d = q.shape
-    q_ids, k_ids = _int32_ids(q_ids, k_ids)
-    k, k_ids = (q, q_ids) if is_self else (k, k_ids)
-    same = q.new_empty(n if want_same else 0, dtype=torch.float32)
-    other = q.new_empty(n if want_other else 0, dtype=torch.float32)
+    n, m = q.shape[0], (q if is_self else k).shape[0]
     # Where the flag is not worth its launches it is down.
     use_flag = is_self and key_bias is None and n >= TRIANGLE_MIN_ROWS
     bounded = logits_are_bounded(q, None, scale, None) if use_flag else scale.new_zeros((), dtype=torch.bool)
     if n == 0:
-        return same, other, bounded
-    flag = sums = None
+        return *(q.new_empty(0, dtype=torch.float32) for _ in range(2)), bounded
+    q_ids, k_ids = _int32_ids(q_ids, k_ids)
+    k_ids = q_ids if is_self else k_ids
+    q = _aligned(q)
+    k = q if is_self else _aligned(k)
+    wanted = {"WANT_SAME": want_same, "WANT_OTHER": want_other}
+    skip = None if want_same else _skippable(q_ids, k_ids, is_self)
+    flag, sums = None, (None, None)
     with _device_of(q):
         if use_flag and not _deterministic():
-            flag, sums = bounded.to(torch.int32), (torch.zeros_like(same), torch.zeros_like(other))
-            table = launch("forward_triangle", q.dtype, d, q_ids is not None)
-            blocks = _blocks(n, table.block_m)
-            chunk = _triangle_chunk(blocks, q.device)
-            kernels.forward_triangle[(blocks * _blocks(blocks, chunk),)](
-                q, scale, q_ids, *sums, flag, n, *q.stride(), chunk,
-                WANT_SAME=want_same, WANT_OTHER=want_other,
-                D=d, BLOCK_D=table.block_d, BLOCK=table.block_m, PRECISION=_precision(), **table.options,
+            flag = bounded.to(torch.int32)
+            sums = [torch.zeros(n if want else 0, dtype=torch.float32, device=q.device) for want in wanted.values()]
+            table = launch("forward_triangle", q.dtype, q.shape[1], q_ids is not None, q.device)
+            blocks, across = _blocks(n, table.block_n), table.block_m // table.block_n
+            chunk = _triangle_chunk(blocks, across, q.device)
+            kernels.forward_triangle[(_blocks(n, table.block_m) * _blocks(blocks, chunk),)](
+                q, scale, q_ids, skip, *sums, flag, n, q.stride(0), chunk, **wanted, **_tile(table, q),
             )  # fmt: skip
-        table = launch("forward_rows", q.dtype, d, q_ids is not None)
-        kernels.forward_rows[(_blocks(n, table.block_m),)](
-            q, k, scale, key_bias, q_ids, k_ids, same, other, flag, n, k.shape[0], *q.stride(), *k.stride(),
-            IS_SELF=is_self, WANT_SAME=want_same, WANT_OTHER=want_other,
-            D=d, BLOCK_D=table.block_d, BLOCK_M=table.block_m, BLOCK_N=table.block_n, PRECISION=_precision(),
-            **table.options,
+        table = launch("forward_rows", q.dtype, q.shape[1], q_ids is not None, q.device)
+        row_blocks = _blocks(n, table.block_m)
+        parts = _parts(row_blocks, m, q.device)
+        shapes = [(parts, n if want else 0) for want in wanted.values()]
+        found = [torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes]
+        kernels.forward_rows[(row_blocks, parts)](
+            q, k, scale, key_bias, q_ids, k_ids, skip, *found, flag, n, m, q.stride(0), k.stride(0),
+            IS_SELF=is_self, **wanted, **_tile(table, q),
         )  # fmt: skip
-        if sums is not None:
-            same, other = (torch.where(bounded, s.log(), lse) for s, lse in zip(sums, (same, other), strict=True))
+        same, other = (_combined(lse, of_triangle, flag) for lse, of_triangle in zip(found, sums, strict=True))
     return same, other, bounded
+
+
+def _combined(lse: Tensor, sums: Tensor | None, flag: Tensor | None) -> Tensor:
+    """Of log-sum-exps over parts of the keys [parts, n] those over all; where the flag is up of the triangle's sums."""
+    parts, n = lse.shape
+    if n == 0 or (parts == 1 and flag is None):
+        return lse[0]
+    result = torch.empty_like(lse[0])
+    _kernels()[0].combine_parts[(_blocks(n, 256),)](lse, sums, flag, result, n, parts, BLOCK=256)
+    return result
 
 
 def backward(
     q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs, dtype=None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """``dtype``: of the gradients of q and k; that of q if not named."""
+    d, dtype = q.shape[1], dtype or q.dtype
     q_ids, k_ids = _int32_ids(q_ids, k_ids)
-    anchors, gain = _anchors(q, same, other, grad_same, grad_other)
-    flag = bounded.to(torch.int32) if q.shape[0] >= TRIANGLE_MIN_ROWS else None
-    on_chip = _kernels()[1]("backward_rows", q.dtype, q.shape[1], q_ids is not None) is not None
+    gain = _gain(q, grad_same, grad_other)
+    q, k = _aligned(q), None if k is None else _aligned(k)
+    on_chip = _fits_on_chip(q, q_ids)
+    flag = None
+    if on_chip and k is None and key_bias is None and q.shape[0] >= TRIANGLE_MIN_ROWS:
+        flag = bounded.to(torch.int32)
     run = _backward_on_chip if on_chip else _backward_in_strips
     with _device_of(q):
+        anchors = _anchors(same, other, grad_same, grad_other, gain, flag)
         grad_q, grad_k, grad_scale, grad_bias = run(
-            q, k, scale, _divided(scale, gain), key_bias, q_ids, k_ids, anchors, flag, needs, dtype or q.dtype
+            q, k, scale, _divided(scale, gain), key_bias, q_ids, k_ids, anchors, flag, needs, dtype
         )
+    grad_q, grad_k = (None if g is None else g[:, :d] for g in (grad_q, grad_k))
     return grad_q, grad_k, _divided(grad_scale, gain), _divided(grad_bias, gain)
 
 
@@ -102,52 +141,69 @@ def pair_backward(q, k, scale, q_ids, k_ids, of_q, of_k) -> tuple[Tensor, Tensor
 
     ``of_q``, ``of_k``: (same, other, grad_same, grad_other), with the log-sum-exps over all blocks.
     """
+    d, wide = q.shape[1], torch.float32
     q_ids, k_ids = _int32_ids(q_ids, k_ids)
-    wide = torch.float32
-    # Those of k begin at a multiple of 16, so that they too are loaded several at a time.
-    start = _blocks(q.shape[0], 16) * 16
-    rows = (torch.nn.functional.pad(x, (0, start - len(x) if len(x) else 0)) for x in of_q)
-    anchors, gain = _anchors(q, *(torch.cat(part) for part in zip(rows, of_k, strict=True)))
+    gain = _gain(q, *of_q[2:], *of_k[2:])
+    on_chip = _fits_on_chip(q, q_ids)
+    flag = None
+    if on_chip and min(q.shape[0], k.shape[0]) >= TRIANGLE_MIN_ROWS:
+        flag = logits_are_bounded(q, k, scale, None).to(torch.int32)
+    q, k = _aligned(q), _aligned(k)
     with _device_of(q):
-        if _kernels()[1]("backward_rows", q.dtype, q.shape[1], q_ids is not None) is None:
-            needs = (True, False, True, False)
+        anchors, k_anchors = (_anchors(*of, gain, flag) for of in (of_q, of_k))
+        if on_chip:
+            grad, to_scale, _ = _backward_pass(
+                q, k, q_ids, k_ids, scale, _divided(scale, gain), None, anchors, k_anchors,
+                False, True, True, False, wide, flag,
+            )  # fmt: skip
+            to_scale = to_scale.sum() / 2
+        else:
             grad, _, to_scale, _ = _backward_in_strips(
-                q, k, scale, _divided(scale, gain), None, q_ids, k_ids, anchors, None, needs, wide, col_anchor=start
-            )
-            return grad, _divided(to_scale, gain)
-        flag = None
-        if min(q.shape[0], k.shape[0]) >= TRIANGLE_MIN_ROWS:
-            flag = logits_are_bounded(q, k, scale, None).to(torch.int32)
-        grad, to_scale, _ = _backward_pass(
-            q, k, q_ids, k_ids, scale, _divided(scale, gain), None, anchors,
-            "both", False, True, True, False, wide, flag, start,
-        )  # fmt: skip
-    return grad, _divided(to_scale.sum() / 2, gain)
+                q, k, scale, _divided(scale, gain), None, q_ids, k_ids, anchors, None,
+                (True, False, True, False), wide, k_anchors,
+            )  # fmt: skip
+    return grad[:, :d], _divided(to_scale, gain)
 
 
-def _anchors(q: Tensor, same: Tensor, other: Tensor, grad_same: Tensor, grad_other: Tensor):
-    """What the kernels read of the anchors, and what their results have to be divided by."""
-    gain = 1.0
-    if q.dtype == torch.float16 and q.shape[0]:
-        # A weight of the size of 1/n^2 would vanish in float16: the gradients are raised to 2^14 at most, and back.
-        largest = torch.cat((grad_same, grad_other)).abs().amax()
-        gain = torch.where(largest > 0, 2.0**14 / largest.clamp(min=1e-30), 1.0)
-        grad_same, grad_other = grad_same * gain, grad_other * gain
-    return (same, other, grad_same.contiguous(), grad_other.contiguous()), gain
+def _anchors(same, other, grad_same, grad_other, gain, flag) -> Anchors:
+    kernels, found = _kernels()[0], []
+    for lse, grad in ((same, grad_same), (other, grad_other)):
+        n = lse.numel()
+        if n == 0:
+            found += [None, None]
+            continue
+        grad = (grad if isinstance(gain, float) else grad * gain).contiguous()
+        reference, weight = torch.empty_like(lse), torch.empty_like(lse)
+        kernels.prepare_anchors[(_blocks(n, 256),)](lse, grad, flag, reference, weight, n, BLOCK=256)
+        found += [reference, weight]
+    return Anchors(*found)
+
+
+def _gain(q: Tensor, *grads: Tensor) -> Tensor | float:
+    """What gradients are multiplied by on their way in, and divided by on their way out."""
+    if q.dtype != torch.float16 or not q.shape[0]:
+        return 1.0
+    # A weight of the size of 1/n^2 would vanish in float16: the gradients are raised to 2^14 at most, and back.
+    largest = torch.cat(grads).abs().amax()
+    return torch.where(largest > 0, 2.0**14 / largest.clamp(min=1e-30), 1.0)
 
 
 def _divided(x: Tensor | None, gain: Tensor | float) -> Tensor | None:
     return x if x is None or isinstance(gain, float) else x / gain
 
 
+def _fits_on_chip(q: Tensor, q_ids: Tensor | None) -> bool:
+    return _kernels()[1]("backward_rows", q.dtype, q.shape[1], q_ids is not None, q.device) is not None
+
+
 def _backward_on_chip(q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, flag, needs, dtype):
     """A pass for each operand, as anchors and as keys; one for both roles of self-contrast without a key bias."""
     need_q, need_k, need_scale, need_bias = needs
     is_self = k is None
-    shared = (scale, out_scale, key_bias, anchors)
+    shared = (scale, out_scale, key_bias)
     if is_self and key_bias is None:
         grad, to_scale, _ = _backward_pass(
-            q, q, q_ids, q_ids, *shared, "both", True, need_q, need_scale, False, dtype, flag
+            q, q, q_ids, q_ids, *shared, anchors, anchors, True, need_q, need_scale, False, dtype, flag
         )
         return grad, None, to_scale.sum() / 2 if need_scale else None, None
     need_k = need_q if is_self else need_k
@@ -155,11 +211,11 @@ def _backward_on_chip(q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, f
     grad_q = grad_k = to_scale = grad_bias = None
     if need_q or need_scale:
         grad_q, to_scale, _ = _backward_pass(
-            q, k, q_ids, k_ids, *shared, "rows", is_self, need_q, need_scale, False, dtype
+            q, k, q_ids, k_ids, *shared, anchors, None, is_self, need_q, need_scale, False, dtype
         )
     if need_k or need_bias:
         grad_k, _, grad_bias = _backward_pass(
-            k, q, k_ids, q_ids, *shared, "columns", is_self, need_k, False, need_bias, dtype
+            k, q, k_ids, q_ids, *shared, None, anchors, is_self, need_k, False, need_bias, dtype
         )
     if is_self and need_q:
         grad_q, grad_k = grad_q + grad_k, None
@@ -167,66 +223,69 @@ def _backward_on_chip(q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, f
 
 
 def _backward_pass(
-    a, b, a_ids, b_ids, scale, out_scale, key_bias, anchors, roles, is_self,
-    need_out, need_scale, need_bias, dtype, flag=None, col_anchor=0,
+    a, b, a_ids, b_ids, scale, out_scale, key_bias, a_anchors, b_anchors, is_self,
+    need_out, need_scale, need_bias, dtype, flag=None,
 ):  # fmt: skip
     """Rows of a against all of b: gradient of a, and per row the shares of the gradients of scale and of the bias.
 
-    Where both are anchors, but not the same ones, those of b follow those of a in ``anchors``, from ``col_anchor`` on.
+    ``a_anchors``, ``b_anchors``: None if these rows are no anchors, but keys alone.
     """
     kernels, launch = _kernels()
     n, d = a.shape
-    same, other = anchors[:2]
-    out = torch.empty((n, d), dtype=dtype, device=a.device) if need_out else None
-    to_scale = torch.empty(n, dtype=torch.float32, device=a.device) if need_scale else None
-    to_bias = torch.empty(n, dtype=torch.float32, device=a.device) if need_bias else None
-    table = launch("backward_rows", a.dtype, d, a_ids is not None)
+    table = launch("backward_rows", a.dtype, d, a_ids is not None, a.device)
+    row_blocks = _blocks(n, table.block_m)
+    parts = _parts(row_blocks, b.shape[0], a.device)
+    like = {"device": a.device, "dtype": torch.float32}
+    out = (
+        torch.empty((parts, n, d), device=a.device, dtype=dtype if parts == 1 else torch.float32) if need_out else None
+    )
+    to_scale = torch.empty((parts, n), **like) if need_scale else None
+    to_bias = torch.empty((parts, n), **like) if need_bias else None
+    wanted = (a_anchors or b_anchors).wanted
+    skip = None if wanted["WANT_SAME"] else _skippable(a_ids, b_ids, is_self)
     if n:
         for run_if_bounded in (False,) if flag is None else (False, True):
-            kernels.backward_rows[(_blocks(n, table.block_m),)](
-                a, b, scale, out_scale, key_bias, a_ids, b_ids, *anchors, out, to_scale, to_bias, flag,
-                n, b.shape[0], col_anchor, *a.stride(), *b.stride(), d,
-                IS_SELF=is_self, ROW_ANCHORS=roles != "columns", COL_ANCHORS=roles != "rows",
-                RUN_IF_BOUNDED=run_if_bounded, WANT_SAME=same.numel() > 0, WANT_OTHER=other.numel() > 0,
-                D=d, BLOCK_D=table.block_d, BLOCK_M=table.block_m, BLOCK_N=table.block_n, PRECISION=_precision(),
-                **table.options,
+            kernels.backward_rows[(row_blocks, parts)](
+                a, b, scale, out_scale, key_bias, a_ids, b_ids, skip, *(a_anchors or Anchors()),
+                *(b_anchors or Anchors()), out, to_scale, to_bias, flag, n, b.shape[0], a.stride(0), b.stride(0), d,
+                IS_SELF=is_self, ROW_ANCHORS=a_anchors is not None, COL_ANCHORS=b_anchors is not None,
+                RUN_IF_BOUNDED=run_if_bounded, **wanted, **_tile(table, a),
             )  # fmt: skip
-    return out, to_scale, to_bias
+    out, to_scale, to_bias = (x if x is None else x[0] if parts == 1 else x.sum(0) for x in (out, to_scale, to_bias))
+    return None if out is None else out.to(dtype), to_scale, to_bias
 
 
 def _backward_in_strips(
-    q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, _flag, needs, dtype, col_anchor=None
+    q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, _flag, needs, dtype, k_anchors=None
 ):  # fmt: skip
     """Strips of weights in a bounded workspace, multiplied by a library; of self-contrast the upper triangle only.
 
-    ``col_anchor``: the keys are anchors too, as in `_backward_pass`.
+    ``k_anchors``: of keys that are anchors too.
     """
     kernels, launch = _kernels()
     need_q, need_k, need_scale, need_bias = needs
     is_self = k is None
     symmetric = is_self and key_bias is None
-    mutual = symmetric or col_anchor is not None
+    mutual = symmetric or k_anchors is not None
     k, k_ids = (q, q_ids) if is_self else (k, k_ids)
+    k_anchors = anchors if symmetric else k_anchors or Anchors()
     (n, d), m = q.shape, k.shape[0]
     to_q = torch.zeros((n, d), dtype=torch.float32, device=q.device) if need_q or need_scale else None
     to_k = None
     if need_k or (is_self and need_q and not symmetric):
         to_k = torch.zeros((m, d), dtype=torch.float32, device=q.device)
     grad_bias = torch.zeros(m, dtype=torch.float32, device=q.device) if need_bias else None
-    table = launch("backward_weights", q.dtype, d, q_ids is not None)
-    rows = STRIP_BYTES // max(1, m * q.element_size()) // _ALIGNMENT * _ALIGNMENT
-    rows = min(max(rows, _ALIGNMENT), n)
-    workspace = torch.empty(rows * m, dtype=q.dtype, device=q.device)
+    table = launch("backward_weights", q.dtype, d, q_ids is not None, q.device)
+    skip = None if anchors.wanted["WANT_SAME"] else _skippable(q_ids, k_ids, is_self)
+    rows = strip_rows(n, m, q.element_size(), _memory(q.device))
+    workspace = torch.empty(rows * _row_stride(m), dtype=q.dtype, device=q.device)
     for start in range(0, n if m else 0, max(rows, 1)):
         stop, first = min(start + rows, n), start if symmetric else 0
-        weights = workspace[: (stop - start) * (m - first)].view(stop - start, m - first)
+        stride = _row_stride(m - first)
+        weights = workspace[: (stop - start) * stride].view(stop - start, stride)[:, : m - first]
         kernels.backward_weights[(_blocks(m - first, table.block_n), _blocks(stop - start, table.block_m))](
-            q, k, scale, key_bias, q_ids, k_ids, *anchors, weights, n, m, col_anchor or 0, start, first, stop,
-            *q.stride(), *k.stride(), m - first,
-            IS_SELF=is_self, COL_ANCHORS=mutual,
-            WANT_SAME=anchors[0].numel() > 0, WANT_OTHER=anchors[1].numel() > 0,
-            D=d, BLOCK_D=table.block_d, BLOCK_M=table.block_m, BLOCK_N=table.block_n, PRECISION=_precision(),
-            **table.options,
+            q, k, scale, key_bias, q_ids, k_ids, skip, *anchors, *k_anchors, weights, n, m, start, first, stop,
+            q.stride(0), k.stride(0), stride, IS_SELF=is_self, COL_ANCHORS=mutual, **anchors.wanted, **_tile(table, q),
         )  # fmt: skip
         if to_q is not None:
             _add_product(to_q[start:stop], weights, k[first:])
@@ -243,14 +302,65 @@ def _backward_in_strips(
     return grad_q, (to_k * out_scale).to(dtype) if need_k else None, grad_scale, grad_bias
 
 
+def strip_rows(n: int, m: int, element_size: int, memory: int) -> int:
+    """Rows of a strip of weights [rows, m] on a device with so much memory: a multiple of 128, or all n."""
+    limit = max(STRIP_BYTES, memory // STRIP_SHARE)
+    rows = limit // max(1, _row_stride(m) * element_size) // _ALIGNMENT * _ALIGNMENT
+    return min(max(rows, _ALIGNMENT), n)
+
+
+def _row_stride(m: int) -> int:
+    """Of the weights: with an odd one the library's products are slow."""
+    return _blocks(m, 8) * 8
+
+
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a b with a float32 result also of half-precision operands."""
     if a.dtype == torch.float32:
         out.addmm_(a, b)
     elif a.is_cuda:
-        out += torch.mm(a, b, out_dtype=torch.float32)
+        # In place: the sum is the product's own, not a second pass over out.
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
         out.addmm_(a.float(), b.float())
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """The same rows, contiguous and 16 elements or a multiple apart, as wide loads and asynchronous copies need them;
+    with zeros at the end if D is no such multiple."""
+    missing = -x.shape[1] % 16
+    if missing == 0 and x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.stride(0) <= FARTHEST:
+        return x
+    return torch.nn.functional.pad(x, (0, missing)).contiguous()
+
+
+def _skippable(q_ids: Tensor | None, k_ids: Tensor | None, is_self: bool) -> Tensor | None:
+    """The kernels' ``skip_ptr``, int32 [2, n]: for every row keys [first, last) in a sequence that have its id.
+
+    In self-contrast the row is among them, else they begin with the first key of that id. None where it is not worth
+    its launches.
+    """
+    if q_ids is None or not len(k_ids) or max(len(q_ids), len(k_ids)) < TRIANGLE_MIN_ROWS:
+        return None
+    m, index = len(k_ids), torch.arange(len(k_ids), dtype=torch.int32, device=k_ids.device)
+    begins = k_ids != k_ids.roll(1)
+    begins[0] = True
+    first = torch.where(begins, index, 0).cummax(0).values
+    last = torch.where(begins.roll(-1), index + 1, m).flip(0).cummin(0).values.flip(0)
+    keys = torch.stack((first, last))
+    if is_self:
+        return keys
+    ordered, order = k_ids.sort(stable=True)
+    at = order[torch.searchsorted(ordered, q_ids).clamp(max=m - 1)]
+    return torch.where(k_ids[at] == q_ids, keys[:, at], 0)
+
+
+def _tile(table, q: Tensor) -> dict:
+    """What every kernel over tiles of q is told when it is compiled."""
+    return {
+        "D": q.shape[1], "BLOCK_D": table.block_d, "BLOCK_M": table.block_m, "BLOCK_N": table.block_n,
+        "PRECISION": _precision(), **table.options,
+    }  # fmt: skip
 
 
 def _kernels():
@@ -287,12 +397,29 @@ def _blocks(length: int, block: int) -> int:
     return -(-length // block)
 
 
-def _triangle_chunk(blocks: int, device: torch.device) -> int:
-    """Blocks a program of the triangle takes: few enough programs to amortise their rows, some waves of them."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    return max(4, blocks * (blocks + 1) // 2 // (processors * 16))
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+
+
+def _triangle_chunk(blocks: int, across: int, device: torch.device) -> int:
+    """Column blocks a program of the triangle takes, a multiple of the `across` of its diagonal: few enough programs to
+    amortise their rows, some waves of them."""
+    chunk = max(4, blocks * (blocks + 1) // 2 // across // (_processors(device) * 16))
+    return _blocks(chunk, across) * across
+
+
+def _parts(row_blocks: int, keys: int, device: torch.device) -> int:
+    """Parts of the keys, each for programs of its own: about two for each multiprocessor, but no tiny parts."""
+    return max(1, min(2 * _processors(device) // max(row_blocks, 1), keys // KEYS_OF_A_PART))
 
 
 def _precision() -> str:
-    """Of float32 products, as torch.set_float32_matmul_precision has it (no effect on half precision)."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """Of float32 products, as torch.set_float32_matmul_precision has it (no effect on half precision).
+
+    "highest" is three products of tf32 on tensor cores, which err like a float32 product.
+    """
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
