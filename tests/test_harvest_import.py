@@ -164,6 +164,15 @@ def test_every_case_of_the_losses_is_predicted():
         assert all(line["ms"] > 0 and line["limiter"] for line in found)
 
 
+def test_the_prediction_is_of_the_launches_that_are_shipped():
+    pytest.importorskip("triton")
+    from ccl_fast.kernels.launch import launch_on
+
+    for name, counts in prediction.read()[1].items():
+        shipped = launch_on(90, counts.kernel, 2, int(name.split("D=")[1].split()[0]), name.endswith("ids"))
+        assert counts.launch == tuple(shipped), f"{name}: python -m benchmarks predict"
+
+
 def test_a_prediction_is_never_below_the_busiest_unit_and_falls_with_a_faster_one():
     ceilings, counts, _ = prediction.read()
     for name, of_kernel in counts.items():
