@@ -3,8 +3,8 @@
     python recipes/imagenet_without_cifar.py data/imagenet1000/32 data/imagenet-other
 
 The first folder has an image of each of the 1,000 classes, whose names sort as ImageNet's do (n01440764_tench.png,
-...); the second gets links to those that show no airplane, automobile, bird, cat, deer, dog, frog, horse, ship or truck,
-and nothing that could be taken for one (wolves, foxes, big cats, antelopes, zebras, buses, tanks, canoes, ...).
+...); the second gets links to those that show no airplane, automobile, bird, cat, deer, dog, frog, horse, ship or
+truck, and nothing that could be taken for one (wolves, foxes, big cats, antelopes, zebras, buses, tanks, canoes, ...).
 """
 
 import sys

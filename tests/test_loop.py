@@ -20,7 +20,7 @@ from lightning.fabric import Fabric
 from ccl_fast.clustering import KMeans
 from ccl_fast.data.images import InMemory
 from ccl_fast.evaluation import judge
-from ccl_fast.evaluation.judge import STARTS
+from ccl_fast.evaluation.judge import DEFAULT, STARTS
 from ccl_fast.models import Model
 from ccl_fast.ood import CosineNorm, Ensemble, Mahalanobis, NearestCenter, NearestNeighbor, ood_metrics
 from ccl_fast.training import train
@@ -111,8 +111,8 @@ def test_no_view_comes_twice():
 
 def test_the_loss_gets_the_cluster_ids_of_its_images():
     class Spy(nn.Module):
-        def forward(self, z, ids, centers, temperatures):
-            calls.append((z.detach(), ids, centers))
+        def forward(self, z, of):
+            calls.append((z.detach(), of.ids, of.centers))
             return z.square().mean()
 
     calls, images = [], make_images(40)
@@ -283,7 +283,7 @@ def test_every_figure_is_of_a_detector_fitted_to_training_features_of_its_level(
             }
             row["near"] = {metric: (row["a"][metric] + row["b"][metric]) / 2 for metric in row["a"]}
             expected[f"{level}/{name}"] = row | {"far": row["c"]}
-            if (level, name) == ("head", "nearest_neighbor"):
+            if f"{level}/{name}" == DEFAULT:
                 assert_close(judgement.scores, {"test": inside} | scores)
     assert kmeans.labels_.equal(judgement.cluster_ids)
     assert kmeans.cluster_centers_.equal(judgement.centers)

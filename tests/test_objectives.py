@@ -20,13 +20,15 @@ from lightning.fabric import Fabric
 from ccl_fast import losses
 from ccl_fast.data.images import InMemory
 from ccl_fast.errors import ArgumentError
+from ccl_fast.losses.contrast import ContrastiveLoss
 from ccl_fast.models import Model
 from ccl_fast.training import checkpoint, evaluate, train
 from ccl_fast.training.checkpoint import CheckpointError
 from ccl_fast.training.command import main
 from ccl_fast.training.comparison import compare, format_comparison, summarize
+from ccl_fast.training.cooperation import Clustering, CooperativeCCL
 from ccl_fast.training.loop import Run
-from ccl_fast.training.objectives import OBJECTIVES, OPTIONS, Clustering
+from ccl_fast.training.objectives import OBJECTIVES, OPTIONS
 from ccl_fast.training.trained import TrainedRun
 
 pytestmark = pytest.mark.xdist_group("test_objectives")  # one process has the run that all tests share
@@ -34,7 +36,7 @@ pytestmark = pytest.mark.xdist_group("test_objectives")  # one process has the r
 DEFAULTS = {name: p.default for name, p in inspect.signature(train).parameters.items()}
 SHARED = {"simclr", "ccl", "supcon", "protonce", "deepcluster-v2", "pamc", "meow", "swav"}  # by several processes
 CHANGED = {"recluster_every": 2, "center_weight": 0.25, "center_ramp_epochs": 2, "concentration": True}
-CHANGED |= {"instance_weight": 0.0, "believe": 1.0}
+CHANGED |= {"instance_weight": 0.0, "instance_negatives": "all", "believe": 1.0, "labels_from": "random"}
 
 
 def kinds(each=12, k=4):
@@ -65,7 +67,7 @@ def go(run, epochs=4, **callbacks):
 
 def expected_values(z, found, prototypes):
     """By name, with the losses written out."""
-    (a, mu, t), (b, nu, u) = found
+    (a, mu, t, all_a, share_a), (b, nu, u, all_b, share_b) = found
     first, second = z[:, 0], z[:, 1]
 
     def mean(loss, *arguments):
@@ -75,7 +77,13 @@ def expected_values(z, found, prototypes):
         "simclr": losses.InfoNCELoss(0.2)(z),
         "hard-contrastive": losses.HardContrastiveLoss(temperature=0.2)(z),
         "cacr": losses.CACRLoss()(z),
-        "ccl": mean(losses.CCLLoss(0.2), (z, a, mu, t), (z, b, nu, u)),
+        "ccl": (
+            share_a * losses.CCLLoss(0.2)(z, a, mu, t)
+            + (1 - share_a) * losses.MEOWLoss(0.2)(z, all_a)
+            + share_b * losses.CCLLoss(0.2)(z, b, nu, u)
+            + (1 - share_b) * losses.MEOWLoss(0.2)(z, all_b)
+        )
+        / 2,
         "supcon": mean(losses.SupConLoss(0.2), (z, a), (z, b)),
         "protonce": losses.ProtoNCELoss(0.2)(z, [a, b], [mu, nu], [t, u]),
         "deepcluster-v2": losses.DeepClusterV2Loss(0.2)(z, [a, b], [mu, nu]),
@@ -89,7 +97,12 @@ def expected_values(z, found, prototypes):
 
 def test_the_value_is_that_of_the_loss_over_all_numbers_of_clusters():
     z, prototypes = torch.randn(9, 2, 6, dtype=torch.float64), [torch.randn(k, 6) for k in (4, 3)]
-    found = [Clustering(torch.randint(k, (9,)), torch.randn(k, 6), torch.rand(k) + 0.1) for k in (4, 3)]
+    found = []
+    for k, believed in ((4, 0.25), (3, 1.0)):
+        ids = torch.randint(k, (9,))
+        is_believed = torch.rand(9) < believed
+        centers, temperatures = torch.randn(k, 6), torch.rand(k) + 0.1
+        found.append(Clustering(torch.where(is_believed, ids, -1), centers, temperatures, ids, believed))
     expected = expected_values(z, found, prototypes)
     assert expected.keys() == OBJECTIVES.keys()
     for name, objective in OBJECTIVES.items():
@@ -98,9 +111,27 @@ def test_the_value_is_that_of_the_loss_over_all_numbers_of_clusters():
         assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_instances_and_clusters_have_their_shares(share):
+    z = torch.randn(9, 2, 6, dtype=torch.float64)
+    ids, centers = torch.randint(4, (9,)), torch.randn(4, 6)
+    believed = torch.where(torch.arange(9) < 5, ids, -1)
+    of = Clustering(believed, centers, None, ids, 5 / 9)
+    loss = CooperativeCCL(0.2)
+    loss.instance_weight, loss.center_weight = share, 0.7
+    of_clusters = losses.CCLLoss(0.2, center_weight=0.7)(z, believed, centers)
+    assert_close(loss(z, of), share * losses.MEOWLoss(0.2)(z, ids) + (1 - share) * of_clusters)
+    loss.instance_negatives = "all"
+    assert_close(loss(z, of), share * losses.InfoNCELoss(0.2)(z) + (1 - share) * of_clusters)
+
+
 def test_processes_share_what_they_can():
     assert {name for name, objective in OBJECTIVES.items() if objective.is_distributed} == SHARED
-    assert all(OBJECTIVES[name].make_loss(0.2, "world").process_group == "world" for name in SHARED)
+    for name in SHARED:
+        modules = OBJECTIVES[name].make_loss(0.2, "world").modules()
+        groups = [module.process_group for module in modules if isinstance(module, ContrastiveLoss)]
+        assert groups
+        assert set(groups) == {"world"}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -279,7 +310,9 @@ def test_options_that_an_objective_does_not_use_are_named(tmp_path):
         for option in OPTIONS.keys() - set(objective.options):
             with pytest.raises(ArgumentError, match=rf"^{option}: expected .* with objective '{name}', got"):
                 train(tmp_path / "run", name, **{option: CHANGED[option]})
-    all_at_once = "; ".join(f"{option}: expected .* with objective 'swav', got {CHANGED[option]}" for option in OPTIONS)
+    all_at_once = "; ".join(
+        f"{option}: expected .* with objective 'swav', got {CHANGED[option]!r}" for option in OPTIONS
+    )
     with pytest.raises(ArgumentError, match=f"^{all_at_once}$"):
         train(tmp_path / "run", "swav", **CHANGED)
     with pytest.raises(ArgumentError, match=r"^objective: expected one of simclr, .*, ccl, .*, got 'moco'"):

@@ -8,8 +8,9 @@ from torch.nn import functional as F
 for extra in ("torchmetrics", "lightning", "kornia", "tensorboard", "jsonargparse", "mlxtend"):
     pytest.importorskip(extra)  # the extra "train"
 
+from ccl_fast.errors import ArgumentError
 from ccl_fast.evaluation import cluster_quality
-from ccl_fast.training.pseudo_labels import PseudoLabels, view_agreement
+from ccl_fast.training.pseudo_labels import PseudoLabels, agreement
 from ccl_fast.training.randomness import seeded, shuffled
 
 CPU = torch.device("cpu")
@@ -33,7 +34,7 @@ def test_a_clustering_of_the_images_asked_for_is_there_for_every_number_of_clust
     labels, rows = make([4, 2]), torch.tensor([0, 3, 25, 70, 41])
     assert labels.of(rows) == []
     labels.update(x, classes)
-    for k, (ids, centers, temperatures) in zip([4, 2], labels.of(rows), strict=True):
+    for k, (ids, centers, temperatures, *_) in zip([4, 2], labels.of(rows), strict=True):
         assert centers.shape == (k, 8)
         assert (F.normalize(x[rows]) @ centers.T).argmax(1).equal(ids)
         assert temperatures is None
@@ -43,7 +44,7 @@ def test_tight_clusters_get_a_lower_temperature():
     x, _ = blobs(3, 40, [0.01, 0.05, 0.3])
     labels = make([3], concentration=True)
     labels.update(x, None)
-    ((ids, _, temperatures),) = labels.of(torch.tensor([0, 40, 80]))
+    ((ids, _, temperatures, *_),) = labels.of(torch.tensor([0, 40, 80]))
     of_class = temperatures[ids]
     assert of_class[0] < of_class[1] < of_class[2]
     assert temperatures.mean().item() == pytest.approx(0.2)
@@ -79,7 +80,7 @@ def test_those_nearest_to_their_centers_are_believed(share):
     x, classes = blobs(4, 20, 0.2)
     labels, rows = make([4], believe=share), torch.arange(80)
     log = labels.update(x, classes)
-    ((ids, centers, _),) = labels.of(rows)
+    ((ids, centers, *_),) = labels.of(rows)
     nearest, to_centers = (F.normalize(x) @ centers.T).max(1).indices, (F.normalize(x) @ centers.T).amax(1)
     believed = ids >= 0
     assert believed.sum() == round(share * 80)
@@ -91,29 +92,56 @@ def test_those_nearest_to_their_centers_are_believed(share):
     assert labels.update(x, None)["changed_labels"] == 0  # of all images, believed or not
 
 
-def test_as_many_are_believed_as_views_agree():
+def test_as_many_are_believed_as_agree():
     x, _ = blobs(4, 250, 0.3)
+    rows = torch.arange(0, 1000, 2)
     for spread, least, most in [(0.0, 0.99, 1.0), (0.5, 0.1, 0.9), (100.0, 0.0, 0.1)]:
-        first, second = x, x + spread * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+        noise = torch.randn(2, 500, 8, generator=torch.Generator().manual_seed(1))
+        views = [x[rows] + spread * each for each in noise]
         labels, asked = make([4, 3], believe="agreement"), []
-        log = labels.update(x, None, lambda v=(first, second), asked=asked: asked.append(0) or v)
+        log = labels.update(x, None, lambda views=views, asked=asked: asked.append(0) or (rows, views))
         assert asked == [0]  # once for all numbers of clusters
         assert least <= log["believed/4"] <= most
-        assert (labels.found[0]["ids"] >= 0).sum() == round(
-            view_agreement(first, second, labels.found[0]["centers"]) * 1000
-        )
+        found = labels.found[0]
+        expected = agreement(found["all_ids"][rows], views, found["centers"])
+        assert (found["ids"] >= 0).sum() == round(expected * 1000)
+        assert labels.of(rows)[0].believed == log["believed/4"]
 
 
-def test_agreement_is_beyond_chance():
-    centers = torch.eye(4)
-    same = torch.eye(4).repeat(5, 1)
-    assert view_agreement(same, same, centers) == 1
-    assert view_agreement(same, same.roll(1, 0), centers) == 0
-    half = torch.cat([same[:10], same[10:].roll(1, 0)])
-    assert view_agreement(same, half, centers) == pytest.approx((0.5 - 0.25) / 0.75, abs=0.02)
-    assert view_agreement(same[:1], same[:1], centers) == 1  # one cluster has all: nothing to disagree about
-    random = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0))
-    assert view_agreement(random[:2000], random[2000:], centers) < 0.05
+def test_agreement_is_of_ids_and_all_views_and_beyond_chance():
+    centers, ids = torch.eye(4), torch.arange(4).repeat(5)
+    views = torch.eye(4).repeat(5, 1)
+    assert agreement(ids, [views, views], centers) == 1
+    assert agreement(ids, [views, views.roll(1, 0)], centers) == 0
+    assert agreement(ids.roll(1), [views, views], centers) == 0
+    half = torch.cat([views[:10], views[10:].roll(1, 0)])
+    assert agreement(ids, [half], centers) == pytest.approx((0.5 - 0.25) / 0.75, abs=0.02)
+    assert agreement(ids, [half, views], centers) == agreement(ids, [views, half], centers)
+    assert agreement(ids, [half, views], centers) == pytest.approx((0.5 - 0.125) / 0.875, abs=0.02)
+    assert agreement(torch.zeros(3, dtype=torch.int64), [views[:1].expand(3, 4)], centers) == 1  # one cluster has all
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 4, generator=generator)
+    # Views that agree with each other, not with the ids: any partition of the features is stable.
+    assert agreement(torch.randint(4, (4000,), generator=generator), [x, x], centers) < 0.05
+
+
+@pytest.mark.parametrize("labels_from", ["classes", "random"])
+def test_other_labels_than_those_of_k_means(labels_from):
+    x, classes = blobs(4, 20, 0.05)
+    labels = make([4], labels_from=labels_from)
+    for _ in range(2):
+        labels.update(x, classes + 3)
+        ((ids, centers, *_),) = labels.of(torch.arange(80))
+        assert (ids.unique() == torch.arange(4)).all()
+        for k in range(4):
+            assert centers[k].allclose(F.normalize(F.normalize(x[ids == k]).sum(0), dim=0), atol=1e-5)
+    assert ids.equal(classes) == (labels_from == "classes")
+
+
+def test_labels_from_classes_need_classes():
+    x, _ = blobs(4, 20, 0.05)
+    with pytest.raises(ArgumentError, match=r"^labels_from: expected images with classes"):
+        make([4], labels_from="classes").update(x, None)
 
 
 def test_the_state_comes_back():
@@ -123,6 +151,7 @@ def test_the_state_comes_back():
     other.load_state_dict(labels.state_dict())
     assert labels.update(x * 0.5, None) == other.update(x * 0.5, None)
     for ours, theirs in zip(labels.found, other.found, strict=True):
+        assert ours.pop("believed") == theirs.pop("believed")
         assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 

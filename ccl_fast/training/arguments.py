@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ccl_fast.errors import ArgumentError
-from ccl_fast.training.cooperation import NEGATIVES
+from ccl_fast.training.cooperation import LABELS, NEGATIVES
 from ccl_fast.training.objectives import OBJECTIVES, OPTIONS
 
 # What may differ when a run is resumed: where its files are, and where and how fast it is computed.
@@ -110,6 +110,7 @@ def check(arguments: dict) -> None:
     for name in ("temperature", "learning_rate"):
         expect(_is_number(arguments[name]) and 0 < arguments[name] < math.inf, name, "a positive number")
     expect(arguments["instance_negatives"] in NEGATIVES, "instance_negatives", f"one of {', '.join(NEGATIVES)}")
+    expect(arguments["labels_from"] in LABELS, "labels_from", f"one of {', '.join(LABELS)}")
     for name in ("instance_weight", "believe"):
         share = arguments[name]
         expect(share == "agreement" or (_is_number(share) and 0 <= share <= 1), name, '0 to 1, or "agreement"')

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from ccl_fast.losses import CCLLoss, MEOWLoss
 
+# Where clusters come from, and what instances are held against.
+LABELS = ("k-means", "classes", "random")
 NEGATIVES = ("other-clusters", "all")
 
 
@@ -63,8 +65,12 @@ class CooperativeCCL(nn.Module):
         if self.instance_negatives == "all":
             self.clusters.instance_weight = share  # NT-Xent shares CCL's log-sum-exp
             return self._of_clusters(embeddings, of)
-        loss = share * self.instances(embeddings, of.all_ids)
-        return loss + (1 - share) * self._of_clusters(embeddings, of) if share < 1 else loss
+        terms = []
+        if share > 0:
+            terms.append(share * self.instances(embeddings, of.all_ids))
+        if share < 1:
+            terms.append((1 - share) * self._of_clusters(embeddings, of))
+        return sum(terms)
 
     def _of_clusters(self, embeddings: Tensor, of: Clustering) -> Tensor:
         return self.clusters(embeddings, of.ids, of.centers, of.temperatures)

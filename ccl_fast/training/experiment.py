@@ -21,7 +21,7 @@ from ccl_fast.evaluation import judge
 from ccl_fast.files import write_atomically
 from ccl_fast.training import checkpoint
 from ccl_fast.training.arguments import as_list, check, check_sizes, comparable, plain, warm_up_epochs
-from ccl_fast.training.cooperation import NEGATIVES
+from ccl_fast.training.cooperation import LABELS, NEGATIVES
 from ccl_fast.training.image_sets import ImageSets, load_image_sets, read_split
 from ccl_fast.training.interruption import Interruption
 from ccl_fast.training.loop import Run
@@ -61,6 +61,7 @@ def train(
     warmup_epochs: int | None = None,
     clusters: int | Sequence[int] = 12,
     recluster_every: int = 1,
+    labels_from: Literal[LABELS] = "k-means",
     center_weight: float = 1.0,
     center_ramp_epochs: int = 0,
     concentration: bool = False,
@@ -143,6 +144,8 @@ def train(
         clusters: number of k-means clusters, or of prototypes; of several, the loss is the mean over them. At least 2
             for "deepcluster-v2", "meow" and "swav".
         recluster_every: epochs from one clustering to the next. Each starts from the last centres. Not for "swav".
+        labels_from: "k-means", or, to see what clusters are worth, "classes" (the best that clusters could be; the one
+            use of classes in training) or "random" numbers (the worst).
         center_weight: weight of the cluster's centre among the positives, for "ccl".
         center_ramp_epochs: epochs after the warm-up in which that weight grows linearly from 0.
         concentration: give every centre a temperature of its own, smaller for tight clusters, with ``temperature`` as

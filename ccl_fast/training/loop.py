@@ -73,6 +73,7 @@ class Run:
             seed=options.seed,
             temperature=options.temperature,
             concentration=options.concentration,
+            labels_from=options.labels_from,
             believe=options.believe if "believe" in self.objective.options else 1.0,
             device=fabric.device,
             processes=processes,

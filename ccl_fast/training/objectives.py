@@ -81,6 +81,10 @@ def _pamc(loss: PamCLoss, z: Tensor, of: Clustering) -> Tensor:
 # The baseline, and the warm-up of every other objective.
 BASELINE = "simclr"
 
+# Options of all objectives on k-means clusters, and of how CCL's clusters and instances cooperate.
+OF_CLUSTERS = ("recluster_every", "labels_from")
+OF_COOPERATION = ("instance_weight", "instance_negatives", "believe")
+
 # By name. (Not here: SBCL, which needs classes, and MCL, whose every stage trains a network of its own.)
 OBJECTIVES = {
     # Without ids CCLLoss is NT-Xent.
@@ -93,25 +97,37 @@ OBJECTIVES = {
         CooperativeCCL,
         _mean(lambda loss, z, of: loss(z, of)),
         "clusters",
-        (
-            *("recluster_every", "center_weight", "center_ramp_epochs", "concentration"),
-            *("instance_weight", "instance_negatives", "believe"),
-        ),
+        (*OF_CLUSTERS, "center_weight", "center_ramp_epochs", "concentration", *OF_COOPERATION),
     ),
     "supcon": Objective(
-        "SupCon", SupConLoss, _mean(lambda loss, z, of: loss(z, of.ids)), "clusters", ("recluster_every",)
+        "SupCon",
+        SupConLoss,
+        _mean(lambda loss, z, of: loss(z, of.ids)),
+        "clusters",
+        OF_CLUSTERS,
     ),
-    "protonce": Objective("ProtoNCE", ProtoNCELoss, _protonce, "clusters", ("recluster_every", "concentration")),
+    "protonce": Objective("ProtoNCE", ProtoNCELoss, _protonce, "clusters", (*OF_CLUSTERS, "concentration")),
     "deepcluster-v2": Objective(
-        "DeepCluster-v2", DeepClusterV2Loss, _deepcluster, "clusters", ("recluster_every",), fewest_clusters=2
+        "DeepCluster-v2",
+        DeepClusterV2Loss,
+        _deepcluster,
+        "clusters",
+        OF_CLUSTERS,
+        fewest_clusters=2,
     ),
-    "pamc": Objective("PamC", PamCLoss, _mean(_pamc), "clusters", ("recluster_every",)),
+    "pamc": Objective(
+        "PamC",
+        PamCLoss,
+        _mean(_pamc),
+        "clusters",
+        OF_CLUSTERS,
+    ),
     "meow": Objective(
         "MEOW",
         MEOWLoss,
         _mean(lambda loss, z, of: loss(z, of.ids)),
         "clusters",
-        ("recluster_every",),
+        OF_CLUSTERS,
         fewest_clusters=2,
     ),
     "swav": Objective(
@@ -126,6 +142,7 @@ OBJECTIVES = {
 # Arguments of ``train`` that only some objectives use, with the values that they have for the others.
 OPTIONS = {
     "recluster_every": 1,
+    "labels_from": "k-means",
     "center_weight": 1.0,
     "center_ramp_epochs": 0,
     "concentration": False,

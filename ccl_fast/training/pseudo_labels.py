@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ccl_fast.clustering import KMeans, align_clusters, concentration
+from ccl_fast.errors import ArgumentError
 from ccl_fast.evaluation import cluster_quality
 from ccl_fast.ops import kmeans_assign
 from ccl_fast.ops.unit import unit
-from ccl_fast.training.cooperation import Clustering
+from ccl_fast.training.cooperation import LABELS, Clustering
 from ccl_fast.training.processes import ALONE, Processes
 
 # Runs of k-means from different starts, of which the best is kept; later clusterings start from the last centres.
@@ -28,6 +29,7 @@ class PseudoLabels:
         seed: of k-means++.
         temperature: of the loss, which is the mean of the clusters' own ones.
         concentration: give every cluster its own temperature: small for tight ones.
+        labels_from: "k-means", or, to see what clusters would be worth, the images' "classes" or "random" numbers.
         believe: share of the images whose cluster is believed, those nearest to their centre; the others count as
             unassigned. "agreement": as large a share as `agreement` is, measured after every clustering.
         device: where ids and centres are kept.
@@ -42,12 +44,13 @@ class PseudoLabels:
         temperature: float,
         concentration: bool,
         device: torch.device,
+        labels_from: Literal[LABELS] = "k-means",
         believe: float | Literal["agreement"] = 1.0,
         processes: Processes = ALONE,
     ):
         self.clusters, self.seed, self.temperature = list(clusters), seed, temperature
         self.concentration, self.device, self.processes = concentration, device, processes
-        self.believe = believe
+        self.labels_from, self.believe = labels_from, believe
         # Per number of clusters: {"ids": [n], -1 where not believed; "all_ids": [n]; "believed": their share;
         # "centers": [k, d]; "temperatures": [k] or absent}.
         self.found: list[dict[str, Tensor | float]] = []
@@ -68,10 +71,14 @@ class PseudoLabels:
         log, group = {}, self.processes.group
         previous, self.found, seen = self.found, [], None
         for i, k in enumerate(self.clusters):
-            start = previous[i]["centers"] if previous else "k-means++"
-            starts = 1 if previous else STARTS
-            kmeans = KMeans(k, metric="cosine", init=start, n_init=starts, seed=self.seed, process_group=group)
-            own, centers = kmeans.fit_predict(embeddings), kmeans.cluster_centers_
+            if self.labels_from == "k-means":
+                start = previous[i]["centers"] if previous else "k-means++"
+                starts = 1 if previous else STARTS
+                kmeans = KMeans(k, metric="cosine", init=start, n_init=starts, seed=self.seed, process_group=group)
+                own, centers = kmeans.fit_predict(embeddings), kmeans.cluster_centers_
+            else:
+                own, centers = self._given(embeddings, classes, k)
+                k = len(centers)
             ids = self.processes.gather(own)
             log_of_k = _describe(ids, k, previous[i].get("all_ids") if previous else None, classes)
             found = {"centers": centers}
@@ -97,6 +104,19 @@ class PseudoLabels:
             self.found.append(found)
             log |= log_of_k if len(self.clusters) == 1 else {f"{name}/{k}": value for name, value in log_of_k.items()}
         return log
+
+    def _given(self, embeddings: Tensor, classes: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+        """Labels that are not those of k-means, and the unit means of their images."""
+        if self.labels_from == "classes" and classes is None:
+            raise ArgumentError("labels_from: expected images with classes for 'classes', got some without")
+        n = int(sum(self.processes.everyone(len(embeddings))))
+        if self.labels_from == "classes":
+            ids = classes.unique(return_inverse=True)[1].to(embeddings.device)
+        else:
+            ids = torch.randint(k, (n,), generator=torch.Generator().manual_seed(self.seed)).to(embeddings.device)
+        k, own = int(ids.max()) + 1, ids[self.processes.part(n)]
+        sums = embeddings.new_zeros(k, embeddings.shape[1]).index_add_(0, own, unit(embeddings))
+        return own, unit(sum(self.processes.everyone(sums)))
 
     def of(self, rows: Tensor) -> list[Clustering]:
         """The clusterings of the training images of these numbers ``[b]``; none before the first `update`."""
@@ -130,18 +150,25 @@ def _describe(ids: Tensor, k: int, previous: Tensor | None, classes: Tensor | No
 
 
 def agreement(ids: Tensor, views: Sequence[Tensor], centers: Tensor) -> float:
-    """Share of images all of whose views lie nearest to the centre of the image's own cluster, beyond chance.
+    r"""Share of images all of whose views lie nearest to the centre of the image's own cluster, beyond chance.
 
-    Chance is that cluster and views fall together independently; the share is that of Cohen's kappa, at least 0. Of
-    clusters that mean nothing to the features it is about 0, however few they are.
+    With y the images' clusters, v the one that all of an image's views fall into (none if they do not agree), and
+    P(v = k), P(y = k) shares of the images,
+
+    .. math::
+        \kappa = \max\Big(0, \frac{P(v = y) - c}{1 - c}\Big), \qquad c = \sum_k P(v = k) P(y = k).
+
+    Views fall into the same cell of any partition of the features; of ids that have nothing to do with these
+    :math:`\kappa` is about 0, however few clusters there are.
 
     Args:
         ids: clusters of images ``[n]``.
         views: embeddings ``[n, d]`` of views of the same images.
         centers: ``[k, d]``.
     """
-    all_ids = [ids, *(kmeans_assign(view, centers, metric="cosine")[0].to(ids.device) for view in views)]
-    shares = torch.stack([each.bincount(minlength=len(centers)) for each in all_ids]).double() / len(ids)
-    by_chance = shares.prod(0).sum().item()
-    agreeing = torch.stack([each == ids for each in all_ids]).all(0).double().mean().item()
+    first, *others = (kmeans_assign(view, centers, metric="cosine")[0].to(ids.device) for view in views)
+    agree = torch.stack([other == first for other in others or [first]]).all(0)
+    shares = [of.bincount(minlength=len(centers)).double() / len(ids) for of in (first[agree], ids)]
+    by_chance = (shares[0] * shares[1]).sum().item()
+    agreeing = (agree & (first == ids)).double().mean().item()
     return max(0.0, (agreeing - by_chance) / (1 - by_chance)) if by_chance < 1 else 1.0
