@@ -48,7 +48,7 @@ def folder_of_images(tmp_path_factory):
 
 def test_evaluation_repeats_the_figures_of_the_run(run, capsys):
     assert main(["evaluate", f"--run={run}"]) == 0
-    assert "head/nearest_neighbor *" in capsys.readouterr().out
+    assert "encoder/nearest_neighbor *" in capsys.readouterr().out
     report = json.loads((run / "report.json").read_text())
     evaluation = json.loads((run / "evaluation" / "evaluation.json").read_text())
     assert evaluation["results"] == report["results"]
@@ -86,7 +86,7 @@ def test_scores_of_a_folder(run, folder_of_images, tmp_path, capsys):
     model = Model()
     model.load_state_dict(torch.load(run / "ccl.pt", weights_only=True))
     train_features, test, unknown = (
-        embed(model, images)["head"] for images in (digits.train, digits.test, digits.held_out)
+        embed(model, images)["encoder"] for images in (digits.train, digits.test, digits.held_out)
     )
     detector = NearestNeighbor().fit_features(train_features)
     threshold = detector.predict_features(test).sort().values[189]  # accepts 190 of 200
