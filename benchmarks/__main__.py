@@ -1,5 +1,5 @@
 """python -m benchmarks cpu [--quick] | memory | gpu [--dry-run] | import FOLDER... | predict [FOLDER] | readme FILE |
-plots FILE... | compare A B | scaling
+natural FOLDER... | plots FILE... | compare A B | scaling
 
 cpu, gpu and compare take --only PART.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import commits, cpu, distributed, gpu, kmeans, objectives, scaling, step, training
+from benchmarks import commits, cpu, distributed, gpu, kmeans, natural, objectives, scaling, step, training
 from benchmarks.readme import update
 from benchmarks.results import DIRECTORY
 
@@ -39,6 +39,9 @@ def main() -> None:
         device.add_argument("--only", choices=PARTS, help="this part alone")
     readme = what.add_parser("readme", help="write the README's table from a results file of the CPU")
     readme.add_argument("file", type=Path)
+    images = what.add_parser("natural", help="a results file of the folders of ccl-fast compare on natural images")
+    images.add_argument("folders", type=Path, nargs="+", help="the first is of the defaults")
+    images.add_argument("--commit", help="that they were run at (the present one)")
     plots = what.add_parser("plots", help="time and memory against N, D and K from results files, as SVG")
     plots.add_argument("files", type=Path, nargs="+")
     compare = what.add_parser("compare", help="two commits in turns; refused while tests of either fail")
@@ -70,6 +73,8 @@ def main() -> None:
             parser.exit(1, f"{error}\n")
     elif a.what == "predict":
         _predict(a.folder)
+    elif a.what == "natural":
+        print(natural.collect(a.folders, a.commit, a.output))
     elif a.what == "readme":
         update(a.file)
     elif a.what == "plots":

@@ -6,14 +6,20 @@ import json
 import re
 from pathlib import Path
 
+from benchmarks import natural
 from benchmarks.kmeans_cases import ITERATIONS
 
 README = Path(__file__).parent.parent / "README.md"
-SCALING, OBJECTIVES, BENCHMARKS = (
-    README.parent / "docs" / name for name in ("scaling.md", "objectives.md", "benchmarks.md")
+SCALING, OBJECTIVES, BENCHMARKS, NATURAL = (
+    README.parent / "docs" / name for name in ("scaling.md", "objectives.md", "benchmarks.md", "natural-images.md")
 )
-PAGES = {" distributed": SCALING, " objectives": OBJECTIVES, " GPU k-means": BENCHMARKS}  # besides the README
-KINDS = "(?P<what>(?: k-means| OOD| distributed| objectives| GPU| GPU k-means)?)"
+PAGES = {
+    " ablation": NATURAL,
+    " distributed": SCALING,
+    " objectives": OBJECTIVES,
+    " GPU k-means": BENCHMARKS,
+}  # besides the README
+KINDS = "(?P<what>(?: k-means| OOD| natural| ablation| distributed| objectives| GPU| GPU k-means)?)"
 SECTION = re.compile(
     rf"<!-- measured{KINDS}(?:: (?P<source>\S+))? -->\n.*?<!-- /measured(?P=what) -->\n",
     re.DOTALL,
@@ -38,10 +44,13 @@ def update(results: Path, page: Path | None = None) -> None:
     The page is the README, for several processes docs/scaling.md and for the family docs/objectives.md, unless it is
     named.
     """
-    new = section(results, README.parent if page is None else page.parent)
-    what = SECTION.match(new)["what"]
-    page = page or PAGES.get(what, README)
-    page.write_text(SECTION.sub(lambda old: new if old["what"] == what else old[0], page.read_text()))
+    sections = section(results, README.parent if page is None else page.parent)
+    for match in SECTION.finditer(sections):
+        new, what = match[0], match["what"]
+        on = page or PAGES.get(what, README)
+        on.write_text(
+            SECTION.sub(lambda old, new=new, what=what: new if old["what"] == what else old[0], on.read_text())
+        )
 
 
 def section(results: Path, root: Path = README.parent) -> str:
@@ -50,6 +59,8 @@ def section(results: Path, root: Path = README.parent) -> str:
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     source = results.resolve().relative_to(root.resolve()).as_posix()
     what, table, words = "", _table, _words
+    if "natural" in rows[0]:
+        return _natural(rows, source)
     if "stage" in rows[0]:
         return _harvested(rows, source)
     if "setting" in rows[0]:
@@ -61,6 +72,18 @@ def section(results: Path, root: Path = README.parent) -> str:
     link = f"../{source}" if what in PAGES else source
     text = f"{words(rows[0])} {_provenance(rows[0], source, link)}"
     return "\n".join((f"<!-- measured{what}: {source} -->", *table(rows), "", text, f"<!-- /measured{what} -->\n"))
+
+
+def _natural(rows: list[dict], source: str) -> str:
+    """Two sections: the gains of the defaults, for the README, and what each part of them does."""
+    found = ""
+    for what, lines, link in (
+        (" natural", natural.table(rows), source),
+        (" ablation", natural.ablation(rows), f"../{source}"),
+    ):
+        text = natural.words(rows, source, link)
+        found += "\n".join((f"<!-- measured{what}: {source} -->", *lines, "", text, f"<!-- /measured{what} -->\n"))
+    return found
 
 
 def _comparison(comparison: dict, source: str) -> str:

@@ -174,10 +174,10 @@ def test_the_gpu_run_walks_its_path_without_a_gpu(tmp_path):
 def test_the_readme_tables_are_those_of_the_files_they_name():
     text = "".join(page.read_text() for page in (readme.README, *readme.PAGES.values()))
     found = list(readme.SECTION.finditer(text))
-    assert len(found) == 7 == text.count("<!-- measured")
+    assert len(found) == 9 == text.count("<!-- measured")
     for section in found:
         if section["source"]:
-            assert section[0] == readme.section(ROOT / section["source"])
+            assert section[0] in readme.section(ROOT / section["source"])
         else:
             assert "GPU" in section["what"] and "not measured yet" in section[0]
         of_a_gpu = "-gpu" in (section["source"] or "")
