@@ -37,6 +37,7 @@ BOUNDS = {
     ("backward_rows", 128, False): (9.3, 0.0),
     ("backward_rows", 128, True): (13.2, 0.0),
     ("backward_rows", 256, False): (14.2, 0.0),
+    ("backward_rows", 256, True): (19.0, 0.0),
     ("backward_weights", 1024, False): (67.0, 0.0),
     ("backward_weights", 1024, True): (94.0, 0.0),
 }
