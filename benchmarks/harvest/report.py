@@ -32,7 +32,7 @@ def report(folder: str | Path, *stages: str) -> tuple[str, bool]:
     found = faults(folder, stages)
     parts = [f"\n{len(found)} faults" if found else "\nnothing is wrong or missing"]
     parts += [f"  {fault}" for fault in found[:SHOWN]]
-    return "\n".join([*parts, "", *times(read_lines(folder / RESULTS))]), not found
+    return "\n".join([*parts, "", *times(read_lines(folder / RESULTS))]).rstrip(), not found
 
 
 def statuses(folder: Path) -> dict[str, str]:
@@ -74,7 +74,8 @@ def _named(line: dict) -> str:
 
 
 def times(lines: list[dict]) -> list[str]:
-    """Milliseconds of every case that has them."""
+    """Milliseconds of every case that has them; those of an interpreter are none."""
+    lines = [line for line in lines if not line.get("dry_run")]
     return [f"{1e3 * line['p50']:12.4f} ms  {_named(line)}" for line in lines if line.get("p50")] + [
         f"{1e3 * value:12.4f} ms  {_named(line)} {name.removesuffix(' p50')}"
         for line in lines
