@@ -215,7 +215,6 @@ def test_of_two_runs_one_gets_the_folder(tmp_path, monkeypatch):
         "center_weight=-1",
         "instance_weight=1.5",
         "believe=1.01",
-        "believe=everybody",
         "learning_rate=-1",
         "in_classes=[]",
         "in_classes=[3,3]",
@@ -261,6 +260,7 @@ def test_wrong_arguments_are_named_without_a_traceback(option, tmp_path, capsys)
         ["tarin"],
         ["train", "--config=nowhere.yaml"],
         ["train", "--augmentation=x"],
+        ["train", "--believe=everybody"],
     ],
 )
 def test_unreadable_commands_exit_with_2(arguments, capsys):
