@@ -50,7 +50,8 @@ def collect(folders: Sequence[Path], commit: str | None = None, directory: Path 
 
 
 def _line(report: dict, objective: str, results: dict, first: dict) -> dict:
-    from ccl_fast.training.objectives import OPTIONS  # the extra "train" is not everywhere
+    from ccl_fast.evaluation import DEFAULT  # the extra "train" is not everywhere
+    from ccl_fast.training.objectives import OPTIONS
 
     arguments = report["arguments"]
     chosen = ("objective", "clusters", *OPTIONS)
@@ -68,7 +69,7 @@ def _line(report: dict, objective: str, results: dict, first: dict) -> dict:
         },
         "knn": report["knn"][objective],
         "log": [log[0], log[-1]],
-        "default": report["default"],
+        "default": DEFAULT,
         "environment": report["environment"],
     }
 

@@ -63,8 +63,8 @@ def test_the_table_has_a_line_for_every_detector_and_kind_of_ood_set(two_seeds):
     written = json.loads((two_seeds / "comparison.json").read_text())
     lines = comparison.format_comparison(written).splitlines()
     assert len(lines) == 2 + 10 * 2 + 2 + 1
-    gain = written["results"]["encoder/nearest_neighbor"]["near"]["auroc"]["gain"]
-    line = next(line for line in lines if line.startswith("encoder/nearest_neighbor *"))
+    gain = written["results"]["encoder/mahalanobis"]["near"]["auroc"]["gain"]
+    line = next(line for line in lines if line.startswith("encoder/mahalanobis *"))
     assert f"{gain['mean']:+.3f} +- {gain['deviation']:.3f}" in line
     assert line.endswith(f"{sum(value > 0 for value in gain['values'])} of 2")
     gain = written["knn"]["head"]["gain"]

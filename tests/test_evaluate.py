@@ -48,7 +48,7 @@ def folder_of_images(tmp_path_factory):
 
 def test_evaluation_repeats_the_figures_of_the_run(run, capsys):
     assert main(["evaluate", f"--run={run}"]) == 0
-    assert "encoder/nearest_neighbor *" in capsys.readouterr().out
+    assert "encoder/mahalanobis *" in capsys.readouterr().out
     report = json.loads((run / "report.json").read_text())
     evaluation = json.loads((run / "evaluation" / "evaluation.json").read_text())
     assert evaluation["results"] == report["results"]
@@ -71,7 +71,8 @@ def test_other_sets_near_and_far(run, folder_of_images, tmp_path):
 
 def test_scores_of_a_folder(run, folder_of_images, tmp_path, capsys):
     output = tmp_path / "scores.csv"
-    assert main(["score", f"--run={run}", f"--images={folder_of_images}", f"--output={output}"]) == 0
+    command = ["score", f"--run={run}", f"--images={folder_of_images}", f"--output={output}"]
+    assert main([*command, "--detector=encoder/nearest_neighbor"]) == 0
     printed = capsys.readouterr()
     assert "40 images" in printed.out
     assert "broken.png" in printed.err

@@ -87,7 +87,7 @@ def test_results_are_written_before_the_page_and_whatever_becomes_of_it(tmp_path
     assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
     said = capsys.readouterr()
     assert "report: could not make" in said.err and "(ZeroDivisionError: no page today)" in said.err
-    assert "encoder/nearest_neighbor *" in said.out and f"written to {tmp_path / 'run'}\n" in said.out
+    assert "encoder/mahalanobis *" in said.out and f"written to {tmp_path / 'run'}\n" in said.out
     assert main(["evaluate", f"--run={tmp_path / 'run'}"]) == 0
     assert (tmp_path / "run" / "evaluation" / "evaluation.json").exists()
 

@@ -17,7 +17,7 @@ from ccl_fast.ood import CosineNorm, Ensemble, Mahalanobis, NearestCenter, Neare
 from ccl_fast.ood.detector import FeatureDetector
 
 # The detector to quote; the pictures show its scores.
-DEFAULT = "encoder/nearest_neighbor"
+DEFAULT = "encoder/mahalanobis"
 # The neighbour that is asked, for so many training images one further (Sun et al.: the 50th of 50,000).
 IMAGES_A_NEIGHBOR = 2000
 # Entries of the metrics that are means over OOD sets.
