@@ -21,7 +21,7 @@ BASELINE = "simclr"
 METRICS = ("auroc", "fpr95_id")
 # Columns of the tables: title -> the OOD set or the mean of sets.
 SETS = {"near": "near", "ImageNet": "data/imagenet-other", "far": "far"}
-DETECTORS = ("encoder/nearest_neighbor", "encoder/mahalanobis", "encoder/ensemble", "head/nearest_neighbor")
+DETECTORS = ("encoder/nearest_neighbor", "encoder/mahalanobis", "head/nearest_neighbor", "head/mahalanobis")
 CONFIDENCE = 0.95
 
 
