@@ -206,3 +206,18 @@ def test_the_report_names_what_is_missing_and_what_is_wrong(tmp_path):
         "losses: no line of self-contrast ours forward graph n=65536 d=128",
         "losses: self-contrast ours forward eager n=65536 d=128: RuntimeError: lost",
     ]
+
+
+def test_the_second_call_tries_the_best_launches_of_the_first_again(tmp_path, monkeypatch):
+    tried = (("shipped", 1.0, ""), ("a", 3.0, ""), ("b", 2.0, ""), ("c", 0.5, ""), ("d", None, "out of resources"))
+    keys = {"stage": "launches", "kernel": "backward_rows", "d": 128}
+    lines = [
+        keys | {"tried": x, "p50": p50, "note": note, "launch": [i, 64, 128, 4, 2]}
+        for i, (x, p50, note) in enumerate(tried)
+    ]
+    (tmp_path / RESULTS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(device_tests, "FIRST", tmp_path)
+    again = {}
+    monkeypatch.setattr(launches, "compare", lambda _, kernel, d, candidates: again.update({(kernel, d): candidates}))
+    launches.run_best(harvest("best_launches", tmp_path))
+    assert again["backward_rows", 128] == [(3, 64, 128, 4, 2), (2, 64, 128, 4, 2)]
