@@ -90,8 +90,8 @@ TABLE: dict[tuple[str, int, bool], list[Entry]] = {
 
 
 def architecture_of(device: torch.device) -> int:
-    """Of `ARCHITECTURES` the one whose launches the device takes; what is interpreted on a CPU takes those of sm_80."""
-    return _architecture(device.index) if device.type == "cuda" else 80
+    """Of `ARCHITECTURES` the one whose launches the device takes; what is interpreted on a CPU takes those of sm_90."""
+    return _architecture(device.index) if device.type == "cuda" else 90
 
 
 @cache
