@@ -56,6 +56,14 @@ def script(tmp_path):
     return run
 
 
+def is_alive(pid: int) -> bool:
+    """A process that has been killed but that nobody has waited for yet is not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def test_a_stage_that_hangs_or_fails_costs_its_box_and_nothing_else(script, tmp_path):
     begin = time.monotonic()
     done, out, calls = script(HARVEST_BOX_SMOKE=2, HARVEST_BOX_LOSSES=7)
@@ -71,8 +79,7 @@ def test_a_stage_that_hangs_or_fails_costs_its_box_and_nothing_else(script, tmp_
         assert state[stage].startswith("ok"), state
     assert "    | what went wrong" in (out / "stages.txt").read_text()
     child = int(Path(f"{tmp_path / 'calls'}.child").read_text())
-    with pytest.raises(ProcessLookupError):  # and nothing of it is left
-        os.kill(child, 0)
+    assert not is_alive(child)  # and nothing of it is left
     without = {"smoke", "losses", "kmeans", "wheels"}
     assert {line["stage"] for line in read_lines(out / RESULTS)} == STAGES - without
 
