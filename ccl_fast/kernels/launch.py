@@ -60,7 +60,7 @@ TABLE: dict[tuple[str, int, bool], list[Entry]] = {
     ("forward_triangle", 2, True): [
         Entry(64, Launch(128, 128, 64, 8, 3), sm_100=Launch(64, 64, 64, 4, 3)),
         Entry(128, Launch(128, 64, 128, 8, 3)),
-        Entry(ANY, Launch(128, 128, 64, 8, 3), sm_100=Launch(64, 64, 64, 4, 3)),
+        Entry(ANY, Launch(128, 128, 64, 8, 3), sm_100=Launch(64, 64, 64, 8, 3)),
     ],
     ("backward_rows", 2, False): [
         Entry(64, Launch(128, 64, 64, 8, 3)),
