@@ -190,8 +190,11 @@ def audit(kernel: str, element: str, ids: bool, d: int, precision: str, arch: in
     """A line of the table."""
     chosen, variant = launch_on(arch, kernel, ELEMENTS[element], d, ids), variants(kernel, ids)[number]
     report = read(compile_kernel(kernel, element, chosen, d, arch, precision, **variant), chosen, d, arch)
+    # sm_80 stands for sm_86 too where both take one launch.
+    shared = arch == 80 and chosen == launch_on(86, kernel, ELEMENTS[element], d, ids)
     line = {"kernel": kernel, "dtype": element, "D": d, "precision": precision, "arch": arch, "launch": list(chosen)}
-    return line | {"main": number == 0, "variant": variant} | asdict(report)
+    line |= {"main": number == 0, "variant": variant, "shared_limit": SHARED_LIMIT[86 if shared else arch]}
+    return line | asdict(report)
 
 
 def main(mode: str = "all", which: str = "") -> None:

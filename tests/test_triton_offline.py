@@ -13,17 +13,33 @@ from pathlib import Path
 
 import pytest
 import triton
-from offline_compile import SHARED_LIMIT, shipped
+from offline_compile import shipped
 
-# The compilers that the table was read with. Registers are another's choice: under it spills are reported, no failure.
-CALIBRATED = ("3.6", "3.7", "3.8", "3.9")
+# The compilers that the table was read with. What another makes of registers and loops is reported, and no failure.
+CALIBRATED = ("3.8",)
 # Of the inner loop on sm_90, in bfloat16, the most instructions and shuffles for an element of a tile (300 for 32
 # elements are 9.4).
 BOUNDS = {
+    ("forward_rows", 64, False): (7.5, 0.3),
+    ("forward_rows", 64, True): (22.5, 0.5),
+    ("forward_rows", 128, False): (9.0, 0.3),
+    ("forward_rows", 128, True): (23.0, 0.5),
+    ("forward_rows", 1024, False): (37.0, 0.2),
+    ("forward_rows", 1024, True): (53.0, 0.3),
+    ("forward_triangle", 64, False): (9.3, 0.1),
+    ("forward_triangle", 64, True): (14.5, 0.2),
     ("forward_triangle", 128, False): (9.6, 1.5),
-    ("forward_triangle", 128, True): (17.5, 0.3),
-    ("forward_triangle", 1024, True): (42.0, 0.2),
+    ("forward_triangle", 128, True): (17.0, 0.3),
+    ("forward_triangle", 1024, False): (36.0, 0.1),
+    ("forward_triangle", 1024, True): (41.0, 0.2),
+    ("backward_rows", 64, False): (8.2, 0.0),
+    ("backward_rows", 64, True): (12.2, 0.0),
     ("backward_rows", 128, False): (9.3, 0.0),
+    ("backward_rows", 128, True): (13.2, 0.0),
+    ("backward_rows", 256, False): (14.2, 0.0),
+    ("backward_rows", 256, True): (19.0, 0.0),
+    ("backward_weights", 1024, False): (67.0, 0.0),
+    ("backward_weights", 1024, True): (94.0, 0.0),
 }
 SCRIPT = Path(__file__).with_name("offline_compile.py")
 
@@ -43,24 +59,30 @@ def test_launch_compiles_to_what_it_was_chosen_for(index):
     kernel, element, ids, d, _precision = shipped()[index]
     reports = [json.loads(line) for line in compiled("quick", str(index)).splitlines()]
     for r in reports:
-        assert r["shared_bytes"] <= SHARED_LIMIT[r["arch"]], r
+        assert r["shared_bytes"] <= r["shared_limit"], r
         assert r["tensor_core_instructions"] > 0, r
-    if triton.__version__.rpartition(".")[0] not in CALIBRATED:
-        spilling = [r for r in reports if r["spill_instructions"]]
-        if spilling:
-            pytest.skip(f"not calibrated with Triton {triton.__version__}, which spills in {spilling}")
-        return
+    try:
+        check(reports, element, (kernel, d, ids))
+    except AssertionError as error:
+        if triton.__version__.rpartition(".")[0] in CALIBRATED:
+            raise
+        pytest.skip(f"the launches were not chosen with Triton {triton.__version__}, which makes of them: {error}")
+
+
+def check(reports: list[dict], element: str, key: tuple[str, int, bool]) -> None:
     for r in reports:
         assert r["spill_instructions"] == 0, r
     (hopper,) = (r for r in reports if r["arch"] == 90 and r["main"])
-    if element == "bf16":
-        assert hopper["copies_in_flight"] > 0, hopper
-        assert hopper["narrowest_product"] >= 32, hopper
-        # Both anchors of a pair in one exponential where the logits are bounded; strips take two.
-        assert hopper["exponentials"] <= (2.05 if kernel == "backward_weights" else 1.05), hopper
-        instructions, shuffles = BOUNDS[kernel, d, ids]
-        assert hopper["instructions"] <= instructions, hopper
-        assert hopper["shuffles"] <= shuffles, hopper
+    if element != "bf16":
+        return
+    assert hopper["copies_in_flight"] > 0, hopper
+    assert hopper["narrowest_product"] >= 32, hopper
+    # Both anchors of a pair in one exponential where the logits are bounded; strips take two. (A running maximum takes
+    # some for a row.)
+    assert hopper["exponentials"] <= (2.05 if key[0] == "backward_weights" else 1.15), hopper
+    instructions, shuffles = BOUNDS[key]
+    assert hopper["instructions"] <= instructions, hopper
+    assert hopper["shuffles"] <= shuffles, hopper
 
 
 def test_not_a_number_is_kept_by_the_bound_of_a_weight():
