@@ -41,8 +41,8 @@ CLUSTER_RIVAL_SIZES = ((1_000_000, 128, 1000), (1_000_000, 512, 4000))
 ROWS_OF_LAUNCHES = 65_536
 CANDIDATES: dict[tuple[str, int], tuple[tuple[int, int, int, int, int], ...]] = {
     ("backward_rows", 128): (
-        (64, 64, 128, 4, 3),
-        (128, 64, 128, 8, 2),
+        (128, 64, 128, 8, 3),
+        (64, 64, 128, 4, 4),
         (128, 64, 128, 8, 4),
         (128, 128, 128, 8, 2),
     ),
