@@ -41,9 +41,8 @@ BOUNDS = {
     ("backward_weights", 1024, False): (67.0, 0.0),
     ("backward_weights", 1024, True): (94.0, 0.0),
 }
-# To be mended: entries of which some architecture's or variant's compilation still spills (3 to 14 instructions in those
-# that were looked at), and the most that it may: rectangular backward with a bias at D = 256, float32 forward. All
-# others: none.
+# To be mended: entries of which some architecture or variant still spills (3 to 14 instructions where it
+# was looked at), and the most that it may: rectangular backward with a bias at D = 256, float32 forward. Others: none.
 STILL_SPILL = {
     ("backward_rows", "bf16", False, 256),
     ("backward_rows", "bf16", True, 256),
