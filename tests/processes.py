@@ -13,9 +13,9 @@ While the function runs, the default group has just the processes asked for, so 
 one thread, and its generator the seed 0. Arguments and results travel by pickle, the arguments to every process alike:
 what differs, a function takes by its rank. An exception in a process fails the test with that process's traceback.
 
-Starting a process takes seconds (it imports torch), so the processes stay, and every call makes a group of its own:
-what one call leaves undone does not reach the next. After a failure all processes are killed, and the next call starts
-new ones. Modules that use this share the processes of one pytest process by
+Importing torch takes seconds, so processes are forked from a server that has done it, and stay; every call makes a
+group of its own: what one call leaves undone does not reach the next. After a failure all processes are killed, and the
+next call starts new ones. Time limits count from when all processes are ready, however busy the machine. Modules that use this share the processes of one pytest process by
 
     pytestmark = pytest.mark.xdist_group("processes")
 """
@@ -34,7 +34,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 # Seconds that a collective waits for the other processes, and that those have to end after one has failed.
-PATIENCE, AFTER_FAILURE = 30, 5
+PATIENCE, AFTER_FAILURE = 30, 20
+# Seconds that a new process has to become ready.
+START = 300
+READY = b"ready"
 
 
 class ProcessFailure(AssertionError):
@@ -45,7 +48,7 @@ def run(function: Callable, processes: int, *arguments, timeout: float = 60, pat
     """``function(*arguments)`` in every process of a group: what each returns, by rank.
 
     Args:
-        timeout: seconds after which the processes are killed.
+        timeout: seconds after which the processes are killed, from when all are ready.
         patience: seconds that a collective waits for the other processes (the timeout of the group).
 
     Raises:
@@ -71,13 +74,19 @@ class _Pool:
         if not all(process.is_alive() for process, _ in self.workers):
             self.kill()
         self.folder = self.folder or tempfile.TemporaryDirectory(prefix="ccl_fast_processes_")
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed"])
+        known = len(self.workers)
         while len(self.workers) < processes:
             here, there = context.Pipe()
             process = context.Process(target=_work, args=(there,), daemon=True)
             process.start()
             there.close()
             self.workers.append((process, here))
+        for _, connection in self.workers[known:]:
+            if not connection.poll(START) or connection.recv_bytes() != READY:
+                self.kill()
+                raise ProcessFailure(f"a new process is not ready after {START} s")
 
     def ask(self, task: bytes, processes: int, timeout: float, patience: float) -> list[tuple[bool, object]]:
         """Of every process whether it is done, and its result or what became of it."""
@@ -125,6 +134,7 @@ def _work(connection: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    connection.send_bytes(READY)
     while True:
         try:
             task, *place = pickle.loads(connection.recv_bytes())
