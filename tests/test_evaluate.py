@@ -48,7 +48,7 @@ def folder_of_images(tmp_path_factory):
 
 def test_evaluation_repeats_the_figures_of_the_run(run, capsys):
     assert main(["evaluate", f"--run={run}"]) == 0
-    assert "encoder/mahalanobis *" in capsys.readouterr().out
+    assert "layers/ensemble *" in capsys.readouterr().out
     report = json.loads((run / "report.json").read_text())
     evaluation = json.loads((run / "evaluation" / "evaluation.json").read_text())
     assert evaluation["results"] == report["results"]

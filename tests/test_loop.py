@@ -22,7 +22,7 @@ from ccl_fast.data.images import InMemory
 from ccl_fast.evaluation import judge
 from ccl_fast.evaluation.judge import DEFAULT, STARTS
 from ccl_fast.models import Model
-from ccl_fast.ood import CosineNorm, Ensemble, Mahalanobis, NearestCenter, NearestNeighbor, ood_metrics
+from ccl_fast.ood import Columns, CosineNorm, Ensemble, Mahalanobis, NearestCenter, NearestNeighbor, ood_metrics
 from ccl_fast.training import train
 from ccl_fast.training.loop import Run
 
@@ -253,43 +253,61 @@ def test_the_average_is_what_is_judged_and_saved(tmp_path, monkeypatch):
 
 
 def test_every_figure_is_of_a_detector_fitted_to_training_features_of_its_level():
-    model = Model(Encoder(), SHAPE, dim=6)
+    encoder = nn.Sequential(
+        nn.Conv2d(1, 5, 3), nn.Sequential(nn.BatchNorm2d(5), nn.ReLU()), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    model = Model(encoder, SHAPE, dim=6)
     parts = {name: make_images(n, n) for name, n in {"train": 60, "test": 31, "a": 32, "b": 33, "c": 34}.items()}
     near, far = ({name: parts[name] for name in names} for names in ("ab", "c"))
     judgement = judge(model, parts["train"], parts["test"], near, far, clusters=3, seed=1)
     model.eval()
+    features = {}
     for name, images in parts.items():
         with torch.no_grad():
+            first = model.encoder[0](images.pixels / 255)
+            maps = first, model.encoder[1](first)
             encoded = model.encoder(images.pixels / 255)
             assert_close(judgement.features[name], {"encoder": encoded, "head": model.head(encoded)})
-    detectors = {
+        statistics = [of for x in maps for of in (x.mean((2, 3)), x.std((2, 3), correction=0))]
+        features[name] = judgement.features[name] | {"layers": torch.cat([encoded, *statistics], 1)}
+    of_level = {
         "nearest_neighbor": NearestNeighbor(),
         "nearest_center": NearestCenter(3),
         "mahalanobis": Mahalanobis(3),
         "cosine_norm": CosineNorm(),
         "ensemble": Ensemble([NearestNeighbor(), Mahalanobis(3)], seed=1),
     }
+    detectors = {f"{level}/{name}": of for level in ("encoder", "head") for name, of in copy.deepcopy(of_level).items()}
+    seen = [Columns(of, slice(5)) for of in (NearestNeighbor(), Mahalanobis(3))]
+    for start in (5, 15):
+        of_maps = Mahalanobis(shrinkage=0.01, normalize=False)
+        seen.append(Columns(of_maps, slice(start, start + 10), clusters=False))
+    detectors["layers/ensemble"] = Ensemble(seen, seed=1)
+    kmeans = {
+        level: KMeans(3, metric="cosine", n_init=STARTS, seed=1).fit(features["train"][level])
+        for level in ("encoder", "head")
+    }
+    kmeans["layers"] = kmeans["encoder"]
     expected = {}
-    for level in ("encoder", "head"):
-        features = {name: of_part[level] for name, of_part in judgement.features.items()}
-        kmeans = KMeans(3, metric="cosine", n_init=STARTS, seed=1).fit(features["train"])
-        for name, detector in detectors.items():
-            detector.fit_features(features["train"], kmeans.labels_)
-            scores = {part: detector.predict_features(features[part]) for part in "abc"}
-            inside = detector.predict_features(features["test"])
-            row = {
-                part: ood_metrics(torch.cat([inside, s]), torch.tensor([False] * len(inside) + [True] * len(s)))
-                for part, s in scores.items()
-            }
-            row["near"] = {metric: (row["a"][metric] + row["b"][metric]) / 2 for metric in row["a"]}
-            expected[f"{level}/{name}"] = row | {"far": row["c"]}
-            if f"{level}/{name}" == DEFAULT:
-                assert_close(judgement.scores, {"test": inside} | scores)
-    assert kmeans.labels_.equal(judgement.cluster_ids)
-    assert kmeans.cluster_centers_.equal(judgement.centers)
+    for name, detector in detectors.items():
+        level = name.partition("/")[0]
+        detector.fit_features(features["train"][level], kmeans[level].labels_)
+        scores = {part: detector.predict_features(features[part][level]) for part in "abc"}
+        inside = detector.predict_features(features["test"][level])
+        row = {
+            part: ood_metrics(torch.cat([inside, s]), torch.tensor([False] * len(inside) + [True] * len(s)))
+            for part, s in scores.items()
+        }
+        row["near"] = {metric: (row["a"][metric] + row["b"][metric]) / 2 for metric in row["a"]}
+        expected[name] = row | {"far": row["c"]}
+        if name == DEFAULT:
+            assert_close(judgement.scores, {"test": inside} | scores)
+    assert kmeans["head"].labels_.equal(judgement.cluster_ids)
+    assert kmeans["head"].cluster_centers_.equal(judgement.centers)
     assert judgement.metrics.keys() == expected.keys()
     for name, row in expected.items():
         assert judgement.metrics[name].keys() == row.keys()
         for part, metrics in row.items():
-            assert judgement.metrics[name][part] == pytest.approx(metrics), (name, part)
-    assert all(expected[f"head/{name}"] != expected[f"encoder/{name}"] for name in detectors)
+            assert judgement.metrics[name][part] == pytest.approx(metrics, rel=1e-5), (name, part)
+    assert all(expected[f"head/{name}"] != expected[f"encoder/{name}"] for name in of_level)
+    assert expected["layers/ensemble"] != expected["encoder/ensemble"]

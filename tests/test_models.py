@@ -6,8 +6,9 @@ from torch import nn
 
 pytest.importorskip("torchvision")
 
+from ccl_fast.data.images import InMemory
 from ccl_fast.errors import ArgumentError
-from ccl_fast.models import Model, build_backbone
+from ccl_fast.models import LayerStatistics, Model, build_backbone, embed, embed_layers
 
 
 @pytest.mark.parametrize(
@@ -92,3 +93,39 @@ def test_a_module_is_copied_with_its_weights():
 def test_what_is_no_backbone_is_named(backbone, options, said):
     with pytest.raises(ArgumentError, match=said):
         build_backbone(backbone, options.pop("shape", (3, 32, 32)), **options)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "shape", "widths"),
+    [
+        ("small", (1, 28, 28), [64, 64, 128, 128, 256, 256]),
+        ("resnet8", (3, 32, 32), [64, 64, 64, 128, 256]),
+        # conv1, relu, the pooling of 7x7 stems is gone, two blocks of each of four widths; 256 of 512 channels
+        ("resnet18", (3, 32, 32), [128] * 4 + [256] * 2 + [512] * 4),
+        ("vit_b_32", (3, 32, 32), []),
+    ],
+)
+def test_the_statistics_of_layers_are_beside_the_features(backbone, shape, widths):
+    model = Model(backbone, shape)
+    images = InMemory(torch.randint(256, (3, *shape), dtype=torch.uint8))
+    features, found = embed_layers(model.train(), images)
+    assert model.training and not any(module._forward_hooks for module in model.modules())
+    assert found == [features["encoder"].shape[1], *widths]
+    assert features["layers"].shape == (3, sum(found)) and features["layers"].isfinite().all()
+    plain = embed(model, images)
+    torch.testing.assert_close({level: features[level] for level in plain}, plain)
+
+
+def test_statistics_are_means_and_deviations_over_positions():
+    encoder = nn.Sequential(nn.Conv2d(2, 300, 1), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    images = torch.randn(5, 2, 4, 4)
+    with torch.no_grad(), LayerStatistics(encoder) as layers:
+        encoder(torch.randn(7, 2, 4, 4))
+        features = encoder(images)
+    assert [list(of.shape) for of in layers.statistics] == [[5, 512], [5, 512]]
+    means, deviations = layers.statistics[1].chunk(2, 1)
+    kept = [(features - mean[:, None]).abs().sum(0).argmin().item() for mean in means.T]
+    assert len(set(kept)) == 256  # of the channels, each once
+    torch.testing.assert_close(means, features[:, kept])
+    maps = encoder[1](encoder[0](images)).flatten(2)[:, kept]
+    torch.testing.assert_close(deviations, maps.std(2, correction=0))

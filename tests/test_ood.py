@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from ccl_fast.ood import (
+    Columns,
     CosineNorm,
     Ensemble,
     Mahalanobis,
@@ -343,6 +344,28 @@ def test_an_ensemble_repeats_and_survives_a_detector_that_scores_all_alike():
     assert torch.equal(first, again)
 
 
+def test_detectors_of_some_columns_share_a_score_by_their_weights(features):
+    x, y, new = features
+    parts = [Columns(NearestNeighbor(2), slice(3)), Columns(Mahalanobis(2), slice(3, None), clusters=False)]
+    found = Ensemble(parts, weights=[3, 1]).fit_features(x, y).predict_features(new)
+    alone = [
+        Ensemble([NearestNeighbor(2)]).fit_features(x[:, :3], y),
+        Ensemble([Mahalanobis(2)]).fit_features(x[:, 3:]),
+    ]
+    first, second = alone[0].predict_features(new[:, :3]), alone[1].predict_features(new[:, 3:])
+    torch.testing.assert_close(found, (3 * first + second) / 4)
+    assert Columns(Mahalanobis(), slice(3, None)).fit_features(x, y).detector.means.shape[0] == len(y.unique())
+
+
+def test_mahalanobis_of_lengths_too(features):
+    x, _, new = features
+    detector = Mahalanobis(shrinkage=1e-6, normalize=False).fit_features(x.double())
+    mean, covariance = x.double().mean(0), torch.cov(x.double().T, correction=0)
+    away = new.double() - mean
+    expected = (away @ torch.linalg.inv(covariance) * away).sum(1)
+    torch.testing.assert_close(detector.predict_features(new.double()), expected, rtol=1e-3, atol=0)
+
+
 def images_and_labels(seed: int = 0, n: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
     """Two classes of images, and a third with the label -1."""
     generator = torch.Generator().manual_seed(seed)
@@ -468,6 +491,16 @@ def test_wrong_arguments_of_detectors(features):
         Ensemble([])
     with pytest.raises(ValueError, match=r"^detectors: expected a sequence of detectors of features, got \['str'\]"):
         Ensemble([NearestNeighbor(), "knn"])
+    with pytest.raises(ValueError, match=r"^weights: expected a positive number for each of 1 detectors, got \[1, 2\]"):
+        Ensemble([NearestNeighbor()], weights=[1, 2])
+    with pytest.raises(ValueError, match=r"^weights: expected a positive number"):
+        Ensemble([NearestNeighbor()], weights=[0])
+    with pytest.raises(ValueError, match=r"^detector: expected a detector of features, got str"):
+        Columns("knn", slice(2))
+    with pytest.raises(ValueError, match=r"^columns: expected a slice, got 3"):
+        Columns(NearestNeighbor(), 3)
+    with pytest.raises(ValueError, match=r"^normalize: expected True or False, got 'no'"):
+        Mahalanobis(normalize="no")
     with pytest.raises(ValueError, match=r"^folds: expected an integer >= 2, got 1"):
         Ensemble([NearestNeighbor()], folds=1)
     with pytest.raises(ValueError, match=r"^x: expected at least folds=5 rows, got 4"):

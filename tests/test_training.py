@@ -63,7 +63,7 @@ def test_writes_report_picture_and_weights(tiny):
     assert set(report["far"]) == made.keys()
     assert report["results"].keys() == report["losses"].keys() == {"simclr", "ccl"}
     for objective in report["results"].values():
-        assert len(objective) == 10
+        assert len(objective) == 11
         for by_set in objective.values():
             assert by_set.keys() == {"near", "far", "held-out"} | made.keys()
             assert by_set["near"] == by_set["held-out"]
@@ -87,7 +87,7 @@ def test_results_are_written_before_the_page_and_whatever_becomes_of_it(tmp_path
     assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
     said = capsys.readouterr()
     assert "report: could not make" in said.err and "(ZeroDivisionError: no page today)" in said.err
-    assert "encoder/mahalanobis *" in said.out and f"written to {tmp_path / 'run'}\n" in said.out
+    assert "layers/ensemble *" in said.out and f"written to {tmp_path / 'run'}\n" in said.out
     assert main(["evaluate", f"--run={tmp_path / 'run'}"]) == 0
     assert (tmp_path / "run" / "evaluation" / "evaluation.json").exists()
 

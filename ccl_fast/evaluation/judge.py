@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,45 +13,80 @@ from torch import Tensor
 from ccl_fast.clustering import KMeans
 from ccl_fast.data import Images
 from ccl_fast.evaluation.knn import knn_accuracy
-from ccl_fast.models import Model, embed
-from ccl_fast.ood import CosineNorm, Ensemble, Mahalanobis, NearestCenter, NearestNeighbor, ood_metrics
+from ccl_fast.models import Model, embed_layers
+from ccl_fast.ood import Columns, CosineNorm, Ensemble, Mahalanobis, NearestCenter, NearestNeighbor, ood_metrics
 from ccl_fast.ood.detector import FeatureDetector
 
 # The detector to quote; the pictures show its scores.
-DEFAULT = "encoder/mahalanobis"
+DEFAULT = "layers/ensemble"
+# What detectors see: features before and after the projection head, and those before it beside the layers' statistics.
+LEVELS = ("head", "encoder", "layers")
 # The neighbour that is asked, for so many training images one further (Sun et al.: the 50th of 50,000).
 IMAGES_A_NEIGHBOR = 2000
 # Entries of the metrics that are means over OOD sets.
 GROUPS = ("near", "far")
 # Runs of k-means from different starts, of which the best is kept.
 STARTS = 5
-# Parts of the training images in turn unseen by the ensemble's detectors.
+# Parts of the training images in turn unseen by the ensembles' detectors.
 FOLDS = 5
+# Shrinkage of the covariances of layers' channels, which are those of all images and not of small clusters.
+OF_LAYERS = 0.01
 
 
-def make_detectors(n: int, clusters: int, seed: int) -> dict[str, FeatureDetector]:
-    """New detectors for n training images, by name. They see training features and nothing else."""
-    detectors = {
-        "nearest_neighbor": NearestNeighbor(max(1, n // IMAGES_A_NEIGHBOR)),
-        "nearest_center": NearestCenter(clusters),
-        "mahalanobis": Mahalanobis(clusters),
-        "cosine_norm": CosineNorm(),
+def make_detectors(n: int, clusters: int, seed: int, widths: Sequence[int]) -> dict[str, FeatureDetector]:
+    """New detectors for the features of n training images, by "<level>/<name>". They see training features only.
+
+    Args:
+        n, clusters, seed: numbers of images and clusters, seed of the ensembles' folds.
+        widths: of the parts of the level "layers", see `embed_layers`.
+    """
+    detectors: dict[str, FeatureDetector] = {}
+    for level in ("head", "encoder"):
+        ensemble = [NearestNeighbor(), Mahalanobis(clusters)]
+        of_level = {
+            "nearest_neighbor": NearestNeighbor(_neighbor(n)),
+            "nearest_center": NearestCenter(clusters),
+            "mahalanobis": Mahalanobis(clusters),
+            "cosine_norm": CosineNorm(),
+            "ensemble": Ensemble(ensemble, folds=min(FOLDS, n), seed=seed),
+        }
+        detectors |= {f"{level}/{name}": detector for name, detector in of_level.items()}
+    return detectors | {DEFAULT: _layers_ensemble(n, clusters, seed, widths)}
+
+
+def _layers_ensemble(n: int, clusters: int, seed: int, widths: Sequence[int]) -> Ensemble:
+    """Half of its score looks at what an image shows: the nearest neighbour and the nearest cluster of its features;
+    the other half at what it is made of: the Mahalanobis distances of the layers' channels. Without layers there is
+    the first half.
+    """
+    ends = list(itertools.accumulate(widths))
+    features, *layers = (slice(end - width, end) for end, width in zip(ends, widths, strict=True))
+    detectors = [Columns(detector, features) for detector in (NearestNeighbor(_neighbor(n)), Mahalanobis(clusters))]
+    weights = [1 / len(detectors)] * len(detectors) + [1 / len(layers) for _ in layers]
+    for columns in layers:
+        distance = Mahalanobis(shrinkage=OF_LAYERS, normalize=False)
+        detectors.append(Columns(distance, columns, clusters=False))
+    return Ensemble(detectors, weights=weights, folds=min(FOLDS, n), seed=seed)
+
+
+def _neighbor(n: int) -> int:
+    return max(1, n // IMAGES_A_NEIGHBOR)
+
+
+def cluster(features: Mapping[str, Tensor], clusters: int, seed: int) -> dict[str, KMeans]:
+    """The clusters of training images that the detectors of each level get; those of "layers" are the encoder's."""
+    of_level = {
+        level: KMeans(clusters, metric="cosine", n_init=STARTS, seed=seed).fit(features[level])
+        for level in ("head", "encoder")
     }
-    return detectors | {
-        "ensemble": Ensemble([NearestNeighbor(), Mahalanobis(clusters)], folds=min(FOLDS, n), seed=seed)
-    }
-
-
-def cluster(features: Tensor, clusters: int, seed: int) -> KMeans:
-    """The clusters of training features ``[n, d]`` that the detectors get."""
-    return KMeans(clusters, metric="cosine", n_init=STARTS, seed=seed).fit(features)
+    return of_level | {"layers": of_level["encoder"]}
 
 
 @dataclass
 class Judgement:
     """What one model makes of training images, test images and OOD sets."""
 
-    # detector -> "near", "far" or an OOD set -> metric -> value; a detector is "<head or encoder>/<name>".
+    # detector -> "near", "far" or an OOD set -> metric -> value; a detector is "<level>/<name>".
     metrics: dict[str, dict[str, dict[str, float]]]
     # "train", "test" or an OOD set -> "encoder" or "head" -> features [n, d], on the CPU
     features: dict[str, dict[str, Tensor]]
@@ -73,35 +109,38 @@ def judge(
     clusters: int,
     seed: int,
 ) -> Judgement:
-    """Metrics of every detector on the features before ("encoder") and after ("head") the projection head.
+    """Metrics of every detector on its level of features.
 
     Every model gets its own clusters for the detectors that need some, so that none depends on how the model was
     trained. "near" and "far" are means over the sets of that kind, as in OpenOOD.
     """
     parts = {"train": train, "test": test} | dict(near) | dict(far)
-    features = {name: embed(model, images) for name, images in parts.items()}
+    features, widths = {}, []
+    for name, images in parts.items():
+        features[name], widths = embed_layers(model, images)
+    kmeans = cluster(features["train"], clusters, seed)
     metrics: dict[str, dict[str, dict[str, float]]] = {}
     shown: dict[str, Tensor] = {}
-    for level in ("head", "encoder"):
-        kmeans = cluster(features["train"][level], clusters, seed)
-        if level == "head":
-            of_head = kmeans
-        for name, detector in make_detectors(len(train), clusters, seed).items():
-            detector.fit_features(features["train"][level], kmeans.labels_)
-            scores = {p: detector.predict_features(features[p][level]).cpu() for p in parts if p != "train"}
-            metrics[f"{level}/{name}"] = _metrics(scores, near, far)
-            if f"{level}/{name}" == DEFAULT:
-                shown = scores
+    for detector_name, detector in make_detectors(len(train), clusters, seed, widths).items():
+        level = detector_name.partition("/")[0]
+        detector.fit_features(features["train"][level], kmeans[level].labels_)
+        scores = {p: detector.predict_features(features[p][level]).cpu() for p in parts if p != "train"}
+        metrics[detector_name] = _metrics(scores, near, far)
+        if detector_name == DEFAULT:
+            shown = scores
     knn = {}
     if train.classes is not None and test.classes is not None:
         of_train, of_test = features["train"], features["test"]
-        knn = {level: knn_accuracy(x, train.classes, of_test[level], test.classes) for level, x in of_train.items()}
+        knn = {
+            level: knn_accuracy(of_train[level], train.classes, of_test[level], test.classes)
+            for level in ("encoder", "head")
+        }
     return Judgement(
         metrics,
-        {part: {level: x.cpu() for level, x in of_part.items()} for part, of_part in features.items()},
+        {part: {level: of_part[level].cpu() for level in ("encoder", "head")} for part, of_part in features.items()},
         shown,
-        of_head.labels_.cpu(),
-        of_head.cluster_centers_.cpu(),
+        kmeans["head"].labels_.cpu(),
+        kmeans["head"].cluster_centers_.cpu(),
         knn,
     )
 

@@ -361,7 +361,7 @@ def _border(
     report: dict, judgement: Judgement, objective: str, images: Mapping[str, Images], sets: Sequence[str]
 ) -> dict:
     """The most outlying test images and the least outlying OOD images, each with the nearest training image."""
-    level = report["default"].split("/")[0]
+    level = "head" if report["default"].startswith("head/") else "encoder"
     features = {part: normalize(of_part[level]) for part, of_part in judgement.features.items()}
     title = report["titles"][objective]
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ccl_fast.models.backbones import build_backbone
+from ccl_fast.models.layers import LayerStatistics
 
 if TYPE_CHECKING:
     from ccl_fast.data import Images
@@ -63,13 +66,41 @@ def embed(model: Model, images: Images, rows: Tensor | None = None) -> dict[str,
         images: all of them are embedded, or
         rows: those alone, int64 [n], in that order.
     """
-    training = [module for module in model.modules() if module.training]
+    with _evaluation(model):
+        encoded = torch.cat([model.encoder(batch).float() for batch in _batches(model, images, rows)])
+        return {"encoder": encoded, "head": model.head(encoded)}
+
+
+@torch.no_grad()
+def embed_layers(model: Model, images: Images) -> tuple[dict[str, Tensor], list[int]]:
+    """As :func:`embed`, and "layers": the encoder's features and the :class:`LayerStatistics`, one beside the other.
+
+    Returns:
+        The features, and how wide each part of "layers" is: the encoder's features first, then layer by layer.
+    """
+    rows, widths = [], []
+    with _evaluation(model), LayerStatistics(model.encoder) as layers:
+        for batch in _batches(model, images):
+            parts = [model.encoder(batch).float(), *layers.statistics]
+            widths = [part.shape[1] for part in parts]
+            rows.append(torch.cat(parts, 1))
+        features = torch.cat(rows)
+        encoded = features[:, : widths[0]]
+        return {"encoder": encoded, "head": model.head(encoded), "layers": features}, widths
+
+
+def _batches(model: Model, images: Images, rows: Tensor | None = None) -> Iterator[Tensor]:
     device = next(model.parameters()).device
+    return (batch.to(device) for batch in images.batches(BLOCK, rows))
+
+
+@contextmanager
+def _evaluation(model: Model) -> Iterator[None]:
+    """Every module gets back the mode it had."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        encoded = torch.cat([model.encoder(batch.to(device)).float() for batch in images.batches(BLOCK, rows)])
-        projected = model.head(encoded)
+        yield
     finally:
         for module in training:
             module.training = True
-    return {"encoder": encoded, "head": projected}

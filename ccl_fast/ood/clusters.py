@@ -61,12 +61,13 @@ class Mahalanobis(ClusterDetector):
     .. math::
         s(x) = \min_c (z - \mu_c)^T C_c^{-1} (z - \mu_c)
 
-    z is x made unit length, then standardised by the training features; mu_c and C_c are mean and covariance of
-    cluster c. Small clusters have singular covariances, so ``C_c = (1 - s) cov_c + s (tr cov_c / D) I``.
+    z is x made unit length, if that is wanted, then standardised by the training features; mu_c and C_c are mean and
+    covariance of cluster c. Small clusters have singular covariances, so ``C_c = (1 - s) cov_c + s (tr cov_c / D) I``.
 
     Args:
         n_clusters: number of spherical k-means clusters made when fitted without labels.
         shrinkage: s, in (0, 1].
+        normalize: False: the length of x counts.
         seed: seed of that k-means.
         model: see :class:`FeatureDetector`.
 
@@ -83,24 +84,30 @@ class Mahalanobis(ClusterDetector):
         n_clusters: int = 1,
         *,
         shrinkage: float = 0.1,
+        normalize: bool = True,
         seed: int = 0,
         model: Callable[[Tensor], Tensor] | None = None,
     ):
-        self.shrinkage = shrinkage
+        self.shrinkage, self.normalize = shrinkage, normalize
         super().__init__(n_clusters, seed=seed, model=model)
 
     def _check_hyperparameters(self) -> None:
         super()._check_hyperparameters()
         if not isinstance(self.shrinkage, int | float) or not 0 < self.shrinkage <= 1:
             raise ValueError(f"shrinkage: expected a number in (0, 1], got {self.shrinkage!r}")
+        if not isinstance(self.normalize, bool):
+            raise ValueError(f"normalize: expected True or False, got {self.normalize!r}")
 
     def _fit(self, x: Tensor, y: Tensor | None) -> None:
         y, n_clusters = self._clusters(x, y)
-        x = unit(x)
+        x = self._placed(x)
         self.mean, self.std = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
         z = (x - self.mean) / self.std
         fitted = [self._gaussian(z[y == c].double()) for c in range(n_clusters)]
         self.means, self.factors = (torch.stack(part).to(x.dtype) for part in zip(*fitted, strict=True))
+
+    def _placed(self, x: Tensor) -> Tensor:
+        return unit(x) if self.normalize else x
 
     def _gaussian(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and Cholesky factor of the covariance of the rows of one cluster."""
@@ -112,7 +119,7 @@ class Mahalanobis(ClusterDetector):
         return mean, torch.linalg.cholesky(shrunk)
 
     def _score(self, x: Tensor) -> Tensor:
-        z = (unit(x) - self.mean) / self.std
+        z = (self._placed(x) - self.mean) / self.std
         best = z.new_full((len(z),), torch.inf)
         for mean, factor in zip(self.means, self.factors, strict=True):
             whitened = torch.linalg.solve_triangular(factor, (z - mean).T, upper=False)

@@ -1,7 +1,8 @@
-"""Several detectors as one."""
+"""Several detectors as one, each of all features or of some."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,7 +15,7 @@ class Ensemble(FeatureDetector):
     r"""Mean of the detectors' scores, each standardised by its training scores.
 
     .. math::
-        s(x) = \frac{1}{|D|} \sum_{d \in D} \frac{s_d(x) - m_d}{\sigma_d}
+        s(x) = \sum_{d \in D} w_d \frac{s_d(x) - m_d}{\sigma_d} \Big/ \sum_{d \in D} w_d
 
     m_d and sigma_d are mean and standard deviation of detector d's training scores (a sigma of 0 counts as 1). These
     have to be of samples which the detector has not seen: a neighbour detector gives its own training samples 0, and a
@@ -26,6 +27,7 @@ class Ensemble(FeatureDetector):
     Args:
         detectors: at least one, with ``fit_features(x, y)`` and ``predict_features(x)``, fitted in place. They must do
             with a share (folds - 1) / folds of the samples. Models of their own are not used.
+        weights: w, one for every detector, positive; by default equal.
         folds: number of parts, 2 to N; each detector is fitted ``folds + 1`` times.
         seed: seed of the parts.
         model: see :class:`FeatureDetector`.
@@ -35,17 +37,23 @@ class Ensemble(FeatureDetector):
         self,
         detectors: Sequence,
         *,
+        weights: Sequence[float] | None = None,
         folds: int = 5,
         seed: int = 0,
         model: Callable[[Tensor], Tensor] | None = None,
     ):
         self.detectors, self.folds, self.seed = list(detectors), folds, seed
+        self.weights = [1.0] * len(self.detectors) if weights is None else list(weights)
         super().__init__(model)
 
     def _check_hyperparameters(self) -> None:
         wrong = [type(d).__name__ for d in self.detectors if not hasattr(d, "predict_features")]
         if wrong or not self.detectors:
             raise ValueError(f"detectors: expected a sequence of detectors of features, got {wrong or 'none'}")
+        right = [isinstance(w, int | float) and 0 < w < math.inf for w in self.weights]
+        if len(right) != len(self.detectors) or not all(right):
+            expected = f"a positive number for each of {len(self.detectors)} detectors"
+            raise ValueError(f"weights: expected {expected}, got {self.weights}")
         if not isinstance(self.folds, int) or isinstance(self.folds, bool) or self.folds < 2:
             raise ValueError(f"folds: expected an integer >= 2, got {self.folds!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
@@ -70,4 +78,44 @@ class Ensemble(FeatureDetector):
 
     def _score(self, x: Tensor) -> Tensor:
         scores = torch.stack([detector.predict_features(x).to(x) for detector in self.detectors], 1)
-        return ((scores - self.means) / self.stds).mean(1)
+        weights = scores.new_tensor(self.weights) / sum(self.weights)
+        return (scores - self.means) / self.stds @ weights
+
+
+class Columns(FeatureDetector):
+    """A detector that sees some of the features, for an :class:`Ensemble` of features of several kinds.
+
+    Args:
+        detector: of those features, fitted in place.
+        columns: which they are.
+        clusters: whether it gets the clusters that this one is fitted with.
+        model: see :class:`FeatureDetector`.
+
+    Example:
+        >>> features = torch.cat([encoder_features, layer_statistics], 1)
+        >>> parts = [Columns(NearestNeighbor(), slice(128)), Columns(Mahalanobis(), slice(128, None))]
+        >>> detector = Ensemble(parts).fit_features(features)
+    """
+
+    def __init__(
+        self,
+        detector: FeatureDetector,
+        columns: slice,
+        *,
+        clusters: bool = True,
+        model: Callable[[Tensor], Tensor] | None = None,
+    ):
+        self.detector, self.columns, self.clusters = detector, columns, clusters
+        super().__init__(model)
+
+    def _check_hyperparameters(self) -> None:
+        if not hasattr(self.detector, "predict_features"):
+            raise ValueError(f"detector: expected a detector of features, got {type(self.detector).__name__}")
+        if not isinstance(self.columns, slice):
+            raise ValueError(f"columns: expected a slice, got {self.columns!r}")
+
+    def _fit(self, x: Tensor, y: Tensor | None) -> None:
+        self.detector.fit_features(x[:, self.columns], y if self.clusters else None)
+
+    def _score(self, x: Tensor) -> Tensor:
+        return self.detector.predict_features(x[:, self.columns])

@@ -14,7 +14,7 @@ from ccl_fast.data import load_folder
 from ccl_fast.errors import ArgumentError
 from ccl_fast.evaluation import DEFAULT, cluster, make_detectors, threshold
 from ccl_fast.files import write_atomically
-from ccl_fast.models import embed
+from ccl_fast.models import embed_layers
 from ccl_fast.training.arguments import find_device
 from ccl_fast.training.image_sets import read_split
 from ccl_fast.training.processes import check_alone
@@ -78,24 +78,25 @@ def score(
         known = " or ".join(trained.objectives)
         raise ArgumentError(f"objective: expected one that the run has, {known}, got {objective!r}")
     clusters, seed = trained.options.clusters[0], trained.options.seed
-    level, _, name = detector.partition("/")
-    names = make_detectors(2, clusters, seed).keys()
-    if level not in ("head", "encoder") or name not in names:
-        known = ", ".join(names)
-        raise ArgumentError(f"detector: expected head/<name> or encoder/<name> with one of {known}, got {detector!r}")
+    names = make_detectors(2, clusters, seed, [1])
+    if detector not in names:
+        raise ArgumentError(f"detector: expected one of {', '.join(names)}, got {detector!r}")
     split = read_split(trained.options)
     scored, paths = load_folder(images, split.train.shape, strict=strict, workers=workers, argument="images")
 
     model = trained.model(objective, split.train.shape, where)
-    train, test, new = (embed(model, part.to(where))[level] for part in (split.train, split.test, scored))
-    kmeans = cluster(train, clusters, seed)
-    fitted = make_detectors(len(train), clusters, seed)[name].fit_features(train, kmeans.labels_)
-    cut = threshold(fitted.predict_features(test))
-    scores = fitted.predict_features(new)
+    level = detector.partition("/")[0]
+    embedded = [embed_layers(model, part.to(where)) for part in (split.train, split.test, scored)]
+    of_train, of_test, of_new = (features for features, _ in embedded)
+    kmeans = cluster(of_train, clusters, seed)[level]
+    fitted = make_detectors(len(split.train), clusters, seed, embedded[0][1])[detector]
+    fitted.fit_features(of_train[level], kmeans.labels_)
+    cut = threshold(fitted.predict_features(of_test[level]))
+    scores = fitted.predict_features(of_new[level])
     rows = io.StringIO()
     writer = csv.writer(rows)
     writer.writerow(COLUMNS)
-    nearest = kmeans.predict(new)
+    nearest = kmeans.predict(of_new["encoder" if level == "layers" else level])
     for i in torch.argsort(scores, descending=True, stable=True).tolist():
         writer.writerow([paths[i], f"{scores[i].item():.6g}", int(scores[i] > cut), nearest[i].item()])
     output.parent.mkdir(parents=True, exist_ok=True)
