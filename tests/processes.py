@@ -15,7 +15,8 @@ what differs, a function takes by its rank. An exception in a process fails the 
 
 Importing torch takes seconds, so processes are forked from a server that has done it, and stay; every call makes a
 group of its own: what one call leaves undone does not reach the next. After a failure all processes are killed, and the
-next call starts new ones. Time limits count from when all processes are ready, however busy the machine. Modules that use this share the processes of one pytest process by
+next call starts new ones. Time limits count from when all processes are ready, however busy the machine. Modules that
+use this share the processes of one pytest process by
 
     pytestmark = pytest.mark.xdist_group("processes")
 """
