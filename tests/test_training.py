@@ -30,6 +30,7 @@ from ccl_fast.training.loop import Run
 pytestmark = pytest.mark.xdist_group("test_training")  # one process has the runs that all tests share
 
 ROOT = Path(__file__).parents[1]
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 # 400 images of two classes, a few seconds.
 TINY = {"epochs": 2, "warmup_epochs": 1, "clusters": 4, "in_classes": [0, 7], "batch_size": 100, "limit": 400}
 OPTIONS = [f"--{name}={value}" for name, value in TINY.items()]
@@ -305,7 +306,9 @@ def test_a_diverging_loss_stops_with_its_step_and_leaves_no_folder(tmp_path, cap
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("extra", [{}, {"ema": 0.9, "concentration": True, "clusters": [4, 3], "recluster_every": 2}])
+@pytest.mark.parametrize(
+    "extra", [slow({}), {"ema": 0.9, "concentration": True, "clusters": [4, 3], "recluster_every": 2}]
+)
 def test_the_state_is_all_that_the_rest_of_a_run_depends_on(extra):
     digits, fabric = load_split("digits", in_classes=[2], seed=0), Fabric(accelerator="cpu", devices=1)
     plan = options(**{"epochs": 3, "clusters": [4], "warmup_epochs": 0, "batch_size": 100} | extra)
@@ -379,15 +382,16 @@ def test_embeddings_are_those_of_evaluation_mode():
 @pytest.mark.parametrize(
     "switch",
     [
-        {"clusters": [4, 7]},
-        {"concentration": True},
-        {"ema": 0.5},
         {"center_ramp_epochs": 2},
-        {"recluster_every": 2},
         {"augmentation": "none"},
         {"weight_decay": 1.0},
         {"embedding_dim": 32},
-        {"backbone": "shufflenet_v2_x0_5", "limit": 64, "batch_size": 32, "epochs": 2, "warmup_epochs": 0},
+        # That the state is all has these too.
+        slow({"clusters": [4, 7]}),
+        slow({"concentration": True}),
+        slow({"ema": 0.5}),
+        slow({"recluster_every": 2}),
+        slow({"backbone": "shufflenet_v2_x0_5", "limit": 64, "batch_size": 32, "epochs": 2, "warmup_epochs": 0}),
     ],
     ids=str,
 )
