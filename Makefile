@@ -6,15 +6,26 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 EXTENSION := setup.py CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: train test lint bench gpu-check gpu-dry-run launch-table registers clean
+.PHONY: train test test-all test-minimal lint bench gpu-check gpu-dry-run launch-table registers clean
 
 # On a busy machine OpenMP's threads would otherwise spin while they wait for each other.
 train: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(BIN)/ccl-fast train
 
 # Two processes of one thread each: most tests are small.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# What is essential: every feature, a few minutes.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(PYTEST) -m "not slow"
+
+# Everything: what `make test` runs, and then what it leaves out. Nothing runs twice, nor does it in `make test test-all`.
+test-all: test
+	$(PYTEST) -m slow
+
+# The losses' and k-means' tests as if no extra were installed.
+test-minimal: $(INSTALLED)
+	PYTHONPATH=tests $(PYTEST) -p minimal -m "not slow" tests/test_minimal.py tests/test_*loss*.py tests/test_kmeans*.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

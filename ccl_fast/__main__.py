@@ -8,6 +8,7 @@ import sys
 
 import torch
 
+from ccl_fast.errors import MissingPackages, packages_of_training
 from ccl_fast.ops.backends import Obstacles
 from ccl_fast.ops.kmeans_assign import BACKENDS as ASSIGN_BACKENDS
 from ccl_fast.ops.kmeans_update import BACKENDS as UPDATE_BACKENDS
@@ -46,14 +47,16 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _command() -> int:
+def command() -> int:
+    """``ccl-fast``; without its packages a line that says what to install, and 1."""
     try:
-        from ccl_fast.training.command import main as command
-    except ModuleNotFoundError as missing:
-        print(f"{missing}; try: pip install 'ccl-fast[train]'", file=sys.stderr)
+        with packages_of_training():
+            from ccl_fast.training.command import main as of_training
+    except MissingPackages as missing:
+        print(f"ccl-fast: {missing}", file=sys.stderr)
         return 1
-    return command()
+    return of_training()
 
 
 if __name__ == "__main__":
-    sys.exit(_command() if sys.argv[1:] else main())
+    sys.exit(command() if sys.argv[1:] else main())

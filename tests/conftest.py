@@ -1,3 +1,4 @@
+import collections
 import os
 import shutil
 
@@ -9,6 +10,29 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # What torch asks for under deterministic algorithms; it looks once, at the first product by cuBLAS.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marks
+def pytest_collection_modifyitems(items) -> None:
+    """Of each test's cases so many are essential that every value of every parameter occurs; the others are slow.
+
+    A test that marks cases itself is left as it is.
+    """
+    cases = collections.defaultdict(list)
+    for item in items:
+        if hasattr(item, "callspec"):
+            values = {(name, repr(value)) for name, value in item.callspec.params.items()}
+            cases[item.nodeid.partition("[")[0]].append((item, values))
+    for rest in cases.values():
+        if any(item.get_closest_marker("slow") for item, _ in rest):
+            continue
+        unseen = set().union(*(values for _, values in rest))
+        while unseen:
+            chosen = max(rest, key=lambda case: len(case[1] & unseen))
+            rest.remove(chosen)
+            unseen -= chosen[1]
+        for item, _ in rest:
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -197,17 +196,17 @@ def audit(kernel: str, element: str, ids: bool, d: int, precision: str, arch: in
     return line | asdict(report)
 
 
-def main(mode: str = "all", which: str = "") -> None:
-    """Print a line for each launch, variant and architecture; "quick K": of the K-th of `shipped()` those that every
-    test run compiles; "ptx KERNEL": the PTX of one of its launches."""
-    if mode == "ptx":
-        chosen = launch_on(90, which, 2, 128, False)
-        print(compile_kernel(which, "bf16", chosen, 128, 90, flag=True).asm["ptx"])
-        return
-    for entry in [shipped()[int(which)]] if mode == "quick" else shipped():
-        for arch, number in planned(entry, mode == "quick"):
+def ptx(kernel: str) -> str:
+    """Of one of the kernel's launches."""
+    return compile_kernel(kernel, "bf16", launch_on(90, kernel, 2, 128, False), 128, 90, flag=True).asm["ptx"]
+
+
+def main() -> None:
+    """Print a line for each launch, variant and architecture."""
+    for entry in shipped():
+        for arch, number in planned(entry, quick=False):
             print(json.dumps(audit(*entry, arch, number)), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -160,6 +160,7 @@ def test_peak_memory_is_linear_and_within_the_bar():
     assert peak is not None and 0 < peak <= bar(size), f"{peak / 2**20:.0f} MiB above the inputs"
 
 
+@pytest.mark.slow  # as `make gpu-dry-run` does
 def test_the_gpu_run_walks_its_path_without_a_gpu(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "--output", tmp_path, "gpu", "--dry-run"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)

@@ -137,6 +137,7 @@ def test_what_does_not_fit_is_not_started():
     assert cached == ON_GPU.arrays(CONTENDERS["ours cached"], 2 * n) < whole and dense > (VIEWS * n) ** 2
 
 
+@pytest.mark.slow
 def test_caching_keeps_the_memory_of_a_micro_batch():
     """In a process of its own: the activations of the whole batch would be 180 MiB."""
     n = 1024

@@ -30,6 +30,18 @@ def fake_nvcc(tmp_path, monkeypatch):
     return put
 
 
+def test_the_installed_kernels_do_not_spill():
+    module = ROOT / "ccl_fast" / registers.NAME
+    if not module.exists():
+        pytest.skip("the CUDA extension is not installed")
+    if not registers.cuobjdump():
+        pytest.skip("no cuobjdump, of CUDA or of Triton")
+    found = registers.usage(module)
+    assert any("assign" in entry.kernel for entry in found)
+    assert [entry for entry in found if entry.stack or entry.local] == []
+
+
+@pytest.mark.slow
 def test_the_kernels_compile_without_spills():
     compiler, reason = emulated.nvcc()
     if not compiler:
@@ -42,6 +54,7 @@ def test_the_kernels_compile_without_spills():
     assert [entry for entry in found if entry.stack or entry.local] == []
 
 
+@pytest.mark.slow
 def test_the_selftest_compiles_for_a_gpu():
     compiler, reason = emulated.nvcc()
     if not compiler:

@@ -63,7 +63,7 @@ def wait_for_epoch(folder, epoch, process):
     raise AssertionError("no epoch in a minute")
 
 
-@pytest.mark.parametrize("epoch", [1, 3])
+@pytest.mark.parametrize("epoch", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_killed_in_the_middle_of_an_epoch(tmp_path, whole, epoch):
     folder = tmp_path / "run"
     process = start(folder)
@@ -75,7 +75,7 @@ def test_killed_in_the_middle_of_an_epoch(tmp_path, whole, epoch):
     assert_same_end(folder, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_asked_to_stop_it_saves_says_how_to_go_on_and_exits_with_the_signals_code(tmp_path, whole, number):
     folder = tmp_path / "run"
     process = start(folder)

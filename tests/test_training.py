@@ -2,6 +2,7 @@
 """The training command end to end on a tiny run, and the parts whose errors it would not show."""
 
 import copy
+import functools
 import inspect
 import json
 import shutil
@@ -29,9 +30,11 @@ from ccl_fast.training.loop import Run
 pytestmark = pytest.mark.xdist_group("test_training")  # one process has the runs that all tests share
 
 ROOT = Path(__file__).parents[1]
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 # 400 images of two classes, a few seconds.
 TINY = {"epochs": 2, "warmup_epochs": 1, "clusters": 4, "in_classes": [0, 7], "batch_size": 100, "limit": 400}
 OPTIONS = [f"--{name}={value}" for name, value in TINY.items()]
+SMALL = TINY | {"epochs": 3, "limit": 200, "baseline": False, "far_ood": []}
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +51,17 @@ def tiny(tmp_path_factory):
     assert main(["train", f"--output={folder}", *OPTIONS]) == 0
     assert torch.get_rng_state().equal(state)
     return folder
+
+
+@pytest.fixture(scope="module")
+def plain_results(tmp_path_factory):
+    """The results of a small run of nothing but the arguments given, trained once."""
+
+    @functools.cache
+    def results(**given):
+        return train(tmp_path_factory.mktemp("plain") / "run", **SMALL | given)["results"]
+
+    return results
 
 
 def test_writes_report_picture_and_weights(tiny):
@@ -292,7 +306,9 @@ def test_a_diverging_loss_stops_with_its_step_and_leaves_no_folder(tmp_path, cap
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("extra", [{}, {"ema": 0.9, "concentration": True, "clusters": [4, 3], "recluster_every": 2}])
+@pytest.mark.parametrize(
+    "extra", [slow({}), {"ema": 0.9, "concentration": True, "clusters": [4, 3], "recluster_every": 2}]
+)
 def test_the_state_is_all_that_the_rest_of_a_run_depends_on(extra):
     digits, fabric = load_split("digits", in_classes=[2], seed=0), Fabric(accelerator="cpu", devices=1)
     plan = options(**{"epochs": 3, "clusters": [4], "warmup_epochs": 0, "batch_size": 100} | extra)
@@ -366,24 +382,23 @@ def test_embeddings_are_those_of_evaluation_mode():
 @pytest.mark.parametrize(
     "switch",
     [
-        {"clusters": [4, 7]},
-        {"concentration": True},
-        {"ema": 0.5},
         {"center_ramp_epochs": 2},
-        {"recluster_every": 2},
         {"augmentation": "none"},
         {"weight_decay": 1.0},
         {"embedding_dim": 32},
-        {"backbone": "shufflenet_v2_x0_5", "limit": 64, "batch_size": 32, "epochs": 2, "warmup_epochs": 0},
+        # That the state is all has these too.
+        slow({"clusters": [4, 7]}),
+        slow({"concentration": True}),
+        slow({"ema": 0.5}),
+        slow({"recluster_every": 2}),
+        slow({"backbone": "shufflenet_v2_x0_5", "limit": 64, "batch_size": 32, "epochs": 2, "warmup_epochs": 0}),
     ],
     ids=str,
 )
-def test_every_switch_changes_what_is_learned_and_is_repeatable(switch, tmp_path):
-    base = TINY | {"epochs": 3, "limit": 200, "baseline": False, "far_ood": []}
-    plain = train(tmp_path / "plain", **base | {n: switch[n] for n in ("limit", "batch_size", "epochs") if n in switch})
-    first, again = (train(tmp_path / name, **base | switch) for name in ("first", "again"))
+def test_every_switch_changes_what_is_learned_and_is_repeatable(switch, plain_results, tmp_path):
+    first, again = (train(tmp_path / name, **SMALL | switch) for name in ("first", "again"))
     assert first["losses"] == again["losses"] and first["results"] == again["results"]
-    assert first["results"] != plain["results"]
+    assert first["results"] != plain_results(**{n: switch[n] for n in ("limit", "batch_size", "epochs") if n in switch})
     assert first["arguments"][next(iter(switch))] == next(iter(switch.values()))
 
 

@@ -119,6 +119,7 @@ def test_torchrun_trains_both_objectives_and_writes_once(whole):
     assert lines[0]["loss"] > lines[3]["loss"]
 
 
+@pytest.mark.slow
 def test_stopped_and_killed_it_goes_on_as_if_nothing_had_been(whole, tmp_path, no_page):
     folder = tmp_path / "run"
     started = start(folder)

@@ -1,10 +1,13 @@
 """How well features tell OOD images from those of the training distribution, and the report that shows it."""
 
-from ccl_fast.evaluation.cluster_quality import cluster_quality
-from ccl_fast.evaluation.judge import DEFAULT, GROUPS, Judgement, cluster, judge, make_detectors
-from ccl_fast.evaluation.knn import knn_accuracy
-from ccl_fast.evaluation.page import write_page
-from ccl_fast.evaluation.pictures import threshold
+from ccl_fast.errors import packages_of_training
+
+with packages_of_training():
+    from ccl_fast.evaluation.cluster_quality import cluster_quality
+    from ccl_fast.evaluation.judge import DEFAULT, GROUPS, Judgement, cluster, judge, make_detectors
+    from ccl_fast.evaluation.knn import knn_accuracy
+    from ccl_fast.evaluation.page import write_page
+    from ccl_fast.evaluation.pictures import threshold
 
 __all__ = [
     "DEFAULT",

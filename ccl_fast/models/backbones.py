@@ -8,7 +8,7 @@ import difflib
 import torch
 from torch import nn
 
-from ccl_fast.errors import ArgumentError
+from ccl_fast.errors import ArgumentError, packages_of_training
 
 # Up to this many pixels a side, a ResNet's first layers would leave too little of an image.
 SMALL_IMAGE = 64
@@ -75,7 +75,8 @@ def _block(channels: int, out: int) -> tuple[nn.Module, ...]:
 
 
 def _resnet8(channels: int) -> nn.Module:
-    from torchvision.models.resnet import BasicBlock
+    with packages_of_training():
+        from torchvision.models.resnet import BasicBlock
 
     def block(width: int, out: int, stride: int) -> nn.Module:
         shortcut = None
@@ -88,7 +89,8 @@ def _resnet8(channels: int) -> nn.Module:
 
 
 def _torchvision(name: str, shape: tuple[int, int, int], stem: str) -> nn.Module:
-    from torchvision import models
+    with packages_of_training():
+        from torchvision import models
 
     names = models.list_models(module=models)
     if name not in names:

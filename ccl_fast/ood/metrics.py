@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ccl_fast.ops.validation import check_choice
 
@@ -48,11 +49,10 @@ def aupr(scores: Tensor, is_ood: Tensor, positive: str) -> float:
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
-    from torchmetrics.functional.classification import binary_precision_recall_curve
-
-    _check(scores, is_ood)
-    precision, recall, _ = binary_precision_recall_curve(*_toward(positive, scores, is_ood))
-    return -torch.trapezoid(precision.double(), recall.double()).item()
+    caught, alarms = _curve(scores, is_ood, positive)
+    # Beyond the highest score nothing is caught, and precision is 1 by convention. Counts first: they are exact.
+    precision, caught = F.pad(caught / (caught + alarms), (1, 0), value=1), F.pad(caught, (1, 0))
+    return (torch.trapezoid(precision, caught) / caught[-1]).item()
 
 
 def auroc(scores: Tensor, is_ood: Tensor) -> float:
@@ -71,7 +71,7 @@ def auroc(scores: Tensor, is_ood: Tensor) -> float:
     from scipy.stats import rankdata
 
     _check(scores, is_ood)
-    # Mann and Whitney's count of pairs: halves, which float64 adds without rounding. torchmetrics' areas are float32.
+    # Mann and Whitney's count of pairs: halves, which float64 adds without rounding. Trapezoids would be rounded.
     is_ood = is_ood.cpu().numpy()
     n_ood = int(is_ood.sum())
     n_id = len(is_ood) - n_ood
@@ -97,11 +97,8 @@ def fpr95(scores: Tensor, is_ood: Tensor, positive: str) -> float:
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
-    from torchmetrics.functional.classification import binary_specificity_at_sensitivity
-
-    _check(scores, is_ood)
-    specificity, _ = binary_specificity_at_sensitivity(*_toward(positive, scores, is_ood), min_sensitivity=0.95)
-    return 1 - specificity.item()
+    caught, alarms = _curve(scores, is_ood, positive)
+    return (alarms / alarms[-1])[caught / caught[-1] >= 0.95][0].item()
 
 
 def _check(scores: Tensor, is_ood: Tensor) -> None:
@@ -115,13 +112,12 @@ def _check(scores: Tensor, is_ood: Tensor) -> None:
         raise ValueError("is_ood: expected both ID and OOD samples, got only one kind")
 
 
-def _toward(positive: str, scores: Tensor, is_ood: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranks that are higher for the positive class, and which samples are of that class, as torchmetrics takes them."""
+def _curve(scores: Tensor, is_ood: Tensor, positive: str) -> tuple[Tensor, Tensor]:
+    """How many of the positive class and how many others are beyond a threshold at each distinct score, as float64;
+    the threshold that catches least comes first."""
     check_choice("positive", positive, ("ood", "id"))
-    return (_ranks(scores), is_ood.int()) if positive == "ood" else (_ranks(-scores), (~is_ood).int())
-
-
-def _ranks(scores: Tensor) -> Tensor:
-    """The scores' ranks in [0, 1], ties kept: torchmetrics squashes anything else by a sigmoid, which makes ties."""
-    rank = scores.unique(return_inverse=True)[1].double()
-    return rank / rank.max().clamp(min=1)
+    _check(scores, is_ood)
+    scores, is_positive = (-scores, is_ood) if positive == "ood" else (scores, ~is_ood)
+    distinct, place = scores.unique(return_inverse=True)
+    caught, alarms = (place[kind].bincount(minlength=len(distinct)).cumsum(0) for kind in (is_positive, ~is_positive))
+    return caught.double(), alarms.double()

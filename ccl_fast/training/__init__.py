@@ -5,6 +5,8 @@ Names are imported when they are used: ``cached_backward`` needs torch alone.
 
 import importlib
 
+from ccl_fast.errors import packages_of_training
+
 _MODULES = {
     "cached_backward": "gradient_cache",
     "compare": "comparison",
@@ -19,9 +21,5 @@ __all__ = ["cached_backward", "compare", "evaluate", "score", "train"]
 def __getattr__(name: str):
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
+    with packages_of_training():
         return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    except ModuleNotFoundError as missing:
-        if missing.name.startswith("ccl_fast"):
-            raise
-        raise ModuleNotFoundError(f"{missing}; try: pip install 'ccl-fast[train]'", name=missing.name) from missing

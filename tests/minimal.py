@@ -1,0 +1,57 @@
+"""Imports fail as if only what `pip install ccl-fast` brings were installed: no extras.
+
+    python -m pytest -p minimal tests/test_ccl_loss.py  # with tests/ on the path: as `make test-minimal` does
+
+What the tests themselves are made of stays: pytest, hypothesis, scikit-learn (an oracle), what builds the emulation.
+"""
+
+import contextlib
+import importlib.metadata
+import sys
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+TOOLS = ("pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "scikit-learn", "pybind11", "cmake", "ninja")
+
+
+def required(names) -> set[str]:
+    """These distributions and all that they require, without extras."""
+    found, todo = set(), list(names)
+    while todo:
+        requirement = Requirement(todo.pop())
+        name = canonicalize_name(requirement.name)
+        if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        found.add(name)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            todo += importlib.metadata.requires(name) or []
+    return found
+
+
+class Absent:
+    """An import hook for which all modules of other distributions than the allowed are not installed."""
+
+    def __init__(self, allowed: set[str]):
+        installed = importlib.metadata.packages_distributions()
+        self.names = {
+            name
+            for name, distributions in installed.items()
+            if name != "ccl_fast" and allowed.isdisjoint(map(canonicalize_name, distributions))
+        }
+
+    def find_spec(self, name: str, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def install(tools=()) -> None:
+    """Of what is imported from now on."""
+    project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
+    sys.meta_path.insert(0, Absent(required([*project["dependencies"], *tools])))
+
+
+def pytest_configure() -> None:
+    install(TOOLS)
