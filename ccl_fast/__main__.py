@@ -9,9 +9,9 @@ import sys
 import torch
 
 from ccl_fast.ops.backends import Obstacles
-from ccl_fast.ops.kmeans_assign import BACKENDS as ASSIGN_BACKENDS
-from ccl_fast.ops.kmeans_update import BACKENDS as UPDATE_BACKENDS
-from ccl_fast.ops.streaming_logsumexp import BACKENDS as LOGSUMEXP_BACKENDS
+from ccl_fast.ops.kmeans.assign import BACKENDS as ASSIGN_BACKENDS
+from ccl_fast.ops.kmeans.update import BACKENDS as UPDATE_BACKENDS
+from ccl_fast.ops.logsumexp.operator import BACKENDS as LOGSUMEXP_BACKENDS
 from ccl_fast.version import __version__
 
 OPERATORS = {

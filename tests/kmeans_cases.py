@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.kmeans_assign import BACKENDS, METRICS, kmeans_assign
+from ccl_fast.ops.kmeans.assign import BACKENDS, METRICS, kmeans_assign
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float64, torch.float32, *HALF)

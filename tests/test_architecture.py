@@ -29,7 +29,7 @@ MAY_IMPORT = {
 
 @pytest.mark.parametrize("layer", MAY_IMPORT)
 def test_layers_import_only_what_lies_below(layer):
-    files = sorted((PACKAGE / layer).glob("*.py"))
+    files = sorted((PACKAGE / layer).rglob("*.py"))
     assert files
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):

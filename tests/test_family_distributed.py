@@ -21,8 +21,8 @@ from ccl_fast.losses import (
     SBCLLoss,
     SwAVLoss,
 )
-from ccl_fast.ops import streaming_logsumexp_blocked as blocked
-from ccl_fast.ops.sinkhorn import column_potentials
+from ccl_fast.ops.logsumexp import blocked
+from ccl_fast.ops.transport.sinkhorn import column_potentials
 
 pytestmark = pytest.mark.xdist_group("processes")
 CLUSTERS = (4, 9)

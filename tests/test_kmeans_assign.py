@@ -21,9 +21,9 @@ from kmeans_cases import (
 )
 
 from ccl_fast.kernels import extension
-from ccl_fast.ops import cpu_product
-from ccl_fast.ops import kmeans_assign_blocked as blocked
-from ccl_fast.ops.kmeans_assign import METRICS, kmeans_assign
+from ccl_fast.ops import matmul
+from ccl_fast.ops.kmeans import assign_blocked as blocked
+from ccl_fast.ops.kmeans.assign import METRICS, kmeans_assign
 
 pytestmark = pytest.mark.usefixtures("kmeans_device")
 
@@ -295,7 +295,7 @@ def test_blocked_is_exact_whatever_the_precision_of_products(make, truncated, pr
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_blocked_is_exact_without_onednn(autocast, dtype, kmeans_device, monkeypatch):
-    monkeypatch.setattr(cpu_product, "_onednn_linear", lambda: None)
+    monkeypatch.setattr(matmul, "_onednn_linear", lambda: None)
     x, centers = (rows.to(kmeans_device, dtype) for rows in crowded(130, 70, 33))
     with torch.autocast(kmeans_device.type, torch.bfloat16, enabled=autocast):
         assert_exact(x, centers, only=["blocked"])

@@ -11,7 +11,7 @@ from processes import run
 
 from ccl_fast.clustering import KMeans, concentration, shards
 from ccl_fast.distributed import PeerError
-from ccl_fast.ops.kmeans_update import sum_by_cluster
+from ccl_fast.ops.kmeans.update import sum_by_cluster
 
 pytestmark = pytest.mark.xdist_group("processes")
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ccl_fast import CCLLoss, InfoNCELoss, SupConLoss
 from ccl_fast.distributed import PeerError
-from ccl_fast.ops import streaming_logsumexp_blocked as blocked
+from ccl_fast.ops.logsumexp import blocked
 from ccl_fast.training.gradient_cache import cached_backward
 
 pytestmark = pytest.mark.xdist_group("processes")

@@ -9,8 +9,8 @@ from tolerance import assert_as_accurate
 
 from ccl_fast import streaming_logsumexp
 from ccl_fast.ops import logaddexp, same_id_similarity
-from ccl_fast.ops import streaming_logsumexp_blocked as blocked
-from ccl_fast.ops import streaming_logsumexp_triton as triton_kernels
+from ccl_fast.ops.logsumexp import blocked
+from ccl_fast.ops.logsumexp import triton as triton_kernels
 from ccl_fast.ops.same_id_similarity import (
     pair_similarity,
     pair_similarity_gradient,

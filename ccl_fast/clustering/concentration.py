@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ccl_fast.clustering.shards import digest, open_shards
-from ccl_fast.ops.center_distance import center_distance
-from ccl_fast.ops.kmeans_assign import METRICS
-from ccl_fast.ops.kmeans_update import sum_by_cluster
+from ccl_fast.ops.kmeans.assign import METRICS
+from ccl_fast.ops.kmeans.distance import center_distance
+from ccl_fast.ops.kmeans.update import sum_by_cluster
 from ccl_fast.ops.validation import check_choice, check_finite, check_floating, check_ids, check_matrix
 
 # The share of clusters at either end whose concentration is clipped.

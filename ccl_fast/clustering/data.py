@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ccl_fast.clustering.shards import Whole
-from ccl_fast.ops.center_distance import center_distance
-from ccl_fast.ops.kmeans_assign import Rows, prepare_rows
-from ccl_fast.ops.kmeans_update import sum_by_cluster
-from ccl_fast.ops.unit import unit
+from ccl_fast.ops.kmeans.assign import Rows, prepare_rows
+from ccl_fast.ops.kmeans.distance import center_distance
+from ccl_fast.ops.kmeans.update import sum_by_cluster
+from ccl_fast.ops.normalize import unit
 from ccl_fast.ops.validation import check_finite
 
 # Entries of a block whose moments are taken at once: on a CPU it should stay in the cache.

@@ -15,8 +15,8 @@ from ccl_fast.clustering.lloyd import Solution, lloyd
 from ccl_fast.clustering.seeding import k_means_plus_plus, random_rows
 from ccl_fast.clustering.shards import Whole, digest, open_shards
 from ccl_fast.distributed import check_process_group
-from ccl_fast.ops.kmeans_assign import BACKENDS, METRICS
-from ccl_fast.ops.unit import unit
+from ccl_fast.ops.kmeans.assign import BACKENDS, METRICS
+from ccl_fast.ops.normalize import unit
 from ccl_fast.ops.validation import check_choice, check_finite
 
 SEEDINGS = {"k-means++": k_means_plus_plus, "random": random_rows}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ccl_fast.clustering import empty_clusters
 from ccl_fast.clustering.data import Data, Sweep
-from ccl_fast.ops.unit import unit
+from ccl_fast.ops.normalize import unit
 
 
 class Solution(NamedTuple):

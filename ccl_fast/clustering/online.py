@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ccl_fast.clustering.kmeans import KMeans
 from ccl_fast.ops import kmeans_assign, kmeans_update
-from ccl_fast.ops.unit import unit
+from ccl_fast.ops.normalize import unit
 from ccl_fast.ops.validation import check_count, check_floating, check_ids, check_matrix, check_same, check_share
 
 # Of k-means, to halve a cluster: it need not be the best halves.

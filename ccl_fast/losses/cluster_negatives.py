@@ -10,8 +10,8 @@ from ccl_fast.distributed import outside_of_graphs
 from ccl_fast.losses.contrast import ContrastiveLoss
 from ccl_fast.losses.infonce import check_pairs
 from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
-from ccl_fast.ops.global_contrast import Exchange
 from ccl_fast.ops.ids import joint_ids, separate_unassigned
+from ccl_fast.ops.logsumexp.distributed import Exchange
 from ccl_fast.ops.validation import check_ids
 
 

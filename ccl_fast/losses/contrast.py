@@ -11,10 +11,10 @@ from torch.distributed import ProcessGroup
 from ccl_fast.distributed import EXCHANGES, Peers, check_process_group, outside_of_graphs
 from ccl_fast.ops import logaddexp, row_dot, same_id_similarity, streaming_logsumexp
 from ccl_fast.ops.backends import choose_backend
-from ccl_fast.ops.global_contrast import Exchange, Wanted, global_contrast
 from ccl_fast.ops.ids import separate_unassigned
-from ccl_fast.ops.streaming_logsumexp import BACKENDS
-from ccl_fast.ops.unit import unit_rows
+from ccl_fast.ops.logsumexp.distributed import Exchange, Wanted, global_contrast
+from ccl_fast.ops.logsumexp.operator import BACKENDS
+from ccl_fast.ops.normalize import unit_rows
 from ccl_fast.ops.validation import (
     check_choice,
     check_floating,

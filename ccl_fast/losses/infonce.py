@@ -6,7 +6,7 @@ from torch.distributed import ProcessGroup
 
 from ccl_fast.losses.contrast import ContrastiveLoss
 from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
-from ccl_fast.ops.global_contrast import Exchange
+from ccl_fast.ops.logsumexp.distributed import Exchange
 from ccl_fast.ops.validation import check_floating, check_matrix, check_same
 
 

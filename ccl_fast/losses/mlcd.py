@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ccl_fast.losses.contrast import ContrastiveLoss, check_id_range, number_of
 from ccl_fast.ops import edge_similarity, logaddexp, logsumexp_excluding, streaming_topk
-from ccl_fast.ops.unit import unit_rows
+from ccl_fast.ops.normalize import unit_rows
 from ccl_fast.ops.validation import check_count, check_floating, check_integer, check_matrix, check_same, check_share
 
 

@@ -7,8 +7,8 @@ from torch.distributed import ProcessGroup
 from ccl_fast.losses.contrast import ContrastiveLoss
 from ccl_fast.losses.infonce import check_pairs
 from ccl_fast.ops import row_dot, streaming_logsumexp
-from ccl_fast.ops.global_contrast import Exchange
 from ccl_fast.ops.ids import consecutive_ids, separate_unassigned
+from ccl_fast.ops.logsumexp.distributed import Exchange
 from ccl_fast.ops.validation import check_choice, check_ids, check_tensor
 
 FORMS = ("node", "cluster")

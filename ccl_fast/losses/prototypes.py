@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 
 from ccl_fast.losses.contrast import Batch, ContrastiveLoss, check_batch
 from ccl_fast.losses.infonce import InfoNCELoss, check_pairs
-from ccl_fast.ops.global_contrast import Exchange
+from ccl_fast.ops.logsumexp.distributed import Exchange
 
 
 class ProtoNCELoss(InfoNCELoss):

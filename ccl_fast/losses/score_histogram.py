@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ccl_fast.losses.infonce import check_pairs
 from ccl_fast.ops import row_dot, similarity_histogram
+from ccl_fast.ops.normalize import unit_rows
 from ccl_fast.ops.row_dot import without_autocast
-from ccl_fast.ops.unit import unit_rows
 from ccl_fast.ops.validation import check_tensor
 
 

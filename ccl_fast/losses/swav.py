@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 
 from ccl_fast.losses.contrast import ContrastiveLoss
 from ccl_fast.ops import swapped_prediction
-from ccl_fast.ops.sinkhorn import column_potentials
+from ccl_fast.ops.transport.sinkhorn import column_potentials
 from ccl_fast.ops.validation import check_count, check_floating, check_matrix, check_positive, check_same
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ccl_fast.ops import same_id_similarity, streaming_logsumexp
 from ccl_fast.ops.ids import separate_unassigned
-from ccl_fast.ops.unit import unit_rows
+from ccl_fast.ops.normalize import unit_rows
 from ccl_fast.ops.validation import check_floating, check_ids, check_matrix, check_positive
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from ccl_fast.clustering import KMeans
 from ccl_fast.ood.detector import FeatureDetector
 from ccl_fast.ood.neighbors import largest_cosine
-from ccl_fast.ops.kmeans_update import kmeans_update
-from ccl_fast.ops.unit import unit
+from ccl_fast.ops.kmeans.update import kmeans_update
+from ccl_fast.ops.normalize import unit
 
 
 class ClusterDetector(FeatureDetector):

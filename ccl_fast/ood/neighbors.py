@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ccl_fast.ood.detector import FeatureDetector
-from ccl_fast.ops.unit import unit
+from ccl_fast.ops.normalize import unit
 
 # Rows and columns of one tile of a query x training matrix: on a CPU it should stay in the cache.
 CPU_TILE = 512, 8192

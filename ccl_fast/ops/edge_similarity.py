@@ -6,9 +6,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.half_product import factor, product
+from ccl_fast.ops.logsumexp.operator import in_autocast_dtype
 from ccl_fast.ops.row_dot import without_autocast
-from ccl_fast.ops.streaming_logsumexp import in_autocast_dtype
+from ccl_fast.ops.rowwise.half_product import factor, product
 from ccl_fast.ops.validation import check_floating, check_integer, check_matrix, check_same, check_tensor
 
 

@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.cpu_product import times_transposed
+from ccl_fast.ops.matmul import times_transposed
 
 HALVES = (torch.float16, torch.bfloat16)
 # What the largest weight of a matrix becomes in float16, whose numbers end at 2^16 and lose bits below 2^-14.

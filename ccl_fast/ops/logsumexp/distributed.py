@@ -19,10 +19,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ccl_fast.distributed import Peers, outside_of_graphs
-from ccl_fast.ops import streaming_logsumexp_blocked as blocked
-from ccl_fast.ops import streaming_logsumexp_triton as triton_kernels
 from ccl_fast.ops.backends import choose_backend
 from ccl_fast.ops.ids import consecutive_ids
+from ccl_fast.ops.logsumexp import blocked
+from ccl_fast.ops.logsumexp import triton as triton_kernels
+from ccl_fast.ops.logsumexp.operator import BACKENDS, logaddexp
+from ccl_fast.ops.logsumexp.reference import logsumexp_by_relation
 from ccl_fast.ops.row_dot import row_dot
 from ccl_fast.ops.same_id_similarity import (
     pair_similarity,
@@ -30,8 +32,6 @@ from ccl_fast.ops.same_id_similarity import (
     same_id_similarity,
     same_id_similarity_gradient,
 )
-from ccl_fast.ops.streaming_logsumexp import BACKENDS, logaddexp
-from ccl_fast.ops.streaming_logsumexp_reference import logsumexp_by_relation
 
 KERNELS = {"triton": triton_kernels, "blocked": blocked}
 

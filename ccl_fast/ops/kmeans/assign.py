@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ccl_fast.kernels import extension
-from ccl_fast.ops import kmeans_assign_blocked, kmeans_assign_cuda, kmeans_assign_reference
 from ccl_fast.ops.backends import choose_backend
-from ccl_fast.ops.center_distance import center_distance
+from ccl_fast.ops.kmeans import assign_blocked, assign_cuda, assign_reference
+from ccl_fast.ops.kmeans.distance import center_distance
 from ccl_fast.ops.validation import check_choice, check_finite, check_floating, check_same, check_tensor
 
 METRICS = ("euclidean", "cosine")
@@ -98,5 +98,5 @@ def kmeans_assign(
 def prepare_rows(x: Tensor, *, metric: str, backend: str = "auto") -> Rows:
     """Rows [problems, rows, d], not empty and finite, made ready for ``nearest`` by the chosen backend."""
     chosen = choose_backend("kmeans_assign", BACKENDS, backend, x.device, x.dtype)
-    modules = {"cuda": kmeans_assign_cuda, "blocked": kmeans_assign_blocked, "reference": kmeans_assign_reference}
+    modules = {"cuda": assign_cuda, "blocked": assign_blocked, "reference": assign_reference}
     return modules[chosen].Rows(x, metric)

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ccl_fast.ops import streaming_logsumexp_blocked as blocked
-from ccl_fast.ops import streaming_logsumexp_triton as triton_kernels
 from ccl_fast.ops.backends import choose_backend
+from ccl_fast.ops.logsumexp import blocked
+from ccl_fast.ops.logsumexp import triton as triton_kernels
+from ccl_fast.ops.logsumexp.reference import logsumexp_by_relation
 from ccl_fast.ops.row_dot import without_autocast
-from ccl_fast.ops.streaming_logsumexp_reference import logsumexp_by_relation
 from ccl_fast.ops.validation import check_candidates, check_logits
 
 # In the order in which "auto" prefers them; each names its obstacles on a device and dtype.

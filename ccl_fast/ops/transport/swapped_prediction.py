@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from ccl_fast.ops.backends import choose_backend
-from ccl_fast.ops.half_product import Weights, columns_of, factor, product
-from ccl_fast.ops.row_blocks import block_rows, blocks_of
+from ccl_fast.ops.logsumexp.operator import BACKENDS, in_autocast_dtype, scale_tensor, streaming_logsumexp
 from ccl_fast.ops.row_dot import row_dot, without_autocast
-from ccl_fast.ops.sinkhorn import plan_average
-from ccl_fast.ops.streaming_logsumexp import BACKENDS, in_autocast_dtype, scale_tensor, streaming_logsumexp
+from ccl_fast.ops.rowwise.blocks import block_rows, blocks_of
+from ccl_fast.ops.rowwise.half_product import Weights, columns_of, factor, product
+from ccl_fast.ops.transport.sinkhorn import plan_average
 from ccl_fast.ops.validation import check_floating, check_matrix, check_same, check_scale, check_tensor
 
 

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.row_blocks import RowBlocks
+from ccl_fast.ops.logsumexp.operator import in_autocast_dtype, scale_tensor
 from ccl_fast.ops.row_dot import row_dot, without_autocast
-from ccl_fast.ops.streaming_logsumexp import in_autocast_dtype, scale_tensor
-from ccl_fast.ops.topk import kth_largest
+from ccl_fast.ops.rowwise.blocks import RowBlocks
+from ccl_fast.ops.rowwise.topk import kth_largest
 from ccl_fast.ops.validation import check_candidates, check_count, check_integer, check_logits, check_matrix, check_same
 
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.cpu_product import times_transposed
-from ccl_fast.ops.logit_bound import UNSHIFTED_LIMIT, logits_are_bounded
+from ccl_fast.ops.logsumexp.bound import UNSHIFTED_LIMIT, logits_are_bounded
+from ccl_fast.ops.matmul import times_transposed
 from ccl_fast.ops.row_dot import row_dot
 
 # Rows and columns of a tile. Larger tiles waste half of those on the diagonal, smaller ones their calls: on a CPU the

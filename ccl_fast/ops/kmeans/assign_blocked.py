@@ -10,10 +10,10 @@ that come into question, in float64.
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.blocks import for_each_block
-from ccl_fast.ops.cpu_product import times_transposed
-from ccl_fast.ops.kmeans_assign_reference import exact_scores
-from ccl_fast.ops.unit import unit
+from ccl_fast.ops.kmeans.assign_reference import exact_scores
+from ccl_fast.ops.matmul import times_transposed
+from ccl_fast.ops.normalize import unit
+from ccl_fast.ops.threads import for_each_block
 
 # Rows of one block and entries of its scores: on a CPU they should stay in the cache, but a block of few clusters be
 # worth its calls; elsewhere it should fill the device.

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.row_blocks import RowBlocks
+from ccl_fast.ops.logsumexp.operator import in_autocast_dtype
 from ccl_fast.ops.row_dot import without_autocast
-from ccl_fast.ops.streaming_logsumexp import in_autocast_dtype
+from ccl_fast.ops.rowwise.blocks import RowBlocks
 from ccl_fast.ops.validation import check_candidates, check_count
 
 COUNTED = 1 << 24

@@ -8,17 +8,17 @@ from torch import Tensor
 
 from ccl_fast.distributed import Peers, outside_of_graphs
 from ccl_fast.ops.backends import choose_backend
-from ccl_fast.ops.logit_bound import logits_are_bounded
-from ccl_fast.ops.row_blocks import RowBlocks
-from ccl_fast.ops.row_dot import without_autocast
-from ccl_fast.ops.streaming_logsumexp import (
+from ccl_fast.ops.logsumexp.blocked import LOG2E
+from ccl_fast.ops.logsumexp.bound import logits_are_bounded
+from ccl_fast.ops.logsumexp.operator import (
     BACKENDS,
     in_autocast_dtype,
     scale_tensor,
     softmax_sums,
     streaming_logsumexp,
 )
-from ccl_fast.ops.streaming_logsumexp_blocked import LOG2E
+from ccl_fast.ops.row_dot import without_autocast
+from ccl_fast.ops.rowwise.blocks import RowBlocks
 from ccl_fast.ops.validation import check_count, check_floating, check_matrix, check_same, check_scale, check_vector
 
 # Of logits within it, potentials differ by twice as much at most: their exponentials and all sums of these are normal

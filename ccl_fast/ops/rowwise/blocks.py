@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.half_product import Weights, columns_of, factor, product
+from ccl_fast.ops.rowwise.half_product import Weights, columns_of, factor, product
 
 # Similarities at a time on a CPU: they stay in its cache. Of many keys a few rows more than fit: for fewer the product
 # would mostly read keys.

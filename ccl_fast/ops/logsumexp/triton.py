@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ccl_fast.ops.ids import consecutive_ids
-from ccl_fast.ops.logit_bound import logits_are_bounded
+from ccl_fast.ops.logsumexp.bound import logits_are_bounded
 from ccl_fast.ops.row_dot import row_dot
 
 # Below this the time is that of the launches: one kernel that is always right beats two and a flag.

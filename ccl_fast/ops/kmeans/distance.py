@@ -6,8 +6,8 @@ from torch import Tensor
 from ccl_fast.kernels import extension
 from ccl_fast.kernels.extension import address
 from ccl_fast.ops.backends import choose_backend
-from ccl_fast.ops.blocks import for_each_block
-from ccl_fast.ops.unit import unit
+from ccl_fast.ops.normalize import unit
+from ccl_fast.ops.threads import for_each_block
 
 BACKENDS = {"cuda": extension.obstacles, "blocked": lambda device, dtype: []}
 
