@@ -365,7 +365,7 @@ def arguments(device, **changes):
         ({"centers": torch.ones(4, 3).half()}, r"centers: expected dtype torch.float32.*got torch.float16"),
         ({"centers": torch.ones(4, 3).int()}, r"centers: expected dtype torch.float32.*got torch.int32"),
         ({"metric": "manhattan"}, r"metric: expected one of 'euclidean', 'cosine', got 'manhattan'"),
-        ({"backend": "triton"}, r"backend: expected one of auto, cuda, blocked, reference, got 'triton'"),
+        ({"backend": "triton"}, r"backend: expected one of 'auto', 'cuda', 'blocked', 'reference', got 'triton'"),
     ],
     ids=str,
 )

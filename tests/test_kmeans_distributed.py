@@ -1,7 +1,6 @@
 """KMeans over the rows of several processes: as if all rows were with one."""
 
 import re
-import sys
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from processes import run
 
 from ccl_fast.clustering import KMeans, concentration, shards
 from ccl_fast.distributed import PeerError
+from ccl_fast.ops.kmeans import update_blocked
 from ccl_fast.ops.kmeans.update import sum_by_cluster
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -428,7 +428,7 @@ def test_rows_are_drawn_and_found_wherever_they_are():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_wide_sums_are_those_of_float64(monkeypatch, dtype, weighted):
-    monkeypatch.setattr(sys.modules[sum_by_cluster.__module__], "CPU_ENTRIES", 300)  # several blocks
+    monkeypatch.setattr(update_blocked, "CPU_ENTRIES", 300)  # several blocks
     x, labels = torch.randn(2, 500, 7).to(dtype), torch.randint(0, 40, (2, 500))
     labels[labels == 3] = 4
     weights = torch.rand(2, 500) if weighted else None

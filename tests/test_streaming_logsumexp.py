@@ -277,7 +277,7 @@ BAD = {
     r"q_ids: expected shape \[4\], got \[2\]": {"q": Q, "q_ids": IDS[:2]},
     "q_ids: expected int32 or int64, got torch.float32": {"q": Q, "q_ids": IDS.float()},
     "k_ids: expected integers": {"q": Q, "k": Q, "q_ids": IDS},
-    "backend: expected one of auto, triton, blocked, reference, got 'cuda'": {"q": Q, "backend": "cuda"},
+    "backend: expected one of 'auto', 'triton', 'blocked', 'reference', got 'cuda'": {"q": Q, "backend": "cuda"},
     "backend: 'triton' cannot run streaming_logsumexp.*no kernel for torch.float64": {
         "q": Q.double(),
         "backend": "triton",

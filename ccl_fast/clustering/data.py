@@ -183,9 +183,8 @@ class Data:
         return torch.cat(parts, 1) if parts else torch.empty(self.problems, self.n, dtype=dtype, device=self.device)
 
     def _distance(self, centers: Tensor, labels_of) -> Tensor:
-        backend = "blocked" if self.backend == "reference" else self.backend
         parts = [
-            center_distance(chunk.x, centers, labels_of(chunk), metric=self.metric, backend=backend)
+            center_distance(chunk.x, centers, labels_of(chunk), metric=self.metric, backend=self.backend)
             for chunk in self.chunks()
         ]
         return self._join(parts, self.dtype)

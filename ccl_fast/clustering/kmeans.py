@@ -15,7 +15,8 @@ from ccl_fast.clustering.lloyd import Solution, lloyd
 from ccl_fast.clustering.seeding import k_means_plus_plus, random_rows
 from ccl_fast.clustering.shards import Whole, digest, open_shards
 from ccl_fast.distributed import check_process_group
-from ccl_fast.ops.kmeans.assign import BACKENDS, METRICS
+from ccl_fast.ops.backends import check_backend
+from ccl_fast.ops.kmeans.assign import METRICS
 from ccl_fast.ops.normalize import unit
 from ccl_fast.ops.validation import check_choice, check_finite
 
@@ -116,7 +117,7 @@ class KMeans:
             raise ValueError(f"seed: expected an integer >= 0 and below 2^63, got {seed!r}")
         check_choice("metric", metric, METRICS)
         check_choice("empty_cluster", empty_cluster, empty_clusters.POLICIES)
-        check_choice("backend", backend, ("auto", *BACKENDS))
+        check_backend("kmeans_assign", backend)
         if not isinstance(init, Tensor) and not (isinstance(init, str) and init in SEEDINGS):
             raise ValueError(f'init: expected "k-means++", "random" or a tensor of centres, got {init!r}')
         if not isinstance(tol, Real) or isinstance(tol, bool) or not tol >= 0:

@@ -10,10 +10,9 @@ from torch.distributed import ProcessGroup
 
 from ccl_fast.distributed import EXCHANGES, Peers, check_process_group, outside_of_graphs
 from ccl_fast.ops import logaddexp, row_dot, same_id_similarity, streaming_logsumexp
-from ccl_fast.ops.backends import choose_backend
+from ccl_fast.ops.backends import check_backend, choose_backend
 from ccl_fast.ops.ids import separate_unassigned
 from ccl_fast.ops.logsumexp.distributed import Exchange, Wanted, global_contrast
-from ccl_fast.ops.logsumexp.operator import BACKENDS
 from ccl_fast.ops.normalize import unit_rows
 from ccl_fast.ops.validation import (
     check_choice,
@@ -58,7 +57,7 @@ class ContrastiveLoss(nn.Module):
         super().__init__()
         check_positive("temperature", temperature)
         check_choice("reduction", reduction, REDUCTIONS)
-        check_choice("backend", backend, ("auto", *BACKENDS))
+        check_backend("streaming_logsumexp", backend)
         check_choice("exchange", exchange, EXCHANGES)
         if process_group is not None:
             check_process_group(process_group)
@@ -159,7 +158,7 @@ class ContrastiveLoss(nn.Module):
             samples, each = check()
             first = next(iter(rows.values()))
             first = first if isinstance(first, Tensor) else first[0]
-            choose_backend("streaming_logsumexp", BACKENDS, self.backend, first.device, self.product_dtype(first))
+            choose_backend("streaming_logsumexp", self.backend, first.device, self.product_dtype(first))
             same = {name: describe(x, rows="n") for name, x in rows.items()}
             same |= {name: describe(x) for name, x in (alike() | self.settings).items()}
         except Exception as error:

@@ -5,20 +5,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ccl_fast.kernels import extension
-from ccl_fast.ops.backends import choose_backend
-from ccl_fast.ops.kmeans import assign_blocked, assign_cuda, assign_reference
+from ccl_fast.ops.backends import chosen_module
 from ccl_fast.ops.kmeans.distance import center_distance
 from ccl_fast.ops.validation import check_choice, check_finite, check_floating, check_same, check_tensor
 
 METRICS = ("euclidean", "cosine")
-
-# In the order in which "auto" prefers them; each names its obstacles on a device and dtype.
-BACKENDS = {
-    "cuda": extension.obstacles,
-    "blocked": lambda device, dtype: [],
-    "reference": lambda device, dtype: [],
-}
 
 
 class Rows(Protocol):
@@ -88,8 +79,7 @@ def kmeans_assign(
         rechecked = torch.zeros(2, dtype=torch.int64, device=x.device)
     else:
         labels, rechecked = prepare_rows(x, metric=metric, backend=backend).nearest(centers)
-    exact = "blocked" if backend == "reference" else backend  # differences, without blocks of K
-    distance = center_distance(x, centers, labels, metric=metric, backend=exact)
+    distance = center_distance(x, centers, labels, metric=metric, backend=backend)
     if not batched:
         labels, distance = labels[0], distance[0]
     return (labels, distance, rechecked) if return_rechecked else (labels, distance)
@@ -97,6 +87,4 @@ def kmeans_assign(
 
 def prepare_rows(x: Tensor, *, metric: str, backend: str = "auto") -> Rows:
     """Rows [problems, rows, d], not empty and finite, made ready for ``nearest`` by the chosen backend."""
-    chosen = choose_backend("kmeans_assign", BACKENDS, backend, x.device, x.dtype)
-    modules = {"cuda": assign_cuda, "blocked": assign_blocked, "reference": assign_reference}
-    return modules[chosen].Rows(x, metric)
+    return chosen_module("kmeans_assign", backend, x.device, x.dtype).Rows(x, metric)

@@ -2,23 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ccl_fast.kernels import extension
-from ccl_fast.kernels.extension import address
-from ccl_fast.ops.backends import choose_backend
+from ccl_fast.ops.backends import chosen_module
 from ccl_fast.ops.validation import check_floating, check_integer, check_same, check_tensor
-
-# In the order in which "auto" prefers them; each names its obstacles on a device and dtype.
-BACKENDS = {
-    "cuda": extension.obstacles,
-    "blocked": lambda device, dtype: [],
-    "reference": lambda device, dtype: [],
-}
-# Rows that are summed in the working precision before float64 takes over.
-PIECE_ROWS = 256
-# Entries that are summed in float64 from the start, at once: on a CPU they should stay in the cache.
-CPU_ENTRIES, DEVICE_ENTRIES = 1 << 17, 1 << 25
 
 
 def kmeans_update(
@@ -78,6 +64,8 @@ def sum_by_cluster(
 ) -> tuple[Tensor, Tensor]:
     """As :func:`kmeans_update`, for [problems, rows, d], without its checks: it does not make the host wait.
 
+    A backend's own takes rows [n, d] and the clusters 0 ... count - 1 of all problems.
+
     ``wide`` sums are float64 from the first row (but for the extension's): they hardly depend on how rows are parted,
     and not at all where their digits suffice, as for float32 rows of similar magnitude.
     """
@@ -86,86 +74,7 @@ def sum_by_cluster(
         weights = weights.detach().to(torch.promote_types(x.dtype, torch.float32)).flatten()
     shift = n_clusters * torch.arange(problems, device=x.device)
     clusters = (labels.long() + shift[:, None]).flatten()
-    chosen = choose_backend("kmeans_update", BACKENDS, backend, x.device, x.dtype)
-    run = {"cuda": _cuda, "blocked": _wide if wide else _blocked, "reference": _reference}[chosen]
-    sums, total_weights = run(x.detach().reshape(-1, d), clusters, problems * n_clusters, weights)
+    module = chosen_module("kmeans_update", backend, x.device, x.dtype)
+    rows = x.detach().reshape(-1, d)
+    sums, total_weights = module.sum_by_cluster(rows, clusters, problems * n_clusters, weights, wide)
     return sums.view(problems, n_clusters, d), total_weights.view(problems, n_clusters)
-
-
-def _reference(x: Tensor, clusters: Tensor, count: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    weights = torch.ones(len(x), dtype=torch.float64, device=x.device) if weights is None else weights.double()
-    sums = torch.zeros(count, x.shape[1], dtype=torch.float64, device=x.device)
-    total_weights = torch.zeros(count, dtype=torch.float64, device=x.device)
-    return sums.index_add_(0, clusters, weights[:, None] * x.double()), total_weights.index_add_(0, clusters, weights)
-
-
-def _segments(clusters: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Row numbers sorted by cluster; where each cluster begins, in rows and in pieces, [count + 1] each."""
-    in_order, order = clusters.sort(stable=True)
-    offsets = torch.searchsorted(in_order, torch.arange(count + 1, device=clusters.device))
-    pieces = (offsets.diff() + PIECE_ROWS - 1) // PIECE_ROWS
-    return order, offsets, F.pad(pieces.cumsum(0), (1, 0))
-
-
-def _blocked(x: Tensor, clusters: Tensor, count: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    sums = torch.zeros(count, x.shape[1], dtype=torch.float64, device=x.device)
-    if len(x) == 0:
-        return sums, sums.sum(1)
-    order, offsets, piece_offsets = _segments(clusters, count)
-    cluster = torch.repeat_interleave(torch.arange(count, device=x.device), piece_offsets.diff())
-    piece = torch.arange(len(cluster), device=x.device) - piece_offsets[cluster]
-    starts = offsets[cluster] + PIECE_ROWS * piece
-
-    def add(rows: Tensor, totals: Tensor, row_weights: Tensor | None) -> Tensor:
-        partial = F.embedding_bag(order, rows, starts, mode="sum", per_sample_weights=row_weights)
-        for i in range(int(piece_offsets.diff().max())):  # one piece of every cluster after the other
-            present = (piece_offsets.diff() > i).nonzero()[:, 0]
-            totals[present] += partial[piece_offsets[present] + i]
-        return totals
-
-    rows = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()  # other strides would take other kernels
-    if weights is None:
-        return add(rows, sums, None), offsets.diff().double()
-    total_weights = torch.zeros(count, 1, dtype=torch.float64, device=x.device)
-    return add(rows, sums, weights[order]), add(weights[:, None].double(), total_weights, None)[:, 0]
-
-
-def _wide(x: Tensor, clusters: Tensor, count: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    sums = torch.zeros(count, x.shape[1], dtype=torch.float64, device=x.device)
-    total_weights = torch.zeros(count, dtype=torch.float64, device=x.device)
-
-    def add(total: Tensor, to: Tensor, rows: Tensor) -> None:
-        if x.device.type == "cpu":
-            total.index_add_(0, to, rows)  # row after row
-        else:
-            total.index_put_((to,), rows, accumulate=True)  # sorted, while index_add_ would use atomics
-
-    size = max(1, (CPU_ENTRIES if x.device.type == "cpu" else DEVICE_ENTRIES) // max(1, x.shape[1]))
-    for start in range(0, len(x), size):
-        part = slice(start, start + size)
-        rows = x[part].double()
-        if weights is None:
-            weight = torch.ones_like(rows[:, 0])
-        else:
-            weight = weights[part].double()
-            rows = rows * weight[:, None]
-        add(sums, clusters[part], rows)
-        add(total_weights, clusters[part], weight)
-    return sums, total_weights
-
-
-def _cuda(x: Tensor, clusters: Tensor, count: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    x, d = x.contiguous(), x.shape[1]
-    weights = None if weights is None else weights.contiguous()
-    order, offsets, piece_offsets = _segments(clusters, count)
-    pieces = -(-len(x) // PIECE_ROWS) + count  # at most: how many there are is known to the device alone
-    partial = torch.empty(pieces, d, dtype=torch.float32, device=x.device)
-    partial_weight = torch.empty(pieces, dtype=torch.float64, device=x.device)
-    sums = torch.empty(count, d, dtype=torch.float64, device=x.device)
-    total_weight = torch.empty(count, dtype=torch.float64, device=x.device)
-    extension.module.kmeans_update(
-        address(x), extension.dtype_code(x.dtype), count, d, address(order), address(offsets), address(piece_offsets),
-        pieces, address(weights), address(partial), address(partial_weight), address(sums), address(total_weight),
-        *extension.where(x),
-    )  # fmt: skip
-    return sums, total_weight

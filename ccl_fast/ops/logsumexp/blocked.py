@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.logsumexp.bound import UNSHIFTED_LIMIT, logits_are_bounded
+from ccl_fast.ops.logsumexp.bound import UNSHIFTED_LIMIT, bounded_on_cpu
 from ccl_fast.ops.matmul import times_transposed
 from ccl_fast.ops.row_dot import row_dot
 
@@ -147,13 +147,6 @@ def pair_forward(q, k, scale, q_ids, k_ids, want_same, want_other) -> tuple[tupl
         q, k, scale, None, q_ids, k_ids, want_same, want_other, bounded_on_cpu(q, k, scale, None), mutual=True
     )
     return _logsumexps(problem, want_same, want_other)
-
-
-def bounded_on_cpu(q: Tensor, k: Tensor | None, scale: Tensor, key_bias: Tensor | None) -> Tensor:
-    # On a CPU a branch on a value is free. On a GPU it would stall the queue: take the general path.
-    if q.device.type == "cpu":
-        return logits_are_bounded(q, k, scale, key_bias)
-    return scale.new_zeros((), dtype=torch.bool)
 
 
 def _logsumexps(problem: _Problem, want_same: bool, want_other: bool) -> tuple[tuple[Tensor, Tensor], ...]:

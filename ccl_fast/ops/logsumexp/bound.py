@@ -28,6 +28,13 @@ def logits_are_bounded(
     return (bound <= limit) & (scaled <= LARGEST_SCALED)
 
 
+def bounded_on_cpu(q: Tensor, k: Tensor | None, scale: Tensor, key_bias: Tensor | None) -> Tensor:
+    """The same on a CPU, where a branch on a value is free; on a GPU it would stall the queue, and it is False."""
+    if q.device.type == "cpu":
+        return logits_are_bounded(q, k, scale, key_bias)
+    return scale.new_zeros((), dtype=torch.bool)
+
+
 def _largest_norm(x: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     if x.shape[0] == 0:

@@ -19,11 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ccl_fast.distributed import Peers, outside_of_graphs
-from ccl_fast.ops.backends import choose_backend
+from ccl_fast.ops.backends import BACKENDS, choose_backend
 from ccl_fast.ops.ids import consecutive_ids
-from ccl_fast.ops.logsumexp import blocked
-from ccl_fast.ops.logsumexp import triton as triton_kernels
-from ccl_fast.ops.logsumexp.operator import BACKENDS, logaddexp
+from ccl_fast.ops.logsumexp.operator import logaddexp
 from ccl_fast.ops.logsumexp.reference import logsumexp_by_relation
 from ccl_fast.ops.row_dot import row_dot
 from ccl_fast.ops.same_id_similarity import (
@@ -32,8 +30,6 @@ from ccl_fast.ops.same_id_similarity import (
     same_id_similarity,
     same_id_similarity_gradient,
 )
-
-KERNELS = {"triton": triton_kernels, "blocked": blocked}
 
 
 class Exchange(NamedTuple):
@@ -69,13 +65,14 @@ def global_contrast(
         scale: a number, or a tensor of one element.
         backend: as of `streaming_logsumexp`; "reference" gathers with autograd, and is dense.
     """
-    chosen = choose_backend("global_contrast", BACKENDS, backend, z.device, z.dtype)
+    chosen = choose_backend("streaming_logsumexp", backend, z.device, z.dtype)
     accumulation = torch.promote_types(z.dtype, torch.float32)
     scale = torch.as_tensor(scale, dtype=accumulation, device=z.device).reshape(())
     with torch.autocast(z.device.type, enabled=False):
         if chosen == "reference":
             return _reference(z, ids, scale, wanted, exchange)
-        numbers = _GlobalContrast.apply(z, scale, ids, wanted, exchange, KERNELS[chosen])
+        kernels = BACKENDS["streaming_logsumexp"][chosen].module
+        numbers = _GlobalContrast.apply(z, scale, ids, wanted, exchange, kernels)
     return dict(zip(_names(wanted), numbers, strict=True))
 
 

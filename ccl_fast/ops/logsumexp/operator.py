@@ -4,19 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ccl_fast.ops.backends import choose_backend
-from ccl_fast.ops.logsumexp import blocked
-from ccl_fast.ops.logsumexp import triton as triton_kernels
+from ccl_fast.ops.backends import BACKENDS, choose_backend
+from ccl_fast.ops.logsumexp.bound import bounded_on_cpu
 from ccl_fast.ops.logsumexp.reference import logsumexp_by_relation
 from ccl_fast.ops.row_dot import without_autocast
 from ccl_fast.ops.validation import check_candidates, check_logits
-
-# In the order in which "auto" prefers them; each names its obstacles on a device and dtype.
-BACKENDS = {
-    "triton": triton_kernels.obstacles,
-    "blocked": lambda device, dtype: [],
-    "reference": lambda device, dtype: [],
-}
 
 
 def streaming_logsumexp(
@@ -61,7 +53,7 @@ def streaming_logsumexp(
     _check(q, k, scale, key_bias, q_ids, k_ids, candidates, return_same)
     q = in_autocast_dtype(q)
     k = None if k is None else k.to(q.dtype)
-    backend = choose_backend("streaming_logsumexp", BACKENDS, backend, q.device, q.dtype)
+    backend = choose_backend("streaming_logsumexp", backend, q.device, q.dtype)
     scale = scale_tensor(scale, q)
     if key_bias is not None:
         key_bias = key_bias.to(scale.dtype)
@@ -109,15 +101,13 @@ def softmax_sums(
     Returns:
         ``[n, d]`` or ``[m, d]``, float32 (float64 for float64 input).
     """
-    backend = choose_backend("streaming_logsumexp", BACKENDS, backend, q.device, q.dtype)
+    backend = choose_backend("streaming_logsumexp", backend, q.device, q.dtype)
     scale = scale_tensor(scale, q)
     if backend == "reference":
         with torch.autocast(q.device.type, enabled=False):
             p = (scale * (q @ k.T).to(scale.dtype) + key_bias - logsumexp[:, None]).exp() * weights[:, None]
             return p @ k.to(p.dtype) if of == "keys" else p.T @ q.to(p.dtype)
-    bounded = scale.new_zeros((), dtype=torch.bool)
-    if backend == "blocked":
-        bounded = blocked.bounded_on_cpu(q, k, scale, key_bias)
+    bounded = bounded_on_cpu(q, k, scale, key_bias)
     run, none = _EagerBackward.apply if _is_eager(q) else _backward_op, logsumexp.new_empty(0)
     needs = [of == "keys", of == "queries", False, False]
     sums = run(q, k, scale, key_bias, None, None, none, logsumexp, bounded, none, weights, needs, backend)
@@ -172,9 +162,9 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exps over the same id and over the others, and what `logit_bound` told (False if not asked)."""
-    forward = triton_kernels.forward if backend == "triton" else blocked.forward
+    module = BACKENDS["streaming_logsumexp"][backend].module
     with without_autocast(q.device):
-        return forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other)
+        return module.forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other)
 
 
 _op = torch.library.custom_op("ccl_fast::streaming_logsumexp", _forward, mutates_args=())
@@ -202,9 +192,9 @@ def _backward(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backward = triton_kernels.backward if backend == "triton" else blocked.backward
+    module = BACKENDS["streaming_logsumexp"][backend].module
     with without_autocast(q.device):
-        grads = backward(q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs)
+        grads = module.backward(q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs)
     # Row-major whatever the strides of the inputs, as the fake promises to the compiler.
     return tuple(q.new_empty(0) if g is None else g.contiguous() for g in grads)
 

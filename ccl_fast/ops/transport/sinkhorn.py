@@ -11,7 +11,6 @@ from ccl_fast.ops.backends import choose_backend
 from ccl_fast.ops.logsumexp.blocked import LOG2E
 from ccl_fast.ops.logsumexp.bound import logits_are_bounded
 from ccl_fast.ops.logsumexp.operator import (
-    BACKENDS,
     in_autocast_dtype,
     scale_tensor,
     softmax_sums,
@@ -84,7 +83,7 @@ def column_potentials(
     """
     z, centers = in_autocast_dtype(z), in_autocast_dtype(centers)
     scale = scale_tensor(scale, z)
-    on_cpu = choose_backend("sinkhorn", BACKENDS, backend, z.device, z.dtype) == "blocked" and z.device.type == "cpu"
+    on_cpu = choose_backend("streaming_logsumexp", backend, z.device, z.dtype) == "blocked" and z.device.type == "cpu"
     if peers is not None:
         return _column_potentials_of_all(z, centers, scale, iterations, backend, on_cpu, peers)
     if len(z) == 0:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ccl_fast.ops.backends import choose_backend
-from ccl_fast.ops.logsumexp.operator import BACKENDS, in_autocast_dtype, scale_tensor, streaming_logsumexp
+from ccl_fast.ops.logsumexp.operator import in_autocast_dtype, scale_tensor, streaming_logsumexp
 from ccl_fast.ops.row_dot import row_dot, without_autocast
 from ccl_fast.ops.rowwise.blocks import block_rows, blocks_of
 from ccl_fast.ops.rowwise.half_product import Weights, columns_of, factor, product
@@ -49,7 +49,7 @@ def swapped_prediction(
     _check(z, centers, potentials)
     check_scale("scale", scale)
     z, centers = in_autocast_dtype(z), in_autocast_dtype(centers)
-    backend = choose_backend("swapped_prediction", BACKENDS, backend, z.device, z.dtype)
+    backend = choose_backend("streaming_logsumexp", backend, z.device, z.dtype)
     scale, potentials = scale_tensor(scale, z), potentials.detach().to(torch.promote_types(z.dtype, torch.float32))
     if backend == "reference":
         return _dense(z, centers, potentials, scale, plan_scale)
