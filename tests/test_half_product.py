@@ -267,7 +267,7 @@ def test_without_gradients_results_are_those_of_float32_copies(dtype):
 def test_a_block_takes_one_product_forward_and_three_backward_all_of_halves(operator, dtype, tensor_cores, monkeypatch):
     rows, keys, d, views = 32, 1000, 16, 2 if operator == "swapped prediction" else 1
     monkeypatch.setattr(blocks, "CPU_ELEMENTS", views * rows * keys)
-    monkeypatch.setattr(half_product, "times_transposed", None)  # the product of float32 matrices
+    monkeypatch.setattr(half_product, "matmul_nt", None)  # the product of float32 matrices
     given = pairs(3 * rows, keys, d=d, dtype=dtype)
     value = OPERATORS[operator][0](given, given.q.requires_grad_(), given.k.requires_grad_(), torch.tensor(2.0))
     similarities = (views * rows, d, keys)

@@ -277,7 +277,7 @@ def test_blocked_is_exact_whatever_the_precision_of_products(make, truncated, pr
     """As this device multiplies, and as the worst that the setting allows would."""
     setting = torch.backends.mkldnn if kmeans_device.type == "cpu" else torch.backends.cuda
     bits = {"tf32": 13, "bf16": 16}[setting.matmul.fp32_precision]
-    product = blocked.times_transposed
+    product = blocked.matmul_nt
 
     def truncate(x):
         return (x.view(torch.int32) >> bits << bits).view(torch.float32)
@@ -286,7 +286,7 @@ def test_blocked_is_exact_whatever_the_precision_of_products(make, truncated, pr
         return product(truncate(x), truncate(weight), bias)
 
     if truncated:
-        monkeypatch.setattr(blocked, "times_transposed", truncating_product)
+        monkeypatch.setattr(blocked, "matmul_nt", truncating_product)
     x, centers = (rows.to(kmeans_device, torch.float32) for rows in make(300, 130, 20))
     assert_exact(x, centers, only=["blocked"])
     assert_exact(10 + x, 10 + centers, only=["blocked"])

@@ -10,6 +10,7 @@ from ccl_fast.clustering.shards import digest, open_shards
 from ccl_fast.ops.kmeans.assign import METRICS
 from ccl_fast.ops.kmeans.distance import center_distance
 from ccl_fast.ops.kmeans.update import sum_by_cluster
+from ccl_fast.ops.precision import accumulation_dtype
 from ccl_fast.ops.validation import check_choice, check_finite, check_floating, check_ids, check_matrix
 
 # The share of clusters at either end whose concentration is clipped.
@@ -70,7 +71,7 @@ def concentration(
         },
     )
     k, ids = len(centers), cluster_ids.long()[None]
-    centers = centers.to(torch.promote_types(x.dtype, torch.float32))
+    centers = centers.to(accumulation_dtype(x))
     square = center_distance(x[None], centers[None], ids, metric=metric)
     # |x - c|^2 = 2 (1 - cos) between unit vectors.
     distance = (2 * square if metric == "cosine" else square).sqrt()

@@ -17,7 +17,7 @@ from ccl_fast.clustering.shards import Whole, digest, open_shards
 from ccl_fast.distributed import check_process_group
 from ccl_fast.ops.backends import check_backend
 from ccl_fast.ops.kmeans.assign import METRICS
-from ccl_fast.ops.normalize import unit
+from ccl_fast.ops.normalize import normalize_rows
 from ccl_fast.ops.validation import check_choice, check_finite
 
 SEEDINGS = {"k-means++": k_means_plus_plus, "random": random_rows}
@@ -283,7 +283,7 @@ class KMeans:
             raise ValueError(f"init: expected floating-point centres {wanted}, got {got}")
         check_finite("init", centers)
         centers = centers.to(device=data.device, dtype=data.dtype)
-        return unit(centers) if self.metric == "cosine" else centers
+        return normalize_rows(centers) if self.metric == "cosine" else centers
 
     def _set_attributes(self, best: Solution, x: Tensor) -> None:
         centers, labels, inertia, n_iter = (value.to(x.device) for value in best[:4])
@@ -313,7 +313,7 @@ class KMeans:
 def _all_distances(x: Tensor, centers: Tensor, metric: str) -> Tensor:
     x = x.to(centers.dtype)
     if metric == "cosine":
-        return (1 - unit(x) @ unit(centers).mT).clamp_(min=0)
+        return (1 - normalize_rows(x) @ normalize_rows(centers).mT).clamp_(min=0)
     # |x|^2 - 2<x,c> + |c|^2 cancels badly far from the origin, so the origin moves to the centres.
     origin = centers.mean(1, keepdim=True)
     x, centers = x - origin, centers - origin

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from ccl_fast.clustering.kmeans import KMeans
 from ccl_fast.ops import kmeans_assign, kmeans_update
-from ccl_fast.ops.normalize import unit
+from ccl_fast.ops.normalize import normalize_rows
+from ccl_fast.ops.precision import accumulation_dtype
 from ccl_fast.ops.validation import check_count, check_floating, check_ids, check_matrix, check_same, check_share
 
 # Of k-means, to halve a cluster: it need not be the best halves.
@@ -54,8 +55,8 @@ class OnlineClusters(nn.Module):
         check_share("momentum", momentum)
         check_count("min_size", min_size)
         self.momentum, self.min_size = momentum, min_size
-        wide = torch.promote_types(features.dtype, torch.float32)
-        self.register_buffer("features", unit(features.detach().to(wide)).to(features.dtype))
+        wide = accumulation_dtype(features)
+        self.register_buffer("features", normalize_rows(features.detach().to(wide)).to(features.dtype))
         self.register_buffer("labels", labels.long().clone())
         self.register_buffer("centers", torch.zeros(int(labels.max()) + 1, features.shape[1]).to(features.device, wide))
         self._take_means()
@@ -75,9 +76,9 @@ class OnlineClusters(nn.Module):
         check_same("embeddings", embeddings, "the features", self.features, dtype=False)
         check_ids("indices", indices, embeddings)
         wide = self.centers.dtype
-        new = unit(embeddings.to(wide))
+        new = normalize_rows(embeddings.to(wide))
         if self.momentum < 1:
-            new = unit(torch.lerp(self.features[indices].to(wide), new, self.momentum))
+            new = normalize_rows(torch.lerp(self.features[indices].to(wide), new, self.momentum))
         self.features[indices] = new.to(self.features.dtype)
         labels = kmeans_assign(new, self.centers, metric="cosine")[0]
         changed = (labels != self.labels[indices]).to(wide).mean()

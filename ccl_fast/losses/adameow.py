@@ -9,6 +9,7 @@ from ccl_fast.losses.cluster_negatives import MEOWLoss
 from ccl_fast.losses.contrast import check_id_range
 from ccl_fast.losses.infonce import check_pairs
 from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
+from ccl_fast.ops.precision import accumulation_dtype
 from ccl_fast.ops.validation import check_floating, check_ids, check_matrix, check_same
 
 # Of a removed key, besides all that the embeddings can bring: exp is 0 there also in float64.
@@ -97,7 +98,7 @@ class AdaMEOWLoss(MEOWLoss):
         """Rows [n, d + k], whose inner products are theirs plus T log w."""
         if len(weights) == 0:
             return anchors, keys
-        wide = torch.promote_types(anchors.dtype, torch.float32)
+        wide = accumulation_dtype(anchors)
         weights, unassigned = weights.to(wide), (ids < 0)[:, None]
         # Neither an infinity, which the zeros of the keys would make NaN, nor a gradient through the logarithm of 0.
         removed = weights == 0
@@ -110,7 +111,7 @@ class AdaMEOWLoss(MEOWLoss):
     @torch.no_grad()
     def _removed(self, anchors: Tensor, keys: Tensor) -> Tensor:
         """What stands for T log 0: no embeddings outweigh it."""
-        norms = torch.cat((anchors, keys)).to(torch.promote_types(anchors.dtype, torch.float32)).square().sum(1)
+        norms = torch.cat((anchors, keys)).to(accumulation_dtype(anchors)).square().sum(1)
         largest = norms.amax() if len(norms) else norms.sum()
         return (self.temperature * REMOVED - 2.0 * largest).clamp(min=torch.finfo(anchors.dtype).min)
 

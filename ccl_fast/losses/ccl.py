@@ -6,6 +6,7 @@ from torch.distributed import ProcessGroup
 
 from ccl_fast.losses.contrast import Batch, ContrastiveLoss, check_center_temperature
 from ccl_fast.ops import logaddexp, row_dot
+from ccl_fast.ops.precision import accumulation_dtype
 from ccl_fast.ops.validation import check_choice, check_not_negative, check_number
 
 FORMS = ("joint", "split", "inside")
@@ -173,5 +174,5 @@ class CCLLoss(ContrastiveLoss):
 def _mean_of_own_views(batch: Batch) -> Tensor:
     """Of every row, the mean inner product with the other views of its sample."""
     n, views = batch.shape
-    z = batch.z.unflatten(0, (n, views)).to(torch.promote_types(batch.z.dtype, torch.float32))
+    z = batch.z.unflatten(0, (n, views)).to(accumulation_dtype(batch.z))
     return row_dot(z.sum(1, keepdim=True) - z, z).flatten() / (views - 1)

@@ -13,7 +13,8 @@ from ccl_fast.ops import logaddexp, row_dot, same_id_similarity, streaming_logsu
 from ccl_fast.ops.backends import check_backend, choose_backend
 from ccl_fast.ops.ids import separate_unassigned
 from ccl_fast.ops.logsumexp.distributed import Exchange, Wanted, global_contrast
-from ccl_fast.ops.normalize import unit_rows
+from ccl_fast.ops.normalize import normalize_embeddings
+from ccl_fast.ops.precision import accumulation_dtype
 from ccl_fast.ops.validation import (
     check_choice,
     check_floating,
@@ -212,7 +213,7 @@ class ContrastiveLoss(nn.Module):
         get no gradient. All are expected to be checked, as `check_batch` does.
         """
         temperature = self.shared(temperature, batch.exchange)
-        accumulation = torch.promote_types(batch.z.dtype, torch.float32)
+        accumulation = accumulation_dtype(batch.z)
         centers = self.unit(centers.detach().to(accumulation)).to(batch.z.dtype)
         own = batch.ids.clamp(min=0)
         own_center = _OwnCenter.apply(batch.z, centers, own)
@@ -239,7 +240,7 @@ class ContrastiveLoss(nn.Module):
         dtype = self.product_dtype(x)
         if not self.normalize:
             return x.to(dtype)
-        return unit_rows(x).to(dtype)
+        return normalize_embeddings(x).to(dtype)
 
     def reduce(
         self, losses: Tensor, has_positive: Tensor, shape: torch.Size, exchange: Exchange | None = None

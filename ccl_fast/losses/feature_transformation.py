@@ -8,6 +8,7 @@ from torch import Tensor
 from ccl_fast.losses.contrast import ContrastiveLoss
 from ccl_fast.losses.infonce import check_pairs
 from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
+from ccl_fast.ops.precision import accumulation_dtype
 from ccl_fast.ops.validation import check_floating, check_matrix, check_positive, check_tensor
 
 
@@ -178,7 +179,7 @@ def _mixing_weights(x: Tensor, alpha: float, per_dimension: bool, generator: tor
     check_positive("alpha", alpha)
     shape = (len(x), x.shape[1] if per_dimension else 1)
     weights = symmetric_beta(shape, alpha, _device(x, generator), generator)
-    return weights.to(x.device, torch.promote_types(x.dtype, torch.float32))
+    return weights.to(x.device, accumulation_dtype(x))
 
 
 def _device(x: Tensor, generator: torch.Generator | None) -> torch.device:

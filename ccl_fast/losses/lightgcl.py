@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ccl_fast.losses.contrast import ContrastiveLoss
 from ccl_fast.ops import row_dot, streaming_logsumexp
-from ccl_fast.ops.row_dot import without_autocast
+from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 from ccl_fast.ops.validation import check_count, check_floating, check_integer, check_matrix, check_same, check_tensor
 
 
@@ -136,7 +136,7 @@ class SVDView(nn.Module):
         to, source = (self.v, self.u) if transposed else (self.u, self.v)
         if len(embeddings) != len(source):
             raise ValueError(f"embeddings: expected {len(source)} rows, got {len(embeddings)}")
-        wide = torch.promote_types(embeddings.dtype, torch.promote_types(self.u.dtype, torch.float32))
+        wide = torch.promote_types(embeddings.dtype, accumulation_dtype(self.u))
         with without_autocast(embeddings.device):
             spectrum = self.s.to(wide)[:, None] * (source.to(wide).T @ embeddings.to(wide))
             return (to.to(wide) @ spectrum).to(embeddings.dtype)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ccl_fast.losses.contrast import ContrastiveLoss, check_id_range, number_of
 from ccl_fast.ops import edge_similarity, logaddexp, logsumexp_excluding, streaming_topk
-from ccl_fast.ops.normalize import unit_rows
+from ccl_fast.ops.normalize import normalize_embeddings
 from ccl_fast.ops.validation import check_count, check_floating, check_integer, check_matrix, check_same, check_share
 
 
@@ -133,5 +133,5 @@ def nearest_centers(features: Tensor, centers: Tensor, labels: int = 8) -> Tenso
     check_matrix("centers", centers, columns=features.shape[1])
     check_same("centers", centers, "features", features)
     check_count("labels", labels)
-    units = [unit_rows(x.detach()).to(x.dtype) for x in (features, centers)]
+    units = [normalize_embeddings(x.detach()).to(x.dtype) for x in (features, centers)]
     return streaming_topk(*units, topk=labels)[1]

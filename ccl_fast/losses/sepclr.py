@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ccl_fast.losses.contrast import ContrastiveLoss
 from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
-from ccl_fast.ops.row_dot import without_autocast
+from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 from ccl_fast.ops.validation import check_floating, check_not_negative, check_same, check_tensor, check_vector
 
 
@@ -113,7 +113,7 @@ class SepCLRLoss(ContrastiveLoss):
         """Logarithm of the Gaussian potential at each row, of all others."""
         scale = 1.0 / self.temperature
         # About their mean rows have smaller squares, of which less is lost by cancellation.
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = x.to(accumulation_dtype(x))
         x = x - x.detach().mean(0)
         half_square = 0.5 * scale * row_dot(x, x)
         with without_autocast(x.device):
@@ -134,7 +134,7 @@ class SepCLRLoss(ContrastiveLoss):
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
     """Squared, of the rows."""
-    difference = a.to(torch.promote_types(a.dtype, torch.float32)) - b
+    difference = a.to(accumulation_dtype(a)) - b
     return row_dot(difference, difference)
 
 

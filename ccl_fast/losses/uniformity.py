@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ccl_fast.ops import same_id_similarity, streaming_logsumexp
 from ccl_fast.ops.ids import separate_unassigned
-from ccl_fast.ops.normalize import unit_rows
+from ccl_fast.ops.normalize import normalize_embeddings
 from ccl_fast.ops.validation import check_floating, check_ids, check_matrix, check_positive
 
 
@@ -72,4 +72,4 @@ def tolerance(embeddings: Tensor, labels: Tensor) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    return unit_rows(x).to(x.dtype)
+    return normalize_embeddings(x).to(x.dtype)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ccl_fast.losses.contrast import ContrastiveLoss
 from ccl_fast.ops import row_dot, streaming_logsumexp
-from ccl_fast.ops.row_dot import without_autocast
+from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 from ccl_fast.ops.validation import check_count, check_floating, check_matrix, check_positive, check_same, check_tensor
 
 
@@ -141,7 +141,7 @@ def shuffled_group_whitening(
         shuffle = _draw(d, x.device, generator)
     _check_shuffle(shuffle, x)
     with without_autocast(x.device):
-        grouped = x.to(torch.promote_types(x.dtype, torch.float32))[:, shuffle].unflatten(1, (groups, d // groups))
+        grouped = x.to(accumulation_dtype(x))[:, shuffle].unflatten(1, (groups, d // groups))
         # (Of no rows there is no mean.)
         centered = (grouped - grouped.sum(0) / max(n, 1)).transpose(0, 1)
         covariance = centered.mT @ centered / max(n, 1)

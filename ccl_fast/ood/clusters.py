@@ -12,7 +12,7 @@ from ccl_fast.clustering import KMeans
 from ccl_fast.ood.detector import FeatureDetector
 from ccl_fast.ood.neighbors import largest_cosine
 from ccl_fast.ops.kmeans.update import kmeans_update
-from ccl_fast.ops.normalize import unit
+from ccl_fast.ops.normalize import normalize_rows
 
 
 class ClusterDetector(FeatureDetector):
@@ -49,7 +49,7 @@ class NearestCenter(ClusterDetector):
 
     def _fit(self, x: Tensor, y: Tensor | None) -> None:
         y, n_clusters = self._clusters(x, y)
-        self.centers = unit(kmeans_update(unit(x), y, n_clusters)[0]).to(x.dtype)
+        self.centers = normalize_rows(kmeans_update(normalize_rows(x), y, n_clusters)[0]).to(x.dtype)
 
     def _score(self, x: Tensor) -> Tensor:
         return (1 - largest_cosine(x, self.centers)).clamp_(min=0)
@@ -96,7 +96,7 @@ class Mahalanobis(ClusterDetector):
 
     def _fit(self, x: Tensor, y: Tensor | None) -> None:
         y, n_clusters = self._clusters(x, y)
-        x = unit(x)
+        x = normalize_rows(x)
         self.mean, self.std = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
         z = (x - self.mean) / self.std
         fitted = [self._gaussian(z[y == c].double()) for c in range(n_clusters)]
@@ -112,7 +112,7 @@ class Mahalanobis(ClusterDetector):
         return mean, torch.linalg.cholesky(shrunk)
 
     def _score(self, x: Tensor) -> Tensor:
-        z = (unit(x) - self.mean) / self.std
+        z = (normalize_rows(x) - self.mean) / self.std
         best = z.new_full((len(z),), torch.inf)
         for mean, factor in zip(self.means, self.factors, strict=True):
             whitened = torch.linalg.solve_triangular(factor, (z - mean).T, upper=False)

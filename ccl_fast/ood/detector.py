@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ccl_fast.ops.precision import accumulation_dtype
 from ccl_fast.ops.validation import check_finite, check_floating, check_integer, check_matrix, check_vector
 
 
@@ -120,7 +121,7 @@ class FeatureDetector(ABC):
             x, y = x[inside.to(x.device)], y[inside].unique(return_inverse=True)[1]
         if not len(x):
             raise ValueError(f"x: expected at least one row{'' if y is None else ' with a label >= 0'}, got none")
-        x = x.to(self.device or x.device, torch.promote_types(x.dtype, torch.float32))
+        x = x.to(self.device or x.device, accumulation_dtype(x))
         check_finite("x", x)
         with torch.autocast(x.device.type, enabled=False):
             self._fit(x, None if y is None else y.to(x.device))

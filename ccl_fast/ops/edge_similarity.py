@@ -6,8 +6,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.logsumexp.operator import in_autocast_dtype
-from ccl_fast.ops.row_dot import without_autocast
+from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, without_autocast
 from ccl_fast.ops.rowwise.half_product import factor, product
 from ccl_fast.ops.validation import check_floating, check_integer, check_matrix, check_same, check_tensor
 
@@ -75,7 +74,7 @@ def _check_values(crow_indices: Tensor, col_indices: Tensor, m: int) -> None:
 @torch.library.custom_op("ccl_fast::edge_similarity", mutates_args=())
 def _op(q: Tensor, k: Tensor, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
     with without_autocast(q.device):
-        dtype = torch.promote_types(q.dtype, torch.float32)
+        dtype = accumulation_dtype(q)
         pattern = _matrix(crow_indices, col_indices, q.new_zeros(len(col_indices), dtype=dtype), len(k))
         if len(col_indices) == 0:
             return q.new_zeros(0, dtype=dtype)
@@ -108,7 +107,7 @@ def _warn_no_more() -> None:
 
 @_op.register_fake
 def _(q, k, crow_indices, col_indices):
-    return q.new_empty(col_indices.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(col_indices.shape[0], dtype=accumulation_dtype(q))
 
 
 @torch.library.custom_op("ccl_fast::edge_similarity_backward", mutates_args=())

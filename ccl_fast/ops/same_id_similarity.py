@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ccl_fast.ops.ids import consecutive_ids
+from ccl_fast.ops.precision import accumulation_dtype
 from ccl_fast.ops.row_dot import row_dot
 
 # Rows of another part of the batch that are brought to accumulation precision at once.
@@ -25,7 +26,7 @@ def same_id_similarity(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         The sums ``[n]`` float32 (float64 for float64) and the counts ``[n]`` of the same dtype.
     """
     group = consecutive_ids(ids)
-    counts = torch.zeros(z.shape[0], dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
+    counts = torch.zeros(z.shape[0], dtype=accumulation_dtype(z), device=z.device)
     counts = counts.index_add(0, group, torch.ones_like(counts))[group] - 1
     return _SameIdSimilarity.apply(z, group), counts
 
@@ -111,4 +112,4 @@ def _parts(x: Tensor):
 
 
 def _accumulated(z: Tensor) -> Tensor:
-    return z.to(torch.promote_types(z.dtype, torch.float32))
+    return z.to(accumulation_dtype(z))

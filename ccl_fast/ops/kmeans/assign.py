@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ccl_fast.ops.backends import chosen_module
 from ccl_fast.ops.kmeans.distance import center_distance
+from ccl_fast.ops.precision import accumulation_dtype
 from ccl_fast.ops.validation import check_choice, check_finite, check_floating, check_same, check_tensor
 
 METRICS = ("euclidean", "cosine")
@@ -62,7 +63,7 @@ def kmeans_assign(
     if centers.shape != expected or not centers.shape[-2] or not x.shape[-1]:
         leading = "".join(f"{size}, " for size in x.shape[:-2])
         raise ValueError(f"centers: expected shape [{leading}at least 1, {x.shape[-1]}], got {list(centers.shape)}")
-    compute_dtype = torch.promote_types(x.dtype, torch.float32)
+    compute_dtype = accumulation_dtype(x)
     if centers.dtype not in (x.dtype, compute_dtype):
         raise ValueError(f"centers: expected dtype {x.dtype} (that of x) or {compute_dtype}, got {centers.dtype}")
     check_same("centers", centers, "x", x, dtype=False)

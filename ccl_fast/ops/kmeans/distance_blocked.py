@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.normalize import unit
+from ccl_fast.ops.normalize import normalize_rows
 from ccl_fast.ops.threads import for_each_block
 
 # Largest number of entries of one block of differences: on a CPU it should stay in the cache.
@@ -26,4 +26,4 @@ def center_distance(x: Tensor, centers: Tensor, labels: Tensor, metric: str) -> 
 def _distance(x: Tensor, centers: Tensor, metric: str) -> Tensor:
     if metric == "euclidean":
         return (x - centers).square_().sum(1)
-    return (1 - (unit(x.double()) * unit(centers.double())).sum(1)).clamp_(min=0)
+    return (1 - (normalize_rows(x.double()) * normalize_rows(centers.double())).sum(1)).clamp_(min=0)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ccl_fast.ops.backends import chosen_module
+from ccl_fast.ops.precision import accumulation_dtype
 from ccl_fast.ops.validation import check_floating, check_integer, check_same, check_tensor
 
 
@@ -71,7 +72,7 @@ def sum_by_cluster(
     """
     problems, _, d = x.shape
     if weights is not None:
-        weights = weights.detach().to(torch.promote_types(x.dtype, torch.float32)).flatten()
+        weights = weights.detach().to(accumulation_dtype(x)).flatten()
     shift = n_clusters * torch.arange(problems, device=x.device)
     clusters = (labels.long() + shift[:, None]).flatten()
     module = chosen_module("kmeans_update", backend, x.device, x.dtype)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ccl_fast.ops.precision import accumulation_dtype
+
 # Rows that are summed in the working precision before float64 takes over.
 PIECE_ROWS = 256
 # Entries that are summed in float64 from the start, at once: on a CPU they should stay in the cache.
@@ -40,7 +42,7 @@ def _in_pieces(x: Tensor, clusters: Tensor, count: int, weights: Tensor | None) 
             totals[present] += partial[piece_offsets[present] + i]
         return totals
 
-    rows = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()  # other strides would take other kernels
+    rows = x.to(accumulation_dtype(x)).contiguous()  # other strides would take other kernels
     if weights is None:
         return add(rows, sums, None), offsets.diff().double()
     total_weights = torch.zeros(count, 1, dtype=torch.float64, device=x.device)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ccl_fast.ops.precision import accumulation_dtype
+
 # With |s| <= 55 every exp(s) and every sum of up to 1e9 of them is a normal float32 number, and so is a
 # gradient of 1/n divided by such a sum for n up to a million. The maximum need not be subtracted then, and
 # because exp(s_ij) = exp(s_ji) for self-contrast, one exponential serves both directions. Unit vectors are
@@ -36,7 +38,7 @@ def bounded_on_cpu(q: Tensor, k: Tensor | None, scale: Tensor, key_bias: Tensor 
 
 
 def _largest_norm(x: Tensor) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = accumulation_dtype(x)
     if x.shape[0] == 0:
         return torch.zeros((), dtype=dtype, device=x.device)
     return torch.linalg.vector_norm(x, dim=1, dtype=dtype).amax()

@@ -23,6 +23,7 @@ from ccl_fast.ops.backends import BACKENDS, choose_backend
 from ccl_fast.ops.ids import consecutive_ids
 from ccl_fast.ops.logsumexp.operator import logaddexp
 from ccl_fast.ops.logsumexp.reference import logsumexp_by_relation
+from ccl_fast.ops.precision import accumulation_dtype
 from ccl_fast.ops.row_dot import row_dot
 from ccl_fast.ops.same_id_similarity import (
     pair_similarity,
@@ -66,7 +67,7 @@ def global_contrast(
         backend: as of `streaming_logsumexp`; "reference" gathers with autograd, and is dense.
     """
     chosen = choose_backend("streaming_logsumexp", backend, z.device, z.dtype)
-    accumulation = torch.promote_types(z.dtype, torch.float32)
+    accumulation = accumulation_dtype(z)
     scale = torch.as_tensor(scale, dtype=accumulation, device=z.device).reshape(())
     with torch.autocast(z.device.type, enabled=False):
         if chosen == "reference":
@@ -83,7 +84,7 @@ def global_same_id_similarity(z: Tensor, ids: Tensor, exchange: Exchange) -> tup
     For ids beside those of `global_contrast`, which would send all rows once more. The gradient of z is as there.
     """
     peers, counts = exchange.peers, exchange.counts
-    x = z.to(torch.promote_types(z.dtype, torch.float32))
+    x = z.to(accumulation_dtype(z))
     everyone = consecutive_ids(peers.gather(ids, counts))
     group, size = everyone.split(counts)[peers.rank], everyone.bincount()
     sums = peers.sum_with_gradient(x.new_zeros(len(size), x.shape[1]).index_add(0, group, x))

@@ -7,7 +7,7 @@ from torch.nn import Parameter
 from ccl_fast.ops.backends import BACKENDS, choose_backend
 from ccl_fast.ops.logsumexp.bound import bounded_on_cpu
 from ccl_fast.ops.logsumexp.reference import logsumexp_by_relation
-from ccl_fast.ops.row_dot import without_autocast
+from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, scale_tensor, without_autocast
 from ccl_fast.ops.validation import check_candidates, check_logits
 
 
@@ -114,25 +114,11 @@ def softmax_sums(
     return sums[0 if of == "keys" else 1].to(scale.dtype) / scale
 
 
-def in_autocast_dtype(x: Tensor) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
-
-
 def logaddexp(a: Tensor, b: Tensor) -> Tensor:
     """``torch.logaddexp`` of sums that may be empty (-inf): no derivative of any order is NaN there."""
     a_empty, b_empty = a == -torch.inf, b == -torch.inf
     both = torch.logaddexp(a.masked_fill(a_empty, 0.0), b.masked_fill(b_empty, 0.0))
     return torch.where(a_empty, b, torch.where(b_empty, a, both))
-
-
-def scale_tensor(scale: float | Tensor, q: Tensor) -> Tensor:
-    """Of no dimensions, in accumulation precision."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    if isinstance(scale, Tensor):
-        return scale.to(device=q.device, dtype=dtype).reshape(())
-    return torch.full((), scale, dtype=dtype, device=q.device)
 
 
 def _is_eager(q: Tensor) -> bool:
@@ -172,7 +158,7 @@ _op = torch.library.custom_op("ccl_fast::streaming_logsumexp", _forward, mutates
 
 @_op.register_fake
 def _(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, backend):
-    n, dtype = q.shape[0], torch.promote_types(q.dtype, torch.float32)
+    n, dtype = q.shape[0], accumulation_dtype(q)
     sizes = n if want_same else 0, n if want_other else 0
     return *(q.new_empty(size, dtype=dtype) for size in sizes), q.new_empty((), dtype=torch.bool)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ccl_fast.ops.precision import accumulation_dtype
 from ccl_fast.ops.rowwise.half_product import Weights, columns_of, factor, product
 
 # Similarities at a time on a CPU: they stay in its cache. Of many keys a few rows more than fit: for fewer the product
@@ -85,7 +86,7 @@ class RowBlocks:
         """Given, by rows, the derivatives W of something by the similarities: W k for q, W^T q for k; of rows against
         themselves the sum of both, for q."""
         need_k = need_q if self.is_self else need_k
-        dtype = torch.promote_types(self.q.dtype, torch.float32)
+        dtype = accumulation_dtype(self.q)
         q_columns, k_columns = columns_of(self.q), columns_of(self.k)
         to_q = self.q.new_zeros(self.q.shape, dtype=dtype) if need_q else None
         to_k = self.k.new_zeros(k_columns.shape, dtype=dtype) if need_k else None

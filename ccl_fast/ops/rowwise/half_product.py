@@ -11,7 +11,8 @@ import functools
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.matmul import times_transposed
+from ccl_fast.ops.matmul import matmul_nt
+from ccl_fast.ops.precision import accumulation_dtype
 
 HALVES = (torch.float16, torch.bfloat16)
 # What the largest weight of a matrix becomes in float16, whose numbers end at 2^16 and lose bits below 2^-14.
@@ -24,14 +25,14 @@ def factor(x: Tensor) -> Tensor:
     """x as a factor of `product`: as it is where halves can be multiplied so, else in accumulation precision."""
     if x.dtype in HALVES and multiplies_halves(x.device):
         return x.contiguous()
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(accumulation_dtype(x))
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
     """``x @ y.T`` of two factors [n, l] and [m, l] -> [n, m] in accumulation precision. Not differentiable."""
     if x.dtype in HALVES:
         return torch.mm(x, y.T, out_dtype=torch.float32)
-    return times_transposed(x, y)
+    return matmul_nt(x, y)
 
 
 def columns_of(x: Tensor) -> Tensor:

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.logsumexp.operator import in_autocast_dtype
-from ccl_fast.ops.row_dot import without_autocast
+from ccl_fast.ops.precision import in_autocast_dtype, without_autocast
 from ccl_fast.ops.rowwise.blocks import RowBlocks
 from ccl_fast.ops.validation import check_candidates, check_count
 

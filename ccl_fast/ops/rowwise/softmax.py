@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.logsumexp.operator import in_autocast_dtype, scale_tensor
-from ccl_fast.ops.row_dot import row_dot, without_autocast
+from ccl_fast.ops.precision import in_autocast_dtype, scale_tensor, without_autocast
+from ccl_fast.ops.row_dot import row_dot
 from ccl_fast.ops.rowwise.blocks import RowBlocks
 from ccl_fast.ops.rowwise.topk import kth_largest
 from ccl_fast.ops.validation import check_candidates, check_count, check_integer, check_logits, check_matrix, check_same

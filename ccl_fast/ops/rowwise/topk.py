@@ -4,8 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.logsumexp.operator import in_autocast_dtype
-from ccl_fast.ops.row_dot import without_autocast
+from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, without_autocast
 from ccl_fast.ops.rowwise.blocks import RowBlocks
 from ccl_fast.ops.validation import check_candidates, check_count
 
@@ -63,7 +62,7 @@ def _op(
 
 
 def _empty(q: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    values = q.new_empty(q.shape[0], topk, dtype=torch.promote_types(q.dtype, torch.float32))
+    values = q.new_empty(q.shape[0], topk, dtype=accumulation_dtype(q))
     return values, torch.empty_like(values, dtype=torch.int64)
 
 

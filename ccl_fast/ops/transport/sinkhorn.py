@@ -10,13 +10,8 @@ from ccl_fast.distributed import Peers, outside_of_graphs
 from ccl_fast.ops.backends import choose_backend
 from ccl_fast.ops.logsumexp.blocked import LOG2E
 from ccl_fast.ops.logsumexp.bound import logits_are_bounded
-from ccl_fast.ops.logsumexp.operator import (
-    in_autocast_dtype,
-    scale_tensor,
-    softmax_sums,
-    streaming_logsumexp,
-)
-from ccl_fast.ops.row_dot import without_autocast
+from ccl_fast.ops.logsumexp.operator import softmax_sums, streaming_logsumexp
+from ccl_fast.ops.precision import in_autocast_dtype, scale_tensor, without_autocast
 from ccl_fast.ops.rowwise.blocks import RowBlocks
 from ccl_fast.ops.validation import check_count, check_floating, check_matrix, check_same, check_scale, check_vector
 

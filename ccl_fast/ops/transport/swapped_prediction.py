@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from ccl_fast.ops.backends import choose_backend
-from ccl_fast.ops.logsumexp.operator import in_autocast_dtype, scale_tensor, streaming_logsumexp
-from ccl_fast.ops.row_dot import row_dot, without_autocast
+from ccl_fast.ops.logsumexp.operator import streaming_logsumexp
+from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, scale_tensor, without_autocast
+from ccl_fast.ops.row_dot import row_dot
 from ccl_fast.ops.rowwise.blocks import block_rows, blocks_of
 from ccl_fast.ops.rowwise.half_product import Weights, columns_of, factor, product
 from ccl_fast.ops.transport.sinkhorn import plan_average
@@ -50,7 +51,7 @@ def swapped_prediction(
     check_scale("scale", scale)
     z, centers = in_autocast_dtype(z), in_autocast_dtype(centers)
     backend = choose_backend("streaming_logsumexp", backend, z.device, z.dtype)
-    scale, potentials = scale_tensor(scale, z), potentials.detach().to(torch.promote_types(z.dtype, torch.float32))
+    scale, potentials = scale_tensor(scale, z), potentials.detach().to(accumulation_dtype(z))
     if backend == "reference":
         return _dense(z, centers, potentials, scale, plan_scale)
     if backend == "triton":
