@@ -108,10 +108,10 @@ GIB = 1 << 30
 def test_blocks_on_a_gpu_are_a_share_of_its_memory(memory, keys, monkeypatch):
     monkeypatch.setattr(blocks, "device_memory", lambda device: memory)
     rows = blocks.block_rows(keys, torch.device("cuda:0"))
-    taken, share = rows * keys * blocks.BYTES_OF_PAIR, max(384 << 20, memory // 32)
+    taken, share = rows * keys * blocks.BYTES_PER_SIMILARITY, max(384 << 20, memory // 32)
     assert rows >= 1 and (taken <= share or rows == 32)
     # All of the share is used, and no block is smaller than those of 2^24 pairs were, which fitted everywhere.
-    assert taken > share - max(keys, 1) * blocks.BYTES_OF_PAIR or rows == 32 or keys == 0
+    assert taken > share - max(keys, 1) * blocks.BYTES_PER_SIMILARITY or rows == 32 or keys == 0
     assert rows >= min(512, (1 << 24) // max(keys, 1))
 
 
@@ -309,7 +309,7 @@ def test_a_pair_takes_no_more_bytes_than_blocks_are_sized_for(dtype, monkeypatch
     monkeypatch.setattr(topk, "_largest_of_few", torch.topk)  # as on a GPU, where NumPy is not at hand
     monkeypatch.setattr(softmax, "kth_largest", lambda x, k: topk._largest(x, k)[0][:, -1])
     n, m, d = 64, 5000, 4
-    monkeypatch.setattr(blocks, "MOST_ROWS", n)
+    monkeypatch.setattr(blocks, "MAX_ROWS", n)
     monkeypatch.setattr(blocks, "CPU_ELEMENTS", 2 * n * m)
     q, k, ids = torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype), torch.arange(n) % 3
     of_keys = torch.arange(m) % 3
@@ -336,4 +336,4 @@ def test_a_pair_takes_no_more_bytes_than_blocks_are_sized_for(dtype, monkeypatch
     }  # fmt: skip
     # Sums for the keys, and what is as small, aside.
     aside = 4 * m * (2 * d + 2)
-    assert all(4 * n * m <= bytes <= blocks.BYTES_OF_PAIR * n * m + aside for bytes in taken.values()), taken
+    assert all(4 * n * m <= bytes <= blocks.BYTES_PER_SIMILARITY * n * m + aside for bytes in taken.values()), taken

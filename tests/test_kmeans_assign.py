@@ -317,7 +317,7 @@ def three_threads():
 
 def test_blocked_is_exact_with_many_threads(kmeans_device, monkeypatch, three_threads):
     monkeypatch.setattr(blocked, "CPU_ROWS", 16)
-    monkeypatch.setattr(blocked, "MOST_CPU_ROWS", 16)
+    monkeypatch.setattr(blocked, "MAX_CPU_ROWS", 16)
     for name in ("ties_on_a_grid", "one_huge_row", "one_huge_center", "only_huge_centers"):
         assert_exact(*make_hostile(name, torch.float32, kmeans_device), only=["blocked"])
     assert_exact(*random_case(300, 130, 20, torch.float32, kmeans_device), only=["blocked"])
@@ -326,7 +326,7 @@ def test_blocked_is_exact_with_many_threads(kmeans_device, monkeypatch, three_th
 def test_blocked_is_exact_across_its_blocks(kmeans_device, monkeypatch):
     for name, value in {
         "CPU_ROWS": 16,
-        "MOST_CPU_ROWS": 16,
+        "MAX_CPU_ROWS": 16,
         "NORM_ENTRIES": 50,
         "EXACT_ENTRIES": 100,
         "DEVICE_ENTRIES": 1000,

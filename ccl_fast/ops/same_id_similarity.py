@@ -64,7 +64,7 @@ def _group_sums(x: Tensor, group: Tensor) -> Tensor:
     return torch.zeros_like(x).index_add_(0, group, x)[group]
 
 
-def pair_similarity(z: Tensor, ids: Tensor, others: Tensor, other_ids: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+def mutual_similarity(z: Tensor, ids: Tensor, others: Tensor, other_ids: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
     """The same between two parts of a batch, z [n, d], n > 0, and others [m, d], which share no row: sums and counts of
     the rows of z over the others, and of the others over z. Not differentiable. Memory O(n d + m)."""
     group, other_group = _groups_of_first(ids, other_ids)
@@ -79,10 +79,10 @@ def pair_similarity(z: Tensor, ids: Tensor, others: Tensor, other_ids: Tensor) -
     return (row_dot(sums[group], x), counts), (of_others, _by_group(len(z), ones, group)[other_group])
 
 
-def pair_similarity_gradient(
+def mutual_similarity_gradient(
     z: Tensor, ids: Tensor, grad: Tensor, others: Tensor, other_ids: Tensor, other_grad: Tensor
 ) -> Tensor:
-    """Gradient of z in `pair_similarity`, given those of both sums: [n, d] in accumulation precision."""
+    """Gradient of z in `mutual_similarity`, given those of both sums: [n, d] in accumulation precision."""
     group, other_group = _groups_of_first(ids, other_ids)
     sums, weighted = (torch.zeros(len(z) + 1, z.shape[1], dtype=grad.dtype, device=z.device) for _ in range(2))
     for part, y in _parts(others):

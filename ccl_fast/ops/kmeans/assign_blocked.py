@@ -18,7 +18,7 @@ from ccl_fast.ops.threads import for_each_block
 
 # Rows of one block and entries of its scores: on a CPU they should stay in the cache, but a block of few clusters be
 # worth its calls; elsewhere it should fill the device.
-CPU_ROWS, MOST_CPU_ROWS, CPU_ENTRIES, MOST_CPU_ENTRIES = 512, 4096, 1 << 19, 1 << 22
+CPU_ROWS, MAX_CPU_ROWS, CPU_ENTRIES, MAX_CPU_ENTRIES = 512, 4096, 1 << 19, 1 << 22
 DEVICE_ENTRIES = 1 << 27
 # Entries of a block whose norms are taken, on a CPU.
 NORM_ENTRIES = 1 << 18
@@ -104,8 +104,8 @@ class Rows:
 
 def _block_rows(clusters: int, device: torch.device) -> int:
     if device.type == "cpu":
-        rows = max(CPU_ROWS, min(MOST_CPU_ROWS, CPU_ENTRIES // clusters))
-        return max(16, min(rows, MOST_CPU_ENTRIES // clusters))
+        rows = max(CPU_ROWS, min(MAX_CPU_ROWS, CPU_ENTRIES // clusters))
+        return max(16, min(rows, MAX_CPU_ENTRIES // clusters))
     return max(256, DEVICE_ENTRIES // clusters)
 
 

@@ -142,7 +142,7 @@ def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple
     return *of_rows, bounded
 
 
-def pair_forward(q, k, scale, q_ids, k_ids, want_same, want_other) -> tuple[tuple[Tensor, Tensor], ...]:
+def mutual_forward(q, k, scale, q_ids, k_ids, want_same, want_other) -> tuple[tuple[Tensor, Tensor], ...]:
     """Log-sum-exps over the same id and the others: of the rows of q over those of k, and of those of k over q."""
     problem = _Problem(
         q, k, scale, None, q_ids, k_ids, want_same, want_other, bounded_on_cpu(q, k, scale, None), mutual=True
@@ -246,7 +246,7 @@ def backward(
     return grad_q, grad_k, grad_scale, grad_bias
 
 
-def pair_backward(q, k, scale, q_ids, k_ids, of_q, of_k) -> tuple[Tensor, Tensor]:
+def mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k) -> tuple[Tensor, Tensor]:
     """Of two blocks of rows that are anchors of each other: the gradient of q, from its own sums and from those of k,
     in accumulation precision, and half the products' share of the gradient of the scale: the other half is k's.
 
@@ -264,7 +264,7 @@ def _weighted_sums(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """sum_j W_ij k_j for the rows, sum_i W_ij q_i for the keys and sum_i W_ij for the bias, all in sorted order.
 
-    ``of_rows``, and where keys are anchors too ``of_keys``: log-sum-exps and their gradients, as in `pair_backward`.
+    ``of_rows``, and where keys are anchors too ``of_keys``: log-sum-exps and their gradients, as in `mutual_backward`.
     """
     rows = _anchors(problem, of_rows, problem.order_q)
     keys = rows if problem.is_self else None if of_keys is None else _anchors(problem, of_keys, problem.order_k)

@@ -10,7 +10,7 @@ from ccl_fast.ops.precision import accumulation_dtype
 # because exp(s_ij) = exp(s_ji) for self-contrast, one exponential serves both directions. Unit vectors are
 # inside for temperatures of 0.0182 and above.
 UNSHIFTED_LIMIT = 55.0
-LARGEST_SCALED = 1e30
+MAX_SCALED = 1e30
 
 
 def logits_are_bounded(
@@ -27,7 +27,7 @@ def logits_are_bounded(
     if key_bias is not None and key_bias.numel():
         bound = bound + key_bias.masked_fill(key_bias == -torch.inf, 0.0).abs().amax()
     # The scale may be multiplied into q before the product with k: that must not overflow where k is tiny.
-    return (bound <= limit) & (scaled <= LARGEST_SCALED)
+    return (bound <= limit) & (scaled <= MAX_SCALED)
 
 
 def bounded_on_cpu(q: Tensor, k: Tensor | None, scale: Tensor, key_bias: Tensor | None) -> Tensor:

@@ -26,8 +26,8 @@ from ccl_fast.ops.logsumexp.reference import logsumexp_by_relation
 from ccl_fast.ops.precision import accumulation_dtype
 from ccl_fast.ops.row_dot import row_dot
 from ccl_fast.ops.same_id_similarity import (
-    pair_similarity,
-    pair_similarity_gradient,
+    mutual_similarity,
+    mutual_similarity_gradient,
     same_id_similarity,
     same_id_similarity_gradient,
 )
@@ -114,13 +114,13 @@ class _GlobalContrast(torch.autograd.Function):
             z_here, ids_here = z[own], None if ids is None else ids[own]
             if not (len(z_here) and len(z_there)):
                 continue
-            pair = kernels.pair_forward(
+            both = kernels.mutual_forward(
                 z_here, z_there, scale, _of_kind(ids_here, wanted), _of_kind(ids_there, wanted), *wanted[:2]
             )
             positives = ((), ())
             if wanted.similarity:
-                positives = pair_similarity(z_here, ids_here, z_there, ids_there)
-            here, there = (_columns(wanted, *sums, *more) for sums, more in zip(pair, positives, strict=True))
+                positives = mutual_similarity(z_here, ids_here, z_there, ids_there)
+            here, there = (_columns(wanted, *sums, *more) for sums, more in zip(both, positives, strict=True))
             numbers[own] = _merged(wanted, numbers[own], here)
             sizes = [part.stop - part.start for _, part in block.owners]
             for (rank, part), of_rank in zip(block.owners, there.split(sizes), strict=True):
@@ -165,7 +165,7 @@ class _GlobalContrast(torch.autograd.Function):
             )
             if not (len(z) and len(z_there)):
                 continue
-            grad, to_scale = kernels.pair_backward(
+            grad, to_scale = kernels.mutual_backward(
                 z, z_there, scale, _of_kind(ids, wanted), _of_kind(ids_there, wanted),
                 anchors, _anchors(wanted, known_there),
             )  # fmt: skip
@@ -173,7 +173,7 @@ class _GlobalContrast(torch.autograd.Function):
             grad_scale = grad_scale + to_scale
             if wanted.similarity:
                 of_there = known_there[:, -1]
-                grad_z += pair_similarity_gradient(z, ids, of_similarity, z_there, ids_there, of_there)
+                grad_z += mutual_similarity_gradient(z, ids, of_similarity, z_there, ids_there, of_there)
         return grad_z.to(z.dtype), grad_scale, None, None, None, None
 
 

@@ -14,23 +14,23 @@ from ccl_fast.ops.rowwise.half_product import Weights, columns_of, factor, produ
 # Similarities at a time on a CPU: they stay in its cache. Of many keys a few rows more than fit: for fewer the product
 # would mostly read keys.
 CPU_ELEMENTS = 1 << 20
-FEWEST_ROWS, MOST_ROWS = 32, 512
+MIN_ROWS, MAX_ROWS = 32, 512
 # On a GPU they fill no cache, but launches, and what is read and written once a block, are to be few: a share of its
-# memory, for all that an operator keeps of a pair at a time: four float32 numbers, two masks, one half and a top-k's.
-DEVICE_SHARE, LEAST_BYTES = 32, 384 << 20
-BYTES_OF_PAIR = 24
+# memory, for all that an operator keeps of each at a time: four float32 numbers, two masks, one half and a top-k's.
+DEVICE_SHARE, MIN_BYTES = 32, 384 << 20
+BYTES_PER_SIMILARITY = 24
 
 
 def block_rows(keys: int, device: torch.device) -> int:
     """How many rows to compute at a time against so many keys."""
     if device.type == "cpu":
-        return max(FEWEST_ROWS, min(MOST_ROWS, CPU_ELEMENTS // max(keys, 1)))
-    return max(FEWEST_ROWS, workspace_bytes(device_memory(device)) // (BYTES_OF_PAIR * max(keys, 1)))
+        return max(MIN_ROWS, min(MAX_ROWS, CPU_ELEMENTS // max(keys, 1)))
+    return max(MIN_ROWS, workspace_bytes(device_memory(device)) // (BYTES_PER_SIMILARITY * max(keys, 1)))
 
 
 def workspace_bytes(memory: int) -> int:
     """Of a GPU's memory what an operator takes for the blocks it works on."""
-    return max(LEAST_BYTES, memory // DEVICE_SHARE)
+    return max(MIN_BYTES, memory // DEVICE_SHARE)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from ccl_fast.ops.precision import accumulation_dtype
 
 HALVES = (torch.float16, torch.bfloat16)
 # What the largest weight of a matrix becomes in float16, whose numbers end at 2^16 and lose bits below 2^-14.
-LARGEST_WEIGHT = 2.0**14
+MAX_WEIGHT = 2.0**14
 # Rows of halves that begin at 16 bytes are loaded as a whole.
 ALIGNMENT = 8
 
@@ -67,7 +67,7 @@ def _as_halves(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         return rounded.copy_(w), None
     # Weights of the size of 1 / n^2 would vanish.
     low, high = w.aminmax()
-    gain = LARGEST_WEIGHT / torch.maximum(-low, high).clamp_(min=1e-30)
+    gain = MAX_WEIGHT / torch.maximum(-low, high).clamp_(min=1e-30)
     return torch.mul(w, gain, out=rounded), gain
 
 

@@ -9,7 +9,7 @@ from ccl_fast.ops.rowwise.blocks import RowBlocks
 from ccl_fast.ops.validation import check_candidates, check_count
 
 # Neighbouring keys that are first judged by the best of them, and for how many groups per wanted key that pays.
-GROUP, FEWEST_GROUPS = 16, 4
+GROUP, MIN_GROUPS = 16, 4
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def _(q, k, q_ids, k_ids, candidates, topk):
 def _largest(x: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """``x.topk(topk)`` along rows: all of them lie in the ``topk`` groups of keys whose best are best."""
     groups = x.shape[1] // GROUP
-    if groups < FEWEST_GROUPS * topk:
+    if groups < MIN_GROUPS * topk:
         return _largest_of_few(x, topk)
     grouped = groups * GROUP
     best = x[:, :grouped].unflatten(1, (groups, GROUP)).amax(2)
