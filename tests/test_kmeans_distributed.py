@@ -9,7 +9,7 @@ from kmeans_cases import blobs
 from processes import run
 
 from ccl_fast.clustering import KMeans, concentration, shards
-from ccl_fast.distributed import PeerError
+from ccl_fast.errors import PeerError
 from ccl_fast.ops.kmeans import update_blocked
 from ccl_fast.ops.kmeans.update import sum_by_cluster
 

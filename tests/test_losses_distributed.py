@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ccl_fast import CCLLoss, InfoNCELoss, SupConLoss
-from ccl_fast.distributed import PeerError
+from ccl_fast.errors import PeerError
 from ccl_fast.ops.logsumexp import blocked
 from ccl_fast.training.gradient_cache import cached_backward
 

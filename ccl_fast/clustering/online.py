@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from ccl_fast.checks import check_count, check_floating, check_ids, check_matrix, check_same, check_share
 from ccl_fast.clustering.kmeans import KMeans
+from ccl_fast.errors import ArgumentError
 from ccl_fast.ops import kmeans_assign, kmeans_update
 from ccl_fast.ops.normalize import normalize_rows
 from ccl_fast.ops.precision import accumulation_dtype
-from ccl_fast.ops.validation import check_count, check_floating, check_ids, check_matrix, check_same, check_share
 
 # Of k-means, to halve a cluster: it need not be the best halves.
 HALVING_STEPS = 10
@@ -51,7 +52,7 @@ class OnlineClusters(nn.Module):
         check_floating("features", features)
         check_ids("labels", labels, features)
         if len(features) == 0 or labels.min() < 0:
-            raise ValueError("labels: expected at least one, and none below 0")
+            raise ArgumentError("labels: expected at least one, and none below 0")
         check_share("momentum", momentum)
         check_count("min_size", min_size)
         self.momentum, self.min_size = momentum, min_size

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_not_negative
+from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.contrast import ContrastiveLoss
 from ccl_fast.ops import expected_similarity, row_dot, streaming_logsumexp
 from ccl_fast.ops.ids import consecutive_ids
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
-from ccl_fast.ops.validation import check_not_negative
 
 
 class CACRLoss(ContrastiveLoss):
@@ -72,7 +73,9 @@ class CACRLoss(ContrastiveLoss):
             z = z - z.detach().mean(0)
         if labels is None:
             if embeddings.shape[1] < 2:
-                raise ValueError(f"embeddings: expected at least two views without labels, got {embeddings.shape[1]}")
+                raise ArgumentError(
+                    f"embeddings: expected at least two views without labels, got {embeddings.shape[1]}"
+                )
             attraction = _distance_between_views(z.view(embeddings.shape), self.t_positive).flatten()
             has_positive = torch.ones_like(batch.ids, dtype=torch.bool)
             has_negative = torch.full_like(has_positive, len(embeddings) > 1)

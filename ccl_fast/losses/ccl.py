@@ -4,10 +4,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from ccl_fast.checks import check_choice, check_not_negative, check_number
+from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.contrast import Batch, ContrastiveLoss, check_center_temperature
 from ccl_fast.ops import logaddexp, row_dot
 from ccl_fast.ops.precision import accumulation_dtype
-from ccl_fast.ops.validation import check_choice, check_not_negative, check_number
 
 FORMS = ("joint", "split", "inside")
 
@@ -168,7 +169,7 @@ class CCLLoss(ContrastiveLoss):
     def _check_views(self, embeddings: Tensor) -> None:
         if self.instance_weight and (embeddings.ndim != 3 or embeddings.shape[1] < 2):
             expected = "shape [n, views, d] with two views or more, for instance_weight"
-            raise ValueError(f"embeddings: expected {expected}, got {list(embeddings.shape)}")
+            raise ArgumentError(f"embeddings: expected {expected}, got {list(embeddings.shape)}")
 
 
 def _mean_of_own_views(batch: Batch) -> Tensor:

@@ -5,11 +5,12 @@ import math
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_floating, check_matrix, check_positive, check_tensor
+from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.contrast import ContrastiveLoss
 from ccl_fast.losses.infonce import check_pairs
 from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
 from ccl_fast.ops.precision import accumulation_dtype
-from ccl_fast.ops.validation import check_floating, check_matrix, check_positive, check_tensor
 
 
 class FeatureTransformationLoss(ContrastiveLoss):
@@ -185,7 +186,7 @@ def _mixing_weights(x: Tensor, alpha: float, per_dimension: bool, generator: tor
 def _device(x: Tensor, generator: torch.Generator | None) -> torch.device:
     """Where random numbers are drawn."""
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise ValueError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+        raise ArgumentError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
     return x.device if generator is None else generator.device
 
 

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ccl_fast.checks import check_choice, check_ids, check_tensor
 from ccl_fast.losses.contrast import ContrastiveLoss
 from ccl_fast.losses.infonce import check_pairs
 from ccl_fast.ops import row_dot, streaming_logsumexp
 from ccl_fast.ops.ids import consecutive_ids, separate_unassigned
 from ccl_fast.ops.logsumexp.distributed import Exchange
 from ccl_fast.ops.precision import accumulation_dtype
-from ccl_fast.ops.validation import check_choice, check_ids, check_tensor
 
 FORMS = ("node", "cluster")
 

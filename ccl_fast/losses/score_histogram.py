@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_tensor
 from ccl_fast.losses.infonce import check_pairs
 from ccl_fast.ops import row_dot, similarity_histogram
 from ccl_fast.ops.normalize import normalize_embeddings
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
-from ccl_fast.ops.validation import check_tensor
 
 
 class ScoreHistogram(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ccl_fast.clustering import KMeans
+from ccl_fast.errors import ArgumentError
 from ccl_fast.ood.detector import FeatureDetector
 from ccl_fast.ood.neighbors import largest_cosine
 from ccl_fast.ops.kmeans.update import kmeans_update
@@ -92,7 +93,7 @@ class Mahalanobis(ClusterDetector):
     def _check_hyperparameters(self) -> None:
         super()._check_hyperparameters()
         if not isinstance(self.shrinkage, int | float) or not 0 < self.shrinkage <= 1:
-            raise ValueError(f"shrinkage: expected a number in (0, 1], got {self.shrinkage!r}")
+            raise ArgumentError(f"shrinkage: expected a number in (0, 1], got {self.shrinkage!r}")
 
     def _fit(self, x: Tensor, y: Tensor | None) -> None:
         y, n_clusters = self._clusters(x, y)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_count
+from ccl_fast.errors import ArgumentError
 from ccl_fast.ood.detector import FeatureDetector
 
 
@@ -45,15 +47,14 @@ class Ensemble(FeatureDetector):
     def _check_hyperparameters(self) -> None:
         wrong = [type(d).__name__ for d in self.detectors if not hasattr(d, "predict_features")]
         if wrong or not self.detectors:
-            raise ValueError(f"detectors: expected a sequence of detectors of features, got {wrong or 'none'}")
-        if not isinstance(self.folds, int) or isinstance(self.folds, bool) or self.folds < 2:
-            raise ValueError(f"folds: expected an integer >= 2, got {self.folds!r}")
+            raise ArgumentError(f"detectors: expected a sequence of detectors of features, got {wrong or 'none'}")
+        check_count("folds", self.folds, least=2)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise ValueError(f"seed: expected an integer, got {self.seed!r}")
+            raise ArgumentError(f"seed: expected an integer, got {self.seed!r}")
 
     def _fit(self, x: Tensor, y: Tensor | None) -> None:
         if len(x) < self.folds:
-            raise ValueError(f"x: expected at least folds={self.folds} rows, got {len(x)}")
+            raise ArgumentError(f"x: expected at least folds={self.folds} rows, got {len(x)}")
         generator = torch.Generator().manual_seed(self.seed)
         fold = (torch.randperm(len(x), generator=generator) % self.folds).to(x.device)
         moments = []

@@ -8,6 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_count
+from ccl_fast.errors import ArgumentError
 from ccl_fast.ood.detector import FeatureDetector
 from ccl_fast.ops.normalize import normalize_rows
 
@@ -39,12 +41,11 @@ class NearestNeighbor(FeatureDetector):
         super().__init__(model)
 
     def _check_hyperparameters(self) -> None:
-        if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
-            raise ValueError(f"k: expected a positive integer, got {self.k!r}")
+        check_count("k", self.k)
 
     def _fit(self, x: Tensor, y: Tensor | None) -> None:
         if len(x) < self.k:
-            raise ValueError(f"x: expected at least k={self.k} rows, got {len(x)}")
+            raise ArgumentError(f"x: expected at least k={self.k} rows, got {len(x)}")
         self.features = normalize_rows(x)
 
     def _score(self, x: Tensor) -> Tensor:

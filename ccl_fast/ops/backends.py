@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from ccl_fast.checks import check_choice
+from ccl_fast.errors import ArgumentError
 from ccl_fast.kernels import extension
 from ccl_fast.ops.kmeans import (
     assign_blocked,
@@ -18,7 +20,6 @@ from ccl_fast.ops.kmeans import (
     update_reference,
 )
 from ccl_fast.ops.logsumexp import blocked, reference, triton
-from ccl_fast.ops.validation import check_choice
 
 
 class Backend(NamedTuple):
@@ -71,7 +72,8 @@ def choose_backend(operator: str, requested: str, device: torch.device, dtype: t
             if backend.native in (None, device.type) and not backend.obstacles(device, dtype)
         )
     if reasons := backends[requested].obstacles(device, dtype):
-        raise ValueError(f"backend: {requested!r} cannot run {operator} on {device} with {dtype}: {'; '.join(reasons)}")
+        why = "; ".join(reasons)
+        raise ArgumentError(f"backend: {requested!r} cannot run {operator} on {device} with {dtype}: {why}")
     return requested
 
 

@@ -5,10 +5,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_choice, check_finite, check_floating, check_same, check_tensor
+from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.backends import chosen_module
 from ccl_fast.ops.kmeans.distance import center_distance
 from ccl_fast.ops.precision import accumulation_dtype
-from ccl_fast.ops.validation import check_choice, check_finite, check_floating, check_same, check_tensor
 
 METRICS = ("euclidean", "cosine")
 
@@ -58,14 +59,14 @@ def kmeans_assign(
     check_floating("x", x)
     check_tensor("centers", centers)
     if x.ndim not in (2, 3):
-        raise ValueError(f"x: expected shape [rows, d] or [problems, rows, d], got {list(x.shape)}")
+        raise ArgumentError(f"x: expected shape [rows, d] or [problems, rows, d], got {list(x.shape)}")
     expected = (*x.shape[:-2], centers.shape[-2] if centers.ndim > 1 else 0, x.shape[-1])
     if centers.shape != expected or not centers.shape[-2] or not x.shape[-1]:
         leading = "".join(f"{size}, " for size in x.shape[:-2])
-        raise ValueError(f"centers: expected shape [{leading}at least 1, {x.shape[-1]}], got {list(centers.shape)}")
+        raise ArgumentError(f"centers: expected shape [{leading}at least 1, {x.shape[-1]}], got {list(centers.shape)}")
     compute_dtype = accumulation_dtype(x)
     if centers.dtype not in (x.dtype, compute_dtype):
-        raise ValueError(f"centers: expected dtype {x.dtype} (that of x) or {compute_dtype}, got {centers.dtype}")
+        raise ArgumentError(f"centers: expected dtype {x.dtype} (that of x) or {compute_dtype}, got {centers.dtype}")
     check_same("centers", centers, "x", x, dtype=False)
     check_choice("metric", metric, METRICS)
     check_finite("x", x)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ccl_fast.errors import ArgumentError
 from ccl_fast.kernels import extension
 from ccl_fast.kernels.extension import address
 
@@ -24,11 +25,11 @@ class Rows:
         problems, _, d = x.shape
         if problems > extension.MAX_PROBLEMS or problems * x.shape[1] > MAX_ROWS:
             limits = f"{extension.MAX_PROBLEMS} problems and {MAX_ROWS} rows in all"
-            raise ValueError(
+            raise ArgumentError(
                 f"x: expected at most {limits} for the cuda backend, got {problems} and {problems * x.shape[1]}"
             )
         if d > MAX_COLUMNS:
-            raise ValueError(f"x: expected at most {MAX_COLUMNS} columns for the cuda backend, got {d}")
+            raise ArgumentError(f"x: expected at most {MAX_COLUMNS} columns for the cuda backend, got {d}")
         self.padded_d = _round_up(d, extension.module.PAD_COLUMNS)
         if metric == "cosine":
             self.origin = None

@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
+from ccl_fast.errors import ArgumentError
 from ccl_fast.kernels import extension
 from ccl_fast.kernels.extension import address
 
 
 def center_distance(x: Tensor, centers: Tensor, labels: Tensor, metric: str) -> Tensor:
     if len(x) > extension.MAX_PROBLEMS:
-        raise ValueError(f"x: expected at most {extension.MAX_PROBLEMS} problems, got {len(x)}")
+        raise ArgumentError(f"x: expected at most {extension.MAX_PROBLEMS} problems, got {len(x)}")
     x, centers, labels = x.contiguous(), centers.contiguous(), labels.contiguous()
     distance = torch.empty(labels.shape, dtype=torch.float32, device=x.device)
     extension.module.kmeans_distance(

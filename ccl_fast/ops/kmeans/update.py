@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_count, check_floating, check_integer, check_same, check_tensor
+from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.backends import chosen_module
 from ccl_fast.ops.precision import accumulation_dtype
-from ccl_fast.ops.validation import check_floating, check_integer, check_same, check_tensor
 
 
 def kmeans_update(
@@ -35,19 +36,18 @@ def kmeans_update(
     check_tensor("x", x)
     check_floating("x", x)
     if x.ndim not in (2, 3):
-        raise ValueError(f"x: expected shape [rows, d] or [problems, rows, d], got {list(x.shape)}")
+        raise ArgumentError(f"x: expected shape [rows, d] or [problems, rows, d], got {list(x.shape)}")
     for name, rows in (("labels", labels), ("weights", weights)):
         if rows is None:
             continue
         check_tensor(name, rows)
         check_same(name, rows, "x", x, dtype=False)
         if rows.shape != x.shape[:-1]:
-            raise ValueError(f"{name}: expected shape {list(x.shape[:-1])}, got {list(rows.shape)}")
+            raise ArgumentError(f"{name}: expected shape {list(x.shape[:-1])}, got {list(rows.shape)}")
     check_integer("labels", labels)
-    if not isinstance(n_clusters, int) or n_clusters < 1:
-        raise ValueError(f"n_clusters: expected a positive integer, got {n_clusters!r}")
+    check_count("n_clusters", n_clusters)
     if labels.numel() and not 0 <= labels.min() <= labels.max() < n_clusters:
-        raise ValueError(
+        raise ArgumentError(
             f"labels: expected labels in [0, {n_clusters}), got {labels.min().item()} to {labels.max().item()}"
         )
     if weights is not None:

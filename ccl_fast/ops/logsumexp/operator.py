@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ccl_fast.checks import check_candidates, check_logits
+from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.backends import BACKENDS, choose_backend
 from ccl_fast.ops.logsumexp.bound import bounded_on_cpu
 from ccl_fast.ops.logsumexp.reference import logsumexp_by_relation
 from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, scale_tensor, without_autocast
-from ccl_fast.ops.validation import check_candidates, check_logits
 
 
 def streaming_logsumexp(
@@ -130,7 +131,7 @@ def _check(q, k, scale, key_bias, q_ids, k_ids, candidates, return_same) -> None
     check_candidates(q, k, q_ids, k_ids, candidates)
     check_logits(q, k, scale, key_bias)
     if q_ids is None and return_same:
-        raise ValueError("q_ids: expected integers [n] for return_same, got None")
+        raise ArgumentError("q_ids: expected integers [n] for return_same, got None")
 
 
 # ---- registration: one operator forward, one backward, so that torch.compile sees two opaque nodes ----

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_candidates, check_count
 from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, without_autocast
 from ccl_fast.ops.rowwise.blocks import RowBlocks
-from ccl_fast.ops.validation import check_candidates, check_count
 
 # Neighbouring keys that are first judged by the best of them, and for how many groups per wanted key that pays.
 GROUP, MIN_GROUPS = 16, 4

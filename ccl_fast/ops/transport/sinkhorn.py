@@ -6,14 +6,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_count, check_floating, check_matrix, check_same, check_scale, check_vector
 from ccl_fast.distributed import Peers, outside_of_graphs
+from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.backends import choose_backend
 from ccl_fast.ops.logsumexp.blocked import LOG2E
 from ccl_fast.ops.logsumexp.bound import logits_are_bounded
 from ccl_fast.ops.logsumexp.operator import softmax_sums, streaming_logsumexp
 from ccl_fast.ops.precision import in_autocast_dtype, scale_tensor, without_autocast
 from ccl_fast.ops.rowwise.blocks import RowBlocks
-from ccl_fast.ops.validation import check_count, check_floating, check_matrix, check_same, check_scale, check_vector
 
 # Of logits within it, potentials differ by twice as much at most: their exponentials and all sums of these are normal
 # float32 numbers. Unit vectors are inside for an epsilon of 0.04 and above.
@@ -215,4 +216,4 @@ def _check(z: Tensor, centers: Tensor) -> None:
     check_matrix("centers", centers, columns=z.shape[1])
     check_same("centers", centers, "z", z)
     if len(centers) == 0:
-        raise ValueError("centers: expected at least one row, got [0, d]")
+        raise ArgumentError("centers: expected at least one row, got [0, d]")

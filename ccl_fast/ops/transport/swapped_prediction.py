@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_floating, check_matrix, check_same, check_scale, check_tensor
+from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.backends import choose_backend
 from ccl_fast.ops.logsumexp.operator import streaming_logsumexp
 from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, scale_tensor, without_autocast
@@ -10,7 +12,6 @@ from ccl_fast.ops.row_dot import row_dot
 from ccl_fast.ops.rowwise.blocks import block_rows, blocks_of
 from ccl_fast.ops.rowwise.half_product import Weights, columns_of, factor, product
 from ccl_fast.ops.transport.sinkhorn import plan_average
-from ccl_fast.ops.validation import check_floating, check_matrix, check_same, check_scale, check_tensor
 
 
 def swapped_prediction(
@@ -199,12 +200,12 @@ def _check(z: Tensor, centers: Tensor, potentials: Tensor) -> None:
     check_tensor("z", z)
     check_floating("z", z)
     if z.ndim != 3:
-        raise ValueError(f"z: expected shape [views, n, d], got {list(z.shape)}")
+        raise ArgumentError(f"z: expected shape [views, n, d], got {list(z.shape)}")
     for name, x, columns in (("centers", centers, z.shape[2]), ("potentials", potentials, len(centers))):
         check_matrix(name, x, columns=columns)
         check_floating(name, x)
         check_same(name, x, "z", z, dtype=name == "centers")
     if len(centers) == 0:
-        raise ValueError("centers: expected at least one row, got [0, d]")
+        raise ArgumentError("centers: expected at least one row, got [0, d]")
     if len(potentials) > len(z):
-        raise ValueError(f"potentials: expected those of at most {len(z)} views, got {len(potentials)}")
+        raise ArgumentError(f"potentials: expected those of at most {len(z)} views, got {len(potentials)}")
