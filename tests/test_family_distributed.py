@@ -327,7 +327,7 @@ def double(*shape):
 def test_what_differs_is_named_on_every_process(use, change, options, message):
     for text in run(caught, 2, use, change, options):
         assert re.search(message, text), text
-        assert text.startswith("ValueError")
+        assert text.startswith("ArgumentError")
 
 
 @pytest.mark.parametrize(
@@ -350,4 +350,4 @@ def test_what_differs_is_named_on_every_process(use, change, options, message):
 def test_an_error_of_one_process_reaches_all(use, change, message):
     first, second = run(caught, 2, use, change, {})
     assert message in second and "on process" not in second
-    assert first.startswith("ValueError: on process 1: ") and message in first
+    assert first.startswith("ArgumentError: on process 1: ") and message in first
