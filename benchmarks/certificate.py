@@ -16,8 +16,8 @@ from torch import Tensor
 from benchmarks.cases import Size
 from benchmarks.kmeans_cases import CASES
 from benchmarks.results import DIRECTORY, ResultsFile, Row, table
-from ccl_fast.ops.kmeans_assign import prepare_rows
-from ccl_fast.ops.kmeans_update import kmeans_update
+from ccl_fast.ops.kmeans.assign import prepare_rows
+from ccl_fast.ops.kmeans.update import kmeans_update
 
 CPU, HALF = torch.device("cpu"), torch.float16
 # And the iterations whose assignment is looked at. Only rows are counted that are no centre of the start: among a

@@ -13,8 +13,8 @@ from torch import Tensor
 from benchmarks.contenders import Contender
 from benchmarks.kmeans_cases import KMeansCase, Outcome, Rows, Run
 from ccl_fast.clustering import KMeans
-from ccl_fast.ops.kmeans_assign import prepare_rows
-from ccl_fast.ops.kmeans_update import kmeans_update
+from ccl_fast.ops.kmeans.assign import prepare_rows
+from ccl_fast.ops.kmeans.update import kmeans_update
 
 Assign = Callable[[Tensor, Tensor], Tensor]  # rows [n, d], centres [k, d] -> labels [n]
 # Entries of a block of scores of plain torch: on a CPU it should stay in the cache.

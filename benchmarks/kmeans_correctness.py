@@ -11,9 +11,9 @@ from benchmarks.cases import Size
 from benchmarks.correctness import ROWS
 from benchmarks.kmeans_cases import CASES, Rows
 from benchmarks.kmeans_contenders import KMeansContender
-from ccl_fast.ops.center_distance import center_distance
-from ccl_fast.ops.kmeans_assign import prepare_rows
-from ccl_fast.ops.kmeans_update import kmeans_update
+from ccl_fast.ops.kmeans.assign import prepare_rows
+from ccl_fast.ops.kmeans.distance import center_distance
+from ccl_fast.ops.kmeans.update import kmeans_update
 
 CLUSTERS = 64  # at most, where a contender is admitted
 # Differences in float64 that the truth of one size may take; beyond, it has evenly spaced rows only.

@@ -9,17 +9,8 @@ import sys
 import torch
 
 from ccl_fast.errors import MissingPackages, packages_of_training
-from ccl_fast.ops.backends import Obstacles
-from ccl_fast.ops.kmeans_assign import BACKENDS as ASSIGN_BACKENDS
-from ccl_fast.ops.kmeans_update import BACKENDS as UPDATE_BACKENDS
-from ccl_fast.ops.streaming_logsumexp import BACKENDS as LOGSUMEXP_BACKENDS
+from ccl_fast.ops.backends import BACKENDS, Backend
 from ccl_fast.version import __version__
-
-OPERATORS = {
-    "streaming_logsumexp": LOGSUMEXP_BACKENDS,
-    "kmeans_assign": ASSIGN_BACKENDS,
-    "kmeans_update": UPDATE_BACKENDS,
-}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -30,12 +21,13 @@ def main() -> None:
     for device in devices:
         name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
         print(f"\n{device}{name}")
-        for operator, backends in OPERATORS.items():
-            for backend, obstacles in backends.items():
-                print(f"  {operator}, {backend:9} {_verdict(device, obstacles)}")
+        for operator, backends in BACKENDS.items():
+            for name, backend in backends.items():
+                print(f"  {operator}, {name:9} {_verdict(device, backend)}")
 
 
-def _verdict(device: torch.device, obstacles: Obstacles) -> str:
+def _verdict(device: torch.device, backend: Backend) -> str:
+    obstacles = backend.obstacles
     runs = [_name(dtype) for dtype in DTYPES if not obstacles(device, dtype)]
     if not runs:
         return f"does not run: {'; '.join(obstacles(device, torch.float32))}"

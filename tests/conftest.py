@@ -84,9 +84,9 @@ def one_thread():
 @pytest.fixture
 def several_tiles(monkeypatch):
     """Tiles of the blocked log-sum-exp, and blocks of whole rows, so small that tiny batches have several."""
-    monkeypatch.setattr("ccl_fast.ops.streaming_logsumexp_blocked.BLOCK", 4)
-    monkeypatch.setattr("ccl_fast.ops.row_blocks.CPU_ELEMENTS", 40)
-    monkeypatch.setattr("ccl_fast.ops.row_blocks.FEWEST_ROWS", 1)
+    monkeypatch.setattr("ccl_fast.ops.logsumexp.blocked.BLOCK", 4)
+    monkeypatch.setattr("ccl_fast.ops.rowwise.blocks.CPU_ELEMENTS", 40)
+    monkeypatch.setattr("ccl_fast.ops.rowwise.blocks.MIN_ROWS", 1)
 
 
 @pytest.fixture(params=("reference", "blocked"))

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.kmeans_assign import BACKENDS, METRICS, kmeans_assign
+from ccl_fast.ops.backends import BACKENDS
+from ccl_fast.ops.kmeans.assign import METRICS, kmeans_assign
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float64, torch.float32, *HALF)
@@ -21,7 +22,7 @@ class Undecided(Exception):
 
 def backends(x: Tensor) -> list[str]:
     """All that run on these rows here."""
-    return [name for name, obstacles in BACKENDS.items() if not obstacles(x.device, x.dtype)]
+    return [name for name, backend in BACKENDS["kmeans_assign"].items() if not backend.obstacles(x.device, x.dtype)]
 
 
 def assert_exact(x: Tensor, centers: Tensor, metrics=METRICS, only: list[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from kmeans_cases import crowded, gaussian
 sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks is a folder of the repository
 
 from benchmarks import certificate
-from ccl_fast.ops.kmeans_assign import kmeans_assign
+from ccl_fast.ops.kmeans.assign import kmeans_assign
 
 
 def some_crowded(n, k, d):

@@ -20,7 +20,7 @@ from loss_oracle import (
 
 from ccl_fast import CCLLoss, InfoNCELoss, SupConLoss
 from ccl_fast.losses import CCLLoss as CCLLossOfLosses
-from ccl_fast.ops import streaming_logsumexp_blocked
+from ccl_fast.ops.logsumexp import blocked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FORMS = ("joint", "split", "inside")
@@ -183,7 +183,7 @@ def test_hypothesis_shapes(form, backend):
     def matches(n, views, d, k, block, with_centers, options, seed):
         z, ids, centers = batch(n, views, d, k, seed)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(streaming_logsumexp_blocked, "BLOCK", block)
+            patch.setattr(blocked, "BLOCK", block)
             check(z, ids, centers if with_centers else None, form=form, backend=backend, **options)
 
     matches()
@@ -192,7 +192,7 @@ def test_hypothesis_shapes(form, backend):
 @every_form
 @pytest.mark.parametrize("temperature, normalize", ((0.1, True), (0.005, True), (0.3, False)))
 def test_blocked_over_several_tiles(form, temperature, normalize, monkeypatch):
-    monkeypatch.setattr(streaming_logsumexp_blocked, "BLOCK", 8)
+    monkeypatch.setattr(blocked, "BLOCK", 8)
     # 39 rows: five tiles, the last of 7; 19 centres: three tiles, the last of 3.
     z, ids, centers = batch(13, 3, 6, 19, seed=8)
     options = {"form": form, "temperature": temperature, "normalize": normalize}

@@ -3,7 +3,6 @@
 Without a GPU a double stands for torch's product on one: halves are multiplied exactly and added in float32.
 """
 
-import importlib
 import weakref
 
 import pytest
@@ -14,14 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ccl_fast import ops
-from ccl_fast.ops import half_product, row_blocks
-from ccl_fast.ops.half_product import Weights, columns_of, factor, multiplies_halves, product
-
-# `ccl_fast.ops` has the operators under these names.
-row_softmax, topk, similarity_histogram, swapped_prediction = (
-    importlib.import_module(f"ccl_fast.ops.{name}")
-    for name in ("row_softmax", "topk", "similarity_histogram", "swapped_prediction")
-)
+from ccl_fast.ops.rowwise import blocks, half_product, histogram, softmax, topk
+from ccl_fast.ops.rowwise.half_product import Weights, columns_of, factor, multiplies_halves, product
+from ccl_fast.ops.transport import swapped_prediction
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 halves = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
@@ -112,18 +106,18 @@ GIB = 1 << 30
 @pytest.mark.parametrize("memory", (0, 8 * GIB, 24 * GIB, 80 * GIB, 141 * GIB))
 @pytest.mark.parametrize("keys", (0, 1, 1000, 65_536, 1_000_000))
 def test_blocks_on_a_gpu_are_a_share_of_its_memory(memory, keys, monkeypatch):
-    monkeypatch.setattr(row_blocks, "device_memory", lambda device: memory)
-    rows = row_blocks.block_rows(keys, torch.device("cuda:0"))
-    taken, share = rows * keys * row_blocks.BYTES_OF_PAIR, max(384 << 20, memory // 32)
+    monkeypatch.setattr(blocks, "device_memory", lambda device: memory)
+    rows = blocks.block_rows(keys, torch.device("cuda:0"))
+    taken, share = rows * keys * blocks.BYTES_PER_SIMILARITY, max(384 << 20, memory // 32)
     assert rows >= 1 and (taken <= share or rows == 32)
     # All of the share is used, and no block is smaller than those of 2^24 pairs were, which fitted everywhere.
-    assert taken > share - max(keys, 1) * row_blocks.BYTES_OF_PAIR or rows == 32 or keys == 0
+    assert taken > share - max(keys, 1) * blocks.BYTES_PER_SIMILARITY or rows == 32 or keys == 0
     assert rows >= min(512, (1 << 24) // max(keys, 1))
 
 
 @pytest.mark.parametrize("keys, rows", ((0, 512), (100, 512), (2048, 512), (4096, 256), (65_536, 32), (10_000_000, 32)))
 def test_blocks_on_a_cpu_stay_in_its_cache(keys, rows):
-    assert row_blocks.block_rows(keys, torch.device("cpu")) == rows
+    assert blocks.block_rows(keys, torch.device("cpu")) == rows
 
 
 def test_the_memory_of_a_gpu_is_asked_once(monkeypatch):
@@ -133,11 +127,11 @@ def test_the_memory_of_a_gpu_is_asked_once(monkeypatch):
         total_memory = 80 * GIB
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: asked.append(device) or Properties)
-    row_blocks.device_memory.cache_clear()
+    blocks.device_memory.cache_clear()
     device = torch.device("cuda:0")
-    assert [row_blocks.device_memory(device) for _ in range(3)] == [80 * GIB] * 3 and asked == [device]
-    row_blocks.device_memory.cache_clear()
-    assert row_blocks.device_memory(torch.device("mps")) == 0
+    assert [blocks.device_memory(device) for _ in range(3)] == [80 * GIB] * 3 and asked == [device]
+    blocks.device_memory.cache_clear()
+    assert blocks.device_memory(torch.device("mps")) == 0
 
 
 # ---- the operators ----
@@ -272,8 +266,8 @@ def test_without_gradients_results_are_those_of_float32_copies(dtype):
 @every_operator
 def test_a_block_takes_one_product_forward_and_three_backward_all_of_halves(operator, dtype, tensor_cores, monkeypatch):
     rows, keys, d, views = 32, 1000, 16, 2 if operator == "swapped prediction" else 1
-    monkeypatch.setattr(row_blocks, "CPU_ELEMENTS", views * rows * keys)
-    monkeypatch.setattr(half_product, "times_transposed", None)  # the product of float32 matrices
+    monkeypatch.setattr(blocks, "CPU_ELEMENTS", views * rows * keys)
+    monkeypatch.setattr(half_product, "matmul_nt", None)  # the product of float32 matrices
     given = pairs(3 * rows, keys, d=d, dtype=dtype)
     value = OPERATORS[operator][0](given, given.q.requires_grad_(), given.k.requires_grad_(), torch.tensor(2.0))
     similarities = (views * rows, d, keys)
@@ -313,28 +307,28 @@ def run_inside(custom_op, *arguments):
 @pytest.mark.usefixtures("tensor_cores")
 def test_a_pair_takes_no_more_bytes_than_blocks_are_sized_for(dtype, monkeypatch):
     monkeypatch.setattr(topk, "_largest_of_few", torch.topk)  # as on a GPU, where NumPy is not at hand
-    monkeypatch.setattr(row_softmax, "kth_largest", lambda x, k: topk._largest(x, k)[0][:, -1])
+    monkeypatch.setattr(softmax, "kth_largest", lambda x, k: topk._largest(x, k)[0][:, -1])
     n, m, d = 64, 5000, 4
-    monkeypatch.setattr(row_blocks, "MOST_ROWS", n)
-    monkeypatch.setattr(row_blocks, "CPU_ELEMENTS", 2 * n * m)
+    monkeypatch.setattr(blocks, "MAX_ROWS", n)
+    monkeypatch.setattr(blocks, "CPU_ELEMENTS", 2 * n * m)
     q, k, ids = torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype), torch.arange(n) % 3
     of_keys = torch.arange(m) % 3
     scale, bias, vector, none = torch.tensor(2.0), torch.zeros(m), torch.zeros(n), torch.zeros(0)
     few, rows = torch.zeros(n, 3, dtype=torch.int64), (q, k, scale)
     among, views, all_four = (ids, of_keys, None), torch.stack((q, q)), [True] * 4
     taken = {
-        "mean": run_inside(row_softmax._op, *rows, bias, *among, "other_id", 0, True),
-        "hardest": run_inside(row_softmax._op, *rows, None, *among, "other_id", m, False),
-        "excluding": run_inside(row_softmax._op, *rows, None, None, None, few, "all", 0, False),
+        "mean": run_inside(softmax._op, *rows, bias, *among, "other_id", 0, True),
+        "hardest": run_inside(softmax._op, *rows, None, *among, "other_id", m, False),
+        "excluding": run_inside(softmax._op, *rows, None, None, None, few, "all", 0, False),
         "mean, backward": run_inside(
-            row_softmax._backward_op, *rows, bias, *among, vector, vector, none, vector, vector, "other_id", all_four
+            softmax._backward_op, *rows, bias, *among, vector, vector, none, vector, vector, "other_id", all_four
         ),
         "hardest, backward": run_inside(
-            row_softmax._backward_op, *rows, None, *among, vector, none, vector, vector, none, "other_id",
+            softmax._backward_op, *rows, None, *among, vector, none, vector, vector, none, "other_id",
             [True, True, True, False],
         ),
         "top-k": run_inside(topk._op, q, k, ids, of_keys, "other_id", 400),
-        "histogram": run_inside(similarity_histogram._op, q, k, ids, of_keys, "other_id", 10, -1.0, 1.0),
+        "histogram": run_inside(histogram._op, q, k, ids, of_keys, "other_id", 10, -1.0, 1.0),
         "swapped": run_inside(swapped_prediction._op, views, k, torch.zeros(2, m), scale, 2.0) // 2,
         "swapped, backward": run_inside(
             swapped_prediction._backward_op, views, k, torch.zeros(2, m), scale, vector, 2.0, all_four[:3]
@@ -342,4 +336,4 @@ def test_a_pair_takes_no_more_bytes_than_blocks_are_sized_for(dtype, monkeypatch
     }  # fmt: skip
     # Sums for the keys, and what is as small, aside.
     aside = 4 * m * (2 * d + 2)
-    assert all(4 * n * m <= bytes <= row_blocks.BYTES_OF_PAIR * n * m + aside for bytes in taken.values()), taken
+    assert all(4 * n * m <= bytes <= blocks.BYTES_PER_SIMILARITY * n * m + aside for bytes in taken.values()), taken

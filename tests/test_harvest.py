@@ -127,7 +127,7 @@ def one_of_each(monkeypatch):
     monkeypatch.setattr(plan, "PROBLEMS", (plan.Problem(100, 16), plan.Problem(200, 260, ids=True)))
     monkeypatch.setattr(plan, "CANDIDATES", {("backward_rows", 128): ((128, 64, 128, 4, 2), (64, 128, 128, 4, 3))})
     monkeypatch.setattr("benchmarks.harvest.rivals.run", lambda harvest: None)
-    monkeypatch.setattr("ccl_fast.ops.streaming_logsumexp_triton.TRIANGLE_MIN_ROWS", 1)
+    monkeypatch.setattr("ccl_fast.ops.logsumexp.triton.TRIANGLE_MIN_ROWS", 1)
 
 
 def test_every_case_of_a_stage_has_its_line(one_of_each, tmp_path):

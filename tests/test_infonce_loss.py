@@ -8,7 +8,7 @@ from loss_oracle import assert_matches, batch, differentiate, infonce, largest, 
 from torch.nn import functional as F
 
 from ccl_fast import InfoNCELoss
-from ccl_fast.ops import streaming_logsumexp_blocked
+from ccl_fast.ops.logsumexp import blocked
 
 # The uses of forward: which tensors it gets, and whether both towers are anchors.
 USES = {
@@ -81,7 +81,7 @@ def test_hypothesis_shapes(use, backend):
         arguments, symmetric = tensors(use, n, m, d, seed)
         options = {"symmetric": symmetric, "temperature": temperature, "reduction": reduction}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(streaming_logsumexp_blocked, "BLOCK", block)
+            patch.setattr(blocked, "BLOCK", block)
             check(arguments, backend=backend, **options)
 
     matches()
@@ -89,7 +89,7 @@ def test_hypothesis_shapes(use, backend):
 
 @every_use
 def test_blocked_over_several_tiles(use, monkeypatch):
-    monkeypatch.setattr(streaming_logsumexp_blocked, "BLOCK", 8)
+    monkeypatch.setattr(blocked, "BLOCK", 8)
     arguments, symmetric = tensors(use, n=19, m=21)
     check(arguments, symmetric=symmetric, backend="blocked")
 

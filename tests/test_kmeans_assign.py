@@ -21,9 +21,9 @@ from kmeans_cases import (
 )
 
 from ccl_fast.kernels import extension
-from ccl_fast.ops import cpu_product
-from ccl_fast.ops import kmeans_assign_blocked as blocked
-from ccl_fast.ops.kmeans_assign import METRICS, kmeans_assign
+from ccl_fast.ops import matmul
+from ccl_fast.ops.kmeans import assign_blocked as blocked
+from ccl_fast.ops.kmeans.assign import METRICS, kmeans_assign
 
 pytestmark = pytest.mark.usefixtures("kmeans_device")
 
@@ -277,7 +277,7 @@ def test_blocked_is_exact_whatever_the_precision_of_products(make, truncated, pr
     """As this device multiplies, and as the worst that the setting allows would."""
     setting = torch.backends.mkldnn if kmeans_device.type == "cpu" else torch.backends.cuda
     bits = {"tf32": 13, "bf16": 16}[setting.matmul.fp32_precision]
-    product = blocked.times_transposed
+    product = blocked.matmul_nt
 
     def truncate(x):
         return (x.view(torch.int32) >> bits << bits).view(torch.float32)
@@ -286,7 +286,7 @@ def test_blocked_is_exact_whatever_the_precision_of_products(make, truncated, pr
         return product(truncate(x), truncate(weight), bias)
 
     if truncated:
-        monkeypatch.setattr(blocked, "times_transposed", truncating_product)
+        monkeypatch.setattr(blocked, "matmul_nt", truncating_product)
     x, centers = (rows.to(kmeans_device, torch.float32) for rows in make(300, 130, 20))
     assert_exact(x, centers, only=["blocked"])
     assert_exact(10 + x, 10 + centers, only=["blocked"])
@@ -295,7 +295,7 @@ def test_blocked_is_exact_whatever_the_precision_of_products(make, truncated, pr
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_blocked_is_exact_without_onednn(autocast, dtype, kmeans_device, monkeypatch):
-    monkeypatch.setattr(cpu_product, "_onednn_linear", lambda: None)
+    monkeypatch.setattr(matmul, "_onednn_linear", lambda: None)
     x, centers = (rows.to(kmeans_device, dtype) for rows in crowded(130, 70, 33))
     with torch.autocast(kmeans_device.type, torch.bfloat16, enabled=autocast):
         assert_exact(x, centers, only=["blocked"])
@@ -317,7 +317,7 @@ def three_threads():
 
 def test_blocked_is_exact_with_many_threads(kmeans_device, monkeypatch, three_threads):
     monkeypatch.setattr(blocked, "CPU_ROWS", 16)
-    monkeypatch.setattr(blocked, "MOST_CPU_ROWS", 16)
+    monkeypatch.setattr(blocked, "MAX_CPU_ROWS", 16)
     for name in ("ties_on_a_grid", "one_huge_row", "one_huge_center", "only_huge_centers"):
         assert_exact(*make_hostile(name, torch.float32, kmeans_device), only=["blocked"])
     assert_exact(*random_case(300, 130, 20, torch.float32, kmeans_device), only=["blocked"])
@@ -326,7 +326,7 @@ def test_blocked_is_exact_with_many_threads(kmeans_device, monkeypatch, three_th
 def test_blocked_is_exact_across_its_blocks(kmeans_device, monkeypatch):
     for name, value in {
         "CPU_ROWS": 16,
-        "MOST_CPU_ROWS": 16,
+        "MAX_CPU_ROWS": 16,
         "NORM_ENTRIES": 50,
         "EXACT_ENTRIES": 100,
         "DEVICE_ENTRIES": 1000,
@@ -365,7 +365,7 @@ def arguments(device, **changes):
         ({"centers": torch.ones(4, 3).half()}, r"centers: expected dtype torch.float32.*got torch.float16"),
         ({"centers": torch.ones(4, 3).int()}, r"centers: expected dtype torch.float32.*got torch.int32"),
         ({"metric": "manhattan"}, r"metric: expected one of 'euclidean', 'cosine', got 'manhattan'"),
-        ({"backend": "triton"}, r"backend: expected one of auto, cuda, blocked, reference, got 'triton'"),
+        ({"backend": "triton"}, r"backend: expected one of 'auto', 'cuda', 'blocked', 'reference', got 'triton'"),
     ],
     ids=str,
 )

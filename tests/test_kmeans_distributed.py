@@ -1,7 +1,6 @@
 """KMeans over the rows of several processes: as if all rows were with one."""
 
 import re
-import sys
 
 import pytest
 import torch
@@ -10,8 +9,9 @@ from kmeans_cases import blobs
 from processes import run
 
 from ccl_fast.clustering import KMeans, concentration, shards
-from ccl_fast.distributed import PeerError
-from ccl_fast.ops.kmeans_update import sum_by_cluster
+from ccl_fast.errors import PeerError
+from ccl_fast.ops.kmeans import update_blocked
+from ccl_fast.ops.kmeans.update import sum_by_cluster
 
 pytestmark = pytest.mark.xdist_group("processes")
 
@@ -191,7 +191,9 @@ def test_what_differs_between_processes_is_named_on_all(processes):
     everyone = run(errors, processes, of_the_last, DIFFERENT)
     for found in everyone:
         for (name, *_), message in zip(DIFFERENT, found, strict=True):
-            expected = rf"ValueError: {re.escape(name)}: expected the same on every process, got .* on process 0 and "
+            expected = (
+                rf"ArgumentError: {re.escape(name)}: expected the same on every process, got .* on process 0 and "
+            )
             assert re.match(expected, message), f"{name}: {message}"
 
 
@@ -205,10 +207,10 @@ def other_centers(call, rank):
 
 def test_weights_and_centers_must_be_alike():
     for found in run(errors, 2, one_has_weights, [None]):
-        expected = "ValueError: sample_weight: expected the same on every process, got None on process 0 and given"
+        expected = "ArgumentError: sample_weight: expected the same on every process, got None on process 0 and given"
         assert found[0].startswith(expected)
     for found in run(errors, 2, other_centers, [None]):
-        assert found[0].startswith("ValueError: init: expected the same on every process, got torch.float32 [3, 7]")
+        assert found[0].startswith("ArgumentError: init: expected the same on every process, got torch.float32 [3, 7]")
 
 
 def spoilt(x, where, value):
@@ -235,7 +237,7 @@ def test_one_bad_shard_is_an_error_everywhere(processes):
     for rank, found in enumerate(everyone):
         where = "" if rank == processes - 1 else f"on process {processes - 1}: "
         for (text, *_), message in zip(BAD, found, strict=True):
-            assert message.startswith(f"ValueError: {where}{text}"), message
+            assert message.startswith(f"ArgumentError: {where}{text}"), message
 
 
 def rows_on_the_last(call, rank):
@@ -244,8 +246,8 @@ def rows_on_the_last(call, rank):
 
 def test_a_backend_that_refuses_the_rows_of_one_is_an_error_everywhere():
     (first,), (last,) = run(errors, 2, rows_on_the_last, [None])
-    assert last.startswith("ValueError: backend: ")
-    assert first == last.replace("ValueError: ", "ValueError: on process 1: ")
+    assert last.startswith("ArgumentError: backend: ")
+    assert first == last.replace("ArgumentError: ", "ArgumentError: on process 1: ")
 
 
 def alike(call, rank):
@@ -253,16 +255,16 @@ def alike(call, rank):
 
 
 ALIKE = [
-    ("ValueError: x: expected at least n_clusters=3 rows, got 2", {}, torch.ones(1, 7), None),
-    ("ValueError: x: expected at least one problem and one feature", {}, torch.ones(9, 0), None),
+    ("ArgumentError: x: expected at least n_clusters=3 rows, got 2", {}, torch.ones(1, 7), None),
+    ("ArgumentError: x: expected at least one problem and one feature", {}, torch.ones(9, 0), None),
     (
-        "ValueError: sample_weight: expected at least n_clusters=3 positive weights, got 2",
+        "ArgumentError: sample_weight: expected at least n_clusters=3 positive weights, got 2",
         {},
         torch.ones(9, 7),
         torch.eye(1, 9)[0],
     ),
-    ("ValueError: init: expected floating-point centres [3, 7]", {"init": torch.ones(4, 7)}, torch.ones(9, 7), None),
-    ("ValueError: init: expected finite", {"init": torch.full((3, 7), torch.nan)}, torch.ones(9, 7), None),
+    ("ArgumentError: init: expected floating-point centres [3, 7]", {"init": torch.ones(4, 7)}, torch.ones(9, 7), None),
+    ("ArgumentError: init: expected finite", {"init": torch.full((3, 7), torch.nan)}, torch.ones(9, 7), None),
     (
         "RuntimeError: 1 empty clusters, the first of them 1",
         {"empty_cluster": "error", "init": torch.tensor([[0.0], [9.0], [1.0]])},
@@ -428,7 +430,7 @@ def test_rows_are_drawn_and_found_wherever_they_are():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_wide_sums_are_those_of_float64(monkeypatch, dtype, weighted):
-    monkeypatch.setattr(sys.modules[sum_by_cluster.__module__], "CPU_ENTRIES", 300)  # several blocks
+    monkeypatch.setattr(update_blocked, "CPU_ENTRIES", 300)  # several blocks
     x, labels = torch.randn(2, 500, 7).to(dtype), torch.randint(0, 40, (2, 500))
     labels[labels == 3] = 4
     weights = torch.rand(2, 500) if weighted else None

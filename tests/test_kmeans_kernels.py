@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ccl_fast.kernels import extension
 from ccl_fast.kernels.extension import address
-from ccl_fast.ops import center_distance, kmeans_assign_cuda
-from ccl_fast.ops.kmeans_assign import METRICS, kmeans_assign
-from ccl_fast.ops.kmeans_update import kmeans_update
+from ccl_fast.ops.kmeans import assign_cuda, distance
+from ccl_fast.ops.kmeans.assign import METRICS, kmeans_assign
+from ccl_fast.ops.kmeans.update import kmeans_update
 
 DTYPES = (torch.float32, *HALF)
 UNIT = 2.0**-24  # unit roundoff of float32
@@ -64,7 +64,7 @@ class Packed:
     """Rows and centres as the kernel gets them, beside their exact scaled values in float64."""
 
     def __init__(self, x: Tensor, centers: Tensor, metric: str):
-        rows = kmeans_assign_cuda.Rows(x[None], metric)
+        rows = assign_cuda.Rows(x[None], metric)
         self.x, self.norm, self.residue = rows.packed[0], rows.norm[0], rows.residue[0]
         padded = -(-len(centers) // 128) * 128
         centers = centers.float().contiguous()
@@ -273,7 +273,7 @@ def test_two_centers_are_compared_and_the_others_by_their_bound(dtype, metric, b
     x = (3 + torch.randn(problems, rows, d)).to(kmeans_device, dtype)
     centers = 3 + torch.randn(problems, k, d, device=kmeans_device)
     centers[:, 15] = centers[:, 4]
-    prepared = kmeans_assign_cuda.Rows(x, metric)
+    prepared = assign_cuda.Rows(x, metric)
     guesses, rivals = torch.randint(k, (2, problems, rows), device=kmeans_device)
     guesses[:, :3], rivals[:, :3] = 15, 4  # a tie
     pairs = torch.stack([guesses, rivals], 2).sort(2).values
@@ -423,7 +423,7 @@ def test_sums_and_distances_do_not_depend_on_the_schedule(module, schedule, kmea
     def results():
         sums = kmeans_update(x, labels, 5, weights, backend="cuda")
         return *sums, *(
-            center_distance.center_distance(x[None], centers[None], labels[None], metric=metric, backend="cuda")
+            distance.center_distance(x[None], centers[None], labels[None], metric=metric, backend="cuda")
             for metric in METRICS
         )
 

@@ -9,16 +9,17 @@ from kmeans_cases import DTYPES, HALF
 from tolerance import assert_as_accurate
 from torch import Tensor
 
-from ccl_fast.ops import center_distance as center_distance_module
-from ccl_fast.ops.center_distance import center_distance
-from ccl_fast.ops.kmeans_assign import METRICS
-from ccl_fast.ops.kmeans_update import BACKENDS, kmeans_update
+from ccl_fast.ops.backends import BACKENDS
+from ccl_fast.ops.kmeans import distance_blocked
+from ccl_fast.ops.kmeans.assign import METRICS
+from ccl_fast.ops.kmeans.distance import center_distance
+from ccl_fast.ops.kmeans.update import kmeans_update
 
 pytestmark = pytest.mark.usefixtures("kmeans_device")
 
 
-def backends(x: Tensor, registered=BACKENDS) -> list[str]:
-    return [name for name, obstacles in registered.items() if not obstacles(x.device, x.dtype)]
+def backends(x: Tensor, operator: str = "kmeans_update") -> list[str]:
+    return [name for name, backend in BACKENDS[operator].items() if not backend.obstacles(x.device, x.dtype)]
 
 
 def reproducible(x: Tensor) -> list[str]:
@@ -229,7 +230,7 @@ def test_neither_uninitialised_memory_nor_the_default_dtype_matters(kmeans_devic
     def results():
         for backend in reproducible(x):
             yield from kmeans_update(x, labels, 8, weights, backend=backend)
-        for metric, backend in itertools.product(METRICS, backends(x, center_distance_module.BACKENDS)):
+        for metric, backend in itertools.product(METRICS, backends(x, "center_distance")):
             yield center_distance(x[None], centers[None], labels[None], metric=metric, backend=backend)
 
     expected = list(results())
@@ -267,7 +268,7 @@ def test_neither_uninitialised_memory_nor_the_default_dtype_matters(kmeans_devic
         ({"weights": [1.0] * 5}, r"weights: expected a torch.Tensor, got list"),
         ({"weights": torch.ones(5, 1)}, r"weights: expected shape \[5\], got \[5, 1\]"),
         ({"weights": torch.ones(5).int()}, r"weights: expected float64.*got torch.int32"),
-        ({"backend": "triton"}, r"backend: expected one of auto, cuda, blocked, reference, got 'triton'"),
+        ({"backend": "triton"}, r"backend: expected one of 'auto', 'cuda', 'blocked', 'reference', got 'triton'"),
     ],
     ids=str,
 )
@@ -307,7 +308,7 @@ def test_distances_are_those_of_float64(d, dtype, offset, kmeans_device):
         labels = torch.randint(k, (problems, n), device=kmeans_device)
         x = (offset + torch.randn(problems, n, d)).to(kmeans_device, dtype)
         x[:, 0] = centers.gather(1, labels[:, :1, None].expand(-1, -1, d))[:, 0]  # as near as can be
-        for metric, backend in itertools.product(METRICS, backends(x, center_distance_module.BACKENDS)):
+        for metric, backend in itertools.product(METRICS, backends(x, "center_distance")):
             actual = center_distance(x, centers, labels, metric=metric, backend=backend)
             assert actual.dtype == centers.dtype and actual.shape == labels.shape and (actual >= 0).all()
             exact = exact_distance(x, centers, labels, metric)
@@ -322,7 +323,7 @@ def test_the_distance_from_a_zero_vector(dtype, kmeans_device):
     centers = centers.to(torch.promote_types(dtype, torch.float32))
     x[0, :2], centers[0, 1] = 0, 0
     labels = torch.tensor([[0, 1, 1, 2, 3, 1, 0, 1]], device=kmeans_device)
-    for backend in backends(x, center_distance_module.BACKENDS):
+    for backend in backends(x, "center_distance"):
         cosine = center_distance(x, centers, labels, metric="cosine", backend=backend)[0]
         assert (cosine[[0, 1, 2, 5, 7]] == 1).all()
         euclidean = center_distance(x, centers, labels, metric="euclidean", backend=backend)[0]
@@ -336,7 +337,7 @@ def test_cosine_distances_do_not_over_or_underflow(scale, kmeans_device):
     labels = torch.randint(4, (1, 30), device=kmeans_device)
     for a, b in ((scale * x, centers), (x, scale * centers), (scale * x, scale * centers)):
         exact = exact_distance(a, b, labels, "cosine")
-        for backend in backends(x, center_distance_module.BACKENDS):
+        for backend in backends(x, "center_distance"):
             actual = center_distance(a, b, labels, metric="cosine", backend=backend)
             torch.testing.assert_close(actual.double(), exact, rtol=0, atol=1e-6)
 
@@ -345,7 +346,7 @@ def test_euclidean_distances_overflow_to_infinity_only(kmeans_device):
     x, centers = torch.full((1, 3, 2), 1e25, device=kmeans_device), torch.zeros(1, 1, 2, device=kmeans_device)
     x[0, 1] = 1e-25
     labels = torch.zeros(1, 3, dtype=torch.int64, device=kmeans_device)
-    for backend in backends(x, center_distance_module.BACKENDS):
+    for backend in backends(x, "center_distance"):
         assert center_distance(x, centers, labels, metric="euclidean", backend=backend).tolist() == [
             [torch.inf, 0, torch.inf]
         ]
@@ -355,14 +356,14 @@ def test_distances_take_any_strides(kmeans_device):
     wide = torch.randn(3, 50, 60, device=kmeans_device)
     x, centers = wide.transpose(1, 2)[..., ::3], wide[:, 10:14, 1:52:3]
     labels = torch.randint(4, (60, 3), device=kmeans_device).T
-    for metric, backend in itertools.product(METRICS, backends(x, center_distance_module.BACKENDS)):
+    for metric, backend in itertools.product(METRICS, backends(x, "center_distance")):
         actual = center_distance(x, centers, labels, metric=metric, backend=backend)
         torch.testing.assert_close(actual.double(), exact_distance(x, centers, labels, metric), rtol=1e-5, atol=1e-6)
 
 
 def test_blocked_distances_across_blocks(kmeans_device, monkeypatch):
-    monkeypatch.setattr(center_distance_module, "CPU_ENTRIES", 20)
-    monkeypatch.setattr(center_distance_module, "DEVICE_ENTRIES", 20)
+    monkeypatch.setattr(distance_blocked, "CPU_ENTRIES", 20)
+    monkeypatch.setattr(distance_blocked, "DEVICE_ENTRIES", 20)
     x, centers = (torch.randn(2, rows, 7, device=kmeans_device) for rows in (9, 4))
     labels = torch.randint(4, (2, 9), device=kmeans_device)
     for metric in METRICS:

@@ -173,7 +173,7 @@ def test_view_errors():
         ((a.half(),), "adjacency: expected float32 or float64, got torch.float16"),
         ((a, 18), r"rank: expected an integer from 1 to 17 \(the smaller side\), got 18"),
         ((a, 0), "rank: expected an integer from 1 to 17"),
-        ((a, 5, -1), "iterations: expected an integer of at least 0, got -1"),
+        ((a, 5, -1), "iterations: expected an integer >= 0, got -1"),
     ):
         with pytest.raises(ValueError, match=message):
             SVDView(*arguments)

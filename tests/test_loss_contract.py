@@ -58,7 +58,7 @@ from ccl_fast.losses import (
     SwAVLoss,
     WhitenedCSELoss,
 )
-from ccl_fast.ops import streaming_logsumexp_blocked
+from ccl_fast.ops.logsumexp import blocked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LOSSES = (CCLLoss, SupConLoss, InfoNCELoss)
@@ -440,7 +440,7 @@ def test_nan_temperature_gives_nan(use, backend):
 
 @pytest.mark.parametrize("form", ("joint", "split", "inside"))
 def test_nan_reaches_every_anchor_and_crosses_tiles(form, monkeypatch):
-    monkeypatch.setattr(streaming_logsumexp_blocked, "BLOCK", 4)
+    monkeypatch.setattr(blocked, "BLOCK", 4)
     z = views()
     z[-1, -1, 0] = torch.nan
     rows = CCLLoss(form=form, reduction="none", backend="blocked")(z, IDS)

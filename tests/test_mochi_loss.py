@@ -160,8 +160,8 @@ def test_empty_batch_is_zero_with_a_graph():
 def test_errors():
     for options, message in (
         ({"hardest": 0}, "hardest: expected a positive integer, got 0"),
-        ({"synthetic": -1}, "synthetic: expected an integer of at least 0, got -1"),
-        ({"with_query": 1.5}, "with_query: expected an integer of at least 0, got 1.5"),
+        ({"synthetic": -1}, "synthetic: expected an integer >= 0, got -1"),
+        ({"with_query": 1.5}, "with_query: expected an integer >= 0, got 1.5"),
     ):
         with pytest.raises(ValueError, match=message):
             MoCHiLoss(**options)

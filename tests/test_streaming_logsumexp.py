@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from logsumexp_cases import Case, assert_agrees, evaluate
 
 from ccl_fast import streaming_logsumexp
-from ccl_fast.ops import cpu_product
-from ccl_fast.ops import streaming_logsumexp_blocked as blocked
+from ccl_fast.ops import matmul
+from ccl_fast.ops.logsumexp import blocked
 
 RELATIONS = [
     {},
@@ -61,7 +61,7 @@ def test_blocked_agrees_in_every_dtype(m, dtype, scale):
 @pytest.mark.parametrize("m", [None, 21])
 @pytest.mark.parametrize("scale", [10.0, 200.0])
 def test_blocked_agrees_without_onednn(m, scale, monkeypatch):
-    monkeypatch.setattr(cpu_product, "_onednn_linear", lambda: None)
+    monkeypatch.setattr(matmul, "_onednn_linear", lambda: None)
     assert_agrees(Case(m=m, scale=scale, bias=m is not None, ids=3, return_same=True), "blocked", torch.float32)
 
 
@@ -277,7 +277,7 @@ BAD = {
     r"q_ids: expected shape \[4\], got \[2\]": {"q": Q, "q_ids": IDS[:2]},
     "q_ids: expected int32 or int64, got torch.float32": {"q": Q, "q_ids": IDS.float()},
     "k_ids: expected integers": {"q": Q, "k": Q, "q_ids": IDS},
-    "backend: expected one of auto, triton, blocked, reference, got 'cuda'": {"q": Q, "backend": "cuda"},
+    "backend: expected one of 'auto', 'triton', 'blocked', 'reference', got 'cuda'": {"q": Q, "backend": "cuda"},
     "backend: 'triton' cannot run streaming_logsumexp.*no kernel for torch.float64": {
         "q": Q.double(),
         "backend": "triton",

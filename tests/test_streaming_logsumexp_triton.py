@@ -11,7 +11,7 @@ from tolerance import assert_as_accurate
 from ccl_fast import CCLLoss, streaming_logsumexp
 from ccl_fast.kernels import launch as launches
 from ccl_fast.kernels.launch import architecture_of, launch_on
-from ccl_fast.ops import streaming_logsumexp_triton as launcher
+from ccl_fast.ops.logsumexp import triton as launcher
 
 pytestmark = [
     # NumPy, which the interpreter computes with, reports what IEEE arithmetic defines: log2(0), exp2 of large numbers.

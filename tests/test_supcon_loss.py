@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from loss_oracle import assert_matches, batch, differentiate, evaluate, evaluate_oracle, learnable, supcon
 
 from ccl_fast import SupConLoss
-from ccl_fast.ops import streaming_logsumexp_blocked
+from ccl_fast.ops.logsumexp import blocked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FORMS = ("outside", "inside")
@@ -79,7 +79,7 @@ def test_hypothesis_shapes(form, backend):
     def matches(n, views, d, classes, block, temperature, reduction, seed):
         z, labels, _ = batch(n, views, d, classes, seed)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(streaming_logsumexp_blocked, "BLOCK", block)
+            patch.setattr(blocked, "BLOCK", block)
             check(z, labels, form=form, backend=backend, temperature=temperature, reduction=reduction)
 
     matches()
@@ -87,7 +87,7 @@ def test_hypothesis_shapes(form, backend):
 
 @every_form
 def test_blocked_over_several_tiles(form, monkeypatch):
-    monkeypatch.setattr(streaming_logsumexp_blocked, "BLOCK", 8)
+    monkeypatch.setattr(blocked, "BLOCK", 8)
     for classes in (1, 4, 30):
         z, labels, _ = batch(35, 0, 6, classes)
         check(z, labels, form=form, backend="blocked")

@@ -16,8 +16,8 @@ from benchmarks.harvest.plan import Clustering
 from benchmarks.harvest.run import Harvest
 from benchmarks.kmeans_cases import CASES
 from ccl_fast.kernels import extension
-from ccl_fast.ops.kmeans_assign import prepare_rows
-from ccl_fast.ops.kmeans_update import sum_by_cluster
+from ccl_fast.ops.kmeans.assign import prepare_rows
+from ccl_fast.ops.kmeans.update import sum_by_cluster
 
 EMULATED_D, EMULATED_K = 130, 20  # at most, in a dry run
 REPETITIONS = 3

@@ -12,7 +12,7 @@ from benchmarks.harvest.run import Harvest
 from benchmarks.memory import peak_on_gpu
 from benchmarks.timing import Step
 from ccl_fast import streaming_logsumexp
-from ccl_fast.ops import streaming_logsumexp_triton
+from ccl_fast.ops.logsumexp import triton as triton_kernels
 
 SCALE = 10.0
 ROWS_OF_AN_ID = 512
@@ -39,7 +39,7 @@ def run_large(harvest: Harvest) -> None:
 def take_the_path_of_large_batches(harvest: Harvest) -> None:
     """In a dry run, whose batches are not large."""
     if harvest.dry_run:
-        streaming_logsumexp_triton.TRIANGLE_MIN_ROWS = 1
+        triton_kernels.TRIANGLE_MIN_ROWS = 1
 
 
 def measure(harvest: Harvest, problem: Problem) -> None:

@@ -17,7 +17,7 @@ from benchmarks.kmeans_cases import CASES
 from benchmarks.kmeans_correctness import truth
 from ccl_fast import streaming_logsumexp
 from ccl_fast.kernels import extension
-from ccl_fast.ops.kmeans_assign import prepare_rows
+from ccl_fast.ops.kmeans.assign import prepare_rows
 
 FILE = "smoke.jsonl"
 WIDTHS = (128, 64, 256, 768)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.validation import check_integer, check_same, check_tensor, check_vector
+from ccl_fast.checks import check_count, check_integer, check_same, check_tensor, check_vector
+from ccl_fast.errors import ArgumentError
 
 
 def align_clusters(cluster_ids: Tensor, reference_ids: Tensor, n_clusters: int) -> Tensor:
@@ -34,8 +35,7 @@ def align_clusters(cluster_ids: Tensor, reference_ids: Tensor, n_clusters: int) 
     """
     from scipy.optimize import linear_sum_assignment
 
-    if not isinstance(n_clusters, int) or n_clusters < 1:
-        raise ValueError(f"n_clusters: expected a positive integer, got {n_clusters!r}")
+    check_count("n_clusters", n_clusters)
     check_tensor("cluster_ids", cluster_ids)
     check_vector("cluster_ids", cluster_ids, cluster_ids.numel())
     check_vector("reference_ids", reference_ids, len(cluster_ids))
@@ -43,7 +43,9 @@ def align_clusters(cluster_ids: Tensor, reference_ids: Tensor, n_clusters: int) 
     for name, ids in (("cluster_ids", cluster_ids), ("reference_ids", reference_ids)):
         check_integer(name, ids)
         if len(ids) and not 0 <= ids.min() <= ids.max() < n_clusters:
-            raise ValueError(f"{name}: expected ids in [0, {n_clusters}), got {ids.min().item()} to {ids.max().item()}")
+            raise ArgumentError(
+                f"{name}: expected ids in [0, {n_clusters}), got {ids.min().item()} to {ids.max().item()}"
+            )
     pair = cluster_ids.long() * n_clusters + reference_ids.long()
     overlap = pair.bincount(minlength=n_clusters * n_clusters).view(n_clusters, n_clusters)
     names = linear_sum_assignment(overlap.cpu().numpy(), maximize=True)[1]

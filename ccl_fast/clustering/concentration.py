@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ccl_fast.checks import check_choice, check_finite, check_floating, check_ids, check_matrix
 from ccl_fast.clustering.shards import digest, open_shards
-from ccl_fast.ops.center_distance import center_distance
-from ccl_fast.ops.kmeans_assign import METRICS
-from ccl_fast.ops.kmeans_update import sum_by_cluster
-from ccl_fast.ops.validation import check_choice, check_finite, check_floating, check_ids, check_matrix
+from ccl_fast.errors import ArgumentError
+from ccl_fast.ops.kmeans.assign import METRICS
+from ccl_fast.ops.kmeans.distance import center_distance
+from ccl_fast.ops.kmeans.update import sum_by_cluster
+from ccl_fast.ops.precision import accumulation_dtype
 
 # The share of clusters at either end whose concentration is clipped.
 CLIPPED_SHARE = 0.1
@@ -70,7 +72,7 @@ def concentration(
         },
     )
     k, ids = len(centers), cluster_ids.long()[None]
-    centers = centers.to(torch.promote_types(x.dtype, torch.float32))
+    centers = centers.to(accumulation_dtype(x))
     square = center_distance(x[None], centers[None], ids, metric=metric)
     # |x - c|^2 = 2 (1 - cos) between unit vectors.
     distance = (2 * square if metric == "cosine" else square).sqrt()
@@ -79,7 +81,7 @@ def concentration(
     usable = count >= 2
     if not usable.any():
         got = f"{shards.total} rows in {k} clusters"
-        raise ValueError(f"cluster_ids: expected a cluster of at least two rows, got {got}")
+        raise ArgumentError(f"cluster_ids: expected a cluster of at least two rows, got {got}")
     phi = total / (count * torch.log(count + smoothing)).clamp(min=1)
     phi = torch.where(usable, phi, phi[usable].max())
     low, high = phi.quantile(torch.tensor([CLIPPED_SHARE, 1 - CLIPPED_SHARE], dtype=phi.dtype, device=phi.device))
@@ -91,9 +93,9 @@ def concentration(
 
 def _check(x: Tensor, cluster_ids: Tensor, centers: Tensor, metric: str, smoothing: float, mean: float | None) -> None:
     if not smoothing >= 1:
-        raise ValueError(f"smoothing: expected a number >= 1, got {smoothing!r}")
+        raise ArgumentError(f"smoothing: expected a number >= 1, got {smoothing!r}")
     if mean is not None and not mean > 0:
-        raise ValueError(f"mean: expected a positive number, got {mean!r}")
+        raise ArgumentError(f"mean: expected a positive number, got {mean!r}")
     check_choice("metric", metric, METRICS)
     check_matrix("x", x)
     check_floating("x", x)
@@ -104,4 +106,4 @@ def _check(x: Tensor, cluster_ids: Tensor, centers: Tensor, metric: str, smoothi
     k = len(centers)
     if len(x) and not 0 <= cluster_ids.min() <= cluster_ids.max() < k:
         got = f"{cluster_ids.min().item()} to {cluster_ids.max().item()}"
-        raise ValueError(f"cluster_ids: expected ids in [0, {k}), got {got}")
+        raise ArgumentError(f"cluster_ids: expected ids in [0, {k}), got {got}")

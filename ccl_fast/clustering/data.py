@@ -9,12 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_finite
 from ccl_fast.clustering.shards import Whole
-from ccl_fast.ops.center_distance import center_distance
-from ccl_fast.ops.kmeans_assign import Rows, prepare_rows
-from ccl_fast.ops.kmeans_update import sum_by_cluster
-from ccl_fast.ops.unit import unit
-from ccl_fast.ops.validation import check_finite
+from ccl_fast.ops.kmeans.assign import Rows, prepare_rows
+from ccl_fast.ops.kmeans.distance import center_distance
+from ccl_fast.ops.kmeans.update import sum_by_cluster
+from ccl_fast.ops.normalize import normalize_rows
+from ccl_fast.ops.precision import accumulation_dtype
 
 # Entries of a block whose moments are taken at once: on a CPU it should stay in the cache.
 CPU_ENTRIES, DEVICE_ENTRIES = 1 << 18, 1 << 26
@@ -63,7 +64,7 @@ class Data:
         self.x, self.metric, self.device, self.backend = x, metric, device, backend
         self.problems, self.n, self.d = x.shape
         self.shards = shards or Whole(self.n)
-        self.dtype = torch.promote_types(x.dtype, torch.float32)
+        self.dtype = accumulation_dtype(x)
         self.weights = self._weight_unit = None
         if weights is not None:  # at most 1, so that no sum overflows; clusters are the same for every unit of weight
             weights = weights.to(device).double()
@@ -127,7 +128,7 @@ class Data:
         pairs = zip(self.x, rows.to(self.x.device), strict=True)
         taken = torch.stack([self.shards.place(numbers, lambda own, x=x: x[own]) for x, numbers in pairs])
         (taken,) = self.shards.sum(taken.to(self.device).to(self.dtype))
-        return unit(taken) if self.metric == "cosine" else taken
+        return normalize_rows(taken) if self.metric == "cosine" else taken
 
     def largest(self) -> float:
         """Of the magnitudes of all entries. Waits for the device."""
@@ -156,7 +157,9 @@ class Data:
             for chunk in self.chunks():
                 for x in chunk.x.split(max(1, entries // (self.problems * self.d)), dim=1):
                     wide = x.to(self.dtype)
-                    total += function(unit(wide) if self.metric == "cosine" else wide).sum(1, dtype=dtype).double()
+                    if self.metric == "cosine":
+                        wide = normalize_rows(wide)
+                    total += function(wide).sum(1, dtype=dtype).double()
         return self.shards.sum(total)[0] / self.shards.total
 
     def _sweep(self, chunk: Chunk, centers: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -183,9 +186,8 @@ class Data:
         return torch.cat(parts, 1) if parts else torch.empty(self.problems, self.n, dtype=dtype, device=self.device)
 
     def _distance(self, centers: Tensor, labels_of) -> Tensor:
-        backend = "blocked" if self.backend == "reference" else self.backend
         parts = [
-            center_distance(chunk.x, centers, labels_of(chunk), metric=self.metric, backend=backend)
+            center_distance(chunk.x, centers, labels_of(chunk), metric=self.metric, backend=self.backend)
             for chunk in self.chunks()
         ]
         return self._join(parts, self.dtype)

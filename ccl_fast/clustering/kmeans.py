@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ccl_fast.checks import check_choice, check_count, check_finite
 from ccl_fast.clustering import empty_clusters
 from ccl_fast.clustering.data import Data
 from ccl_fast.clustering.lloyd import Solution, lloyd
 from ccl_fast.clustering.seeding import k_means_plus_plus, random_rows
 from ccl_fast.clustering.shards import Whole, digest, open_shards
 from ccl_fast.distributed import check_process_group
-from ccl_fast.ops.kmeans_assign import BACKENDS, METRICS
-from ccl_fast.ops.unit import unit
-from ccl_fast.ops.validation import check_choice, check_finite
+from ccl_fast.errors import ArgumentError
+from ccl_fast.ops.backends import check_backend
+from ccl_fast.ops.kmeans.assign import METRICS
+from ccl_fast.ops.normalize import normalize_rows
 
 SEEDINGS = {"k-means++": k_means_plus_plus, "random": random_rows}
 
@@ -110,17 +112,16 @@ class KMeans:
         if batch_size is not None:
             counts["batch_size"] = batch_size
         for name, value in counts.items():
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+            check_count(name, value)
         if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed: expected an integer >= 0 and below 2^63, got {seed!r}")
+            raise ArgumentError(f"seed: expected an integer >= 0 and below 2^63, got {seed!r}")
         check_choice("metric", metric, METRICS)
         check_choice("empty_cluster", empty_cluster, empty_clusters.POLICIES)
-        check_choice("backend", backend, ("auto", *BACKENDS))
+        check_backend("kmeans_assign", backend)
         if not isinstance(init, Tensor) and not (isinstance(init, str) and init in SEEDINGS):
-            raise ValueError(f'init: expected "k-means++", "random" or a tensor of centres, got {init!r}')
+            raise ArgumentError(f'init: expected "k-means++", "random" or a tensor of centres, got {init!r}')
         if not isinstance(tol, Real) or isinstance(tol, bool) or not tol >= 0:
-            raise ValueError(f"tol: expected a number >= 0, got {tol!r}")
+            raise ArgumentError(f"tol: expected a number >= 0, got {tol!r}")
         if process_group is not None:
             check_process_group(process_group)
         self.n_clusters = int(n_clusters)
@@ -172,7 +173,7 @@ class KMeans:
                 )
                 best = solution if best is None else best.or_better(solution)
         if not best.centers.isfinite().all():
-            raise ValueError(f"x: expected values whose sums {data.dtype} can hold, got up to {data.largest():.3g}")
+            raise ArgumentError(f"x: expected values whose sums {data.dtype} can hold, got up to {data.largest():.3g}")
         self._set_attributes(best, x)
         return self
 
@@ -200,7 +201,7 @@ class KMeans:
     def score(self, x: Tensor, sample_weight: Tensor | None = None) -> float | Tensor:
         """Minus the weighted sum of the distances of the rows of x to their nearest centres."""
         if not self._check_rows(x).shape[1]:
-            raise ValueError("x: expected at least 1 row, got 0")
+            raise ArgumentError("x: expected at least 1 row, got 0")
         weights = None if sample_weight is None else self._check_weights(sample_weight, x)
         data, centers = self._new_data(x, weights)
         inertia = data.inertia(centers, data.nearest(centers)).to(x.device)
@@ -222,29 +223,29 @@ class KMeans:
         """As [problems, rows, d], detached."""
         if not isinstance(x, Tensor) or x.ndim not in (2, 3) or not x.is_floating_point() or x.element_size() < 2:
             got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"x: expected a floating-point tensor [rows, d] or [problems, rows, d], got {got}")
+            raise ArgumentError(f"x: expected a floating-point tensor [rows, d] or [problems, rows, d], got {got}")
         return x.detach() if x.ndim == 3 else x.detach()[None]
 
     def _check_size(self, x: Tensor, total: int) -> None:
         if total < self.n_clusters:
-            raise ValueError(f"x: expected at least n_clusters={self.n_clusters} rows, got {total}")
+            raise ArgumentError(f"x: expected at least n_clusters={self.n_clusters} rows, got {total}")
         if 0 in (*x.shape[:-2], x.shape[-1]):
-            raise ValueError(f"x: expected at least one problem and one feature, got shape {list(x.shape)}")
+            raise ArgumentError(f"x: expected at least one problem and one feature, got shape {list(x.shape)}")
 
     def _check_weights(self, weights: Tensor, x: Tensor) -> Tensor:
         if not isinstance(weights, Tensor) or weights.shape != x.shape[:-1] or not weights.is_floating_point():
             got = f"{weights.dtype} {list(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
-            raise ValueError(f"sample_weight: expected a floating-point tensor {list(x.shape[:-1])}, got {got}")
+            raise ArgumentError(f"sample_weight: expected a floating-point tensor {list(x.shape[:-1])}, got {got}")
         check_finite("sample_weight", weights)
         if (weights < 0).any():
-            raise ValueError(f"sample_weight: expected weights >= 0, got {weights.min().item()}")
+            raise ArgumentError(f"sample_weight: expected weights >= 0, got {weights.min().item()}")
         return weights.detach() if weights.ndim == 2 else weights.detach()[None]
 
     def _check_positive(self, weights: Tensor, data: Data) -> None:
         positive = data.shards.sum((weights > 0).sum(1).to(data.device))[0].min().item()
         if positive < self.n_clusters:
             least = f"n_clusters={self.n_clusters} positive weights"
-            raise ValueError(f"sample_weight: expected at least {least}, got {positive}")
+            raise ArgumentError(f"sample_weight: expected at least {least}, got {positive}")
 
     def _device(self, x: Tensor) -> torch.device:
         return x.device if self.device is None else torch.empty(0, device=self.device).device
@@ -257,10 +258,10 @@ class KMeans:
             raise RuntimeError("this KMeans has no centres yet: call fit first")
         rows, centers = self._check_rows(x), self.cluster_centers_
         if x.shape[-1] != centers.shape[-1]:
-            raise ValueError(f"x: expected {centers.shape[-1]} features as in fit, got {x.shape[-1]}")
+            raise ArgumentError(f"x: expected {centers.shape[-1]} features as in fit, got {x.shape[-1]}")
         if x.shape[:-2] != centers.shape[:-2]:
             problems = f"[{len(centers)}, rows, features]" if centers.ndim == 3 else "[rows, features]"
-            raise ValueError(f"x: expected shape {problems} as in fit, got {list(x.shape)}")
+            raise ArgumentError(f"x: expected shape {problems} as in fit, got {list(x.shape)}")
         check_finite("x", x)
         data = self._data(rows, weights)
         return data, (centers if centers.ndim == 3 else centers[None]).to(device=data.device, dtype=data.dtype)
@@ -279,10 +280,10 @@ class KMeans:
         if centers.shape != expected or not centers.is_floating_point():
             wanted = list(expected[1:]) if data.problems == 1 else list(expected)
             got = f"{self.init.dtype} {list(self.init.shape)}"
-            raise ValueError(f"init: expected floating-point centres {wanted}, got {got}")
+            raise ArgumentError(f"init: expected floating-point centres {wanted}, got {got}")
         check_finite("init", centers)
         centers = centers.to(device=data.device, dtype=data.dtype)
-        return unit(centers) if self.metric == "cosine" else centers
+        return normalize_rows(centers) if self.metric == "cosine" else centers
 
     def _set_attributes(self, best: Solution, x: Tensor) -> None:
         centers, labels, inertia, n_iter = (value.to(x.device) for value in best[:4])
@@ -312,7 +313,7 @@ class KMeans:
 def _all_distances(x: Tensor, centers: Tensor, metric: str) -> Tensor:
     x = x.to(centers.dtype)
     if metric == "cosine":
-        return (1 - unit(x) @ unit(centers).mT).clamp_(min=0)
+        return (1 - normalize_rows(x) @ normalize_rows(centers).mT).clamp_(min=0)
     # |x|^2 - 2<x,c> + |c|^2 cancels badly far from the origin, so the origin moves to the centres.
     origin = centers.mean(1, keepdim=True)
     x, centers = x - origin, centers - origin

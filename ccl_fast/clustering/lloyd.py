@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ccl_fast.clustering import empty_clusters
 from ccl_fast.clustering.data import Data, Sweep
-from ccl_fast.ops.unit import unit
+from ccl_fast.ops.normalize import normalize_rows
 
 
 class Solution(NamedTuple):
@@ -76,7 +76,7 @@ def _update(data: Data, centers: Tensor, sweep: Sweep, deviation: Tensor, empty_
     elif empty_cluster == "farthest":
         sweep = empty_clusters.relocate_to_farthest(data, centers, sweep)
     if data.metric == "cosine":
-        means, defined = unit(sweep.sums), (sweep.sums != 0).any(2)  # rows may cancel
+        means, defined = normalize_rows(sweep.sums), (sweep.sums != 0).any(2)  # rows may cancel
     else:
         defined = sweep.weights > 0
         means = sweep.sums / sweep.weights.where(defined, 1.0)[..., None]
@@ -84,7 +84,7 @@ def _update(data: Data, centers: Tensor, sweep: Sweep, deviation: Tensor, empty_
     if empty_cluster == "split":
         means = empty_clusters.split(means, sweep.weights, deviation)
         if data.metric == "cosine":
-            means = unit(means)
+            means = normalize_rows(means)
     return means
 
 

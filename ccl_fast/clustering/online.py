@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from ccl_fast.checks import check_count, check_floating, check_ids, check_matrix, check_same, check_share
 from ccl_fast.clustering.kmeans import KMeans
+from ccl_fast.errors import ArgumentError
 from ccl_fast.ops import kmeans_assign, kmeans_update
-from ccl_fast.ops.unit import unit
-from ccl_fast.ops.validation import check_count, check_floating, check_ids, check_matrix, check_same, check_share
+from ccl_fast.ops.normalize import normalize_rows
+from ccl_fast.ops.precision import accumulation_dtype
 
 # Of k-means, to halve a cluster: it need not be the best halves.
 HALVING_STEPS = 10
@@ -50,12 +52,12 @@ class OnlineClusters(nn.Module):
         check_floating("features", features)
         check_ids("labels", labels, features)
         if len(features) == 0 or labels.min() < 0:
-            raise ValueError("labels: expected at least one, and none below 0")
+            raise ArgumentError("labels: expected at least one, and none below 0")
         check_share("momentum", momentum)
         check_count("min_size", min_size)
         self.momentum, self.min_size = momentum, min_size
-        wide = torch.promote_types(features.dtype, torch.float32)
-        self.register_buffer("features", unit(features.detach().to(wide)).to(features.dtype))
+        wide = accumulation_dtype(features)
+        self.register_buffer("features", normalize_rows(features.detach().to(wide)).to(features.dtype))
         self.register_buffer("labels", labels.long().clone())
         self.register_buffer("centers", torch.zeros(int(labels.max()) + 1, features.shape[1]).to(features.device, wide))
         self._take_means()
@@ -75,9 +77,9 @@ class OnlineClusters(nn.Module):
         check_same("embeddings", embeddings, "the features", self.features, dtype=False)
         check_ids("indices", indices, embeddings)
         wide = self.centers.dtype
-        new = unit(embeddings.to(wide))
+        new = normalize_rows(embeddings.to(wide))
         if self.momentum < 1:
-            new = unit(torch.lerp(self.features[indices].to(wide), new, self.momentum))
+            new = normalize_rows(torch.lerp(self.features[indices].to(wide), new, self.momentum))
         self.features[indices] = new.to(self.features.dtype)
         labels = kmeans_assign(new, self.centers, metric="cosine")[0]
         changed = (labels != self.labels[indices]).to(wide).mean()

@@ -4,36 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Integral
 
-import numpy as np
-
+from ccl_fast.checks import check_count, check_flag, check_number
 from ccl_fast.errors import ArgumentError
 
 
 def check_loading(*, seed: int, workers: int, memory: float, limit: int | None, strict: bool, download: bool) -> None:
     """Raises ArgumentError."""
-    check_integer("seed", seed, at_least=0)
-    check_integer("workers", workers, at_least=0)
+    check_count("seed", seed, least=0)
+    check_count("workers", workers, least=0)
     if limit is not None:
-        check_integer("limit", limit, at_least=1)
-    if isinstance(memory, bool) or not isinstance(memory, Real) or not 0 <= memory < math.inf:
-        raise ArgumentError(f"memory: expected a number of GiB >= 0, got {memory!r}")
-    for name, flag in (("strict", strict), ("download", download)):
-        if not isinstance(flag, bool | np.bool_):
-            raise ArgumentError(f"{name}: expected True or False, got {flag!r}")
-
-
-def check_integer(name: str, value: int, *, at_least: int) -> None:
-    """Raises ArgumentError."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < at_least:
-        raise ArgumentError(f"{name}: expected an integer >= {at_least}, got {value!r}")
-
-
-def check_fraction(name: str, value: float) -> None:
-    """Raises ArgumentError."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < 1:
-        raise ArgumentError(f"{name}: expected a number between 0 and 1, got {value!r}")
+        check_count("limit", limit)
+    check_number("memory", memory, "a number of GiB >= 0", lambda x: 0 <= x < math.inf)
+    check_flag("strict", strict)
+    check_flag("download", download)
 
 
 def check_in_classes(in_classes: Sequence[int]) -> None:

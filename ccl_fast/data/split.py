@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ccl_fast.data.checks import check_fraction, check_in_classes, check_integer, check_loading
+from ccl_fast.checks import check_count, check_fraction
+from ccl_fast.data.checks import check_in_classes, check_loading
 from ccl_fast.data.folder import report_skipped
 from ccl_fast.data.images import Images
 from ccl_fast.data.opening import Opened, open_parts
@@ -99,7 +100,7 @@ def load_split(
     check_loading(seed=seed, workers=workers, memory=memory, limit=limit, strict=strict, download=download)
     check_fraction("test_fraction", test_fraction)
     if image_size is not None:
-        check_integer("image_size", image_size, at_least=1)
+        check_count("image_size", image_size)
     if in_classes is not None:
         check_in_classes(in_classes)
     opened = open_parts(data, "data", root=root, download=download, strict=strict, workers=workers)

@@ -3,11 +3,9 @@
 from ccl_fast.distributed.peers import (
     EXCHANGES,
     Block,
-    PeerError,
     Peers,
     check_process_group,
-    first_sentence,
     outside_of_graphs,
 )
 
-__all__ = ["EXCHANGES", "Block", "PeerError", "Peers", "check_process_group", "first_sentence", "outside_of_graphs"]
+__all__ = ["EXCHANGES", "Block", "Peers", "check_process_group", "outside_of_graphs"]

@@ -18,28 +18,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from ccl_fast.errors import ArgumentError, PeerError
+
 # What talks to other processes, torch.compile leaves as it is: its graphs end before. (As torch.compiler.disable, which
 # would import the compiler together with this package.)
 outside_of_graphs = torch._disable_dynamo
 EXCHANGES = ("all-gather", "ring")
 WORLD = "world"
-
-
-class PeerError(RuntimeError):
-    """Another process of the group has ended, failed, or did not answer within the group's timeout."""
-
-    @classmethod
-    def of(cls, error: Exception, rank: int, size: int) -> PeerError:
-        """What process ``rank`` says of an error of torch.distributed's."""
-        return cls(
-            f"process {rank} of {size} has lost another one, which has ended, failed, or not answered in time "
-            f"({first_sentence(error)})"
-        )
-
-
-def first_sentence(error: Exception) -> str:
-    """Gloo adds advice."""
-    return (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
 
 
 class Block(NamedTuple):
@@ -63,11 +48,11 @@ class Peers:
     def __init__(self, group: ProcessGroup | str):
         check_process_group(group)
         if not (dist.is_available() and dist.is_initialized()):
-            raise ValueError("process_group: expected torch.distributed.init_process_group to have been called")
+            raise ArgumentError("process_group: expected torch.distributed.init_process_group to have been called")
         self.group = dist.group.WORLD if group == WORLD else group
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         if self.rank < 0:
-            raise ValueError("process_group: expected a group that this process belongs to, got another one")
+            raise ArgumentError("process_group: expected a group that this process belongs to, got another one")
         # Numbers for the host travel on the host if the group can: a GPU's queue need not run dry for them.
         backends = dist.get_backend_config(self.group)
         self._host = torch.device("cpu" if "cpu:" in backends else torch.accelerator.current_accelerator())
@@ -95,12 +80,12 @@ class Peers:
             if error := other.get("error"):  # of several the first's, but that one raises it itself
                 if rank == self.rank:
                     return
-                raise ValueError(f"on process {rank}: {error}")
+                raise ArgumentError(f"on process {rank}: {error}")
         first, *others = everyone
         for rank, other in enumerate(others, start=1):
             for name in {**first, **other}:
                 if first.get(name) != other.get(name):
-                    raise ValueError(
+                    raise ArgumentError(
                         f"{name}: expected the same on every process, got {first.get(name)} on process 0 "
                         f"and {other.get(name)} on process {rank}"
                     )
@@ -349,7 +334,7 @@ class RingOfRows:
 def check_process_group(group) -> None:
     if not (group == WORLD or isinstance(group, ProcessGroup)):
         got = repr(group) if isinstance(group, str) else type(group).__name__
-        raise ValueError(f'process_group: expected a torch.distributed process group, "world" or None, got {got}')
+        raise ArgumentError(f'process_group: expected a torch.distributed process group, "world" or None, got {got}')
 
 
 class _Sum(torch.autograd.Function):

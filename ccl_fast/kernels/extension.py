@@ -18,7 +18,7 @@ if importlib.util.find_spec("ccl_fast._cuda") is not None:
         missing = f"the CUDA extension cannot be loaded: {error}"
 
 # The second dimension of a grid.
-MOST_PROBLEMS = 65535
+MAX_PROBLEMS = 65535
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -5,11 +5,13 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ccl_fast.checks import check_floating, check_ids, check_matrix, check_same
+from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.cluster_negatives import MEOWLoss
 from ccl_fast.losses.contrast import check_id_range
 from ccl_fast.losses.infonce import check_pairs
 from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
-from ccl_fast.ops.validation import check_floating, check_ids, check_matrix, check_same
+from ccl_fast.ops.precision import accumulation_dtype
 
 # Of a removed key, besides all that the embeddings can bring: exp is 0 there also in float64.
 REMOVED = -800.0
@@ -97,7 +99,7 @@ class AdaMEOWLoss(MEOWLoss):
         """Rows [n, d + k], whose inner products are theirs plus T log w."""
         if len(weights) == 0:
             return anchors, keys
-        wide = torch.promote_types(anchors.dtype, torch.float32)
+        wide = accumulation_dtype(anchors)
         weights, unassigned = weights.to(wide), (ids < 0)[:, None]
         # Neither an infinity, which the zeros of the keys would make NaN, nor a gradient through the logarithm of 0.
         removed = weights == 0
@@ -110,7 +112,7 @@ class AdaMEOWLoss(MEOWLoss):
     @torch.no_grad()
     def _removed(self, anchors: Tensor, keys: Tensor) -> Tensor:
         """What stands for T log 0: no embeddings outweigh it."""
-        norms = torch.cat((anchors, keys)).to(torch.promote_types(anchors.dtype, torch.float32)).square().sum(1)
+        norms = torch.cat((anchors, keys)).to(accumulation_dtype(anchors)).square().sum(1)
         largest = norms.amax() if len(norms) else norms.sum()
         return (self.temperature * REMOVED - 2.0 * largest).clamp(min=torch.finfo(anchors.dtype).min)
 
@@ -154,8 +156,8 @@ def _check_weights(weights: Tensor, queries: Tensor) -> None:
     check_floating("weights", weights)
     check_same("weights", weights, "queries", queries, dtype=False)
     if weights.shape[0] != weights.shape[1]:
-        raise ValueError(f"weights: expected shape [k, k], got {list(weights.shape)}")
+        raise ArgumentError(f"weights: expected shape [k, k], got {list(weights.shape)}")
     if weights.device.type == "cpu" and not torch.compiler.is_compiling() and weights.numel():
         low, high = (float(x) for x in weights.detach().aminmax())
         if not 0 <= low <= high < math.inf:
-            raise ValueError(f"weights: expected finite numbers >= 0, got {low:g} to {high:g}")
+            raise ArgumentError(f"weights: expected finite numbers >= 0, got {low:g} to {high:g}")

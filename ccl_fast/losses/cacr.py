@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_not_negative
+from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.contrast import ContrastiveLoss
 from ccl_fast.ops import expected_similarity, row_dot, streaming_logsumexp
 from ccl_fast.ops.ids import consecutive_ids
-from ccl_fast.ops.row_dot import without_autocast
-from ccl_fast.ops.validation import check_not_negative
+from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
 
 class CACRLoss(ContrastiveLoss):
@@ -68,11 +69,13 @@ class CACRLoss(ContrastiveLoss):
         z = batch.z
         if not self.normalize:
             # Distances are of the rows about their mean too, whose norms are smaller: less is lost by cancellation.
-            z = z.to(torch.promote_types(z.dtype, torch.float32))
+            z = z.to(accumulation_dtype(z))
             z = z - z.detach().mean(0)
         if labels is None:
             if embeddings.shape[1] < 2:
-                raise ValueError(f"embeddings: expected at least two views without labels, got {embeddings.shape[1]}")
+                raise ArgumentError(
+                    f"embeddings: expected at least two views without labels, got {embeddings.shape[1]}"
+                )
             attraction = _distance_between_views(z.view(embeddings.shape), self.t_positive).flatten()
             has_positive = torch.ones_like(batch.ids, dtype=torch.bool)
             has_negative = torch.full_like(has_positive, len(embeddings) > 1)
@@ -107,7 +110,7 @@ class CACRLoss(ContrastiveLoss):
 
 def _distance_between_views(z: Tensor, t: float) -> Tensor:
     """Of every view [n, views, d] the mean squared distance to the sample's others, weighted by e^(t |.|^2)."""
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    z = z.to(accumulation_dtype(z))
     with without_autocast(z.device):
         products = z @ z.mT
     norm = products.diagonal(dim1=1, dim2=2)

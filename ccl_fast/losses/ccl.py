@@ -4,9 +4,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from ccl_fast.checks import check_choice, check_not_negative, check_number
+from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.contrast import Batch, ContrastiveLoss, check_center_temperature
 from ccl_fast.ops import logaddexp, row_dot
-from ccl_fast.ops.validation import check_choice, check_not_negative, check_number
+from ccl_fast.ops.precision import accumulation_dtype
 
 FORMS = ("joint", "split", "inside")
 
@@ -167,11 +169,11 @@ class CCLLoss(ContrastiveLoss):
     def _check_views(self, embeddings: Tensor) -> None:
         if self.instance_weight and (embeddings.ndim != 3 or embeddings.shape[1] < 2):
             expected = "shape [n, views, d] with two views or more, for instance_weight"
-            raise ValueError(f"embeddings: expected {expected}, got {list(embeddings.shape)}")
+            raise ArgumentError(f"embeddings: expected {expected}, got {list(embeddings.shape)}")
 
 
 def _mean_of_own_views(batch: Batch) -> Tensor:
     """Of every row, the mean inner product with the other views of its sample."""
     n, views = batch.shape
-    z = batch.z.unflatten(0, (n, views)).to(torch.promote_types(batch.z.dtype, torch.float32))
+    z = batch.z.unflatten(0, (n, views)).to(accumulation_dtype(batch.z))
     return row_dot(z.sum(1, keepdim=True) - z, z).flatten() / (views - 1)

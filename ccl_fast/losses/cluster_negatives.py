@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ccl_fast.checks import check_ids
 from ccl_fast.distributed import outside_of_graphs
+from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.contrast import ContrastiveLoss
 from ccl_fast.losses.infonce import check_pairs
 from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
-from ccl_fast.ops.global_contrast import Exchange
 from ccl_fast.ops.ids import joint_ids, separate_unassigned
-from ccl_fast.ops.validation import check_ids
+from ccl_fast.ops.logsumexp.distributed import Exchange
 
 
 class _ClusterNegatives(ContrastiveLoss):
@@ -39,7 +40,7 @@ class _ClusterNegatives(ContrastiveLoss):
 
     def _check(self, queries: Tensor, keys: Tensor | None) -> tuple[int, int]:
         if keys is not None and self.process_group is not None:
-            raise ValueError("keys: expected None with process_group (views [n, 2, d] as queries), got a tensor")
+            raise ArgumentError("keys: expected None with process_group (views [n, 2, d] as queries), got a tensor")
         return check_pairs(queries, keys)
 
     def _contrast(

@@ -8,14 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ccl_fast.distributed import EXCHANGES, Peers, check_process_group, outside_of_graphs
-from ccl_fast.ops import logaddexp, row_dot, same_id_similarity, streaming_logsumexp
-from ccl_fast.ops.backends import choose_backend
-from ccl_fast.ops.global_contrast import Exchange, Wanted, global_contrast
-from ccl_fast.ops.ids import separate_unassigned
-from ccl_fast.ops.streaming_logsumexp import BACKENDS
-from ccl_fast.ops.unit import unit_rows
-from ccl_fast.ops.validation import (
+from ccl_fast.checks import (
     check_choice,
     check_floating,
     check_integer,
@@ -25,6 +18,14 @@ from ccl_fast.ops.validation import (
     check_tensor,
     check_vector,
 )
+from ccl_fast.distributed import EXCHANGES, Peers, check_process_group, outside_of_graphs
+from ccl_fast.errors import ArgumentError
+from ccl_fast.ops import logaddexp, row_dot, same_id_similarity, streaming_logsumexp
+from ccl_fast.ops.backends import check_backend, choose_backend
+from ccl_fast.ops.ids import separate_unassigned
+from ccl_fast.ops.logsumexp.distributed import Exchange, Wanted, global_contrast
+from ccl_fast.ops.normalize import normalize_embeddings
+from ccl_fast.ops.precision import accumulation_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -58,7 +59,7 @@ class ContrastiveLoss(nn.Module):
         super().__init__()
         check_positive("temperature", temperature)
         check_choice("reduction", reduction, REDUCTIONS)
-        check_choice("backend", backend, ("auto", *BACKENDS))
+        check_backend("streaming_logsumexp", backend)
         check_choice("exchange", exchange, EXCHANGES)
         if process_group is not None:
             check_process_group(process_group)
@@ -159,7 +160,7 @@ class ContrastiveLoss(nn.Module):
             samples, each = check()
             first = next(iter(rows.values()))
             first = first if isinstance(first, Tensor) else first[0]
-            choose_backend("streaming_logsumexp", BACKENDS, self.backend, first.device, self.product_dtype(first))
+            choose_backend("streaming_logsumexp", self.backend, first.device, self.product_dtype(first))
             same = {name: describe(x, rows="n") for name, x in rows.items()}
             same |= {name: describe(x) for name, x in (alike() | self.settings).items()}
         except Exception as error:
@@ -213,7 +214,7 @@ class ContrastiveLoss(nn.Module):
         get no gradient. All are expected to be checked, as `check_batch` does.
         """
         temperature = self.shared(temperature, batch.exchange)
-        accumulation = torch.promote_types(batch.z.dtype, torch.float32)
+        accumulation = accumulation_dtype(batch.z)
         centers = self.unit(centers.detach().to(accumulation)).to(batch.z.dtype)
         own = batch.ids.clamp(min=0)
         own_center = _OwnCenter.apply(batch.z, centers, own)
@@ -240,7 +241,7 @@ class ContrastiveLoss(nn.Module):
         dtype = self.product_dtype(x)
         if not self.normalize:
             return x.to(dtype)
-        return unit_rows(x).to(dtype)
+        return normalize_embeddings(x).to(dtype)
 
     def reduce(
         self, losses: Tensor, has_positive: Tensor, shape: torch.Size, exchange: Exchange | None = None
@@ -330,15 +331,15 @@ def check_batch(
     check_tensor("embeddings", embeddings)
     check_floating("embeddings", embeddings)
     if embeddings.ndim not in (2, 3):
-        raise ValueError(f"embeddings: expected shape [n, d] or [n, views, d], got {list(embeddings.shape)}")
+        raise ArgumentError(f"embeddings: expected shape [n, d] or [n, views, d], got {list(embeddings.shape)}")
     if embeddings.ndim == 2 and ids is None:
-        raise ValueError(
+        raise ArgumentError(
             f"{ids_name}: expected integers [n] with embeddings [n, d], got None "
             "(without ids the views of a sample must be told apart: embeddings [n, views, d])"
         )
     if centers is not None:
         if ids is None:
-            raise ValueError(f"{ids_name}: expected integers [n] with centers, got None")
+            raise ArgumentError(f"{ids_name}: expected integers [n] with centers, got None")
         check_matrix("centers", centers, columns=embeddings.shape[-1])
         check_floating("centers", centers)
         check_same("centers", centers, "embeddings", embeddings, dtype=False)
@@ -358,9 +359,9 @@ def check_batch(
 def check_center_temperature(value: float | Tensor | None, name: str = "center_temperature") -> None:
     if isinstance(value, Tensor):
         if not value.is_floating_point() or value.ndim > 1:
-            raise ValueError(f"{name}: expected floating point of shape [k], got {value.dtype} {list(value.shape)}")
+            raise ArgumentError(f"{name}: expected floating point of shape [k], got {value.dtype} {list(value.shape)}")
         if value.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((value > 0).all()):
-            raise ValueError(f"{name}: expected positive numbers, got a smallest of {value.min():g}")
+            raise ArgumentError(f"{name}: expected positive numbers, got a smallest of {value.min():g}")
     elif value is not None:
         check_positive(name, value)
 

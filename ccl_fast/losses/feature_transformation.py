@@ -5,10 +5,12 @@ import math
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_floating, check_matrix, check_positive, check_tensor
+from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.contrast import ContrastiveLoss
 from ccl_fast.losses.infonce import check_pairs
 from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
-from ccl_fast.ops.validation import check_floating, check_matrix, check_positive, check_tensor
+from ccl_fast.ops.precision import accumulation_dtype
 
 
 class FeatureTransformationLoss(ContrastiveLoss):
@@ -178,13 +180,13 @@ def _mixing_weights(x: Tensor, alpha: float, per_dimension: bool, generator: tor
     check_positive("alpha", alpha)
     shape = (len(x), x.shape[1] if per_dimension else 1)
     weights = symmetric_beta(shape, alpha, _device(x, generator), generator)
-    return weights.to(x.device, torch.promote_types(x.dtype, torch.float32))
+    return weights.to(x.device, accumulation_dtype(x))
 
 
 def _device(x: Tensor, generator: torch.Generator | None) -> torch.device:
     """Where random numbers are drawn."""
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise ValueError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+        raise ArgumentError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
     return x.device if generator is None else generator.device
 
 

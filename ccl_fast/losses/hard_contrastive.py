@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_share
 from ccl_fast.losses.contrast import ContrastiveLoss, number_of
 from ccl_fast.losses.infonce import check_pairs
 from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp, topk_logsumexp
-from ccl_fast.ops.validation import check_share
 
 
 class HardContrastiveLoss(ContrastiveLoss):

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ccl_fast.checks import check_floating, check_matrix, check_same
+from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.contrast import ContrastiveLoss
 from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
-from ccl_fast.ops.global_contrast import Exchange
-from ccl_fast.ops.validation import check_floating, check_matrix, check_same
+from ccl_fast.ops.logsumexp.distributed import Exchange
 
 
 class InfoNCELoss(ContrastiveLoss):
@@ -109,13 +110,13 @@ def check_pairs(queries: Tensor, keys: Tensor | None, negatives: Tensor | None =
     if keys is None:
         if not isinstance(queries, Tensor) or queries.ndim != 3 or queries.shape[1] != 2:
             got = list(queries.shape) if isinstance(queries, Tensor) else type(queries).__name__
-            raise ValueError(f"queries: expected shape [n, 2, d] without keys, got {got}")
+            raise ArgumentError(f"queries: expected shape [n, 2, d] without keys, got {got}")
     else:
         check_matrix("queries", queries)
         check_matrix("keys", keys, columns=queries.shape[1])
         check_same("keys", keys, "queries", queries)
         if keys.shape != queries.shape:
-            raise ValueError(f"keys: expected shape {list(queries.shape)} (that of queries), got {list(keys.shape)}")
+            raise ArgumentError(f"keys: expected shape {list(queries.shape)} (that of queries), got {list(keys.shape)}")
     check_floating("queries", queries)
     if negatives is not None:
         check_matrix("negatives", negatives, columns=queries.shape[-1])

@@ -5,11 +5,12 @@ import math
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_count, check_ids, check_matrix, check_number, check_same, check_share
+from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.contrast import ContrastiveLoss, number_of
 from ccl_fast.losses.mochi import check_queue
 from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp, topk_logsumexp
 from ccl_fast.ops.ids import separate_unassigned
-from ccl_fast.ops.validation import check_count, check_ids, check_matrix, check_number, check_same, check_share
 
 
 class InterCLRLoss(ContrastiveLoss):
@@ -103,7 +104,7 @@ class InterCLRLoss(ContrastiveLoss):
         check_matrix("bank", bank, columns=queries.shape[1])
         check_same("bank", bank, "queries", queries)
         if len(bank) == 0:
-            raise ValueError("bank: expected at least one row, got none")
+            raise ArgumentError("bank: expected at least one row, got none")
         check_ids("bank_labels", bank_labels, bank)
         check_ids("indices", indices, queries)
         scale, q = 1.0 / self.temperature, self.unit(queries)

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from ccl_fast.checks import check_count, check_floating, check_integer, check_matrix, check_same, check_tensor
+from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.contrast import ContrastiveLoss
 from ccl_fast.ops import row_dot, streaming_logsumexp
-from ccl_fast.ops.row_dot import without_autocast
-from ccl_fast.ops.validation import check_count, check_floating, check_integer, check_matrix, check_same, check_tensor
+from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
 
 class LightGCLLoss(ContrastiveLoss):
@@ -63,7 +64,7 @@ class LightGCLLoss(ContrastiveLoss):
         check_matrix("view", view, columns=embeddings.shape[1])
         check_same("view", view, "embeddings", embeddings)
         if view.shape != embeddings.shape:
-            raise ValueError(
+            raise ArgumentError(
                 f"view: expected shape {list(embeddings.shape)} (that of embeddings), got {list(view.shape)}"
             )
         keys = positives = self.unit(view)
@@ -103,10 +104,10 @@ class SVDView(nn.Module):
         super().__init__()
         check_matrix("adjacency", adjacency)
         if adjacency.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"adjacency: expected float32 or float64, got {adjacency.dtype}")
+            raise ArgumentError(f"adjacency: expected float32 or float64, got {adjacency.dtype}")
         most = min(adjacency.shape)
         if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= most:
-            raise ValueError(f"rank: expected an integer from 1 to {most} (the smaller side), got {rank!r}")
+            raise ArgumentError(f"rank: expected an integer from 1 to {most} (the smaller side), got {rank!r}")
         check_count("iterations", iterations, least=0)
         if adjacency.layout != torch.strided:
             adjacency = adjacency.to_sparse_coo()
@@ -135,8 +136,8 @@ class SVDView(nn.Module):
         check_same("embeddings", embeddings, "the adjacency", self.u, dtype=False)
         to, source = (self.v, self.u) if transposed else (self.u, self.v)
         if len(embeddings) != len(source):
-            raise ValueError(f"embeddings: expected {len(source)} rows, got {len(embeddings)}")
-        wide = torch.promote_types(embeddings.dtype, torch.promote_types(self.u.dtype, torch.float32))
+            raise ArgumentError(f"embeddings: expected {len(source)} rows, got {len(embeddings)}")
+        wide = torch.promote_types(embeddings.dtype, accumulation_dtype(self.u))
         with without_autocast(embeddings.device):
             spectrum = self.s.to(wide)[:, None] * (source.to(wide).T @ embeddings.to(wide))
             return (to.to(wide) @ spectrum).to(embeddings.dtype)
@@ -145,6 +146,6 @@ class SVDView(nn.Module):
 def _check_nodes(nodes: Tensor, embeddings: Tensor) -> None:
     check_tensor("nodes", nodes)
     if nodes.ndim != 1:
-        raise ValueError(f"nodes: expected shape [b], got {list(nodes.shape)}")
+        raise ArgumentError(f"nodes: expected shape [b], got {list(nodes.shape)}")
     check_integer("nodes", nodes)
     check_same("nodes", nodes, "embeddings", embeddings, dtype=False)

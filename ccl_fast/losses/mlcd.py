@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_count, check_floating, check_integer, check_matrix, check_same, check_share
+from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.contrast import ContrastiveLoss, check_id_range, number_of
 from ccl_fast.ops import edge_similarity, logaddexp, logsumexp_excluding, streaming_topk
-from ccl_fast.ops.unit import unit_rows
-from ccl_fast.ops.validation import check_count, check_floating, check_integer, check_matrix, check_same, check_share
+from ccl_fast.ops.normalize import normalize_embeddings
 
 
 class MLCDLoss(ContrastiveLoss):
@@ -95,12 +96,12 @@ class MLCDLoss(ContrastiveLoss):
         check_floating("centers", centers)
         check_same("centers", centers, "embeddings", embeddings, dtype=False)
         if len(centers) == 0:
-            raise ValueError("centers: expected at least one row, got none")
+            raise ArgumentError("centers: expected at least one row, got none")
         check_matrix("labels", labels)
         check_integer("labels", labels)
         check_same("labels", labels, "embeddings", embeddings, dtype=False)
         if len(labels) != len(embeddings) or labels.shape[1] == 0:
-            raise ValueError(
+            raise ArgumentError(
                 f"labels: expected shape [{len(embeddings)}, l] with l of at least 1, got {list(labels.shape)}"
             )
         check_id_range("labels", labels, len(centers))
@@ -133,5 +134,5 @@ def nearest_centers(features: Tensor, centers: Tensor, labels: int = 8) -> Tenso
     check_matrix("centers", centers, columns=features.shape[1])
     check_same("centers", centers, "features", features)
     check_count("labels", labels)
-    units = [unit_rows(x.detach()).to(x.dtype) for x in (features, centers)]
+    units = [normalize_embeddings(x.detach()).to(x.dtype) for x in (features, centers)]
     return streaming_topk(*units, topk=labels)[1]

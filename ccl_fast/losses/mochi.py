@@ -5,10 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_count, check_matrix, check_same, check_tensor
+from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.contrast import ContrastiveLoss
 from ccl_fast.losses.infonce import check_pairs
 from ccl_fast.ops import edge_similarity, logaddexp, row_dot, streaming_logsumexp, streaming_topk
-from ccl_fast.ops.validation import check_count, check_matrix, check_same, check_tensor
 
 
 class Mixing(NamedTuple):
@@ -156,4 +157,4 @@ def check_queue(queries: Tensor, keys: Tensor, queue: Tensor) -> None:
     check_matrix("queue", queue, columns=queries.shape[1])
     check_same("queue", queue, "queries", queries)
     if len(queue) == 0:
-        raise ValueError("queue: expected at least one row, got none")
+        raise ArgumentError("queue: expected at least one row, got none")

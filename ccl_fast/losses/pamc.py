@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ccl_fast.checks import check_choice, check_ids, check_tensor
 from ccl_fast.losses.contrast import ContrastiveLoss
 from ccl_fast.losses.infonce import check_pairs
 from ccl_fast.ops import row_dot, streaming_logsumexp
-from ccl_fast.ops.global_contrast import Exchange
 from ccl_fast.ops.ids import consecutive_ids, separate_unassigned
-from ccl_fast.ops.validation import check_choice, check_ids, check_tensor
+from ccl_fast.ops.logsumexp.distributed import Exchange
+from ccl_fast.ops.precision import accumulation_dtype
 
 FORMS = ("node", "cluster")
 
@@ -94,7 +95,7 @@ class PamCLoss(ContrastiveLoss):
             ids = exchange.peers.gather(ids, exchange.counts)
         # The number of clusters decides how much is computed, so the host must know it.
         group = consecutive_ids(ids)
-        size = group.bincount().to(torch.promote_types(q.dtype, torch.float32))
+        size = group.bincount().to(accumulation_dtype(q))
         group = group[first : first + n]
         options = {"scale": scale, "key_bias": size.log(), "backend": self.backend}
         key_means = _means(k, group, size, exchange)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.contrast import Batch, ContrastiveLoss, check_batch
 from ccl_fast.losses.infonce import InfoNCELoss, check_pairs
-from ccl_fast.ops.global_contrast import Exchange
+from ccl_fast.ops.logsumexp.distributed import Exchange
 
 
 class ProtoNCELoss(InfoNCELoss):
@@ -155,10 +156,10 @@ def _check_clusterings(
 ) -> tuple[int, int]:
     """Numbers of samples, and of rows of each."""
     if len(cluster_ids) == 0:
-        raise ValueError("cluster_ids: expected a sequence with a tensor [n] for every clustering, got none")
+        raise ArgumentError("cluster_ids: expected a sequence with a tensor [n] for every clustering, got none")
     for name, given in (("centers", centers), ("concentrations", temperatures)):
         if given is not None and len(given) != len(cluster_ids):
-            raise ValueError(f"{name}: expected {len(cluster_ids)} tensors, as of cluster_ids, got {len(given)}")
+            raise ArgumentError(f"{name}: expected {len(cluster_ids)} tensors, as of cluster_ids, got {len(given)}")
     temperatures = [None] * len(cluster_ids) if temperatures is None else temperatures
     for m, (ids, own, temperature) in enumerate(zip(cluster_ids, centers, temperatures, strict=True)):
         counts = check_batch(embeddings, ids, f"cluster_ids[{m}]", own, temperature, f"concentrations[{m}]")

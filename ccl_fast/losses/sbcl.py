@@ -3,11 +3,11 @@
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ccl_fast.checks import check_ids, check_not_negative
 from ccl_fast.losses.contrast import ContrastiveLoss
 from ccl_fast.ops import logaddexp, same_id_similarity, streaming_logsumexp
-from ccl_fast.ops.global_contrast import Wanted, global_contrast, global_same_id_similarity
 from ccl_fast.ops.ids import joint_ids, separate_unassigned
-from ccl_fast.ops.validation import check_ids, check_not_negative
+from ccl_fast.ops.logsumexp.distributed import Wanted, global_contrast, global_same_id_similarity
 
 
 class SBCLLoss(ContrastiveLoss):

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_count, check_floating, check_matrix, check_same, check_tensor
+from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.contrast import ContrastiveLoss
 from ccl_fast.ops import edge_similarity, streaming_logsumexp
-from ccl_fast.ops.validation import check_count, check_floating, check_matrix, check_same, check_tensor
 
 LAYOUTS = (torch.sparse_coo, torch.sparse_csr)
 
@@ -99,7 +100,7 @@ def influence_matrix(adjacency: Tensor, hops: int = 2, cumulative: bool = True) 
     """
     check_graph("adjacency", adjacency)
     if adjacency.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"adjacency: expected float32 or float64, got {adjacency.dtype}")
+        raise ArgumentError(f"adjacency: expected float32 or float64, got {adjacency.dtype}")
     check_count("hops", hops)
     n = len(adjacency)
     rows, columns, weights = _edges(adjacency.detach())
@@ -120,20 +121,20 @@ def check_graph(name: str, x: Tensor, nodes: int | None = None) -> None:
     """A square sparse matrix of weights >= 0. (On a GPU the device tells of a wrong weight, later.)"""
     check_tensor(name, x)
     if x.layout not in LAYOUTS:
-        raise ValueError(f"{name}: expected a sparse tensor, CSR or COO, got layout {x.layout}")
+        raise ArgumentError(f"{name}: expected a sparse tensor, CSR or COO, got layout {x.layout}")
     check_floating(name, x)
     shape = list(x.shape)
     nodes = shape[0] if nodes is None else nodes
     if shape != [nodes, nodes]:
-        raise ValueError(f"{name}: expected shape [{nodes}, {nodes}], got {shape}")
+        raise ArgumentError(f"{name}: expected shape [{nodes}, {nodes}], got {shape}")
     if x.sparse_dim() != 2:
-        raise ValueError(f"{name}: expected two sparse dimensions, got {x.sparse_dim()}")
+        raise ArgumentError(f"{name}: expected two sparse dimensions, got {x.sparse_dim()}")
     weights = x._values() if x.layout == torch.sparse_coo else x.values()
     message = f"{name}: expected weights >= 0"
     if x.device.type != "cpu":
         torch._assert_async((weights >= 0).all(), message)
     elif not (weights >= 0).all():
-        raise ValueError(f"{message}, got a smallest of {weights.min():g}")
+        raise ArgumentError(f"{message}, got a smallest of {weights.min():g}")
 
 
 def _edges(graph: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_tensor
 from ccl_fast.losses.infonce import check_pairs
 from ccl_fast.ops import row_dot, similarity_histogram
-from ccl_fast.ops.row_dot import without_autocast
-from ccl_fast.ops.unit import unit_rows
-from ccl_fast.ops.validation import check_tensor
+from ccl_fast.ops.normalize import normalize_embeddings
+from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
 
 class ScoreHistogram(NamedTuple):
@@ -66,10 +66,10 @@ def score_histogram(
     """
     check_tensor("keys", keys)
     check_pairs(queries, keys, negatives)
-    wide = torch.promote_types(queries.dtype, torch.float32)
+    wide = accumulation_dtype(queries)
 
     def rows(x: Tensor) -> Tensor:
-        return unit_rows(x) if normalize else x
+        return normalize_embeddings(x) if normalize else x
 
     q, k = rows(queries), rows(keys)
     positives = row_dot(q, k)

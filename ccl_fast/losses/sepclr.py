@@ -5,10 +5,11 @@ import math
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_floating, check_not_negative, check_same, check_tensor, check_vector
+from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.contrast import ContrastiveLoss
 from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
-from ccl_fast.ops.row_dot import without_autocast
-from ccl_fast.ops.validation import check_floating, check_not_negative, check_same, check_tensor, check_vector
+from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
 
 class SepCLRLoss(ContrastiveLoss):
@@ -113,7 +114,7 @@ class SepCLRLoss(ContrastiveLoss):
         """Logarithm of the Gaussian potential at each row, of all others."""
         scale = 1.0 / self.temperature
         # About their mean rows have smaller squares, of which less is lost by cancellation.
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = x.to(accumulation_dtype(x))
         x = x - x.detach().mean(0)
         half_square = 0.5 * scale * row_dot(x, x)
         with without_autocast(x.device):
@@ -134,7 +135,7 @@ class SepCLRLoss(ContrastiveLoss):
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
     """Squared, of the rows."""
-    difference = a.to(torch.promote_types(a.dtype, torch.float32)) - b
+    difference = a.to(accumulation_dtype(a)) - b
     return row_dot(difference, difference)
 
 
@@ -147,12 +148,12 @@ def _check(common: Tensor, salient: Tensor, is_target: Tensor) -> None:
     for name, x in (("common", common), ("salient", salient)):
         check_tensor(name, x)
         if x.ndim != 3 or x.shape[1] != 2:
-            raise ValueError(f"{name}: expected shape [n, 2, d], got {list(x.shape)}")
+            raise ArgumentError(f"{name}: expected shape [n, 2, d], got {list(x.shape)}")
         check_floating(name, x)
     check_same("salient", salient, "common", common)
     if len(salient) != len(common):
-        raise ValueError(f"salient: expected {len(common)} samples (those of common), got {len(salient)}")
+        raise ArgumentError(f"salient: expected {len(common)} samples (those of common), got {len(salient)}")
     check_vector("is_target", is_target, len(common))
     if is_target.dtype != torch.bool:
-        raise ValueError(f"is_target: expected bool, got {is_target.dtype}")
+        raise ArgumentError(f"is_target: expected bool, got {is_target.dtype}")
     check_same("is_target", is_target, "common", common, dtype=False)

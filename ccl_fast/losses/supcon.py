@@ -3,8 +3,8 @@
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ccl_fast.checks import check_choice
 from ccl_fast.losses.ccl import CCLLoss
-from ccl_fast.ops.validation import check_choice
 
 FORMS = ("outside", "inside")
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ccl_fast.checks import check_count, check_floating, check_matrix, check_positive, check_same
+from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.contrast import ContrastiveLoss
 from ccl_fast.ops import swapped_prediction
-from ccl_fast.ops.sinkhorn import column_potentials
-from ccl_fast.ops.validation import check_count, check_floating, check_matrix, check_positive, check_same
+from ccl_fast.ops.transport.sinkhorn import column_potentials
 
 
 class SwAVLoss(ContrastiveLoss):
@@ -116,7 +117,9 @@ class SwAVLoss(ContrastiveLoss):
         """Numbers of images, and of rows of each in a view."""
         if isinstance(views, Tensor) or len(views) < max(2, self.global_views):
             got = "a tensor" if isinstance(views, Tensor) else f"{len(views)}"
-            raise ValueError(f"views: expected a sequence of at least {max(2, self.global_views)} tensors, got {got}")
+            raise ArgumentError(
+                f"views: expected a sequence of at least {max(2, self.global_views)} tensors, got {got}"
+            )
         check_matrix("views[0]", views[0])
         check_floating("views[0]", views[0])
         n, d = views[0].shape
@@ -124,16 +127,16 @@ class SwAVLoss(ContrastiveLoss):
             check_matrix(f"views[{i}]", view, columns=d)
             check_same(f"views[{i}]", view, "views[0]", views[0])
             if len(view) != n:
-                raise ValueError(f"views[{i}]: expected {n} rows (those of views[0]), got {len(view)}")
+                raise ArgumentError(f"views[{i}]: expected {n} rows (those of views[0]), got {len(view)}")
         check_matrix("prototypes", prototypes, columns=d)
         check_floating("prototypes", prototypes)
         check_same("prototypes", prototypes, "views[0]", views[0], dtype=False)
         if len(prototypes) == 0:
-            raise ValueError("prototypes: expected at least one row, got none")
+            raise ArgumentError("prototypes: expected at least one row, got none")
         if queues is not None:
             if isinstance(queues, Tensor) or len(queues) != self.global_views:
                 got = "a tensor" if isinstance(queues, Tensor) else f"{len(queues)}"
-                raise ValueError(f"queues: expected {self.global_views} tensors, one per global view, got {got}")
+                raise ArgumentError(f"queues: expected {self.global_views} tensors, one per global view, got {got}")
             for i, queue in enumerate(queues):
                 check_matrix(f"queues[{i}]", queue, columns=d)
                 check_same(f"queues[{i}]", queue, "views[0]", views[0])

@@ -4,10 +4,11 @@ import math
 
 from torch import Tensor
 
+from ccl_fast.checks import check_floating, check_ids, check_matrix, check_positive
+from ccl_fast.errors import ArgumentError
 from ccl_fast.ops import same_id_similarity, streaming_logsumexp
 from ccl_fast.ops.ids import separate_unassigned
-from ccl_fast.ops.unit import unit_rows
-from ccl_fast.ops.validation import check_floating, check_ids, check_matrix, check_positive
+from ccl_fast.ops.normalize import normalize_embeddings
 
 
 def uniformity(embeddings: Tensor, *, t: float = 2.0, backend: str = "auto") -> Tensor:
@@ -40,7 +41,7 @@ def uniformity(embeddings: Tensor, *, t: float = 2.0, backend: str = "auto") -> 
     check_positive("t", t)
     n = len(embeddings)
     if n < 2:
-        raise ValueError(f"embeddings: expected at least two rows, got {n}")
+        raise ArgumentError(f"embeddings: expected at least two rows, got {n}")
     logsumexp = streaming_logsumexp(_unit(embeddings), scale=2.0 * t, backend=backend)
     return logsumexp.logsumexp(0) - (2.0 * t + math.log(n * (n - 1)))
 
@@ -72,4 +73,4 @@ def tolerance(embeddings: Tensor, labels: Tensor) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    return unit_rows(x).to(x.dtype)
+    return normalize_embeddings(x).to(x.dtype)

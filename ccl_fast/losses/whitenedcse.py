@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from ccl_fast.checks import check_count, check_floating, check_matrix, check_positive, check_same, check_tensor
+from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.contrast import ContrastiveLoss
 from ccl_fast.ops import row_dot, streaming_logsumexp
-from ccl_fast.ops.row_dot import without_autocast
-from ccl_fast.ops.validation import check_count, check_floating, check_matrix, check_positive, check_same, check_tensor
+from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
 
 class WhitenedCSELoss(ContrastiveLoss):
@@ -73,14 +74,14 @@ class WhitenedCSELoss(ContrastiveLoss):
         """
         check_tensor("embeddings", embeddings)
         if embeddings.ndim != 3 or embeddings.shape[1] < 2:
-            raise ValueError(f"embeddings: expected shape [n, at least 2 views, d], got {list(embeddings.shape)}")
+            raise ArgumentError(f"embeddings: expected shape [n, at least 2 views, d], got {list(embeddings.shape)}")
         check_floating("embeddings", embeddings)
         views, d = embeddings.shape[1:]
         if shuffles is None:
             shuffles = torch.stack([_draw(d, embeddings.device, generator) for _ in range(views)])
         check_matrix("shuffles", shuffles, columns=d)
         if len(shuffles) != views:
-            raise ValueError(f"shuffles: expected {views} rows (one per view), got {len(shuffles)}")
+            raise ArgumentError(f"shuffles: expected {views} rows (one per view), got {len(shuffles)}")
         scale = 1.0 / self.temperature
         anchors, *positives = (self._embed(embeddings[:, v], shuffles[v]) for v in range(views))
         losses = 0.0
@@ -136,12 +137,12 @@ def shuffled_group_whitening(
     check_positive("eps", eps)
     n, d = x.shape
     if d % groups:
-        raise ValueError(f"groups: expected a divisor of {d} (the channels), got {groups}")
+        raise ArgumentError(f"groups: expected a divisor of {d} (the channels), got {groups}")
     if shuffle is None:
         shuffle = _draw(d, x.device, generator)
     _check_shuffle(shuffle, x)
     with without_autocast(x.device):
-        grouped = x.to(torch.promote_types(x.dtype, torch.float32))[:, shuffle].unflatten(1, (groups, d // groups))
+        grouped = x.to(accumulation_dtype(x))[:, shuffle].unflatten(1, (groups, d // groups))
         # (Of no rows there is no mean.)
         centered = (grouped - grouped.sum(0) / max(n, 1)).transpose(0, 1)
         covariance = centered.mT @ centered / max(n, 1)
@@ -189,10 +190,10 @@ def _draw(d: int, device: torch.device, generator: torch.Generator | None) -> Te
 def _check_shuffle(shuffle: Tensor, x: Tensor) -> None:
     check_tensor("shuffle", shuffle)
     if shuffle.shape != x.shape[1:]:
-        raise ValueError(f"shuffle: expected shape [{x.shape[1]}], got {list(shuffle.shape)}")
+        raise ArgumentError(f"shuffle: expected shape [{x.shape[1]}], got {list(shuffle.shape)}")
     if shuffle.dtype != torch.int64:
-        raise ValueError(f"shuffle: expected int64, got {shuffle.dtype}")
+        raise ArgumentError(f"shuffle: expected int64, got {shuffle.dtype}")
     check_same("shuffle", shuffle, "the embeddings", x, dtype=False)
     on_host = shuffle.device.type == "cpu" and not torch.compiler.is_compiling()
     if on_host and not torch.equal(shuffle.sort().values, torch.arange(len(shuffle))):
-        raise ValueError(f"shuffle: expected a permutation of 0 to {len(shuffle) - 1}, got {shuffle.tolist()}")
+        raise ArgumentError(f"shuffle: expected a permutation of 0 to {len(shuffle) - 1}, got {shuffle.tolist()}")

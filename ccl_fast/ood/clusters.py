@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ccl_fast.clustering import KMeans
+from ccl_fast.errors import ArgumentError
 from ccl_fast.ood.detector import FeatureDetector
 from ccl_fast.ood.neighbors import largest_cosine
-from ccl_fast.ops.kmeans_update import kmeans_update
-from ccl_fast.ops.unit import unit
+from ccl_fast.ops.kmeans.update import kmeans_update
+from ccl_fast.ops.normalize import normalize_rows
 
 
 class ClusterDetector(FeatureDetector):
@@ -49,7 +50,7 @@ class NearestCenter(ClusterDetector):
 
     def _fit(self, x: Tensor, y: Tensor | None) -> None:
         y, n_clusters = self._clusters(x, y)
-        self.centers = unit(kmeans_update(unit(x), y, n_clusters)[0]).to(x.dtype)
+        self.centers = normalize_rows(kmeans_update(normalize_rows(x), y, n_clusters)[0]).to(x.dtype)
 
     def _score(self, x: Tensor) -> Tensor:
         return (1 - largest_cosine(x, self.centers)).clamp_(min=0)
@@ -94,9 +95,9 @@ class Mahalanobis(ClusterDetector):
     def _check_hyperparameters(self) -> None:
         super()._check_hyperparameters()
         if not isinstance(self.shrinkage, int | float) or not 0 < self.shrinkage <= 1:
-            raise ValueError(f"shrinkage: expected a number in (0, 1], got {self.shrinkage!r}")
+            raise ArgumentError(f"shrinkage: expected a number in (0, 1], got {self.shrinkage!r}")
         if not isinstance(self.normalize, bool):
-            raise ValueError(f"normalize: expected True or False, got {self.normalize!r}")
+            raise ArgumentError(f"normalize: expected True or False, got {self.normalize!r}")
 
     def _fit(self, x: Tensor, y: Tensor | None) -> None:
         y, n_clusters = self._clusters(x, y)
@@ -107,7 +108,7 @@ class Mahalanobis(ClusterDetector):
         self.means, self.factors = (torch.stack(part).to(x.dtype) for part in zip(*fitted, strict=True))
 
     def _placed(self, x: Tensor) -> Tensor:
-        return unit(x) if self.normalize else x
+        return normalize_rows(x) if self.normalize else x
 
     def _gaussian(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and Cholesky factor of the covariance of the rows of one cluster."""

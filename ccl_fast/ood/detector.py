@@ -11,7 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ccl_fast.ops.validation import check_finite, check_floating, check_integer, check_matrix, check_vector
+from ccl_fast.checks import check_finite, check_floating, check_integer, check_matrix, check_vector
+from ccl_fast.errors import ArgumentError
+from ccl_fast.ops.precision import accumulation_dtype
 
 
 class FeatureDetector(ABC):
@@ -46,7 +48,7 @@ class FeatureDetector(ABC):
 
     def __init__(self, model: Callable[[Tensor], Tensor] | None = None):
         if model is not None and not callable(model):
-            raise ValueError(f"model: expected a callable images -> features or None, got {type(model).__name__}")
+            raise ArgumentError(f"model: expected a callable images -> features or None, got {type(model).__name__}")
         self.model = model
         self.device: torch.device | None = None
         self._width: int | None = None  # D, once fitted
@@ -85,7 +87,7 @@ class FeatureDetector(ABC):
                 if len(images):
                     features.append(self._embed(model, images))
         if not features:
-            raise ValueError("data_loader: expected at least one image with a label >= 0, got none")
+            raise ArgumentError("data_loader: expected at least one image with a label >= 0, got none")
         return self.fit_features(torch.cat(features), torch.cat(labels) if labels else None)
 
     def predict(self, x: Tensor) -> Tensor:
@@ -119,8 +121,8 @@ class FeatureDetector(ABC):
             inside = y >= 0
             x, y = x[inside.to(x.device)], y[inside].unique(return_inverse=True)[1]
         if not len(x):
-            raise ValueError(f"x: expected at least one row{'' if y is None else ' with a label >= 0'}, got none")
-        x = x.to(self.device or x.device, torch.promote_types(x.dtype, torch.float32))
+            raise ArgumentError(f"x: expected at least one row{'' if y is None else ' with a label >= 0'}, got none")
+        x = x.to(self.device or x.device, accumulation_dtype(x))
         check_finite("x", x)
         with torch.autocast(x.device.type, enabled=False):
             self._fit(x, None if y is None else y.to(x.device))
@@ -165,7 +167,7 @@ class FeatureDetector(ABC):
         """Set values of names in ``hyperparameter_space``, for the next fit. Returns self; raises ValueError."""
         for name, value in values.items():
             if name not in self.hyperparameter_space:
-                raise ValueError(f"{name}: expected one of {sorted(self.hyperparameter_space)}, got {name!r}")
+                raise ArgumentError(f"{name}: expected one of {sorted(self.hyperparameter_space)}, got {name!r}")
             setattr(self, name, value)
         self._check_hyperparameters()
         return self
@@ -183,7 +185,7 @@ class FeatureDetector(ABC):
 
     def _needed_model(self, method: str) -> Callable[[Tensor], Tensor]:
         if self.model is None:
-            raise ValueError(f"model: expected one for {method}, got None; or use {method}_features")
+            raise ArgumentError(f"model: expected one for {method}, got None; or use {method}_features")
         return self.model
 
     def _embed(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_count
+from ccl_fast.errors import ArgumentError
 from ccl_fast.ood.detector import FeatureDetector
 
 
@@ -49,19 +51,18 @@ class Ensemble(FeatureDetector):
     def _check_hyperparameters(self) -> None:
         wrong = [type(d).__name__ for d in self.detectors if not hasattr(d, "predict_features")]
         if wrong or not self.detectors:
-            raise ValueError(f"detectors: expected a sequence of detectors of features, got {wrong or 'none'}")
+            raise ArgumentError(f"detectors: expected a sequence of detectors of features, got {wrong or 'none'}")
         right = [isinstance(w, int | float) and 0 < w < math.inf for w in self.weights]
         if len(right) != len(self.detectors) or not all(right):
             expected = f"a positive number for each of {len(self.detectors)} detectors"
-            raise ValueError(f"weights: expected {expected}, got {self.weights}")
-        if not isinstance(self.folds, int) or isinstance(self.folds, bool) or self.folds < 2:
-            raise ValueError(f"folds: expected an integer >= 2, got {self.folds!r}")
+            raise ArgumentError(f"weights: expected {expected}, got {self.weights}")
+        check_count("folds", self.folds, least=2)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise ValueError(f"seed: expected an integer, got {self.seed!r}")
+            raise ArgumentError(f"seed: expected an integer, got {self.seed!r}")
 
     def _fit(self, x: Tensor, y: Tensor | None) -> None:
         if len(x) < self.folds:
-            raise ValueError(f"x: expected at least folds={self.folds} rows, got {len(x)}")
+            raise ArgumentError(f"x: expected at least folds={self.folds} rows, got {len(x)}")
         generator = torch.Generator().manual_seed(self.seed)
         fold = (torch.randperm(len(x), generator=generator) % self.folds).to(x.device)
         moments = []
@@ -110,9 +111,9 @@ class Columns(FeatureDetector):
 
     def _check_hyperparameters(self) -> None:
         if not hasattr(self.detector, "predict_features"):
-            raise ValueError(f"detector: expected a detector of features, got {type(self.detector).__name__}")
+            raise ArgumentError(f"detector: expected a detector of features, got {type(self.detector).__name__}")
         if not isinstance(self.columns, slice):
-            raise ValueError(f"columns: expected a slice, got {self.columns!r}")
+            raise ArgumentError(f"columns: expected a slice, got {self.columns!r}")
 
     def _fit(self, x: Tensor, y: Tensor | None) -> None:
         self.detector.fit_features(x[:, self.columns], y if self.clusters else None)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ccl_fast.ops.validation import check_choice
+from ccl_fast.checks import check_choice
+from ccl_fast.errors import ArgumentError
 
 
 def ood_metrics(scores: Tensor, is_ood: Tensor) -> dict[str, float]:
@@ -103,13 +104,13 @@ def fpr95(scores: Tensor, is_ood: Tensor, positive: str) -> float:
 
 def _check(scores: Tensor, is_ood: Tensor) -> None:
     if scores.ndim != 1 or not scores.is_floating_point():
-        raise ValueError(f"scores: expected a floating-point tensor [N], got {scores.dtype} {list(scores.shape)}")
+        raise ArgumentError(f"scores: expected a floating-point tensor [N], got {scores.dtype} {list(scores.shape)}")
     if scores.isnan().any():
-        raise ValueError("scores: expected numbers, got NaN")
+        raise ArgumentError("scores: expected numbers, got NaN")
     if is_ood.dtype != torch.bool or is_ood.shape != scores.shape:
-        raise ValueError(f"is_ood: expected bool {list(scores.shape)}, got {is_ood.dtype} {list(is_ood.shape)}")
+        raise ArgumentError(f"is_ood: expected bool {list(scores.shape)}, got {is_ood.dtype} {list(is_ood.shape)}")
     if is_ood.all() or not is_ood.any():
-        raise ValueError("is_ood: expected both ID and OOD samples, got only one kind")
+        raise ArgumentError("is_ood: expected both ID and OOD samples, got only one kind")
 
 
 def _curve(scores: Tensor, is_ood: Tensor, positive: str) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_count
+from ccl_fast.errors import ArgumentError
 from ccl_fast.ood.detector import FeatureDetector
-from ccl_fast.ops.unit import unit
+from ccl_fast.ops.normalize import normalize_rows
 
 # Rows and columns of one tile of a query x training matrix: on a CPU it should stay in the cache.
 CPU_TILE = 512, 8192
@@ -39,13 +41,12 @@ class NearestNeighbor(FeatureDetector):
         super().__init__(model)
 
     def _check_hyperparameters(self) -> None:
-        if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
-            raise ValueError(f"k: expected a positive integer, got {self.k!r}")
+        check_count("k", self.k)
 
     def _fit(self, x: Tensor, y: Tensor | None) -> None:
         if len(x) < self.k:
-            raise ValueError(f"x: expected at least k={self.k} rows, got {len(x)}")
-        self.features = unit(x)
+            raise ArgumentError(f"x: expected at least k={self.k} rows, got {len(x)}")
+        self.features = normalize_rows(x)
 
     def _score(self, x: Tensor) -> Tensor:
         return (1 - largest_cosine(x, self.features, self.k)).clamp_(min=0)
@@ -68,7 +69,7 @@ class CosineNorm(FeatureDetector):
     """
 
     def _fit(self, x: Tensor, y: Tensor | None) -> None:
-        self.features = unit(x)
+        self.features = normalize_rows(x)
 
     def _score(self, x: Tensor) -> Tensor:
         return -largest_cosine(x, self.features) * x.norm(dim=1)
@@ -81,7 +82,7 @@ def largest_cosine(x: Tensor, others: Tensor, k: int = 1) -> Tensor:
     """
     rows, columns = CPU_TILE if x.device.type == "cpu" else DEVICE_TILE
     result = []
-    for block in unit(x).split(rows):
+    for block in normalize_rows(x).split(rows):
         best = block.new_empty(len(block), 0)
         for tile in others.split(columns):
             best = torch.cat([best, _largest(block @ tile.T, k)], 1)

@@ -1,16 +1,16 @@
 """Operators: a contract, one dense reference, and backends that agree with it."""
 
 from ccl_fast.ops.edge_similarity import edge_similarity
-from ccl_fast.ops.kmeans_assign import kmeans_assign
-from ccl_fast.ops.kmeans_update import kmeans_update
+from ccl_fast.ops.kmeans.assign import kmeans_assign
+from ccl_fast.ops.kmeans.update import kmeans_update
+from ccl_fast.ops.logsumexp.operator import logaddexp, streaming_logsumexp
 from ccl_fast.ops.row_dot import row_dot
-from ccl_fast.ops.row_softmax import expected_similarity, logsumexp_excluding, topk_logsumexp
+from ccl_fast.ops.rowwise.histogram import similarity_histogram
+from ccl_fast.ops.rowwise.softmax import expected_similarity, logsumexp_excluding, topk_logsumexp
+from ccl_fast.ops.rowwise.topk import streaming_topk
 from ccl_fast.ops.same_id_similarity import same_id_similarity
-from ccl_fast.ops.similarity_histogram import similarity_histogram
-from ccl_fast.ops.sinkhorn import plan_average, sinkhorn
-from ccl_fast.ops.streaming_logsumexp import logaddexp, streaming_logsumexp
-from ccl_fast.ops.swapped_prediction import swapped_prediction
-from ccl_fast.ops.topk import streaming_topk
+from ccl_fast.ops.transport.sinkhorn import plan_average, sinkhorn
+from ccl_fast.ops.transport.swapped_prediction import swapped_prediction
 
 __all__ = [
     "edge_similarity",

@@ -6,10 +6,10 @@ import warnings
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.half_product import factor, product
-from ccl_fast.ops.row_dot import without_autocast
-from ccl_fast.ops.streaming_logsumexp import in_autocast_dtype
-from ccl_fast.ops.validation import check_floating, check_integer, check_matrix, check_same, check_tensor
+from ccl_fast.checks import check_floating, check_integer, check_matrix, check_same, check_tensor
+from ccl_fast.errors import ArgumentError
+from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, without_autocast
+from ccl_fast.ops.rowwise.half_product import factor, product
 
 
 def edge_similarity(q: Tensor, k: Tensor, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
@@ -41,9 +41,9 @@ def edge_similarity(q: Tensor, k: Tensor, crow_indices: Tensor, col_indices: Ten
         check_integer(name, indices)
         check_same(name, indices, "q", q, dtype=False)
         if indices.ndim != 1:
-            raise ValueError(f"{name}: expected one dimension, got shape {list(indices.shape)}")
+            raise ArgumentError(f"{name}: expected one dimension, got shape {list(indices.shape)}")
     if len(crow_indices) != len(q) + 1:
-        raise ValueError(f"crow_indices: expected shape [{len(q) + 1}], got {list(crow_indices.shape)}")
+        raise ArgumentError(f"crow_indices: expected shape [{len(q) + 1}], got {list(crow_indices.shape)}")
     check_same("col_indices", col_indices, "crow_indices", crow_indices)
     _check_values(crow_indices, col_indices, len(k))
     q = in_autocast_dtype(q)
@@ -58,7 +58,7 @@ def _check_values(crow_indices: Tensor, col_indices: Tensor, m: int) -> None:
         torch._assert_async(torch.stack((*ends, inside)).all(), "edge_similarity: crow_indices or col_indices")
         return
     if not all(ends):
-        raise ValueError(
+        raise ArgumentError(
             f"crow_indices: expected increasing numbers from 0 to {len(col_indices)} (of col_indices), got "
             f"{crow_indices.min():d} to {crow_indices[-1]:d}"
         )
@@ -75,7 +75,7 @@ def _check_values(crow_indices: Tensor, col_indices: Tensor, m: int) -> None:
 @torch.library.custom_op("ccl_fast::edge_similarity", mutates_args=())
 def _op(q: Tensor, k: Tensor, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
     with without_autocast(q.device):
-        dtype = torch.promote_types(q.dtype, torch.float32)
+        dtype = accumulation_dtype(q)
         pattern = _matrix(crow_indices, col_indices, q.new_zeros(len(col_indices), dtype=dtype), len(k))
         if len(col_indices) == 0:
             return q.new_zeros(0, dtype=dtype)
@@ -108,7 +108,7 @@ def _warn_no_more() -> None:
 
 @_op.register_fake
 def _(q, k, crow_indices, col_indices):
-    return q.new_empty(col_indices.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(col_indices.shape[0], dtype=accumulation_dtype(q))
 
 
 @torch.library.custom_op("ccl_fast::edge_similarity_backward", mutates_args=())

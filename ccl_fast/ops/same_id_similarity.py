@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ccl_fast.ops.ids import consecutive_ids
+from ccl_fast.ops.precision import accumulation_dtype
 from ccl_fast.ops.row_dot import row_dot
 
 # Rows of another part of the batch that are brought to accumulation precision at once.
@@ -25,7 +26,7 @@ def same_id_similarity(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         The sums ``[n]`` float32 (float64 for float64) and the counts ``[n]`` of the same dtype.
     """
     group = consecutive_ids(ids)
-    counts = torch.zeros(z.shape[0], dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
+    counts = torch.zeros(z.shape[0], dtype=accumulation_dtype(z), device=z.device)
     counts = counts.index_add(0, group, torch.ones_like(counts))[group] - 1
     return _SameIdSimilarity.apply(z, group), counts
 
@@ -63,7 +64,7 @@ def _group_sums(x: Tensor, group: Tensor) -> Tensor:
     return torch.zeros_like(x).index_add_(0, group, x)[group]
 
 
-def pair_similarity(z: Tensor, ids: Tensor, others: Tensor, other_ids: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+def mutual_similarity(z: Tensor, ids: Tensor, others: Tensor, other_ids: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
     """The same between two parts of a batch, z [n, d], n > 0, and others [m, d], which share no row: sums and counts of
     the rows of z over the others, and of the others over z. Not differentiable. Memory O(n d + m)."""
     group, other_group = _groups_of_first(ids, other_ids)
@@ -78,10 +79,10 @@ def pair_similarity(z: Tensor, ids: Tensor, others: Tensor, other_ids: Tensor) -
     return (row_dot(sums[group], x), counts), (of_others, _by_group(len(z), ones, group)[other_group])
 
 
-def pair_similarity_gradient(
+def mutual_similarity_gradient(
     z: Tensor, ids: Tensor, grad: Tensor, others: Tensor, other_ids: Tensor, other_grad: Tensor
 ) -> Tensor:
-    """Gradient of z in `pair_similarity`, given those of both sums: [n, d] in accumulation precision."""
+    """Gradient of z in `mutual_similarity`, given those of both sums: [n, d] in accumulation precision."""
     group, other_group = _groups_of_first(ids, other_ids)
     sums, weighted = (torch.zeros(len(z) + 1, z.shape[1], dtype=grad.dtype, device=z.device) for _ in range(2))
     for part, y in _parts(others):
@@ -111,4 +112,4 @@ def _parts(x: Tensor):
 
 
 def _accumulated(z: Tensor) -> Tensor:
-    return z.to(torch.promote_types(z.dtype, torch.float32))
+    return z.to(accumulation_dtype(z))

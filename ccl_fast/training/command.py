@@ -11,8 +11,7 @@ from typing import NoReturn
 import docstring_parser
 from jsonargparse import ActionYesNo, ArgumentParser
 
-from ccl_fast.distributed import PeerError
-from ccl_fast.errors import ArgumentError
+from ccl_fast.errors import ArgumentError, PeerError
 from ccl_fast.training.checkpoint import CheckpointError
 from ccl_fast.training.comparison import SET_BY_COMPARE, compare
 from ccl_fast.training.evaluate_run import evaluate

@@ -19,8 +19,7 @@ from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ccl_fast.distributed import PeerError, first_sentence
-from ccl_fast.errors import ArgumentError
+from ccl_fast.errors import ArgumentError, PeerError, first_sentence
 from ccl_fast.training.arguments import find_device
 
 # How long the others wait for one that reads, or downloads, data: nobody knows how long that takes. A process that ends

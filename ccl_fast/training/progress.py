@@ -13,8 +13,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from ccl_fast.data import Images
-from ccl_fast.distributed import PeerError
-from ccl_fast.errors import ArgumentError
+from ccl_fast.errors import ArgumentError, PeerError
 from ccl_fast.files import write_atomically
 from ccl_fast.training import checkpoint
 from ccl_fast.training.arguments import of_warm_up, warm_up_epochs

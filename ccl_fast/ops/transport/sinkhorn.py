@@ -6,20 +6,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_count, check_floating, check_matrix, check_same, check_scale, check_vector
 from ccl_fast.distributed import Peers, outside_of_graphs
+from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.backends import choose_backend
-from ccl_fast.ops.logit_bound import logits_are_bounded
-from ccl_fast.ops.row_blocks import RowBlocks
-from ccl_fast.ops.row_dot import without_autocast
-from ccl_fast.ops.streaming_logsumexp import (
-    BACKENDS,
-    in_autocast_dtype,
-    scale_tensor,
-    softmax_sums,
-    streaming_logsumexp,
-)
-from ccl_fast.ops.streaming_logsumexp_blocked import LOG2E
-from ccl_fast.ops.validation import check_count, check_floating, check_matrix, check_same, check_scale, check_vector
+from ccl_fast.ops.logsumexp.blocked import LOG2E
+from ccl_fast.ops.logsumexp.bound import logits_are_bounded
+from ccl_fast.ops.logsumexp.operator import softmax_sums, streaming_logsumexp
+from ccl_fast.ops.precision import in_autocast_dtype, scale_tensor, without_autocast
+from ccl_fast.ops.rowwise.blocks import RowBlocks
 
 # Of logits within it, potentials differ by twice as much at most: their exponentials and all sums of these are normal
 # float32 numbers. Unit vectors are inside for an epsilon of 0.04 and above.
@@ -84,7 +79,7 @@ def column_potentials(
     """
     z, centers = in_autocast_dtype(z), in_autocast_dtype(centers)
     scale = scale_tensor(scale, z)
-    on_cpu = choose_backend("sinkhorn", BACKENDS, backend, z.device, z.dtype) == "blocked" and z.device.type == "cpu"
+    on_cpu = choose_backend("streaming_logsumexp", backend, z.device, z.dtype) == "blocked" and z.device.type == "cpu"
     if peers is not None:
         return _column_potentials_of_all(z, centers, scale, iterations, backend, on_cpu, peers)
     if len(z) == 0:
@@ -221,4 +216,4 @@ def _check(z: Tensor, centers: Tensor) -> None:
     check_matrix("centers", centers, columns=z.shape[1])
     check_same("centers", centers, "z", z)
     if len(centers) == 0:
-        raise ValueError("centers: expected at least one row, got [0, d]")
+        raise ArgumentError("centers: expected at least one row, got [0, d]")

@@ -9,11 +9,11 @@ from tolerance import assert_as_accurate
 
 from ccl_fast import streaming_logsumexp
 from ccl_fast.ops import logaddexp, same_id_similarity
-from ccl_fast.ops import streaming_logsumexp_blocked as blocked
-from ccl_fast.ops import streaming_logsumexp_triton as triton_kernels
+from ccl_fast.ops.logsumexp import blocked
+from ccl_fast.ops.logsumexp import triton as triton_kernels
 from ccl_fast.ops.same_id_similarity import (
-    pair_similarity,
-    pair_similarity_gradient,
+    mutual_similarity,
+    mutual_similarity_gradient,
     same_id_similarity_gradient,
 )
 
@@ -61,8 +61,8 @@ def in_blocks(z, ids, scale, grads, wanted, kernels, sizes, dtype):
     own = [kernels.forward(x, None, scale, None, y, None, *wanted) for x, y in zip(parts, parts_ids, strict=True)]
     sums = [list(found[:2]) for found in own]
     for i, j in itertools.combinations(range(len(sizes)), 2):
-        pair = kernels.pair_forward(parts[i], parts[j], scale, parts_ids[i], parts_ids[j], *wanted)
-        for block, found in zip((i, j), pair, strict=True):
+        both = kernels.mutual_forward(parts[i], parts[j], scale, parts_ids[i], parts_ids[j], *wanted)
+        for block, found in zip((i, j), both, strict=True):
             sums[block] = [logaddexp(a, b) if a.numel() else a for a, b in zip(sums[block], found, strict=True)]
     empty = grads.new_empty(0)
     kinds = [grads[row] if want else None for row, want in zip(_rows(wanted), wanted, strict=True)]
@@ -77,7 +77,7 @@ def in_blocks(z, ids, scale, grads, wanted, kernels, sizes, dtype):
         assert grad.dtype == wide
         for j in range(len(sizes)):
             if j != i:
-                more, of_scale = kernels.pair_backward(
+                more, of_scale = kernels.mutual_backward(
                     parts[i], parts[j], scale, parts_ids[i], parts_ids[j], anchors[i], anchors[j]
                 )
                 assert more.dtype == wide
@@ -150,16 +150,16 @@ def test_similarities_of_blocks_make_those_of_the_whole(sizes, dtype, part_rows,
     expected, count = same_id_similarity(leaf, ids)
     (of_whole,) = torch.autograd.grad(expected, leaf, grad)
     (a, b), (a_ids, b_ids), (a_grad, b_grad) = z.split(sizes), ids.split(sizes), grad.split(sizes)
-    pairs = pair_similarity(a, a_ids, b, b_ids)
+    both = mutual_similarity(a, a_ids, b, b_ids)
     for kind, of_all in enumerate((expected, count)):
         own = [same_id_similarity(x, y)[kind] for x, y in ((a, a_ids), (b, b_ids))]
-        torch.testing.assert_close(torch.cat([x + p[kind] for x, p in zip(own, pairs, strict=True)]), of_all)
+        torch.testing.assert_close(torch.cat([x + p[kind] for x, p in zip(own, both, strict=True)]), of_all)
     gradient = torch.cat(
         [
             same_id_similarity_gradient(a, a_ids, a_grad)
-            + pair_similarity_gradient(a, a_ids, a_grad, b, b_ids, b_grad),
+            + mutual_similarity_gradient(a, a_ids, a_grad, b, b_ids, b_grad),
             same_id_similarity_gradient(b, b_ids, b_grad)
-            + pair_similarity_gradient(b, b_ids, b_grad, a, a_ids, a_grad),
+            + mutual_similarity_gradient(b, b_ids, b_grad, a, a_ids, a_grad),
         ]
     )
     torch.testing.assert_close(gradient, of_whole)

@@ -2,46 +2,50 @@
 
 import math
 from collections.abc import Callable
+from numbers import Integral, Real
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from ccl_fast.errors import ArgumentError
 
 CANDIDATES = ("all", "other_id", "same_id")
 
 
 def check_tensor(name: str, x) -> None:
     if not isinstance(x, Tensor):
-        raise ValueError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+        raise ArgumentError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
 
 
 def check_matrix(name: str, x, columns: int | None = None) -> None:
     check_tensor(name, x)
     if x.ndim != 2 or (columns is not None and x.shape[1] != columns):
         expected = "[rows, d]" if columns is None else f"[rows, {columns}]"
-        raise ValueError(f"{name}: expected shape {expected}, got {list(x.shape)}")
+        raise ArgumentError(f"{name}: expected shape {expected}, got {list(x.shape)}")
 
 
 def check_vector(name: str, x, length: int) -> None:
     check_tensor(name, x)
     if x.shape != (length,):
-        raise ValueError(f"{name}: expected shape [{length}], got {list(x.shape)}")
+        raise ArgumentError(f"{name}: expected shape [{length}], got {list(x.shape)}")
 
 
 def check_floating(name: str, x: Tensor) -> None:
     if not x.is_floating_point() or x.element_size() < 2:
-        raise ValueError(f"{name}: expected float64, float32, bfloat16 or float16, got {x.dtype}")
+        raise ArgumentError(f"{name}: expected float64, float32, bfloat16 or float16, got {x.dtype}")
 
 
 def check_integer(name: str, x: Tensor) -> None:
     if x.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name}: expected int32 or int64, got {x.dtype}")
+        raise ArgumentError(f"{name}: expected int32 or int64, got {x.dtype}")
 
 
 def check_same(name: str, x: Tensor, other_name: str, other: Tensor, dtype: bool = True) -> None:
     if x.device != other.device:
-        raise ValueError(f"{name}: expected device {other.device} (that of {other_name}), got {x.device}")
+        raise ArgumentError(f"{name}: expected device {other.device} (that of {other_name}), got {x.device}")
     if dtype and x.dtype != other.dtype:
-        raise ValueError(f"{name}: expected dtype {other.dtype} (that of {other_name}), got {x.dtype}")
+        raise ArgumentError(f"{name}: expected dtype {other.dtype} (that of {other_name}), got {x.dtype}")
 
 
 def check_ids(name: str, ids, rows: Tensor) -> None:
@@ -52,13 +56,13 @@ def check_ids(name: str, ids, rows: Tensor) -> None:
 
 def check_choice(name: str, value, choices: tuple) -> None:
     if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ArgumentError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_finite(name: str, x: Tensor) -> None:
     """Waits for the device. The sum, which is quicker, tells unless finite values overflow it."""
     if not x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite() and not x.isfinite().all():
-        raise ValueError(f"{name}: expected finite values, got NaN or Inf")
+        raise ArgumentError(f"{name}: expected finite values, got NaN or Inf")
 
 
 def check_candidates(q, k, q_ids, k_ids, candidates) -> None:
@@ -69,13 +73,13 @@ def check_candidates(q, k, q_ids, k_ids, candidates) -> None:
         check_matrix("k", k, columns=q.shape[1])
         check_same("k", k, "q", q)
     if candidates not in CANDIDATES:
-        raise ValueError(f"candidates: expected one of {', '.join(CANDIDATES)}, got {candidates!r}")
+        raise ArgumentError(f"candidates: expected one of {', '.join(CANDIDATES)}, got {candidates!r}")
     if q_ids is None and (candidates != "all" or k_ids is not None):
-        raise ValueError("q_ids: expected integers [n] for candidates or k_ids, got None")
+        raise ArgumentError("q_ids: expected integers [n] for candidates or k_ids, got None")
     if q_ids is not None:
         check_ids("q_ids", q_ids, q)
         if (k_ids is None) != (k is None):
-            raise ValueError("k_ids: expected integers [m] exactly when k and q_ids are given")
+            raise ArgumentError("k_ids: expected integers [m] exactly when k and q_ids are given")
         if k_ids is not None:
             check_ids("k_ids", k_ids, k)
 
@@ -91,15 +95,15 @@ def check_logits(q: Tensor, k: Tensor | None, scale, key_bias) -> None:
 
 def check_scale(name: str, scale) -> None:
     if isinstance(scale, bool) or not isinstance(scale, Tensor | int | float):
-        raise ValueError(f"{name}: expected a number or a tensor of one element, got {scale!r}")
+        raise ArgumentError(f"{name}: expected a number or a tensor of one element, got {scale!r}")
     if isinstance(scale, Tensor) and scale.numel() != 1:
-        raise ValueError(f"{name}: expected a number or a tensor of one element, got shape {tuple(scale.shape)}")
+        raise ArgumentError(f"{name}: expected a number or a tensor of one element, got shape {tuple(scale.shape)}")
 
 
 def check_count(name: str, value, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        expected = "a positive integer" if least == 1 else f"an integer >= {least}"
+        raise ArgumentError(f"{name}: expected {expected}, got {value!r}")
 
 
 def check_positive(name: str, value) -> None:
@@ -114,6 +118,15 @@ def check_share(name: str, value) -> None:
     check_number(name, value, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
 
 
+def check_fraction(name: str, value) -> None:
+    check_number(name, value, "a number between 0 and 1", lambda x: 0 < x < 1)
+
+
+def check_flag(name: str, value) -> None:
+    if not isinstance(value, bool | np.bool_):
+        raise ArgumentError(f"{name}: expected True or False, got {value!r}")
+
+
 def check_number(name: str, value, expected: str, inside: Callable[[float], bool]) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not inside(value):
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, Real) or not inside(value):
+        raise ArgumentError(f"{name}: expected {expected}, got {value!r}")

@@ -16,7 +16,7 @@ import torch
 
 # Blocks for each thread below which the calling thread does them, with torch's threads in every operation: those spin
 # for some milliseconds after what came before, and would keep ours from the cores (benchmarks/LOG.md).
-FEWEST_BLOCKS = 8
+MIN_BLOCKS_PER_THREAD = 8
 
 
 def for_each_block(rows: int, size: int, work: Callable[[slice], None], device: torch.device) -> None:
@@ -33,7 +33,7 @@ def for_each_block(rows: int, size: int, work: Callable[[slice], None], device: 
                 work(slice(start, min(start + size, rows)))
 
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    if threads == 1 or rows <= size * FEWEST_BLOCKS * threads:
+    if threads == 1 or rows <= size * MIN_BLOCKS_PER_THREAD * threads:
         work_on()
         return
     with _creation:

@@ -4,13 +4,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.row_blocks import RowBlocks
-from ccl_fast.ops.row_dot import without_autocast
-from ccl_fast.ops.streaming_logsumexp import in_autocast_dtype
-from ccl_fast.ops.validation import check_candidates, check_count
+from ccl_fast.checks import check_candidates, check_count
+from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, without_autocast
+from ccl_fast.ops.rowwise.blocks import RowBlocks
 
 # Neighbouring keys that are first judged by the best of them, and for how many groups per wanted key that pays.
-GROUP, FEWEST_GROUPS = 16, 4
+GROUP, MIN_GROUPS = 16, 4
 
 
 @torch.no_grad()
@@ -63,7 +62,7 @@ def _op(
 
 
 def _empty(q: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    values = q.new_empty(q.shape[0], topk, dtype=torch.promote_types(q.dtype, torch.float32))
+    values = q.new_empty(q.shape[0], topk, dtype=accumulation_dtype(q))
     return values, torch.empty_like(values, dtype=torch.int64)
 
 
@@ -75,7 +74,7 @@ def _(q, k, q_ids, k_ids, candidates, topk):
 def _largest(x: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """``x.topk(topk)`` along rows: all of them lie in the ``topk`` groups of keys whose best are best."""
     groups = x.shape[1] // GROUP
-    if groups < FEWEST_GROUPS * topk:
+    if groups < MIN_GROUPS * topk:
         return _largest_of_few(x, topk)
     grouped = groups * GROUP
     best = x[:, :grouped].unflatten(1, (groups, GROUP)).amax(2)

@@ -3,15 +3,16 @@
 import torch
 from torch import Tensor
 
+from ccl_fast.errors import ArgumentError
 from ccl_fast.kernels import extension
 from ccl_fast.kernels.extension import address
 
 # Packed entries lie below 2^15 in magnitude; float16 reaches to 65,504 and loses precision only below 2^-14.
 TOP_EXPONENT = 15
 # Rows in doubt are listed as int32.
-MOST_ROWS = 2**31 - 1
+MAX_ROWS = 2**31 - 1
 # Beyond it the bound of a float32 sum would be none.
-MOST_COLUMNS = 1 << 20
+MAX_COLUMNS = 1 << 20
 # Blocks that share a list, per multiprocessor.
 LIST_BLOCKS = 4
 
@@ -22,13 +23,13 @@ class Rows:
     def __init__(self, x: Tensor, metric: str):
         self.x, self.metric = x.contiguous(), metric
         problems, _, d = x.shape
-        if problems > extension.MOST_PROBLEMS or problems * x.shape[1] > MOST_ROWS:
-            limits = f"{extension.MOST_PROBLEMS} problems and {MOST_ROWS} rows in all"
-            raise ValueError(
+        if problems > extension.MAX_PROBLEMS or problems * x.shape[1] > MAX_ROWS:
+            limits = f"{extension.MAX_PROBLEMS} problems and {MAX_ROWS} rows in all"
+            raise ArgumentError(
                 f"x: expected at most {limits} for the cuda backend, got {problems} and {problems * x.shape[1]}"
             )
-        if d > MOST_COLUMNS:
-            raise ValueError(f"x: expected at most {MOST_COLUMNS} columns for the cuda backend, got {d}")
+        if d > MAX_COLUMNS:
+            raise ArgumentError(f"x: expected at most {MAX_COLUMNS} columns for the cuda backend, got {d}")
         self.padded_d = _round_up(d, extension.module.PAD_COLUMNS)
         if metric == "cosine":
             self.origin = None

@@ -8,28 +8,29 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.half_product import Weights, columns_of, factor, product
+from ccl_fast.ops.precision import accumulation_dtype
+from ccl_fast.ops.rowwise.half_product import Weights, columns_of, factor, product
 
 # Similarities at a time on a CPU: they stay in its cache. Of many keys a few rows more than fit: for fewer the product
 # would mostly read keys.
 CPU_ELEMENTS = 1 << 20
-FEWEST_ROWS, MOST_ROWS = 32, 512
+MIN_ROWS, MAX_ROWS = 32, 512
 # On a GPU they fill no cache, but launches, and what is read and written once a block, are to be few: a share of its
-# memory, for all that an operator keeps of a pair at a time: four float32 numbers, two masks, one half and a top-k's.
-DEVICE_SHARE, LEAST_BYTES = 32, 384 << 20
-BYTES_OF_PAIR = 24
+# memory, for all that an operator keeps of each at a time: four float32 numbers, two masks, one half and a top-k's.
+DEVICE_SHARE, MIN_BYTES = 32, 384 << 20
+BYTES_PER_SIMILARITY = 24
 
 
 def block_rows(keys: int, device: torch.device) -> int:
     """How many rows to compute at a time against so many keys."""
     if device.type == "cpu":
-        return max(FEWEST_ROWS, min(MOST_ROWS, CPU_ELEMENTS // max(keys, 1)))
-    return max(FEWEST_ROWS, workspace_bytes(device_memory(device)) // (BYTES_OF_PAIR * max(keys, 1)))
+        return max(MIN_ROWS, min(MAX_ROWS, CPU_ELEMENTS // max(keys, 1)))
+    return max(MIN_ROWS, workspace_bytes(device_memory(device)) // (BYTES_PER_SIMILARITY * max(keys, 1)))
 
 
 def workspace_bytes(memory: int) -> int:
     """Of a GPU's memory what an operator takes for the blocks it works on."""
-    return max(LEAST_BYTES, memory // DEVICE_SHARE)
+    return max(MIN_BYTES, memory // DEVICE_SHARE)
 
 
 @functools.cache
@@ -85,7 +86,7 @@ class RowBlocks:
         """Given, by rows, the derivatives W of something by the similarities: W k for q, W^T q for k; of rows against
         themselves the sum of both, for q."""
         need_k = need_q if self.is_self else need_k
-        dtype = torch.promote_types(self.q.dtype, torch.float32)
+        dtype = accumulation_dtype(self.q)
         q_columns, k_columns = columns_of(self.q), columns_of(self.k)
         to_q = self.q.new_zeros(self.q.shape, dtype=dtype) if need_q else None
         to_k = self.k.new_zeros(k_columns.shape, dtype=dtype) if need_k else None

@@ -4,19 +4,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ccl_fast.ops import streaming_logsumexp_blocked as blocked
-from ccl_fast.ops import streaming_logsumexp_triton as triton_kernels
-from ccl_fast.ops.backends import choose_backend
-from ccl_fast.ops.row_dot import without_autocast
-from ccl_fast.ops.streaming_logsumexp_reference import logsumexp_by_relation
-from ccl_fast.ops.validation import check_candidates, check_logits
-
-# In the order in which "auto" prefers them; each names its obstacles on a device and dtype.
-BACKENDS = {
-    "triton": triton_kernels.obstacles,
-    "blocked": lambda device, dtype: [],
-    "reference": lambda device, dtype: [],
-}
+from ccl_fast.checks import check_candidates, check_logits
+from ccl_fast.errors import ArgumentError
+from ccl_fast.ops.backends import BACKENDS, choose_backend
+from ccl_fast.ops.logsumexp.bound import bounded_on_cpu
+from ccl_fast.ops.logsumexp.reference import logsumexp_by_relation
+from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, scale_tensor, without_autocast
 
 
 def streaming_logsumexp(
@@ -61,7 +54,7 @@ def streaming_logsumexp(
     _check(q, k, scale, key_bias, q_ids, k_ids, candidates, return_same)
     q = in_autocast_dtype(q)
     k = None if k is None else k.to(q.dtype)
-    backend = choose_backend("streaming_logsumexp", BACKENDS, backend, q.device, q.dtype)
+    backend = choose_backend("streaming_logsumexp", backend, q.device, q.dtype)
     scale = scale_tensor(scale, q)
     if key_bias is not None:
         key_bias = key_bias.to(scale.dtype)
@@ -109,25 +102,17 @@ def softmax_sums(
     Returns:
         ``[n, d]`` or ``[m, d]``, float32 (float64 for float64 input).
     """
-    backend = choose_backend("streaming_logsumexp", BACKENDS, backend, q.device, q.dtype)
+    backend = choose_backend("streaming_logsumexp", backend, q.device, q.dtype)
     scale = scale_tensor(scale, q)
     if backend == "reference":
         with torch.autocast(q.device.type, enabled=False):
             p = (scale * (q @ k.T).to(scale.dtype) + key_bias - logsumexp[:, None]).exp() * weights[:, None]
             return p @ k.to(p.dtype) if of == "keys" else p.T @ q.to(p.dtype)
-    bounded = scale.new_zeros((), dtype=torch.bool)
-    if backend == "blocked":
-        bounded = blocked.bounded_on_cpu(q, k, scale, key_bias)
+    bounded = bounded_on_cpu(q, k, scale, key_bias)
     run, none = _EagerBackward.apply if _is_eager(q) else _backward_op, logsumexp.new_empty(0)
     needs = [of == "keys", of == "queries", False, False]
     sums = run(q, k, scale, key_bias, None, None, none, logsumexp, bounded, none, weights, needs, backend)
     return sums[0 if of == "keys" else 1].to(scale.dtype) / scale
-
-
-def in_autocast_dtype(x: Tensor) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
 
 
 def logaddexp(a: Tensor, b: Tensor) -> Tensor:
@@ -135,14 +120,6 @@ def logaddexp(a: Tensor, b: Tensor) -> Tensor:
     a_empty, b_empty = a == -torch.inf, b == -torch.inf
     both = torch.logaddexp(a.masked_fill(a_empty, 0.0), b.masked_fill(b_empty, 0.0))
     return torch.where(a_empty, b, torch.where(b_empty, a, both))
-
-
-def scale_tensor(scale: float | Tensor, q: Tensor) -> Tensor:
-    """Of no dimensions, in accumulation precision."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    if isinstance(scale, Tensor):
-        return scale.to(device=q.device, dtype=dtype).reshape(())
-    return torch.full((), scale, dtype=dtype, device=q.device)
 
 
 def _is_eager(q: Tensor) -> bool:
@@ -154,7 +131,7 @@ def _check(q, k, scale, key_bias, q_ids, k_ids, candidates, return_same) -> None
     check_candidates(q, k, q_ids, k_ids, candidates)
     check_logits(q, k, scale, key_bias)
     if q_ids is None and return_same:
-        raise ValueError("q_ids: expected integers [n] for return_same, got None")
+        raise ArgumentError("q_ids: expected integers [n] for return_same, got None")
 
 
 # ---- registration: one operator forward, one backward, so that torch.compile sees two opaque nodes ----
@@ -172,9 +149,9 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exps over the same id and over the others, and what `logit_bound` told (False if not asked)."""
-    forward = triton_kernels.forward if backend == "triton" else blocked.forward
+    module = BACKENDS["streaming_logsumexp"][backend].module
     with without_autocast(q.device):
-        return forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other)
+        return module.forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other)
 
 
 _op = torch.library.custom_op("ccl_fast::streaming_logsumexp", _forward, mutates_args=())
@@ -182,7 +159,7 @@ _op = torch.library.custom_op("ccl_fast::streaming_logsumexp", _forward, mutates
 
 @_op.register_fake
 def _(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, backend):
-    n, dtype = q.shape[0], torch.promote_types(q.dtype, torch.float32)
+    n, dtype = q.shape[0], accumulation_dtype(q)
     sizes = n if want_same else 0, n if want_other else 0
     return *(q.new_empty(size, dtype=dtype) for size in sizes), q.new_empty((), dtype=torch.bool)
 
@@ -202,9 +179,9 @@ def _backward(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backward = triton_kernels.backward if backend == "triton" else blocked.backward
+    module = BACKENDS["streaming_logsumexp"][backend].module
     with without_autocast(q.device):
-        grads = backward(q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs)
+        grads = module.backward(q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs)
     # Row-major whatever the strides of the inputs, as the fake promises to the compiler.
     return tuple(q.new_empty(0) if g is None else g.contiguous() for g in grads)
 

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
+from ccl_fast.ops.precision import accumulation_dtype
+
 # With |s| <= 55 every exp(s) and every sum of up to 1e9 of them is a normal float32 number, and so is a
 # gradient of 1/n divided by such a sum for n up to a million. The maximum need not be subtracted then, and
 # because exp(s_ij) = exp(s_ji) for self-contrast, one exponential serves both directions. Unit vectors are
 # inside for temperatures of 0.0182 and above.
 UNSHIFTED_LIMIT = 55.0
-LARGEST_SCALED = 1e30
+MAX_SCALED = 1e30
 
 
 def logits_are_bounded(
@@ -25,11 +27,18 @@ def logits_are_bounded(
     if key_bias is not None and key_bias.numel():
         bound = bound + key_bias.masked_fill(key_bias == -torch.inf, 0.0).abs().amax()
     # The scale may be multiplied into q before the product with k: that must not overflow where k is tiny.
-    return (bound <= limit) & (scaled <= LARGEST_SCALED)
+    return (bound <= limit) & (scaled <= MAX_SCALED)
+
+
+def bounded_on_cpu(q: Tensor, k: Tensor | None, scale: Tensor, key_bias: Tensor | None) -> Tensor:
+    """The same on a CPU, where a branch on a value is free; on a GPU it would stall the queue, and it is False."""
+    if q.device.type == "cpu":
+        return logits_are_bounded(q, k, scale, key_bias)
+    return scale.new_zeros((), dtype=torch.bool)
 
 
 def _largest_norm(x: Tensor) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = accumulation_dtype(x)
     if x.shape[0] == 0:
         return torch.zeros((), dtype=dtype, device=x.device)
     return torch.linalg.vector_norm(x, dim=1, dtype=dtype).amax()

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.row_blocks import RowBlocks
-from ccl_fast.ops.row_dot import row_dot, without_autocast
-from ccl_fast.ops.streaming_logsumexp import in_autocast_dtype, scale_tensor
-from ccl_fast.ops.topk import kth_largest
-from ccl_fast.ops.validation import check_candidates, check_count, check_integer, check_logits, check_matrix, check_same
+from ccl_fast.checks import check_candidates, check_count, check_integer, check_logits, check_matrix, check_same
+from ccl_fast.errors import ArgumentError
+from ccl_fast.ops.precision import in_autocast_dtype, scale_tensor, without_autocast
+from ccl_fast.ops.row_dot import row_dot
+from ccl_fast.ops.rowwise.blocks import RowBlocks
+from ccl_fast.ops.rowwise.topk import kth_largest
 
 
 def topk_logsumexp(
@@ -112,7 +113,7 @@ def logsumexp_excluding(q: Tensor, k: Tensor, excluded: Tensor, *, scale: float 
     check_integer("excluded", excluded)
     check_same("excluded", excluded, "k", k, dtype=False)
     if len(excluded) != len(q):
-        raise ValueError(f"excluded: expected {len(q)} rows (those of q), got {len(excluded)}")
+        raise ArgumentError(f"excluded: expected {len(q)} rows (those of q), got {len(excluded)}")
     on_host = excluded.device.type == "cpu" and not torch.compiler.is_compiling() and excluded.numel() > 0
     if on_host and excluded.max() >= len(k):
         raise IndexError(f"excluded: expected rows of k, below {len(k)}, got {excluded.max():d}")

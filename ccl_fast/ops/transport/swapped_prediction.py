@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_floating, check_matrix, check_same, check_scale, check_tensor
+from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.backends import choose_backend
-from ccl_fast.ops.half_product import Weights, columns_of, factor, product
-from ccl_fast.ops.row_blocks import block_rows, blocks_of
-from ccl_fast.ops.row_dot import row_dot, without_autocast
-from ccl_fast.ops.sinkhorn import plan_average
-from ccl_fast.ops.streaming_logsumexp import BACKENDS, in_autocast_dtype, scale_tensor, streaming_logsumexp
-from ccl_fast.ops.validation import check_floating, check_matrix, check_same, check_scale, check_tensor
+from ccl_fast.ops.logsumexp.operator import streaming_logsumexp
+from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, scale_tensor, without_autocast
+from ccl_fast.ops.row_dot import row_dot
+from ccl_fast.ops.rowwise.blocks import block_rows, blocks_of
+from ccl_fast.ops.rowwise.half_product import Weights, columns_of, factor, product
+from ccl_fast.ops.transport.sinkhorn import plan_average
 
 
 def swapped_prediction(
@@ -49,8 +51,8 @@ def swapped_prediction(
     _check(z, centers, potentials)
     check_scale("scale", scale)
     z, centers = in_autocast_dtype(z), in_autocast_dtype(centers)
-    backend = choose_backend("swapped_prediction", BACKENDS, backend, z.device, z.dtype)
-    scale, potentials = scale_tensor(scale, z), potentials.detach().to(torch.promote_types(z.dtype, torch.float32))
+    backend = choose_backend("streaming_logsumexp", backend, z.device, z.dtype)
+    scale, potentials = scale_tensor(scale, z), potentials.detach().to(accumulation_dtype(z))
     if backend == "reference":
         return _dense(z, centers, potentials, scale, plan_scale)
     if backend == "triton":
@@ -198,12 +200,12 @@ def _check(z: Tensor, centers: Tensor, potentials: Tensor) -> None:
     check_tensor("z", z)
     check_floating("z", z)
     if z.ndim != 3:
-        raise ValueError(f"z: expected shape [views, n, d], got {list(z.shape)}")
+        raise ArgumentError(f"z: expected shape [views, n, d], got {list(z.shape)}")
     for name, x, columns in (("centers", centers, z.shape[2]), ("potentials", potentials, len(centers))):
         check_matrix(name, x, columns=columns)
         check_floating(name, x)
         check_same(name, x, "z", z, dtype=name == "centers")
     if len(centers) == 0:
-        raise ValueError("centers: expected at least one row, got [0, d]")
+        raise ArgumentError("centers: expected at least one row, got [0, d]")
     if len(potentials) > len(z):
-        raise ValueError(f"potentials: expected those of at most {len(z)} views, got {len(potentials)}")
+        raise ArgumentError(f"potentials: expected those of at most {len(z)} views, got {len(potentials)}")

@@ -5,20 +5,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ccl_fast.kernels import extension
-from ccl_fast.ops import kmeans_assign_blocked, kmeans_assign_cuda, kmeans_assign_reference
-from ccl_fast.ops.backends import choose_backend
-from ccl_fast.ops.center_distance import center_distance
-from ccl_fast.ops.validation import check_choice, check_finite, check_floating, check_same, check_tensor
+from ccl_fast.checks import check_choice, check_finite, check_floating, check_same, check_tensor
+from ccl_fast.errors import ArgumentError
+from ccl_fast.ops.backends import chosen_module
+from ccl_fast.ops.kmeans.distance import center_distance
+from ccl_fast.ops.precision import accumulation_dtype
 
 METRICS = ("euclidean", "cosine")
-
-# In the order in which "auto" prefers them; each names its obstacles on a device and dtype.
-BACKENDS = {
-    "cuda": extension.obstacles,
-    "blocked": lambda device, dtype: [],
-    "reference": lambda device, dtype: [],
-}
 
 
 class Rows(Protocol):
@@ -66,14 +59,14 @@ def kmeans_assign(
     check_floating("x", x)
     check_tensor("centers", centers)
     if x.ndim not in (2, 3):
-        raise ValueError(f"x: expected shape [rows, d] or [problems, rows, d], got {list(x.shape)}")
+        raise ArgumentError(f"x: expected shape [rows, d] or [problems, rows, d], got {list(x.shape)}")
     expected = (*x.shape[:-2], centers.shape[-2] if centers.ndim > 1 else 0, x.shape[-1])
     if centers.shape != expected or not centers.shape[-2] or not x.shape[-1]:
         leading = "".join(f"{size}, " for size in x.shape[:-2])
-        raise ValueError(f"centers: expected shape [{leading}at least 1, {x.shape[-1]}], got {list(centers.shape)}")
-    compute_dtype = torch.promote_types(x.dtype, torch.float32)
+        raise ArgumentError(f"centers: expected shape [{leading}at least 1, {x.shape[-1]}], got {list(centers.shape)}")
+    compute_dtype = accumulation_dtype(x)
     if centers.dtype not in (x.dtype, compute_dtype):
-        raise ValueError(f"centers: expected dtype {x.dtype} (that of x) or {compute_dtype}, got {centers.dtype}")
+        raise ArgumentError(f"centers: expected dtype {x.dtype} (that of x) or {compute_dtype}, got {centers.dtype}")
     check_same("centers", centers, "x", x, dtype=False)
     check_choice("metric", metric, METRICS)
     check_finite("x", x)
@@ -88,8 +81,7 @@ def kmeans_assign(
         rechecked = torch.zeros(2, dtype=torch.int64, device=x.device)
     else:
         labels, rechecked = prepare_rows(x, metric=metric, backend=backend).nearest(centers)
-    exact = "blocked" if backend == "reference" else backend  # differences, without blocks of K
-    distance = center_distance(x, centers, labels, metric=metric, backend=exact)
+    distance = center_distance(x, centers, labels, metric=metric, backend=backend)
     if not batched:
         labels, distance = labels[0], distance[0]
     return (labels, distance, rechecked) if return_rechecked else (labels, distance)
@@ -97,6 +89,4 @@ def kmeans_assign(
 
 def prepare_rows(x: Tensor, *, metric: str, backend: str = "auto") -> Rows:
     """Rows [problems, rows, d], not empty and finite, made ready for ``nearest`` by the chosen backend."""
-    chosen = choose_backend("kmeans_assign", BACKENDS, backend, x.device, x.dtype)
-    modules = {"cuda": kmeans_assign_cuda, "blocked": kmeans_assign_blocked, "reference": kmeans_assign_reference}
-    return modules[chosen].Rows(x, metric)
+    return chosen_module("kmeans_assign", backend, x.device, x.dtype).Rows(x, metric)

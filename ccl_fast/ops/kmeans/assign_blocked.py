@@ -10,14 +10,15 @@ that come into question, in float64.
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.blocks import for_each_block
-from ccl_fast.ops.cpu_product import times_transposed
-from ccl_fast.ops.kmeans_assign_reference import exact_scores
-from ccl_fast.ops.unit import unit
+from ccl_fast.ops.kmeans.assign_reference import exact_scores
+from ccl_fast.ops.matmul import matmul_nt
+from ccl_fast.ops.normalize import normalize_rows
+from ccl_fast.ops.precision import accumulation_dtype
+from ccl_fast.ops.threads import for_each_block
 
 # Rows of one block and entries of its scores: on a CPU they should stay in the cache, but a block of few clusters be
 # worth its calls; elsewhere it should fill the device.
-CPU_ROWS, MOST_CPU_ROWS, CPU_ENTRIES, MOST_CPU_ENTRIES = 512, 4096, 1 << 19, 1 << 22
+CPU_ROWS, MAX_CPU_ROWS, CPU_ENTRIES, MAX_CPU_ENTRIES = 512, 4096, 1 << 19, 1 << 22
 DEVICE_ENTRIES = 1 << 27
 # Entries of a block whose norms are taken, on a CPU.
 NORM_ENTRIES = 1 << 18
@@ -34,7 +35,7 @@ class Rows:
 
     def __init__(self, x: Tensor, metric: str):
         self.x, self.metric = x, metric
-        self.dtype = torch.promote_types(x.dtype, torch.float32)
+        self.dtype = accumulation_dtype(x)
         entries = x.flatten(1)
         if metric == "euclidean":
             # The mean of huge values overflows; any origin is right.
@@ -65,7 +66,7 @@ class Rows:
     def _nearest(self, problem: int, centers: Tensor) -> tuple[Tensor, int]:
         x, norm = self.x[problem], self.norm[problem]
         if self.metric == "cosine":
-            moved = unit(centers.double()).to(self.dtype)
+            moved = normalize_rows(centers.double()).to(self.dtype)
             half_square = torch.zeros_like(moved[:, 0])
         else:
             moved = (centers - self.origin[problem]) * self.scale[problem]
@@ -74,7 +75,7 @@ class Rows:
         towards = -moved
 
         def scores_of(rows: Tensor) -> Tensor:
-            return times_transposed(rows, towards, half_square)
+            return matmul_nt(rows, towards, half_square)
 
         labels = torch.empty(len(x), dtype=torch.int64, device=x.device)
         best, second = torch.empty_like(norm), torch.empty_like(norm)
@@ -103,8 +104,8 @@ class Rows:
 
 def _block_rows(clusters: int, device: torch.device) -> int:
     if device.type == "cpu":
-        rows = max(CPU_ROWS, min(MOST_CPU_ROWS, CPU_ENTRIES // clusters))
-        return max(16, min(rows, MOST_CPU_ENTRIES // clusters))
+        rows = max(CPU_ROWS, min(MAX_CPU_ROWS, CPU_ENTRIES // clusters))
+        return max(16, min(rows, MAX_CPU_ENTRIES // clusters))
     return max(256, DEVICE_ENTRIES // clusters)
 
 

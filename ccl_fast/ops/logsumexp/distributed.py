@@ -19,21 +19,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ccl_fast.distributed import Peers, outside_of_graphs
-from ccl_fast.ops import streaming_logsumexp_blocked as blocked
-from ccl_fast.ops import streaming_logsumexp_triton as triton_kernels
-from ccl_fast.ops.backends import choose_backend
+from ccl_fast.ops.backends import BACKENDS, choose_backend
 from ccl_fast.ops.ids import consecutive_ids
+from ccl_fast.ops.logsumexp.operator import logaddexp
+from ccl_fast.ops.logsumexp.reference import logsumexp_by_relation
+from ccl_fast.ops.precision import accumulation_dtype
 from ccl_fast.ops.row_dot import row_dot
 from ccl_fast.ops.same_id_similarity import (
-    pair_similarity,
-    pair_similarity_gradient,
+    mutual_similarity,
+    mutual_similarity_gradient,
     same_id_similarity,
     same_id_similarity_gradient,
 )
-from ccl_fast.ops.streaming_logsumexp import BACKENDS, logaddexp
-from ccl_fast.ops.streaming_logsumexp_reference import logsumexp_by_relation
-
-KERNELS = {"triton": triton_kernels, "blocked": blocked}
 
 
 class Exchange(NamedTuple):
@@ -69,13 +66,14 @@ def global_contrast(
         scale: a number, or a tensor of one element.
         backend: as of `streaming_logsumexp`; "reference" gathers with autograd, and is dense.
     """
-    chosen = choose_backend("global_contrast", BACKENDS, backend, z.device, z.dtype)
-    accumulation = torch.promote_types(z.dtype, torch.float32)
+    chosen = choose_backend("streaming_logsumexp", backend, z.device, z.dtype)
+    accumulation = accumulation_dtype(z)
     scale = torch.as_tensor(scale, dtype=accumulation, device=z.device).reshape(())
     with torch.autocast(z.device.type, enabled=False):
         if chosen == "reference":
             return _reference(z, ids, scale, wanted, exchange)
-        numbers = _GlobalContrast.apply(z, scale, ids, wanted, exchange, KERNELS[chosen])
+        kernels = BACKENDS["streaming_logsumexp"][chosen].module
+        numbers = _GlobalContrast.apply(z, scale, ids, wanted, exchange, kernels)
     return dict(zip(_names(wanted), numbers, strict=True))
 
 
@@ -86,7 +84,7 @@ def global_same_id_similarity(z: Tensor, ids: Tensor, exchange: Exchange) -> tup
     For ids beside those of `global_contrast`, which would send all rows once more. The gradient of z is as there.
     """
     peers, counts = exchange.peers, exchange.counts
-    x = z.to(torch.promote_types(z.dtype, torch.float32))
+    x = z.to(accumulation_dtype(z))
     everyone = consecutive_ids(peers.gather(ids, counts))
     group, size = everyone.split(counts)[peers.rank], everyone.bincount()
     sums = peers.sum_with_gradient(x.new_zeros(len(size), x.shape[1]).index_add(0, group, x))
@@ -116,13 +114,13 @@ class _GlobalContrast(torch.autograd.Function):
             z_here, ids_here = z[own], None if ids is None else ids[own]
             if not (len(z_here) and len(z_there)):
                 continue
-            pair = kernels.pair_forward(
+            both = kernels.mutual_forward(
                 z_here, z_there, scale, _of_kind(ids_here, wanted), _of_kind(ids_there, wanted), *wanted[:2]
             )
             positives = ((), ())
             if wanted.similarity:
-                positives = pair_similarity(z_here, ids_here, z_there, ids_there)
-            here, there = (_columns(wanted, *sums, *more) for sums, more in zip(pair, positives, strict=True))
+                positives = mutual_similarity(z_here, ids_here, z_there, ids_there)
+            here, there = (_columns(wanted, *sums, *more) for sums, more in zip(both, positives, strict=True))
             numbers[own] = _merged(wanted, numbers[own], here)
             sizes = [part.stop - part.start for _, part in block.owners]
             for (rank, part), of_rank in zip(block.owners, there.split(sizes), strict=True):
@@ -167,7 +165,7 @@ class _GlobalContrast(torch.autograd.Function):
             )
             if not (len(z) and len(z_there)):
                 continue
-            grad, to_scale = kernels.pair_backward(
+            grad, to_scale = kernels.mutual_backward(
                 z, z_there, scale, _of_kind(ids, wanted), _of_kind(ids_there, wanted),
                 anchors, _anchors(wanted, known_there),
             )  # fmt: skip
@@ -175,7 +173,7 @@ class _GlobalContrast(torch.autograd.Function):
             grad_scale = grad_scale + to_scale
             if wanted.similarity:
                 of_there = known_there[:, -1]
-                grad_z += pair_similarity_gradient(z, ids, of_similarity, z_there, ids_there, of_there)
+                grad_z += mutual_similarity_gradient(z, ids, of_similarity, z_there, ids_there, of_there)
         return grad_z.to(z.dtype), grad_scale, None, None, None, None
 
 

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.row_blocks import RowBlocks
-from ccl_fast.ops.row_dot import without_autocast
-from ccl_fast.ops.streaming_logsumexp import in_autocast_dtype
-from ccl_fast.ops.validation import check_candidates, check_count
+from ccl_fast.checks import check_candidates, check_count
+from ccl_fast.errors import ArgumentError
+from ccl_fast.ops.precision import in_autocast_dtype, without_autocast
+from ccl_fast.ops.rowwise.blocks import RowBlocks
 
 COUNTED = 1 << 24
 
@@ -41,7 +41,7 @@ def similarity_histogram(
     check_count("bins", bins)
     low, high = range
     if not low < high:
-        raise ValueError(f"range: expected two increasing numbers, got {range!r}")
+        raise ArgumentError(f"range: expected two increasing numbers, got {range!r}")
     q = in_autocast_dtype(q)
     return _op(q, None if k is None else k.to(q.dtype), q_ids, k_ids, candidates, bins, float(low), float(high))
 

@@ -11,11 +11,12 @@ import functools
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.cpu_product import times_transposed
+from ccl_fast.ops.matmul import matmul_nt
+from ccl_fast.ops.precision import accumulation_dtype
 
 HALVES = (torch.float16, torch.bfloat16)
 # What the largest weight of a matrix becomes in float16, whose numbers end at 2^16 and lose bits below 2^-14.
-LARGEST_WEIGHT = 2.0**14
+MAX_WEIGHT = 2.0**14
 # Rows of halves that begin at 16 bytes are loaded as a whole.
 ALIGNMENT = 8
 
@@ -24,14 +25,14 @@ def factor(x: Tensor) -> Tensor:
     """x as a factor of `product`: as it is where halves can be multiplied so, else in accumulation precision."""
     if x.dtype in HALVES and multiplies_halves(x.device):
         return x.contiguous()
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(accumulation_dtype(x))
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
     """``x @ y.T`` of two factors [n, l] and [m, l] -> [n, m] in accumulation precision. Not differentiable."""
     if x.dtype in HALVES:
         return torch.mm(x, y.T, out_dtype=torch.float32)
-    return times_transposed(x, y)
+    return matmul_nt(x, y)
 
 
 def columns_of(x: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ def _as_halves(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         return rounded.copy_(w), None
     # Weights of the size of 1 / n^2 would vanish.
     low, high = w.aminmax()
-    gain = LARGEST_WEIGHT / torch.maximum(-low, high).clamp_(min=1e-30)
+    gain = MAX_WEIGHT / torch.maximum(-low, high).clamp_(min=1e-30)
     return torch.mul(w, gain, out=rounded), gain
 
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ccl_fast.ops.precision import accumulation_dtype
+
 
 def logsumexp_by_relation(
     q: Tensor,
@@ -18,7 +20,7 @@ def logsumexp_by_relation(
     of ``q``, everything after them in float32 (float64 for float64): what a careful dense loss would do.
     """
     logits = q @ (q if k is None else k).T
-    logits = logits.to(torch.promote_types(q.dtype, torch.float32)) * scale
+    logits = logits.to(accumulation_dtype(q)) * scale
     if key_bias is not None:
         logits = logits + key_bias
     excluded = torch.zeros_like(logits, dtype=torch.bool)

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ccl_fast.ops.cpu_product import times_transposed
-from ccl_fast.ops.logit_bound import UNSHIFTED_LIMIT, logits_are_bounded
+from ccl_fast.ops.logsumexp.bound import UNSHIFTED_LIMIT, bounded_on_cpu
+from ccl_fast.ops.matmul import matmul_nt
+from ccl_fast.ops.precision import accumulation_dtype
 from ccl_fast.ops.row_dot import row_dot
 
 # Rows and columns of a tile. Larger tiles waste half of those on the diagonal, smaller ones their calls: on a CPU the
@@ -42,7 +43,7 @@ class _Problem:
     """The operands in accumulation precision and, on a CPU, sorted by id, so that most tiles need no mask."""
 
     def __init__(self, q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, bounded, mutual=False):
-        dtype = torch.promote_types(q.dtype, torch.float32)
+        dtype = accumulation_dtype(q)
         self.is_self = k is None
         self.mutual = mutual or self.is_self  # the keys are anchors too, of which the rows are keys
         on_cpu = q.device.type == "cpu"
@@ -102,12 +103,12 @@ class _Problem:
 
     def logits(self, tile: _Tile) -> Tensor:
         """x over the tile, -inf on the diagonal of self-contrast."""
-        return self._without_diagonal(times_transposed(self.q[tile.rows], self.k[tile.cols]).mul_(self.scale), tile)
+        return self._without_diagonal(matmul_nt(self.q[tile.rows], self.k[tile.cols]).mul_(self.scale), tile)
 
     def exponentials(self, tile: _Tile) -> Tensor:
         """exp(x) over the tile, of bounded logits; 0 on the diagonal of self-contrast."""
         scaled = self.q[tile.rows] * (self.scale * LOG2E)  # powers of two are faster
-        return self._without_diagonal(times_transposed(scaled, self.k[tile.cols]), tile).exp2_()
+        return self._without_diagonal(matmul_nt(scaled, self.k[tile.cols]), tile).exp2_()
 
     def _without_diagonal(self, x: Tensor, tile: _Tile) -> Tensor:
         return x.fill_diagonal_(-torch.inf) if self.is_self and not tile.mirrored else x
@@ -141,19 +142,12 @@ def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple
     return *of_rows, bounded
 
 
-def pair_forward(q, k, scale, q_ids, k_ids, want_same, want_other) -> tuple[tuple[Tensor, Tensor], ...]:
+def mutual_forward(q, k, scale, q_ids, k_ids, want_same, want_other) -> tuple[tuple[Tensor, Tensor], ...]:
     """Log-sum-exps over the same id and the others: of the rows of q over those of k, and of those of k over q."""
     problem = _Problem(
         q, k, scale, None, q_ids, k_ids, want_same, want_other, bounded_on_cpu(q, k, scale, None), mutual=True
     )
     return _logsumexps(problem, want_same, want_other)
-
-
-def bounded_on_cpu(q: Tensor, k: Tensor | None, scale: Tensor, key_bias: Tensor | None) -> Tensor:
-    # On a CPU a branch on a value is free. On a GPU it would stall the queue: take the general path.
-    if q.device.type == "cpu":
-        return logits_are_bounded(q, k, scale, key_bias)
-    return scale.new_zeros((), dtype=torch.bool)
 
 
 def _logsumexps(problem: _Problem, want_same: bool, want_other: bool) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -252,7 +246,7 @@ def backward(
     return grad_q, grad_k, grad_scale, grad_bias
 
 
-def pair_backward(q, k, scale, q_ids, k_ids, of_q, of_k) -> tuple[Tensor, Tensor]:
+def mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k) -> tuple[Tensor, Tensor]:
     """Of two blocks of rows that are anchors of each other: the gradient of q, from its own sums and from those of k,
     in accumulation precision, and half the products' share of the gradient of the scale: the other half is k's.
 
@@ -270,7 +264,7 @@ def _weighted_sums(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """sum_j W_ij k_j for the rows, sum_i W_ij q_i for the keys and sum_i W_ij for the bias, all in sorted order.
 
-    ``of_rows``, and where keys are anchors too ``of_keys``: log-sum-exps and their gradients, as in `pair_backward`.
+    ``of_rows``, and where keys are anchors too ``of_keys``: log-sum-exps and their gradients, as in `mutual_backward`.
     """
     rows = _anchors(problem, of_rows, problem.order_q)
     keys = rows if problem.is_self else None if of_keys is None else _anchors(problem, of_keys, problem.order_k)
@@ -283,9 +277,9 @@ def _weighted_sums(
     for tile in problem.tiles():
         w = _weights(problem, tile, rows, keys, to_bias)
         if to_q is not None:
-            to_q[:, tile.rows] += times_transposed(k_columns[:, tile.cols], w)
+            to_q[:, tile.rows] += matmul_nt(k_columns[:, tile.cols], w)
         if to_k is not None and (tile.mirrored or not problem.is_self):
-            to_k[:, tile.cols] += times_transposed(q_columns[:, tile.rows], w.T)
+            to_k[:, tile.cols] += matmul_nt(q_columns[:, tile.rows], w.T)
     if problem.is_self:
         to_k = None
     return *(None if x is None else x.T.contiguous() for x in (to_q, to_k)), to_bias

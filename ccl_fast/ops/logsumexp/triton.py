@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ccl_fast.ops.ids import consecutive_ids
-from ccl_fast.ops.logit_bound import logits_are_bounded
+from ccl_fast.ops.logsumexp.bound import logits_are_bounded
 from ccl_fast.ops.row_dot import row_dot
 
 # Below this the time is that of the launches: one kernel that is always right beats two and a flag.
@@ -20,7 +20,7 @@ STRIP_BYTES = 256 << 20
 STRIP_SHARE = 32
 _ALIGNMENT = 128
 # Elements between two rows: offsets within a tile have 32 bits.
-FARTHEST = 1 << 22
+MAX_STRIDE = 1 << 22
 # Few rows leave multiprocessors idle: then the keys are divided, into parts of at least so many.
 KEYS_OF_A_PART = 1024
 
@@ -127,7 +127,7 @@ def backward(
     return grad_q, grad_k, _divided(grad_scale, gain), _divided(grad_bias, gain)
 
 
-def pair_forward(q, k, scale, q_ids, k_ids, want_same, want_other) -> tuple[tuple[Tensor, Tensor], ...]:
+def mutual_forward(q, k, scale, q_ids, k_ids, want_same, want_other) -> tuple[tuple[Tensor, Tensor], ...]:
     """Log-sum-exps over the same id and the others: of the rows of q over those of k, and of those of k over q."""
     return (
         forward(q, k, scale, None, q_ids, k_ids, want_same, want_other)[:2],
@@ -135,7 +135,7 @@ def pair_forward(q, k, scale, q_ids, k_ids, want_same, want_other) -> tuple[tupl
     )
 
 
-def pair_backward(q, k, scale, q_ids, k_ids, of_q, of_k) -> tuple[Tensor, Tensor]:
+def mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k) -> tuple[Tensor, Tensor]:
     """Of two blocks of rows that are anchors of each other: the gradient of q, from its own sums and from those of k,
     in accumulation precision, and half the products' share of the gradient of the scale: the other half is k's.
 
@@ -329,7 +329,7 @@ def _aligned(x: Tensor) -> Tensor:
     """The same rows, contiguous and 16 elements or a multiple apart, as wide loads and asynchronous copies need them;
     with zeros at the end if D is no such multiple."""
     missing = -x.shape[1] % 16
-    if missing == 0 and x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.stride(0) <= FARTHEST:
+    if missing == 0 and x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.stride(0) <= MAX_STRIDE:
         return x
     return torch.nn.functional.pad(x, (0, missing)).contiguous()
 

@@ -6,15 +6,15 @@ import threading
 import pytest
 import torch
 
-from ccl_fast.ops import blocks
-from ccl_fast.ops.blocks import for_each_block
+from ccl_fast.ops import threads as threads_module
+from ccl_fast.ops.threads import for_each_block
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=[1, 2, 5])
 def threads(request, monkeypatch):
-    monkeypatch.setattr(blocks, "FEWEST_BLOCKS", 0)
+    monkeypatch.setattr(threads_module, "MIN_BLOCKS_PER_THREAD", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
@@ -50,7 +50,7 @@ def test_torch_has_one_thread_in_each_and_no_gradients_or_autocast(threads):
 
 
 def test_few_blocks_stay_in_the_calling_thread(threads, monkeypatch):
-    monkeypatch.setattr(blocks, "FEWEST_BLOCKS", 2)
+    monkeypatch.setattr(threads_module, "MIN_BLOCKS_PER_THREAD", 2)
     names = []
     for_each_block(2 * threads, 1, lambda part: names.append(threading.current_thread()), CPU)
     assert names == [threading.current_thread()] * 2 * threads

@@ -1,0 +1,81 @@
+"""The update step of k-means: sums of rows by cluster, the same bits every time."""
+
+import torch
+from torch import Tensor
+
+from ccl_fast.checks import check_count, check_floating, check_integer, check_same, check_tensor
+from ccl_fast.errors import ArgumentError
+from ccl_fast.ops.backends import chosen_module
+from ccl_fast.ops.precision import accumulation_dtype
+
+
+def kmeans_update(
+    x: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | None = None, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    r"""Weighted sums of the rows of every cluster, and the clusters' total weights.
+
+    .. math::
+        S_k = \sum_{i: y_i = k} w_i x_i, \qquad W_k = \sum_{i: y_i = k} w_i
+
+    Rows are sorted by cluster and summed in that order, at most 256 at a time in float32 and then in float64: no
+    atomics, so the same input gives the same bits. No gradient flows.
+
+    Args:
+        x: ``[n, d]``, or ``[b, n, d]`` for b independent problems; float64, float32, bfloat16 or float16.
+        labels: ``[n]`` or ``[b, n]``, int64 or int32 in ``[0, n_clusters)``.
+        n_clusters: k.
+        weights: ``[n]`` or ``[b, n]``, floating point; 1 by default.
+        backend: "auto", "cuda" (the extension), "blocked" (plain torch, any device) or "reference" (float64).
+
+    Returns:
+        ``sums`` float64 ``[k, d]`` (``[b, k, d]``), zero for empty clusters; ``total_weights`` float64 ``[k]``.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or value; the backend cannot run here.
+    """
+    check_tensor("x", x)
+    check_floating("x", x)
+    if x.ndim not in (2, 3):
+        raise ArgumentError(f"x: expected shape [rows, d] or [problems, rows, d], got {list(x.shape)}")
+    for name, rows in (("labels", labels), ("weights", weights)):
+        if rows is None:
+            continue
+        check_tensor(name, rows)
+        check_same(name, rows, "x", x, dtype=False)
+        if rows.shape != x.shape[:-1]:
+            raise ArgumentError(f"{name}: expected shape {list(x.shape[:-1])}, got {list(rows.shape)}")
+    check_integer("labels", labels)
+    check_count("n_clusters", n_clusters)
+    if labels.numel() and not 0 <= labels.min() <= labels.max() < n_clusters:
+        raise ArgumentError(
+            f"labels: expected labels in [0, {n_clusters}), got {labels.min().item()} to {labels.max().item()}"
+        )
+    if weights is not None:
+        check_floating("weights", weights)
+    if x.ndim == 3:
+        return sum_by_cluster(x, labels, n_clusters, weights, backend)
+    sums, total_weights = sum_by_cluster(
+        x[None], labels[None], n_clusters, None if weights is None else weights[None], backend
+    )
+    return sums[0], total_weights[0]
+
+
+def sum_by_cluster(
+    x: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | None, backend: str, *, wide: bool = False
+) -> tuple[Tensor, Tensor]:
+    """As :func:`kmeans_update`, for [problems, rows, d], without its checks: it does not make the host wait.
+
+    A backend's own takes rows [n, d] and the clusters 0 ... count - 1 of all problems.
+
+    ``wide`` sums are float64 from the first row (but for the extension's): they hardly depend on how rows are parted,
+    and not at all where their digits suffice, as for float32 rows of similar magnitude.
+    """
+    problems, _, d = x.shape
+    if weights is not None:
+        weights = weights.detach().to(accumulation_dtype(x)).flatten()
+    shift = n_clusters * torch.arange(problems, device=x.device)
+    clusters = (labels.long() + shift[:, None]).flatten()
+    module = chosen_module("kmeans_update", backend, x.device, x.dtype)
+    rows = x.detach().reshape(-1, d)
+    sums, total_weights = module.sum_by_cluster(rows, clusters, problems * n_clusters, weights, wide)
+    return sums.view(problems, n_clusters, d), total_weights.view(problems, n_clusters)

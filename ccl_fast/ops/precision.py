@@ -1,0 +1,32 @@
+"""In which precision operators multiply and add: the input's, or autocast's, and float32 at least."""
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """Of sums, and of all that follows the products of x: float32; float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def scale_tensor(scale: float | Tensor, q: Tensor) -> Tensor:
+    """Of no dimensions, in accumulation precision."""
+    dtype = accumulation_dtype(q)
+    if isinstance(scale, Tensor):
+        return scale.to(device=q.device, dtype=dtype).reshape(())
+    return torch.full((), scale, dtype=dtype, device=q.device)
+
+
+def in_autocast_dtype(x: Tensor) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Where autocast is off already, nothing: a context costs as much as a small operation."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()

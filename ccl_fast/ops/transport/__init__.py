@@ -1,0 +1,1 @@
+"""Optimal transport of points to centres, and predictions of its plans."""
