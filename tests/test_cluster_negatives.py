@@ -1,11 +1,11 @@
-"""MCLLoss and MEOWLoss against their definition, and InfoNCE."""
+"""MCLLoss, MEOWLoss and CenterNegativesLoss against their definition, and InfoNCE."""
 
 import pytest
 import torch
 from loss_oracle import assert_matches, batch, differentiate, infonce, largest, learnable, reduced, unit
 
 from ccl_fast import InfoNCELoss
-from ccl_fast.losses import MCLLoss, MEOWLoss
+from ccl_fast.losses import CenterNegativesLoss, MCLLoss, MEOWLoss
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 IDS = torch.tensor([4, 0, -1, 4, 0, 4, 2, -1, 0])
@@ -35,6 +35,19 @@ def definition(loss, queries, ids, keys=None, *, temperature=0.1, symmetric=True
             rows = [pairs[i, 1 - side], *(pairs[j, other] for j in negatives for other in seen)]
             losses.append(-(torch.stack(rows) @ pairs[i, side] / temperature).log_softmax(0)[0])
     return reduced(losses, [True] * len(losses), (n, 2) if symmetric else (n,), reduction, queries)
+
+
+def center_negatives(embeddings, ids, centers, *, temperature=0.1, normalize=True, reduction="mean"):
+    scaled = unit if normalize else torch.Tensor.double
+    z, mu = scaled(embeddings.double()), scaled(centers.detach().double())
+    losses = []
+    for i, id_ in enumerate(ids.tolist()):
+        for side in (0, 1):
+            rows = [z[j, other] for j in range(len(z)) for other in (0, 1) if (j, other) != (i, side)]
+            rows += [mu[c] for c in range(len(mu)) if c != id_]
+            logits = torch.stack(rows) @ z[i, side] / temperature
+            losses.append(logits.logsumexp(0) - z[i, 0] @ z[i, 1] / temperature)
+    return reduced(losses, [True] * len(losses), embeddings.shape[:2], reduction, embeddings)
 
 
 def tensors(use, n=9, dtype=torch.float64):
@@ -128,6 +141,30 @@ def test_empty_batch_is_zero_with_a_graph(loss):
     assert value == 0 and z.grad is not None
 
 
+@pytest.mark.parametrize("options", [{}, {"normalize": False}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_centers_of_other_clusters_are_negatives(k, options, backend):
+    leaf, centers = batch(9, 2, 6, 1)[0].requires_grad_(), torch.randn(k, 6, dtype=torch.float64, requires_grad=True)
+    ids = IDS.clamp(max=k - 1)
+    module = learnable(CenterNegativesLoss, 0.3, backend=backend, **options)
+    value = module(leaf, ids, centers)
+    exact = leaf.detach().clone().requires_grad_()
+    log_temperature = torch.tensor(0.3, dtype=torch.float64).log().requires_grad_()
+    expected = center_negatives(exact, ids, centers, temperature=log_temperature.exp(), **options)
+    torch.testing.assert_close(value, expected)
+    actual = differentiate(value, [leaf, *module.parameters()])
+    for found, wanted in zip(actual, differentiate(expected, [exact, log_temperature]), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+    assert centers.grad is None
+
+
+def test_without_centers_it_is_infonce():
+    z, none = batch(9, 2, 6, 1)[0], torch.full((9,), -1)
+    torch.testing.assert_close(CenterNegativesLoss()(z, none, torch.zeros(0, 6)), infonce(z))
+    own = torch.zeros(9, dtype=torch.int64)  # the only centre is everybody's own
+    torch.testing.assert_close(CenterNegativesLoss()(z, own, torch.randn(1, 6)), infonce(z))
+
+
 def test_errors():
     z = batch(9, 2, 6, 1)[0]
     for call, message in (
@@ -135,6 +172,11 @@ def test_errors():
         (lambda: MCLLoss()(z[:, 0], [IDS]), r"queries: expected shape \[n, 2, d\] without keys"),
         (lambda: MEOWLoss()(z, IDS[:3]), r"cluster_ids: expected shape \[9\], got \[3\]"),
         (lambda: MEOWLoss()(z[:, 0], IDS, z[:4, 1]), r"keys: expected shape \[9, 6\]"),
+        (
+            lambda: CenterNegativesLoss()(z[:, 0], IDS, z[:5, 0]),
+            r"embeddings: expected shape \[n, 2, d\], got",
+        ),
+        (lambda: CenterNegativesLoss()(z, IDS, z[:5, 0, :3]), r"centers: expected shape \[rows, 6\], got \[5, 3\]"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -12,6 +12,7 @@ from processes import run
 
 from ccl_fast.distributed import Peers
 from ccl_fast.losses import (
+    CenterNegativesLoss,
     DeepClusterV2Loss,
     InfoNCELoss,
     MCLLoss,
@@ -46,6 +47,7 @@ USES = {
         ["z", "keys"],
     ),
     "meow": (MEOWLoss, lambda x: (x["z"], x["ids"][0]), ["z"]),
+    "center negatives": (CenterNegativesLoss, lambda x: (x["z"], x["ids"][0], x["centers"][0]), ["z"]),
     "mcl": (MCLLoss, lambda x: (x["z"], x["ids"]), ["z"]),
     "mcl first stage": (MCLLoss, lambda x: (x["z"], []), ["z"]),
     "mcl towers": (MCLLoss, lambda x: (x["z"][:, 0], x["ids"], x["keys"]), ["z"]),

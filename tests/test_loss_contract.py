@@ -19,7 +19,7 @@ from loss_oracle import (
     supcon,
 )
 from test_adameow_loss import adameow
-from test_cluster_negatives import definition
+from test_cluster_negatives import center_negatives, definition
 from test_feature_transformation import seeded, transformed
 from test_hard_contrastive_loss import hard_contrastive
 from test_interclr_loss import interclr
@@ -41,6 +41,7 @@ from torch.utils._pytree import tree_leaves
 from ccl_fast import CCLLoss, InfoNCELoss, SupConLoss
 from ccl_fast.losses import (
     AdaMEOWLoss,
+    CenterNegativesLoss,
     DeepClusterV2Loss,
     FeatureTransformationLoss,
     HardContrastiveLoss,
@@ -163,6 +164,7 @@ USES = {
     "pamc": Use(PamCLoss, pamc, lambda z: (z[:, 0], z[:, 1], IDS[: len(z)])),
     "mcl": Use(MCLLoss, functools.partial(definition, MCLLoss), lambda z: (z, [IDS[: len(z)]])),
     "meow": Use(MEOWLoss, functools.partial(definition, MEOWLoss), lambda z: (z, IDS[: len(z)])),
+    "center negatives": Use(CenterNegativesLoss, center_negatives, with_centers),
     "sbcl": Use(SBCLLoss, sbcl, lambda z: (z, IDS[: len(z)], ASSIGNED.flip(0)[: len(z)])),
     "hard contrastive": Use(
         functools.partial(HardContrastiveLoss, temperature=0.1), hard_contrastive, lambda z: (z,), alpha=0.4

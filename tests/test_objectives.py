@@ -79,9 +79,9 @@ def expected_values(z, found, prototypes):
         "cacr": losses.CACRLoss()(z),
         "ccl": (
             share_a * losses.CCLLoss(0.2)(z, a, mu, t)
-            + (1 - share_a) * losses.MEOWLoss(0.2)(z, all_a)
+            + (1 - share_a) * losses.CenterNegativesLoss(0.2)(z, all_a, mu)
             + share_b * losses.CCLLoss(0.2)(z, b, nu, u)
-            + (1 - share_b) * losses.MEOWLoss(0.2)(z, all_b)
+            + (1 - share_b) * losses.CenterNegativesLoss(0.2)(z, all_b, nu)
         )
         / 2,
         "supcon": mean(losses.SupConLoss(0.2), (z, a), (z, b)),
@@ -120,6 +120,9 @@ def test_instances_and_clusters_have_their_shares(share):
     loss = CooperativeCCL(0.2)
     loss.instance_weight, loss.center_weight = share, 0.7
     of_clusters = losses.CCLLoss(0.2, center_weight=0.7)(z, believed, centers)
+    with_centers = losses.CenterNegativesLoss(0.2)(z, ids, centers)
+    assert_close(loss(z, of), share * with_centers + (1 - share) * of_clusters)
+    loss.instance_negatives = "other-clusters"
     assert_close(loss(z, of), share * losses.MEOWLoss(0.2)(z, ids) + (1 - share) * of_clusters)
     loss.instance_negatives = "all"
     assert_close(loss(z, of), share * losses.InfoNCELoss(0.2)(z) + (1 - share) * of_clusters)

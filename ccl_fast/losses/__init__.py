@@ -3,7 +3,7 @@
 from ccl_fast.losses.adameow import AdaMEOWLoss, PairWeights
 from ccl_fast.losses.cacr import CACRLoss
 from ccl_fast.losses.ccl import CCLLoss
-from ccl_fast.losses.cluster_negatives import MCLLoss, MEOWLoss
+from ccl_fast.losses.cluster_negatives import CenterNegativesLoss, MCLLoss, MEOWLoss
 from ccl_fast.losses.feature_transformation import (
     FeatureTransformationLoss,
     extrapolate_positives,
@@ -30,6 +30,7 @@ __all__ = [
     "AdaMEOWLoss",
     "CACRLoss",
     "CCLLoss",
+    "CenterNegativesLoss",
     "DeepClusterV2Loss",
     "FeatureTransformationLoss",
     "HardContrastiveLoss",

@@ -6,11 +6,11 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from ccl_fast.losses import CCLLoss, MEOWLoss
+from ccl_fast.losses import CCLLoss, CenterNegativesLoss, MEOWLoss
 
 # Where clusters come from, and what instances are held against.
 LABELS = ("k-means", "classes", "random")
-NEGATIVES = ("other-clusters", "all")
+NEGATIVES = ("centers", "other-clusters", "all")
 
 
 class Clustering(NamedTuple):
@@ -28,11 +28,11 @@ class CooperativeCCL(nn.Module):
 
     .. math::
         \ell_i = (1 - \omega)\, \mathrm{CCL}_i(\text{believed ids}, \text{centres}) + \omega \Big[
-            \log \Big( e^{s_{ii'}} + \sum_{j:\ y_j \ne y_i} e^{s_{ij}} \Big) - s_{ii'} \Big]
+            \log \Big( \sum_{j \in A(i)} e^{s_{ij}} + \sum_{c \ne y_i} e^{s_{ic}} \Big) - s_{ii'} \Big]
 
-    i' is the other view of i, y the cluster, believed or not. The bracket is `MEOWLoss`: that cluster-mates are no
-    negatives does no harm if they are not alike after all, as then it leaves out some of many negatives; that they are
-    positives does, so only those that are believed are. With ``instance_negatives="all"`` it is NT-Xent.
+    i' is the other view of i, y the cluster, believed or not. The bracket is `CenterNegativesLoss`: NT-Xent with the
+    centres of the other clusters as further negatives, which are no false ones even if the clusters mean nothing. With
+    ``instance_negatives="other-clusters"`` it is `MEOWLoss`, with "all" NT-Xent.
 
     Args:
         temperature: of both terms.
@@ -40,14 +40,15 @@ class CooperativeCCL(nn.Module):
 
     Attributes:
         instance_weight: :math:`\omega`, 0 to 1, or "agreement": the share of the images that are not believed.
-        instance_negatives: "other-clusters" or "all".
+        instance_negatives: "centers", "other-clusters" or "all".
         center_weight: of the centre among CCL's positives.
     """
 
     def __init__(self, temperature: float, process_group: str | None = None):
         super().__init__()
         self.clusters = CCLLoss(temperature, process_group=process_group)
-        self.instances = MEOWLoss(temperature, process_group=process_group)
+        self.with_centers = CenterNegativesLoss(temperature, process_group=process_group)
+        self.of_other_clusters = MEOWLoss(temperature, process_group=process_group)
         self.instance_weight: float | Literal["agreement"] = "agreement"
         self.instance_negatives = NEGATIVES[0]
 
@@ -67,10 +68,15 @@ class CooperativeCCL(nn.Module):
             return self._of_clusters(embeddings, of)
         terms = []
         if share > 0:
-            terms.append(share * self.instances(embeddings, of.all_ids))
+            terms.append(share * self._of_instances(embeddings, of))
         if share < 1:
             terms.append((1 - share) * self._of_clusters(embeddings, of))
         return sum(terms)
+
+    def _of_instances(self, embeddings: Tensor, of: Clustering) -> Tensor:
+        if self.instance_negatives == "centers":
+            return self.with_centers(embeddings, of.all_ids, of.centers)
+        return self.of_other_clusters(embeddings, of.all_ids)
 
     def _of_clusters(self, embeddings: Tensor, of: Clustering) -> Tensor:
         return self.clusters(embeddings, of.ids, of.centers, of.temperatures)

@@ -66,7 +66,7 @@ def train(
     center_ramp_epochs: int = 0,
     concentration: bool = False,
     instance_weight: float | Literal["agreement"] = "agreement",
-    instance_negatives: Literal[NEGATIVES] = "other-clusters",
+    instance_negatives: Literal[NEGATIVES] = "centers",
     believe: float | Literal["agreement"] = "agreement",
     ema: float | None = None,
     probe_every: int = 10,
@@ -153,8 +153,8 @@ def train(
         instance_weight: share of "ccl" that contrasts images with their own views alone, 0 to 1: what is certain keeps
             its pull, however many cluster-mates there are and however wrong the clusters. "agreement": as large as the
             share of the images whose clusters are not believed.
-        instance_negatives: what that share holds an image against: the images of "other-clusters", as those of its own
-            are likely of its kind, or "all" images.
+        instance_negatives: what that share holds an image against: all images of the batch and the "centers" of other
+            clusters, the images of "other-clusters" alone, as those of its own are likely of its kind, or "all" images.
         believe: share of the images whose cluster "ccl" believes, 0 to 1; the others, those farthest from their
             centres, have their own views as positives alone. "agreement": as large a share as that of images both of
             whose views lie nearest to their own cluster's centre, beyond chance, measured at every clustering; clusters

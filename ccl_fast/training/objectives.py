@@ -147,6 +147,6 @@ OPTIONS = {
     "center_ramp_epochs": 0,
     "concentration": False,
     "instance_weight": "agreement",
-    "instance_negatives": "other-clusters",
+    "instance_negatives": "centers",
     "believe": "agreement",
 }
