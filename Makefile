@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 test: $(INSTALLED)
 	$(PYTEST) -m "not slow"
 
-# Everything: what `make test` runs, and then what it leaves out. Nothing runs twice, nor does it in `make test test-all`.
+# Everything: `make test`, then the tests that it leaves out. `make test test-all`, as CI has it, runs none twice.
 test-all: test
 	$(PYTEST) -m slow
 

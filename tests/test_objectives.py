@@ -111,6 +111,12 @@ def test_the_value_is_that_of_the_loss_over_all_numbers_of_clusters():
         assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
+# Of those with clusters and of those with prototypes one each is enough to begin with.
+a_few = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("ccl", "swav") else pytest.mark.slow) for n in OBJECTIVES]
+)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_instances_and_clusters_have_their_shares(share):
     z = torch.randn(9, 2, 6, dtype=torch.float64)
@@ -157,7 +163,7 @@ def test_the_loss_falls_and_the_weights_move(name):
     assert not run.model.head[0].weight.equal(before["head.0.weight"])
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@a_few
 def test_a_state_in_the_middle_is_gone_on_from_bit_for_bit(name):
     given = {"warmup_epochs": 1, "ema": 0.9, "micro_batch": 5, "precision": "bf16-mixed", "learning_rate": 0.01}
     given |= {option: CHANGED[option] for option in OBJECTIVES[name].options}
@@ -171,7 +177,7 @@ def test_a_state_in_the_middle_is_gone_on_from_bit_for_bit(name):
         assert_close(go(again).state_dict(), end, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@a_few
 def test_micro_batches_and_bfloat16_change_little(name):
     given = {"learning_rate": 1e-4, "backbone": nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh())}
     plain = go(make_run(name, **given), 2)

@@ -134,7 +134,9 @@ def test_only_the_same_run_can_be_resumed(whole, tmp_path, capsys):
     assert "overwrite: expected False when resuming" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "foreign"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "flipped", *(pytest.param(d, marks=pytest.mark.slow) for d in ("empty", "foreign"))]
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_can_be_used(tmp_path, whole, damage, capsys):
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
