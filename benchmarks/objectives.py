@@ -225,6 +225,10 @@ OBJECTIVES = {
         Objective("MCLLoss", _module("MCLLoss", lambda loss, x: loss(x.embeddings, [x.cluster_ids])), clusters=32),
         Objective("MEOWLoss", _module("MEOWLoss", lambda loss, x: loss(x.embeddings, x.cluster_ids))),
         Objective(
+            "CenterNegativesLoss",
+            _module("CenterNegativesLoss", lambda loss, x: loss(x.embeddings, x.cluster_ids, x.centers)),
+        ),
+        Objective(
             "AdaMEOWLoss",
             _module("AdaMEOWLoss", lambda loss, x: loss(x.embeddings, x.cluster_ids, x.more[0])),
             more=_pair_weights,
