@@ -59,7 +59,9 @@ def compile_kernel(kernel: str, element: str, entry: Launch, d: int, arch: int, 
         "COL_ANCHORS": True,
         "RUN_IF_BOUNDED": False,
     } | variant
-    absent = {} if bias else {"bias_ptr": None, "bias_grad_ptr": None}
+    absent = {} if bias else {"bias_ptr": None}
+    # The gradient of the scale is asked of the pass over the queries, that of the bias of the one over the keys.
+    absent |= dict.fromkeys(["bias_grad_ptr"] if constants["ROW_ANCHORS"] else ["scale_grad_ptr"])
     if not ids:
         absent |= dict.fromkeys(("q_ids_ptr", "k_ids_ptr", "ids_ptr", "a_ids_ptr", "b_ids_ptr"))
     if not flag and kernel != "forward_triangle":
@@ -76,8 +78,10 @@ def compile_kernel(kernel: str, element: str, entry: Launch, d: int, arch: int, 
             signature[name] = f"*{element}"
         else:
             signature[name] = "*fp32" if name.endswith("_ptr") else "i32"
-        # Pointers are aligned, and a row is a multiple of 16 elements; block counts and other offsets are anything.
-        if name.endswith(("_ptr", "q_row", "k_row", "a_row", "b_row", "z_row")) and signature[name] != "constexpr":
+        # Pointers are aligned, and a row is a multiple of 16 elements (of weights of 8); block counts and other offsets
+        # are anything.
+        aligned = name.endswith(("_ptr", "_row")) and (kernel, name) != ("backward_weights", "out_row")
+        if aligned and signature[name] != "constexpr":
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn, signature, constexprs, attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=entry.options)

@@ -74,10 +74,12 @@ TABLE: dict[tuple[str, int, bool], list[Entry]] = {
     ],
     ("backward_weights", 2, False): [Entry(ANY, Launch(128, 64, 64, 8, 3), sm_90=Launch(128, 128, 64, 8, 3))],
     ("backward_weights", 2, True): [Entry(ANY, Launch(128, 64, 64, 8, 3))],
-    ("forward_rows", 4, False): [Entry(ANY, Launch(64, 64, 32, 4, 3))],
+    ("forward_rows", 4, False): [Entry(ANY, Launch(128, 64, 32, 8, 3))],
     ("forward_rows", 4, True): [Entry(ANY, Launch(64, 64, 32, 4, 3))],
-    ("forward_triangle", 4, False): [Entry(ANY, Launch(64, 64, 32, 4, 3))],
-    ("forward_triangle", 4, True): [Entry(ANY, Launch(64, 64, 32, 4, 3))],
+    ("forward_triangle", 4, False): [Entry(ANY, Launch(128, 64, 32, 8, 3))],
+    ("forward_triangle", 4, True): [
+        Entry(ANY, Launch(64, 64, 32, 4, 3), sm_100=Launch(128, 64, 16, 8, 3)),
+    ],
     ("backward_rows", 4, False): [
         Entry(64, Launch(32, 32, 64, 4, 2), sm_90=Launch(64, 32, 64, 4, 2), sm_100=Launch(64, 32, 64, 4, 2)),
     ],

@@ -21,16 +21,18 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _load_tile(
-    ptr, first, count, d0, stride, WHOLE: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
-):
+    ptr, first, count, d0, stride, WHOLE: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    CACHE: tl.constexpr = "",
+):  # fmt: skip
     """BLOCK rows of a [count, D] matrix from row `first` and column d0 on; zeros outside of it. WHOLE: no row is."""
     row, col = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     # 64 bits for the tile's beginning alone: what is within it is the same for every tile.
     at = ptr + tl.cast(first, tl.int64) * stride + d0 + (row[:, None] * stride + col[None, :])
     if WHOLE and D % BLOCK_D == 0:
-        return tl.load(at)
+        return tl.load(at, cache_modifier=CACHE)
     else:
-        return tl.load(at, mask=(first + row < count)[:, None] & (d0 + col < D)[None, :], other=0.0)
+        inside = (first + row < count)[:, None] & (d0 + col < D)[None, :]
+        return tl.load(at, mask=inside, other=0.0, cache_modifier=CACHE)
 
 
 @triton.jit
@@ -473,6 +475,24 @@ def _backward_tile(
 
 
 @triton.jit
+def _row_products(
+    acc, a, a_ptr, first_row, n_rows, a_row, BLOCK_M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """sum_d acc_id a_id for every row i."""
+    if BLOCK_D <= 128:
+        return tl.sum(acc * a.to(tl.float32), 1)
+    else:
+        # Kept, `a` would take registers beside the accumulator through all loops, and they spill: it is read anew, and
+        # in halves. Past the first cache, lest the compiler makes one read of this and the first.
+        HALF: tl.constexpr = BLOCK_D // 2
+        low, high = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        a_low = _load_tile(a_ptr, first_row, n_rows, 0, a_row, False, BLOCK_M, D, HALF, ".cg")
+        of_low = tl.sum(low * a_low.to(tl.float32), 1)
+        a_high = _load_tile(a_ptr, first_row, n_rows, HALF, a_row, False, BLOCK_M, D, HALF, ".cg")
+        return of_low + tl.sum(high * a_high.to(tl.float32), 1)
+
+
+@triton.jit
 def backward_rows(
     a_ptr, b_ptr, scale_ptr, out_scale_ptr, bias_ptr, a_ids_ptr, b_ids_ptr, skip_ptr,
     a_ref_same_ptr, a_weight_same_ptr, a_ref_other_ptr, a_weight_other_ptr,
@@ -527,14 +547,15 @@ def backward_rows(
         )  # fmt: skip
     inside = rows < n_rows
     to = tl.program_id(1).to(tl.int64) * n_rows + rows
-    if scale_grad_ptr is not None:
-        tl.store(scale_grad_ptr + to, tl.sum(acc * a.to(tl.float32), 1), mask=inside)
     if bias_grad_ptr is not None:
         tl.store(bias_grad_ptr + to, bias_grad, mask=inside)
     if out_ptr is not None:
         col = tl.arange(0, BLOCK_D)
         out = (acc * tl.load(out_scale_ptr)).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + to[:, None] * out_row + col[None, :], out, mask=inside[:, None] & (col < D)[None, :])
+    if scale_grad_ptr is not None:
+        shares = _row_products(acc, a, a_ptr, first_row, n_rows, a_row, BLOCK_M, D, BLOCK_D)
+        tl.store(scale_grad_ptr + to, shares, mask=inside)
 
 
 @triton.jit(do_not_specialize=["row_start", "col_start"])
