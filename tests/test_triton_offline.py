@@ -81,7 +81,6 @@ def test_launch_compiles_to_what_it_was_chosen_for(compiler, entry, arch, number
 
 
 def check(r: dict, element: str, key: tuple[str, int, bool]) -> None:
-    kernel, d, ids = key
     assert r["spill_instructions"] == 0, r
     if element != "bf16" or r["arch"] != 90 or not r["main"]:
         return
