@@ -49,7 +49,7 @@ def test_every_class_of_d(d, m, kernel_device):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("d", [8, 70, 128, 300])
+@pytest.mark.parametrize("d", [8, 70, 128, 200, 256, 300])
 @pytest.mark.parametrize("case", [Case(n=150), Case(n=150, m=90, bias=True), Case(n=150, ids=3, return_same=True)])
 def test_half_precision(case, d, dtype, kernel_device):
     assert_agrees(replace(case, d=d), "triton", dtype, kernel_device)
