@@ -4,9 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The installation is redone when the project's metadata or the CUDA extension change.
 INSTALLED := $(VENV)/installed
+# What builds the site, installed on its first use.
+DOCUMENTED := $(VENV)/documented
 EXTENSION := setup.py CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: train test test-all test-minimal lint bench gpu-check gpu-dry-run launch-table registers clean
+.PHONY: train test test-all test-minimal lint bench gpu-check gpu-dry-run launch-table registers docs clean
 
 # On a busy machine OpenMP's threads would otherwise spin while they wait for each other.
 train: $(INSTALLED)
@@ -51,10 +53,19 @@ launch-table: $(INSTALLED)
 registers: $(INSTALLED)
 	$(BIN)/python tests/registers.py
 
+# The site, in build/site; a warning is an error. It reads the sources and imports none of them.
+docs: $(DOCUMENTED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
 $(INSTALLED): pyproject.toml $(EXTENSION)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[train,dev]"
+	touch $@
+
+# By the name of what is installed: by the folder's, pip would compile the CUDA extension once more.
+$(DOCUMENTED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet "ccl-fast[docs]"
 	touch $@
 
 clean:

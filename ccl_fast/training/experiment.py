@@ -173,8 +173,8 @@ def train(
         fused_optimizer: one kernel for the optimiser's step.
         timeout: seconds after which a process that does not answer the others counts as lost.
         overwrite: replace the run in an existing output folder; files that no run writes stay as they are.
-        resume: go on with the run in the output folder; the other arguments must be the same (``--config
-            <output>/config.yaml`` gives them).
+        resume: go on with the run in the output folder; the other arguments must be the same
+            (``--config <output>/config.yaml`` gives them).
         resume_from: the checkpoint to go on from, "last", or the one before it, "previous".
         warmup_from: folder of another run, whose warm-up this one begins with instead of a warm-up of its own, and
             whose SimCLR is the baseline if it is finished. Arguments that matter before the end of the warm-up must be
