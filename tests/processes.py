@@ -13,9 +13,9 @@ While the function runs, the default group has just the processes asked for, so 
 one thread, and its generator the seed 0. Arguments and results travel by pickle, the arguments to every process alike:
 what differs, a function takes by its rank. An exception in a process fails the test with that process's traceback.
 
-Importing torch takes seconds, so processes are forked from a server that has done it, and stay; every call makes a
-group of its own: what one call leaves undone does not reach the next. After a failure all processes are killed, and the
-next call starts new ones. Time limits count from when all processes are ready, however busy the machine.
+Starting a process takes seconds (it imports torch), so the processes stay, and every call makes a group of its own:
+what one call leaves undone does not reach the next. After a failure all processes are killed, and the next call starts
+new ones. Time limits count from when all processes are ready, however busy the machine.
 
 Modules that use this share the processes of one pytest process by
 
@@ -76,8 +76,7 @@ class _Pool:
         if not all(process.is_alive() for process, _ in self.workers):
             self.kill()
         self.folder = self.folder or tempfile.TemporaryDirectory(prefix="ccl_fast_processes_")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed"])
+        context = multiprocessing.get_context("spawn")
         known = len(self.workers)
         while len(self.workers) < processes:
             here, there = context.Pipe()
