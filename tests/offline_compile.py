@@ -176,15 +176,14 @@ def shipped() -> list[tuple[str, str, bool, int, str]]:
 
 
 def planned(entry: tuple, quick: bool) -> list[tuple[int, int]]:
-    """Architectures, and numbers of the variants, to compile. Quick: the first variant for every architecture with a
-    launch of its own (of the backward the first two: within and beyond the bound), the others for sm_90."""
-    kernel, element, ids, d, _ = entry
-    launches = {arch: launch_on(arch, kernel, ELEMENTS[element], d, ids) for arch in ARCHITECTURES}
+    """Architectures, and numbers of the variants, to compile. Quick: the first variant for every architecture (of the
+    backward the first two: within and beyond the bound), the others for sm_90."""
+    kernel, _, ids, *_ = entry
     found = []
     for arch in ARCHITECTURES:
         count = len(variants(kernel, ids))
         if quick and arch != 90:
-            count = 0 if arch == 86 and launches[86] == launches[80] else 2 if kernel == "backward_rows" else 1
+            count = 2 if kernel == "backward_rows" else 1
         found += [(arch, number) for number in range(count)]
     return found
 
@@ -193,10 +192,8 @@ def audit(kernel: str, element: str, ids: bool, d: int, precision: str, arch: in
     """A line of the table."""
     chosen, variant = launch_on(arch, kernel, ELEMENTS[element], d, ids), variants(kernel, ids)[number]
     report = read(compile_kernel(kernel, element, chosen, d, arch, precision, **variant), chosen, d, arch)
-    # sm_80 stands for sm_86 too where both take one launch.
-    shared = arch == 80 and chosen == launch_on(86, kernel, ELEMENTS[element], d, ids)
     line = {"kernel": kernel, "dtype": element, "D": d, "precision": precision, "arch": arch, "launch": list(chosen)}
-    line |= {"main": number == 0, "variant": variant, "shared_limit": SHARED_LIMIT[86 if shared else arch]}
+    line |= {"main": number == 0, "variant": variant, "shared_limit": SHARED_LIMIT[arch]}
     return line | asdict(report)
 
 

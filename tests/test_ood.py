@@ -366,6 +366,19 @@ def test_mahalanobis_of_lengths_too(features):
     torch.testing.assert_close(detector.predict_features(new.double()), expected, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("active", [0, 1, 2], ids="{} active".format)
+def test_a_channel_that_hardly_any_training_sample_uses_drowns_no_other(active):
+    x, new = torch.randn(1000, 32), 1.5 * torch.randn(200, 32)
+    plain = Ensemble([Mahalanobis(normalize=False)]).fit_features(x).predict_features(new)
+    x, new = (torch.cat([part, torch.zeros(len(part), 1)], 1) for part in (x, new))
+    x[:active, -1] = 1.0
+    with_dead = Ensemble([Mahalanobis(normalize=False)]).fit_features(x)
+    found = with_dead.predict_features(new)
+    assert found.mean() > 0.5 * plain.mean() > 1
+    new[:, -1] = 1.0  # and it still counts
+    assert with_dead.predict_features(new).mean() > found.mean() + 0.1
+
+
 def images_and_labels(seed: int = 0, n: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
     """Two classes of images, and a third with the label -1."""
     generator = torch.Generator().manual_seed(seed)

@@ -208,18 +208,6 @@ class CenterNegativesLoss(ContrastiveLoss):
         >>> loss = CenterNegativesLoss(0.2)(torch.randn(8, 2, 16), torch.arange(8) % 3, torch.randn(3, 16))
     """
 
-    def __init__(
-        self,
-        temperature: float = 0.1,
-        learnable_temperature: bool = False,
-        normalize: bool = True,
-        reduction: str = "mean",
-        backend: str = "auto",
-        process_group: ProcessGroup | str | None = None,
-        exchange: str = "all-gather",
-    ):
-        super().__init__(temperature, learnable_temperature, normalize, reduction, backend, process_group, exchange)
-
     def forward(self, embeddings: Tensor, cluster_ids: Tensor, centers: Tensor) -> Tensor:
         """
         Args:

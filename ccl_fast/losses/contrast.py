@@ -48,7 +48,7 @@ class ContrastiveLoss(nn.Module):
 
     def __init__(
         self,
-        temperature: float,
+        temperature: float = 0.1,
         learnable_temperature: bool = False,
         normalize: bool = True,
         reduction: str = "mean",

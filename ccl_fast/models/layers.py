@@ -22,7 +22,8 @@ class LayerStatistics:
 
     A layer is a module that the encoder, or a `Sequential` in it, is made of; normalisations, which change no
     Mahalanobis distance, and maps of a single position are left out. A network without maps, a transformer for
-    instance, has none.
+    instance, has none. Maps are taken to be [n, c, h, w]; of a network that has its channels last (Swin) these are
+    statistics of the maps' rows.
 
     Attributes:
         statistics: of the last call, in the order of the calls of the layers; float32.
