@@ -14,8 +14,9 @@ one thread, and its generator the seed 0. Arguments and results travel by pickle
 what differs, a function takes by its rank. An exception in a process fails the test with that process's traceback.
 
 Starting a process takes seconds (it imports torch), so the processes stay, and every call makes a group of its own:
-what one call leaves undone does not reach the next. After a failure all processes are killed, and the next call starts
-new ones. Time limits count from when all processes are ready, however busy the machine.
+what one call leaves undone does not reach the next, and a constant of the package that it leaves changed is an error.
+After a failure all processes are killed, and the next call starts new ones. Time limits count from when all processes
+are ready, however busy the machine.
 
 Modules that use this share the processes of one pytest process by
 
@@ -156,8 +157,18 @@ def _call(task: bytes, rank: int, processes: int, store: str, patience: float):
     timeout = datetime.timedelta(seconds=patience)
     dist.init_process_group("gloo", f"file://{store}", timeout, processes, rank)
     dist.barrier()  # who is done with the function at once must not leave while others are still connecting
+    before = _constants()
     try:
         torch.manual_seed(0)
-        return function(*arguments)
+        result = function(*arguments)
     finally:
         dist.destroy_process_group()
+    changed = [name for name, value in _constants().items() if before.get(name, value) is not value]
+    assert not changed, f"left changed, for whoever comes next: {', '.join(changed)}"
+    return result
+
+
+def _constants() -> dict[str, object]:
+    """The values of the package's constants, tile sizes for instance, on which rounding depends."""
+    modules = [(name, module) for name, module in sys.modules.items() if name.split(".")[0] == "ccl_fast"]
+    return {f"{m}.{name}": value for m, module in modules for name, value in vars(module).items() if name.isupper()}

@@ -113,11 +113,12 @@ def evaluate(use, x, weights, **options):
 
 
 def of_process(use, sizes, dtype, options):
-    blocked.BLOCK = 16
     rank, x = dist.get_rank(), whole(sizes, dtype)
     x |= {name: part(x[name], sizes, rank) for name in ROWS & x.keys()}
     weights = part(torch.linspace(1, 2, sum(sizes), dtype=torch.float64), sizes, rank)
-    return evaluate(use, x, weights, process_group="world", **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocked, "BLOCK", 16)
+        return evaluate(use, x, weights, process_group="world", **options)
 
 
 def assert_exact(use, sizes, dtype=torch.float64, tolerance=1e-10, exchange=None, **options):

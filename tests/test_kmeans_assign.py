@@ -236,6 +236,13 @@ def default_dtype():
     torch.set_default_dtype(before)
 
 
+def test_the_default_dtype_does_not_decide_whether_onednn_is_used(default_dtype):
+    usual = matmul._onednn_linear()
+    matmul._onednn_linear.cache_clear()
+    default_dtype(torch.float64)
+    assert matmul._onednn_linear() is usual  # the answer is kept
+
+
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 def test_the_default_dtype_does_not_matter(default, default_dtype, kmeans_device):
     x, centers = (rows.to(kmeans_device, torch.float32) for rows in crowded())

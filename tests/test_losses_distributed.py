@@ -78,12 +78,13 @@ def part(x, sizes, rank):
 
 
 def of_process(case, more):
-    blocked.BLOCK = 16
     rank, inputs = dist.get_rank(), case.inputs()
     for name in ("embeddings", "keys", "ids"):
         if name in inputs:
             inputs[name] = part(inputs[name], case.sizes, rank)
-    return case.evaluate(inputs, case.dtype, process_group="world", **more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocked, "BLOCK", 16)
+        return case.evaluate(inputs, case.dtype, process_group="world", **more)
 
 
 def assert_exact(case, **more):

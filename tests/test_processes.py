@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from processes import ProcessFailure, run
 
+from ccl_fast.ops.logsumexp import blocked
+
 pytestmark = pytest.mark.xdist_group("processes")
 
 
@@ -29,10 +31,14 @@ def fail(how):
     if dist.get_rank() == 1:
         if how == "raise":
             raise KeyError("here")
+        if how == "leave":
+            blocked.BLOCK = 16
+            return
         if how == "die":
             os._exit(3)
         time.sleep(100)
-    dist.barrier()
+    if how != "leave":
+        dist.barrier()
 
 
 @pytest.mark.parametrize(
@@ -40,6 +46,7 @@ def fail(how):
     [
         ("raise", r"process 1 of 2 raised\nTraceback[\s\S]*in fail[\s\S]*KeyError: 'here'"),
         ("die", r"process 1 of 2 died, exit code 3"),
+        ("leave", r"left changed[\s\S]*logsumexp.blocked.BLOCK"),
         ("hang", r"process 1 of 2 did not come to an end"),
     ],
 )

@@ -4,6 +4,7 @@
 import contextlib
 import copy
 import inspect
+import itertools
 import json
 import os
 import shutil
@@ -92,9 +93,12 @@ def ends(started):
     return errors, [process.returncode for process in started]
 
 
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def assert_same_end(folder, whole):
-    # The log first: it tells from where on they differ.
-    assert (folder / "metrics.jsonl").read_text().splitlines() == (whole / "metrics.jsonl").read_text().splitlines()
+    assert lines_of(folder) == lines_of(whole)  # first: it tells from where on they differ
     for objective in ("simclr", "ccl"):
         ours, theirs = (torch.load(f / f"{objective}.pt", weights_only=True) for f in (folder, whole))
         assert ours.keys() == theirs.keys()
@@ -108,7 +112,7 @@ def test_torchrun_trains_both_objectives_and_writes_once(whole):
     assert (folder / "report.html").exists() and (folder / "tensorboard" / "ccl").is_dir()
     report = json.loads((folder / "report.json").read_text())
     assert report["results"].keys() == report["losses"].keys() == {"simclr", "ccl"}
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = lines_of(folder)
     assert [(line["stage"], line["epoch"], line["step"]) for line in lines] == [
         ("warm-up", 1, 4),
         ("warm-up", 2, 8),
@@ -158,6 +162,18 @@ def test_stopped_and_killed_it_goes_on_as_if_nothing_had_been(whole, tmp_path, n
     assert report["losses"]["ccl"] == pytest.approx(results[0]["losses"]["ccl"], rel=0.2)
 
 
+@pytest.mark.slow
+def test_stopped_at_any_step_it_ends_with_the_same_bits(tmp_path):
+    given = {**TINY, "output": tmp_path / "whole"}
+    run_in_processes(attempt, 2, given, timeout=120)
+    for stop in (6, 12, 22):  # within the warm-up, at the end of an epoch of SimCLR, within CCL
+        given = {**TINY, "output": tmp_path / str(stop)}
+        for name, words in run_in_processes(attempt, 2, given, stop, timeout=120):
+            assert name == "Interrupted" and "stopped by SIGTERM" in words
+        run_in_processes(attempt, 2, given | {"resume": True}, timeout=120)
+        assert_same_end(tmp_path / str(stop), tmp_path / "whole")
+
+
 def test_what_several_processes_cannot_do_is_said(monkeypatch, tmp_path, capsys):
     def fails_with(text, *command):
         assert main(command) == 2
@@ -189,9 +205,17 @@ def torchrun():
         yield
 
 
-def attempt(arguments):
-    """What ``train`` returns, or the name of its error and its words."""
-    with torchrun():
+def attempt(arguments, stop=None):
+    """What ``train`` returns, or the name of its error and its words; one process gets SIGTERM in that step of all."""
+    steps = itertools.count(1)
+
+    def step(run, *batch, original=Run._step):
+        if next(steps) == stop and dist.get_rank() == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return original(run, *batch)
+
+    with torchrun(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_step", step)
         try:
             return train(**arguments)
         except Exception as error:

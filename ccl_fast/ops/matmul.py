@@ -24,8 +24,10 @@ def _onednn_linear():
     """oneDNN's linear layer, as torch.compile uses it: on AMD's CPUs twice as fast as MKL's product. Or None."""
     try:
         linear = torch.ops.mkldnn._linear_pointwise.default
-        x = torch.arange(6.0).view(2, 3)
-        result = linear(x, x[:1], torch.ones(1), "none", [], "")
-        return linear if torch.equal(result, torch.tensor([[6.0], [15.0]])) else None
+        # Explicit, as the answer is kept: the first caller may have set other defaults.
+        plain = {"dtype": torch.float32, "device": "cpu"}
+        x, one = torch.arange(6, **plain).view(2, 3), torch.ones(1, **plain)
+        result = linear(x, x[:1], one, "none", [], "")
+        return linear if result.tolist() == [[6.0], [15.0]] else None
     except (AttributeError, RuntimeError):
         return None
