@@ -9,7 +9,7 @@ from torch import Tensor
 from ccl_fast.clustering.data import Data
 
 # k-means++ draws this many candidates at once, at most; at the start as many as there are centres.
-FEWEST_CANDIDATES, MOST_CANDIDATES = 8, 256
+MIN_CANDIDATES, MAX_CANDIDATES = 8, 256
 
 
 def random_rows(data: Data, k: int, generators: list[torch.Generator]) -> Tensor:
@@ -52,7 +52,7 @@ def plus_plus_rows(one: Data, weights: Tensor, k: int, generator: torch.Generato
         if not ends[-1] > 0:  # only copies of chosen rows are left: any of them, but none twice
             free = weights.index_fill(0, shards.local(chosen), 0.0)
             return torch.cat([chosen, _draw_distinct(one, free, k - len(chosen), generator)])
-        count = min(MOST_CANDIDATES, max(FEWEST_CANDIDATES, len(chosen)))
+        count = min(MAX_CANDIDATES, max(MIN_CANDIDATES, len(chosen)))
         draw = torch.rand(2, count, dtype=torch.float64, generator=generator)
         candidates = shards.draw(cumulative, ends, draw[0].to(one.device))
         rows = one.take(candidates[None])

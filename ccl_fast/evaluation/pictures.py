@@ -53,8 +53,8 @@ LIGHT = {name: light for name, (light, _) in COLORS.items()}
 _NAMES = {light: name for name, light in LIGHT.items()}
 
 WIDTH = 480  # of a picture; the page shows it as wide as there is room
-MOST_NAMED = 30  # clusters
-MOST_DRAWN = 500  # clusters, each with a colour, a bar and a ring of its own
+MAX_LABELLED = 30  # clusters
+MAX_DRAWN = 500  # clusters, each with a colour, a bar and a ring of its own
 ACCEPTED = 95  # percent of the test images that the threshold accepts
 _STYLE = {
     "svg.fonttype": "none",
@@ -234,7 +234,7 @@ def detectors(values: Mapping[str, Mapping[str, float]], default: str, alt: str)
 
 def cluster_colors(centers: Tensor) -> list[str]:
     """A colour for every cluster, other than those of the clusters next to it if they are few enough to be drawn."""
-    if len(centers) > MOST_DRAWN:
+    if len(centers) > MAX_DRAWN:
         return [HUES[number % len(HUES)] for number in range(len(centers))]
     cosines = normalize(centers.double()) @ normalize(centers.double()).T
     chosen: list[int] = []
@@ -253,14 +253,14 @@ def cluster_sizes(sizes: Tensor, colors: Sequence[str], alt: str) -> str:
     panel = _axes(figure, 52, 10, WIDTH - 62, 152)
     order = sizes.argsort(descending=True, stable=True).tolist()
     hues = [LIGHT[colors[number]] for number in order]
-    if len(order) <= MOST_DRAWN:
+    if len(order) <= MAX_DRAWN:
         panel.bar(range(len(order)), sizes[order].tolist(), 0.8, color=hues, alpha=0.85)
     else:
         panel.stairs(sizes[order].tolist(), [i - 0.5 for i in range(len(order) + 1)], fill=True, color=LIGHT["quiet"])
     even = sizes.double().mean().item()
     panel.axhline(even, color=LIGHT["ink"], lw=1, ls=(0, (4, 3)))
     panel.text(0.995, even, "even", transform=panel.get_yaxis_transform(), ha="right", va="bottom", size=11)
-    named = order if len(order) <= MOST_NAMED else []
+    named = order if len(order) <= MAX_LABELLED else []
     panel.set_xticks(range(len(named)), [str(number) for number in named])
     panel.set(xlim=(-0.6, len(order) - 0.4), xlabel="cluster, the largest first", ylabel="training images")
     panel.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
@@ -285,7 +285,7 @@ def sample(
     train: Tensor, ids: Tensor, centers: Tensor, near: Sequence[Tensor], far: Sequence[Tensor], seed: int = 0
 ) -> Points:
     """At most 1,000 training images, 120 images of near and 120 of far sets, so that t-SNE takes seconds; the centres
-    that have images, of more than ``MOST_DRAWN`` those that have most."""
+    that have images, of more than ``MAX_DRAWN`` those that have most."""
     generator = torch.Generator().manual_seed(seed)
 
     def some(x: Tensor, n: int) -> Tensor:
@@ -296,7 +296,7 @@ def sample(
 
     rows = some(train, 1000)
     sizes = ids.bincount(minlength=len(centers))
-    largest = sizes.argsort(descending=True, stable=True)[: min(MOST_DRAWN, int((sizes > 0).sum()))]
+    largest = sizes.argsort(descending=True, stable=True)[: min(MAX_DRAWN, int((sizes > 0).sum()))]
     numbers = largest.sort().values
     return Points(train[rows], ids[rows], centers[numbers], numbers, of_sets(near), of_sets(far))
 
@@ -341,7 +341,7 @@ def cluster_map(points: Points, colors: Sequence[str], alt: str) -> str:
     _draw(panel, near, [(-2.4, -2.4), (2.4, 2.4), (-2.4, 2.4), (2.4, -2.4)], LIGHT["ink"], 1.2, 0.9)
     _draw(panel, far, [(-3, 0), (3, 0), (0, -3), (0, 3)], LIGHT["ink"], 1.2, 0.9)
     numbers = points.numbers.tolist()
-    is_few = len(numbers) <= MOST_NAMED
+    is_few = len(numbers) <= MAX_LABELLED
     for number, (x, y) in zip(numbers, centers.tolist(), strict=True):
         panel.plot(x, y, "o", color=LIGHT["paper"], mec=LIGHT[colors[number]], mew=1.8, ms=17 if is_few else 6)
         if is_few:

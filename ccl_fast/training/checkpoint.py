@@ -10,7 +10,8 @@ import torch
 
 from ccl_fast.files import write_atomically
 
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+# The folder of a run's checkpoints, in the run's own, and their names.
+CHECKPOINTS, LAST, PREVIOUS = "checkpoints", "last.ckpt", "previous.ckpt"
 
 
 class CheckpointError(Exception):

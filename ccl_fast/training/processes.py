@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ccl_fast.errors import ArgumentError, PeerError, first_sentence
-from ccl_fast.training.arguments import find_device
 
 # How long the others wait for one that reads, or downloads, data: nobody knows how long that takes. A process that ends
 # is noticed at once all the same.
@@ -194,6 +193,24 @@ def check_alone(command: str) -> None:
     """
     if launched_size() > 1:
         raise ArgumentError(f"{command}: expected one process, as only train runs on several, got {launched_size()}")
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of a name, or of "auto" the best of this machine.
+
+    Raises:
+        ArgumentError: there is no such device, or training does not run on it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.zeros(0, device=name).device
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("training runs on a CPU or a CUDA device")
+        return device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArgumentError(f'device: expected "auto" or a device of this machine, got {name!r} ({reason})') from error
 
 
 def alone(device: torch.device, precision: str) -> Fabric:

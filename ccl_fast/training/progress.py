@@ -16,15 +16,16 @@ from ccl_fast.data import Images
 from ccl_fast.errors import ArgumentError, PeerError
 from ccl_fast.files import write_atomically
 from ccl_fast.training import checkpoint
-from ccl_fast.training.arguments import of_warm_up, warm_up_epochs
-from ccl_fast.training.checkpoint import CheckpointError
+from ccl_fast.training.checkpoint import CHECKPOINTS, CheckpointError
+from ccl_fast.training.config import fixed_by_warm_up, warmup_length
 from ccl_fast.training.interruption import Interrupted, Interruption
 from ccl_fast.training.loop import Run
 from ccl_fast.training.probe import Probe
 from ccl_fast.training.processes import Processes
-from ccl_fast.training.run_folder import CHECKPOINTS, EVENTS, METRICS
 
 WARM_UP = "warm-up"
+# What is in a run's folder beside its checkpoints.
+METRICS, EVENTS = "metrics.jsonl", "tensorboard"
 FINGERPRINTED = 100
 # Of the state that a checkpoint keeps.
 KEYS = {"arguments", "images", "finished", "stage", "run", "lines", "seconds"}
@@ -79,9 +80,11 @@ class Progress:
             origin: its folder.
             stages: the warm-up and others that are the same after the same warm-up.
         """
-        self._check(state, Path(origin), "the run to warm up from", of_warm_up)
+        self._check(state, Path(origin), "the run to warm up from", fixed_by_warm_up)
         finished, epochs = dict(state["finished"]), len(state["run"]["losses"])
-        last = warm_up_epochs(self.arguments) if state["stage"] == WARM_UP else self.arguments["epochs"]
+        last = self.arguments["epochs"]
+        if state["stage"] == WARM_UP:
+            last = warmup_length(last, self.arguments["warmup_epochs"])
         if epochs == last:
             finished[state["stage"]] = _end_of(state["stage"], state["run"])
         if WARM_UP not in finished:
@@ -131,7 +134,7 @@ class Progress:
         epoch, seen = len(run.losses), {}
         if self.probe.is_due(epoch, last):
             seen = self.processes.first(lambda: self.probe.look(run), patient=True)
-        line = {"stage": stage, "objective": run.options.objective, "epoch": epoch, "step": run.step}
+        line = {"stage": stage, "objective": run.config.objective, "epoch": epoch, "step": run.step}
         line |= {"loss": run.losses[-1], "learning_rate": run.used_learning_rate} | run.log | seen
         self.lines.append(line)
         self._without_events.append(line)

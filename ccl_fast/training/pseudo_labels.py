@@ -167,8 +167,8 @@ def agreement(ids: Tensor, views: Sequence[Tensor], centers: Tensor) -> float:
         centers: ``[k, d]``.
     """
     first, *others = (kmeans_assign(view, centers, metric="cosine")[0].to(ids.device) for view in views)
-    agree = torch.stack([other == first for other in others or [first]]).all(0)
-    shares = [of.bincount(minlength=len(centers)).double() / len(ids) for of in (first[agree], ids)]
+    is_same = torch.stack([other == first for other in others or [first]]).all(0)
+    shares = [of.bincount(minlength=len(centers)).double() / len(ids) for of in (first[is_same], ids)]
     by_chance = (shares[0] * shares[1]).sum().item()
-    agreeing = (agree & (first == ids)).double().mean().item()
-    return max(0.0, (agreeing - by_chance) / (1 - by_chance)) if by_chance < 1 else 1.0
+    observed = (is_same & (first == ids)).double().mean().item()
+    return max(0.0, (observed - by_chance) / (1 - by_chance)) if by_chance < 1 else 1.0

@@ -10,15 +10,14 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from ccl_fast.commands.image_sets import read_split
+from ccl_fast.commands.trained_run import TrainedRun
 from ccl_fast.data import load_folder
 from ccl_fast.errors import ArgumentError
 from ccl_fast.evaluation import DEFAULT, cluster, make_detectors, threshold
 from ccl_fast.files import write_atomically
 from ccl_fast.models import embed_layers
-from ccl_fast.training.arguments import find_device
-from ccl_fast.training.image_sets import read_split
-from ccl_fast.training.processes import check_alone
-from ccl_fast.training.trained import TrainedRun
+from ccl_fast.training.processes import check_alone, find_device
 
 COLUMNS = ("image", "score", "outlier", "cluster")
 
@@ -77,11 +76,11 @@ def score(
     if objective not in trained.objectives:
         known = " or ".join(trained.objectives)
         raise ArgumentError(f"objective: expected one that the run has, {known}, got {objective!r}")
-    clusters, seed = trained.options.clusters[0], trained.options.seed
+    clusters, seed = trained.clusters, trained.config.seed
     names = make_detectors(2, clusters, seed, [1])
     if detector not in names:
         raise ArgumentError(f"detector: expected one of {', '.join(names)}, got {detector!r}")
-    split = read_split(trained.options)
+    split = read_split(trained.config)
     scored, paths = load_folder(images, split.train.shape, strict=strict, workers=workers, argument="images")
 
     model = trained.model(objective, split.train.shape, where)

@@ -1,4 +1,4 @@
-"""What a trained model is judged by: how well its features tell OOD sets from the test images."""
+"""What a trained model is evaluated by: how well its features tell OOD sets from the test images."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def cluster(features: Mapping[str, Tensor], clusters: int, seed: int) -> dict[st
 
 
 @dataclass
-class Judgement:
+class Evaluation:
     """What one model makes of training images, test images and OOD sets."""
 
     # detector -> "near", "far" or an OOD set -> metric -> value; a detector is "<level>/<name>".
@@ -99,7 +99,7 @@ class Judgement:
     knn: dict[str, float] = field(default_factory=dict)
 
 
-def judge(
+def evaluate_model(
     model: Model,
     train: Images,
     test: Images,
@@ -108,7 +108,7 @@ def judge(
     *,
     clusters: int,
     seed: int,
-) -> Judgement:
+) -> Evaluation:
     """Metrics of every detector on its level of features.
 
     Every model gets its own clusters for the detectors that need some, so that none depends on how the model was
@@ -135,7 +135,7 @@ def judge(
             level: knn_accuracy(of_train[level], train.classes, of_test[level], test.classes)
             for level in ("encoder", "head")
         }
-    return Judgement(
+    return Evaluation(
         metrics,
         {part: {level: of_part[level].cpu() for level in ("encoder", "head")} for part, of_part in features.items()},
         shown,
