@@ -151,7 +151,7 @@ def _describe(seeds: Sequence[int], reports: Sequence[dict]) -> dict:
 
 
 def summarize(results: Sequence[dict]) -> dict:
-    """From the results of each seed, with mean and spread: {detector: {group: {metric: {<objective>, "gain"}}}}."""
+    """Collect the results of each seed, with mean and spread: {detector: {group: {metric: {<objective>, "gain"}}}}."""
     baseline, objective = results[0]
     summary: dict = {}
     for detector, by_set in results[0][objective].items():
@@ -165,7 +165,7 @@ def summarize(results: Sequence[dict]) -> dict:
 
 
 def summarize_knn(accuracies: Sequence[dict]) -> dict:
-    """From the k-NN accuracies of each seed: {"encoder" or "head": {<objective>, "gain"}}."""
+    """Collect the k-NN accuracies of each seed: {"encoder" or "head": {<objective>, "gain"}}."""
     return {
         level: _paired(
             {objective: [of_seed[objective][level] for of_seed in accuracies] for objective in accuracies[0]}
@@ -175,7 +175,7 @@ def summarize_knn(accuracies: Sequence[dict]) -> dict:
 
 
 def _paired(values: dict[str, list[float]]) -> dict:
-    """Of the baseline's and the objective's values by seed, and of the gain."""
+    """Return values by seed, mean and spread of the baseline, of the objective and of the gain."""
     theirs, ours = values.values()
     gain = [a - b for a, b in zip(ours, theirs, strict=True)]
     return {name: _moments(of_name) for name, of_name in (values | {"gain": gain}).items()}
@@ -188,8 +188,9 @@ def _moments(values: list[float]) -> dict:
 
 
 def format_comparison(comparison: dict) -> str:
-    """A line for every detector and kind of OOD sets: AUROC of both objectives, and the gain, with the spread; and for
-    encoder and head one of the k-NN accuracy, if classes are known."""
+    """Return a line for every detector and kind of OOD sets: AUROC of both objectives, and the gain, with the spread.
+
+    If classes are known, encoder and head have one of the k-NN accuracy."""
     titles = comparison["titles"]
     theirs, ours = titles.values()
 

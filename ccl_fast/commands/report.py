@@ -93,8 +93,9 @@ def write_report(
     models: Mapping[str, Model],
     name: str = "report",
 ) -> None:
-    """Write <objective>.pt (a state_dict) and <name>.json, drop an earlier run's other weights, print the table; then
-    draw <name>.html. No error of the page costs the results: it is a line on stderr."""
+    """Write weights and <name>.json, drop an earlier run's other weights, print the table, and draw <name>.html.
+
+    Weights, in ``<objective>.pt``, are state_dicts. No error of the page costs the results: it is a line on stderr."""
     page = folder / f"{name}.html"
     page.unlink(missing_ok=True)  # an earlier one
     if models:

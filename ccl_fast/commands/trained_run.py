@@ -17,7 +17,7 @@ from ccl_fast.training.objectives import OBJECTIVES
 
 
 class TrainedRun:
-    """The folder that ``train`` wrote.
+    """A finished run, from the folder that ``train`` wrote.
 
     Args:
         folder: that folder.

@@ -78,7 +78,7 @@ def write_page(path: Path, report: dict, evaluations: Mapping[str, Evaluation], 
 
 
 def summarize(report: dict) -> str:
-    """What came out, in a sentence."""
+    """Say in a sentence what came out."""
     objectives, groups = list(report["results"]), [group for group in GROUPS if report[group]]
     titles = [report["titles"][objective] for objective in objectives]
     if not groups:
@@ -161,7 +161,7 @@ def _content(report: dict, evaluations: Mapping[str, Evaluation], images: Mappin
 
 
 def _attempted(what: str, draw: Callable[[], T]) -> T | Markup:
-    """What is drawn, or a note in its place: whatever is odd about a picture costs this picture and nothing else."""
+    """Draw, or return a note in its place: whatever is odd about a picture costs this picture and nothing else."""
     try:
         return draw()
     except Exception as error:
@@ -184,7 +184,7 @@ def _facts(report: dict, sets: Sequence[str]) -> list[str]:
 
 
 def _colors(objectives: Sequence[str]) -> dict[str, str]:
-    """Names of colours: the last one is what the page is about."""
+    """Choose the objectives' colours: the last one is what the page is about."""
     return dict.fromkeys(objectives, "baseline") | {objectives[-1]: "objective"}
 
 
@@ -232,7 +232,7 @@ def _rows(report: dict, objectives: Sequence[str], of: str) -> list[dict]:
 
 
 def _cells(report: dict, objectives: Sequence[str], detector: str, of: str) -> list[dict]:
-    """A metric after the other, of each the objectives side by side; the best of these stands out."""
+    """Return one metric after the other, of each the objectives side by side; the best of these stands out."""
     cells = []
     for metric in METRICS:
         values = [report["results"][objective][detector][of][metric.name] for objective in objectives]
@@ -243,7 +243,7 @@ def _cells(report: dict, objectives: Sequence[str], detector: str, of: str) -> l
 
 
 def _scores(report: dict, evaluation: Evaluation, objective: str, axis: Callable[[], pictures.ScoreAxis]) -> dict:
-    """Histograms and ROC curves of the default detector."""
+    """Draw histograms and ROC curves of the default detector."""
     title, metrics = report["titles"][objective], report["results"][objective][report["default"]]
     test = evaluation.scores["test"]
     cut = pictures.threshold(test)
@@ -270,7 +270,7 @@ def _scores(report: dict, evaluation: Evaluation, objective: str, axis: Callable
 
 
 def _clusters(report: dict, evaluation: Evaluation, objective: str, images: Mapping[str, Images]) -> dict:
-    """The map, the sizes and the images of one objective's clusters."""
+    """Draw the map, the sizes and the images of one objective's clusters."""
     title, k = report["titles"][objective], len(evaluation.centers)
     features = {part: of_part["head"] for part, of_part in evaluation.features.items()}
     near, far = ([features[name] for name in report[group]] for group in GROUPS)
@@ -303,7 +303,7 @@ def _clusters(report: dict, evaluation: Evaluation, objective: str, images: Mapp
 
 
 def _gallery(evaluation: Evaluation, train: Images, sizes: Tensor, colors: Sequence[str]) -> list[dict]:
-    """Of the largest clusters, the training images nearest to the centre."""
+    """Return, of the largest clusters, the training images nearest to the centre."""
     features = normalize(evaluation.features["train"]["head"])
     rows = []
     for number in sizes.argsort(descending=True, stable=True)[:SHOWN_CLUSTERS].tolist():
@@ -320,12 +320,12 @@ def _gallery(evaluation: Evaluation, train: Images, sizes: Tensor, colors: Seque
 
 
 def _curves_of(log: Mapping[str, Sequence[Mapping]]) -> dict[str, str]:
-    """Key of a line of the log -> title; where there are several numbers of clusters, the key ends with theirs."""
+    """Return titles by the keys of the log's lines; of several numbers of clusters, the key ends with theirs."""
     keys = dict.fromkeys(key for lines in log.values() for line in lines for key in line)
     others = dict.fromkeys(key.partition("/")[0] for key in keys)
-    named = {name: name.replace("_", " ").capitalize() for name in others if name not in NO_CURVES}
+    plain = {name: name.replace("_", " ").capitalize() for name in others if name not in NO_CURVES}
     titles = {}
-    for name, title in (CURVES | {name: title for name, title in named.items() if name not in CURVES}).items():
+    for name, title in (CURVES | {name: title for name, title in plain.items() if name not in CURVES}).items():
         for key in keys:
             base, _, k = key.partition("/")
             if base == name:
@@ -334,7 +334,7 @@ def _curves_of(log: Mapping[str, Sequence[Mapping]]) -> dict[str, str]:
 
 
 def _training(report: dict, objectives: Sequence[str]) -> list[dict]:
-    """A picture for every number that the log has, of an objective's own epochs: the warm-up has another's loss."""
+    """Draw every number that the log has, of an objective's own epochs: the warm-up has another's loss."""
     log = report.get("log") or {
         objective: [{"epoch": number, "loss": loss} for number, loss in enumerate(losses, 1)]
         for objective, losses in report.get("losses", {}).items()
@@ -362,7 +362,7 @@ def _training(report: dict, objectives: Sequence[str]) -> list[dict]:
 def _border(
     report: dict, evaluation: Evaluation, objective: str, images: Mapping[str, Images], sets: Sequence[str]
 ) -> dict:
-    """The most outlying test images and the least outlying OOD images, each with the nearest training image."""
+    """Show the most outlying test images and the least outlying OOD images, each with its nearest training image."""
     level = "head" if report["default"].startswith("head/") else "encoder"
     features = {part: normalize(of_part[level]) for part, of_part in evaluation.features.items()}
     title = report["titles"][objective]

@@ -36,7 +36,7 @@ def save(folder: Path, state: dict) -> Path:
 
 
 def load(folder: Path, which: str = "last") -> dict:
-    """The state of folder/<which>.ckpt, on the CPU; it may hold tensors and plain values and nothing else.
+    """Load folder/<which>.ckpt, on the CPU; it may hold tensors and plain values and nothing else.
 
     Raises:
         CheckpointError: there is none, or it is damaged.

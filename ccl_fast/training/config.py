@@ -106,8 +106,8 @@ class Config:
 
     output: str | Path | None = option(
         None,
-        "folder for report.html, report.json, the weights ``<objective>.pt`` (a state_dict) and the files named above; by "
-        "default a fresh ``runs/train-<time>``.",
+        "folder for report.html, report.json, the weights ``<objective>.pt`` (a state_dict) and the files named "
+        "above; by default a fresh ``runs/train-<time>``.",
         check_folder,
         may_differ=True,
     )
@@ -406,7 +406,7 @@ class Config:
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """What is trained: the objective, after the baseline if that is asked for."""
+        """The objectives to train: the chosen one, after the baseline if that is asked for."""
         if self.baseline and self.objective != BASELINE:
             return BASELINE, self.objective
         return (self.objective,)

@@ -93,14 +93,14 @@ class Run:
         return len(self.images) // self.config.batch_size
 
     def state_dict(self) -> dict:
-        """Copies, on the CPU, of tensors and plain values."""
+        """Return the state as copies, on the CPU, of tensors and plain values."""
         state = {name: getattr(self, name) for name in _PLAIN}
         for name in _STATEFUL:
             state[name] = getattr(self, name).state_dict() if getattr(self, name) is not None else None
         return _copy(state)
 
     def load_state_dict(self, state: dict) -> None:
-        """Of a run like this one, or of one with another objective that is still in its warm-up."""
+        """Take over the state of a run like this one, or of one with another objective that is still in its warm-up."""
         state = _copy(state)
         if len(self.prototypes) and not state["prototypes"]:  # theirs begin after the warm-up
             state["prototypes"] = self.prototypes.state_dict()
@@ -153,24 +153,24 @@ class Run:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step: half a cosine down to 0."""
+        """The learning rate of the next step: half a cosine down to 0."""
         progress = self.step / (self.config.epochs * self.steps_per_epoch)
         return self.config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
     @property
     def used_learning_rate(self) -> float:
-        """Of the last step."""
+        """The learning rate of the last step."""
         return self.optimizer.param_groups[0]["lr"]
 
     @property
     def center_weight(self) -> float:
-        """Of the next step: from 0 at the end of the warm-up, linearly to its full value."""
+        """The weight of the next step: from 0 at the end of the warm-up, linearly to its full value."""
         ramp = self.config.center_ramp_epochs * self.steps_per_epoch
         since = self.step - self.config.warmup_epochs * self.steps_per_epoch
         return self.config.center_weight * (min(since / ramp, 1.0) if ramp else 1.0)
 
     def _cluster(self) -> None:
-        """Before an epoch: cluster the embeddings of the images as they are, if it is time to."""
+        """Cluster the embeddings of the images as they are, if it is time to, before an epoch."""
         if (len(self.losses) - self.config.warmup_epochs) % self.config.recluster_every:
             self.log = {}
             return
@@ -217,7 +217,7 @@ class Run:
         return loss
 
     def _loss(self, embeddings: Tensor, rows: Tensor) -> Tensor:
-        """Of embeddings ``[b, views, d]`` of the training images of these numbers ``[b]``."""
+        """Return the loss of embeddings ``[b, views, d]`` of the training images of these numbers ``[b]``."""
         if self.is_warming_up:
             return OBJECTIVES[BASELINE].value(self.warm_up_fn, embeddings, [])
         return self.objective.value(self.loss_fn, embeddings, [*self.pseudo_labels.of(rows), *self.prototypes])
@@ -233,7 +233,7 @@ _STATEFUL = ("model", "prototypes", "optimizer", "average", "pseudo_labels")
 
 
 def _moving_average(decay: float):
-    """For ``AveragedModel``: torch's own moves integer buffers too, such as the indices of a relative position."""
+    """Make the average of ``AveragedModel``; torch's moves integer buffers too, such as indices."""
     of_numbers = get_ema_multi_avg_fn(decay)
 
     def average(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:

@@ -30,7 +30,7 @@ Value = Callable[[nn.Module, Tensor, Sequence], Tensor]
 
 @dataclass(frozen=True)
 class Objective:
-    """How images are contrasted.
+    """A way of contrasting images.
 
     Attributes:
         title: in tables and reports.
@@ -59,7 +59,7 @@ class Objective:
 
 
 def _mean(value: Callable[[nn.Module, Tensor, Clustering | Tensor], Tensor]) -> Value:
-    """The mean over the numbers of clusters."""
+    """Make the mean over the numbers of clusters of a loss for one."""
     return lambda loss, z, targets: torch.stack([value(loss, z, of) for of in targets]).mean()
 
 
@@ -73,7 +73,7 @@ def _deepcluster(loss: DeepClusterV2Loss, z: Tensor, targets: Sequence[Clusterin
 
 
 def _pamc(loss: PamCLoss, z: Tensor, of: Clustering) -> Tensor:
-    """Both views are anchors."""
+    """Return the loss with both views as anchors."""
     first, second = z.unbind(1)
     return (loss(first, second, of.ids) + loss(second, first, of.ids)) / 2
 

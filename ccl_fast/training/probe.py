@@ -15,7 +15,7 @@ MAX_TRAIN, MAX_TEST = 10_000, 5_000
 
 
 class Probe:
-    """What a look adds to a line of the log.
+    """A look at the features, which adds to a line of the log.
 
     ``encoder_knn`` and ``head_knn``: accuracy of the nearest training images' votes on the classes of test images, if
     these are known. ``view_agreement``: share of training images whose two views lie nearest to the same centre, or

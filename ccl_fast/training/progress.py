@@ -34,7 +34,7 @@ NO_SCALARS = {"stage", "objective", "epoch", "step"}
 
 
 class Progress:
-    """What is done of the experiment, and its files: checkpoints, metrics.jsonl, tensorboard/<stage>.
+    """The finished part of an experiment, and its files: checkpoints, metrics.jsonl, tensorboard/<stage>.
 
     Every process knows what is done; the first one writes the files.
     """
@@ -95,7 +95,7 @@ class Progress:
         self._without_events = list(self.lines)
 
     def _check(self, state: dict, folder: Path, whose: str, shared: Callable[[dict], dict]) -> None:
-        """Whether the state is that of a run with the same images and those arguments that are to be shared."""
+        """Check that the state is of a run with the same images and those arguments that are to be shared."""
         if not state.keys() >= KEYS:
             raise CheckpointError(f"the checkpoint in {folder / CHECKPOINTS} is none of a training run")
         ours, theirs = shared(self.arguments), shared(state["arguments"])
@@ -201,12 +201,12 @@ def advance(run: Run, stage: str, epochs: int, progress: Progress, interruption:
 
 
 def _end_of(stage: str, state: dict) -> dict:
-    """What is kept of the state at the end of a stage: only the warm-up is gone on from."""
+    """Return what is kept of the state at the end of a stage: only the warm-up is gone on from."""
     return state if stage == WARM_UP else state | {"optimizer": None}
 
 
 def _fingerprint(images: Images) -> list[int]:
-    """Number and shape of the images, and a check sum of some: labels and centres belong to these."""
+    """Return number and shape of the images, and a check sum of some: labels and centres belong to these."""
     some = images[torch.linspace(0, len(images) - 1, min(len(images), FINGERPRINTED), dtype=torch.float64).long()]
     pixels = (some.cpu() * 255).round().to(torch.uint8).contiguous()
     return [len(images), *images.shape, zlib.crc32(pixels.numpy())]

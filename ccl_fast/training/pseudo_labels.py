@@ -106,7 +106,7 @@ class PseudoLabels:
         return log
 
     def _given(self, embeddings: Tensor, classes: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-        """Labels that are not those of k-means, and the unit means of their images."""
+        """Return labels that are not those of k-means, and the unit means of their images."""
         if self.labels_from == "classes" and classes is None:
             raise ArgumentError("labels_from: expected images with classes for 'classes', got some without")
         n = int(sum(self.processes.everyone(len(embeddings))))
@@ -119,7 +119,7 @@ class PseudoLabels:
         return own, unit(sum(self.processes.everyone(sums)))
 
     def of(self, rows: Tensor) -> list[Clustering]:
-        """The clusterings of the training images of these numbers ``[b]``; none before the first `update`."""
+        """Return the clusterings of the training images of these numbers ``[b]``; none before the first `update`."""
         return [
             Clustering(
                 found["ids"][rows],
@@ -150,7 +150,7 @@ def _describe(ids: Tensor, k: int, previous: Tensor | None, classes: Tensor | No
 
 
 def agreement(ids: Tensor, views: Sequence[Tensor], centers: Tensor) -> float:
-    r"""Share of images all of whose views lie nearest to the centre of the image's own cluster, beyond chance.
+    r"""Measure the share of images all of whose views lie nearest to the image's own cluster's centre, beyond chance.
 
     With y the images' clusters, v the one that all of an image's views fall into (none if they do not agree), and
     P(v = k), P(y = k) shares of the images,
