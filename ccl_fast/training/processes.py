@@ -237,11 +237,7 @@ def launched(device: str, precision: str, timeout: float) -> Iterator[tuple[Fabr
     if launched_size() == 1:
         yield alone(where, precision), ALONE
         return
-    missing = [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ]
-    if missing:
-        expected = f"RANK and LOCAL_RANK beside WORLD_SIZE={launched_size()} in the environment, as torchrun sets them"
-        raise ArgumentError(f"torchrun: expected {expected}, got no {' and no '.join(missing)}")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", launched_size()))
+    here = _processes_of_machine()
     if where.type == "cuda" and (":" in device or torch.cuda.device_count() < here):
         expected = f'"cpu", or "cuda" (or "auto") and a GPU for each of the {here} processes of this machine'
         raise ArgumentError(f"device: expected {expected}, got {device!r} and {torch.cuda.device_count()} GPUs")
@@ -275,6 +271,15 @@ def launched(device: str, precision: str, timeout: float) -> Iterator[tuple[Fabr
     with processes.waiting():
         yield fabric, processes
     processes.leave(everything=ours)  # not after an error: it takes all of them, and one may be lost
+
+
+def _processes_of_machine() -> int:
+    """Return how many of torchrun's processes are on this machine, once the environment has what torchrun sets."""
+    missing = [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ]
+    if missing:
+        expected = f"RANK and LOCAL_RANK beside WORLD_SIZE={launched_size()} in the environment, as torchrun sets them"
+        raise ArgumentError(f"torchrun: expected {expected}, got no {' and no '.join(missing)}")
+    return int(os.environ.get("LOCAL_WORLD_SIZE", launched_size()))
 
 
 @contextlib.contextmanager
