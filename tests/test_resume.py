@@ -64,12 +64,12 @@ def start(folder, *options):
 
 def wait_for_epoch(folder, epoch, process):
     lines = folder / "metrics.jsonl"
-    for _ in range(6000):
+    for _ in range(30_000):
         if lines.exists() and lines.read_text().count("\n") >= epoch:
             return
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
-    raise AssertionError("no epoch in a minute")
+    raise AssertionError("no epoch in five minutes")
 
 
 @pytest.mark.parametrize("epoch", [pytest.param(1, marks=pytest.mark.slow), 3])
