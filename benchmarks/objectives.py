@@ -28,7 +28,7 @@ SECONDS, QUICK_SECONDS = 4.0, 0.5
 ADMISSION = Size(96, 16, clusters=24)
 K = 1000
 # N x K scores of this one would take 24 GiB.
-MOST_PROTOTYPES = Size(65_536, 128, clusters=100_000)
+MAX_PROTOTYPES = Size(65_536, 128, clusters=100_000)
 
 
 @dataclass
@@ -325,7 +325,7 @@ def run_cpu(quick: bool, directory: Path) -> str:
 
 def _most_prototypes() -> ObjectiveRow:
     """SwAV alone, one step: minutes, in memory that does not grow with the matrix of scores."""
-    objective, size = OBJECTIVES["SwAVLoss"], MOST_PROTOTYPES
+    objective, size = OBJECTIVES["SwAVLoss"], MAX_PROTOTYPES
     row, loss = _row(objective, "ours", size), objective.contenders["ours"].build(objective)
     objective.step(loss, objective.inputs(ADMISSION, CPU))()  # libraries load, threads start
     step = objective.step(loss, objective.inputs(size, CPU))

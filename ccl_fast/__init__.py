@@ -12,9 +12,9 @@ __all__ = ["CCLLoss", "InfoNCELoss", "SupConLoss", "__version__", "streaming_log
 
 def __getattr__(name: str):
     if name in _COMMANDS:
-        from ccl_fast import training
+        from ccl_fast import commands
 
-        return getattr(training, name)
+        return getattr(commands, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

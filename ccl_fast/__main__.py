@@ -43,11 +43,11 @@ def command() -> int:
     """``ccl-fast``; without its packages a line that says what to install, and 1."""
     try:
         with packages_of_training():
-            from ccl_fast.training.command import main as of_training
+            from ccl_fast.commands.command_line import main as run_command
     except MissingPackages as missing:
         print(f"ccl-fast: {missing}", file=sys.stderr)
         return 1
-    return of_training()
+    return run_command()
 
 
 if __name__ == "__main__":

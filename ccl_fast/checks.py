@@ -101,9 +101,14 @@ def check_scale(name: str, scale) -> None:
 
 
 def check_count(name: str, value, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+    if not is_integer(value) or value < least:
         expected = "a positive integer" if least == 1 else f"an integer >= {least}"
         raise ArgumentError(f"{name}: expected {expected}, got {value!r}")
+
+
+def is_integer(value) -> bool:
+    """Tell whether a value is a whole number, and none of True and False."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_positive(name: str, value) -> None:

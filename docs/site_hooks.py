@@ -1,5 +1,6 @@
-"""What the site needs beyond mkdocs.yml: pages from outside of docs/, and the formulas of the docstrings."""
+"""What the site needs beyond mkdocs.yml: pages from outside of docs/, formulas, and the arguments of ``train``."""
 
+import ast
 import re
 import textwrap
 from pathlib import Path
@@ -40,6 +41,35 @@ class Formulas(griffe.Extension):
     def on_object(self, *, obj, **kwargs):
         if obj.docstring:
             obj.docstring.value = formulas(obj.docstring.value)
+
+
+class FieldsAsArguments(griffe.Extension):
+    """griffe: what ``takes_fields_of(Config)`` decorates gets the fields as parameters, and their help as ``Args``."""
+
+    def on_package(self, *, pkg, **kwargs):
+        fields = pkg["training.config.Config"].attributes
+        options = {name: option for name, field in fields.items() if (option := _option(field)) is not None}
+        entries = "\n".join(f"    {name}: {help_text}" for name, (_, help_text) in options.items())
+        for function in (one for module in pkg["commands"].modules.values() for one in module.functions.values()):
+            if not function.is_alias and any("takes_fields_of(" in str(of.value) for of in function.decorators):
+                parameters = [_parameter(name, fields[name], default) for name, (default, _) in options.items()]
+                function.parameters = griffe.Parameters(*parameters)
+                docstring = function.docstring
+                docstring.value = docstring.value.replace("\nReturns:", f"\nArgs:\n{entries}\n\nReturns:", 1)
+
+
+def _option(field: griffe.Attribute) -> tuple[str, str] | None:
+    """Default and help of a field, ``option(default, help, ...)``; None of what is none."""
+    call = ast.parse(str(field.value), mode="eval").body
+    if not isinstance(call, ast.Call) or ast.unparse(call.func) != "option":
+        return None
+    default, help_text = call.args[:2]
+    return ast.unparse(default), ast.literal_eval(help_text)
+
+
+def _parameter(name: str, field: griffe.Attribute, default: str) -> griffe.Parameter:
+    kind = griffe.ParameterKind.positional_or_keyword
+    return griffe.Parameter(name, annotation=field.annotation, kind=kind, default=default)
 
 
 def formulas(text: str) -> str:

@@ -10,6 +10,7 @@ for extra in ("torchmetrics", "lightning", "kornia", "tensorboard", "jsonargpars
     pytest.importorskip(extra)
 
 from benchmarks import natural, readme
+from ccl_fast.training.config import FIELDS
 from ccl_fast.training.objectives import OPTIONS
 
 SETS = ("near", "far", "data/imagenet-other")
@@ -27,7 +28,8 @@ def report(seed, value, split=(0, 1), **arguments):
         log.append({"stage": "ccl", "epoch": epoch, "same_class": share, "believed": share / 2})
     both = {"simclr": base, "ccl": base + value}
     return {
-        "arguments": {"objective": "ccl", "clusters": 20, **OPTIONS, "in_classes": list(split), "seed": seed}
+        "arguments": {name: FIELDS[name].default for name in OPTIONS}
+        | {"objective": "ccl", "clusters": 20, "in_classes": list(split), "seed": seed}
         | arguments,
         "images": {"train": 1234},
         "results": {name: results(auroc) for name, auroc in both.items()},

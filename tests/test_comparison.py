@@ -10,9 +10,9 @@ import pytest
 for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "lightning", "kornia", "tensorboard"):
     pytest.importorskip(extra)  # the extra "train"
 
+from ccl_fast.commands import compare_objectives
+from ccl_fast.commands.command_line import main
 from ccl_fast.errors import ArgumentError
-from ccl_fast.training import comparison
-from ccl_fast.training.command import main
 
 pytestmark = pytest.mark.xdist_group("test_comparison")  # one process has the runs that all tests share
 
@@ -61,7 +61,7 @@ def test_says_what_the_reports_of_the_seeds_say(two_seeds):
 
 def test_the_table_has_a_line_for_every_detector_and_kind_of_ood_set(two_seeds):
     written = json.loads((two_seeds / "comparison.json").read_text())
-    lines = comparison.format_comparison(written).splitlines()
+    lines = compare_objectives.format_comparison(written).splitlines()
     assert len(lines) == 2 + 11 * 2 + 2 + 1
     gain = written["results"]["layers/ensemble"]["near"]["auroc"]["gain"]
     line = next(line for line in lines if line.startswith("layers/ensemble *"))
@@ -71,7 +71,7 @@ def test_the_table_has_a_line_for_every_detector_and_kind_of_ood_set(two_seeds):
     assert lines[-2].startswith("k-NN accuracy of the head ")
     assert f"{gain['mean']:+.3f} +- {gain['deviation']:.3f}" in lines[-2]
     del written["knn"]  # as without classes
-    assert comparison.format_comparison(written).splitlines() == lines[:-3] + lines[-1:]
+    assert compare_objectives.format_comparison(written).splitlines() == lines[:-3] + lines[-1:]
 
 
 def test_resuming_runs_only_what_is_missing(two_seeds):
@@ -100,7 +100,7 @@ def test_a_seed_killed_before_its_first_checkpoint_is_begun_again(two_seeds, tmp
 
 def test_another_budget_is_not_mixed_in(two_seeds):
     with pytest.raises(ArgumentError, match=r"^epochs: expected 2"):
-        comparison.compare(
+        compare_objectives.compare(
             two_seeds,
             [3, 5],
             resume=True,

@@ -1,25 +1,23 @@
 # ruff: noqa: E402 (the extra must be there)
-"""A trained run, judged again and used to score images."""
+"""A trained run, evaluated again and used to score images."""
 
 import csv
 import json
 
 import pytest
 import torch
-import yaml
 
 for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "lightning", "kornia", "tensorboard"):
     pytest.importorskip(extra)  # the extra "train"
 
 from torchvision.utils import save_image
 
+from ccl_fast.commands import evaluate, score, train
+from ccl_fast.commands.command_line import main
 from ccl_fast.data import load_split
 from ccl_fast.errors import ArgumentError
 from ccl_fast.models import Model, embed
 from ccl_fast.ood import NearestNeighbor
-from ccl_fast.training import evaluate, score, train
-from ccl_fast.training.command import main
-from ccl_fast.training.trained import TrainedRun
 
 pytestmark = pytest.mark.xdist_group("test_evaluate")  # one process has the runs that all tests share
 
@@ -125,14 +123,6 @@ def test_wrong_arguments_of_score_are_named(run, folder_of_images, tmp_path, opt
     with pytest.raises((ArgumentError, OSError), match=said):
         score(run, folder_of_images, tmp_path / "scores.csv", **options)
     assert not (tmp_path / "scores.csv").exists()
-
-
-def test_runs_from_before_there_were_several_processes_can_be_opened(run, tmp_path):
-    arguments = yaml.safe_load((run / "config.yaml").read_text())
-    del arguments["timeout"]
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(arguments))
-    (tmp_path / "ccl.pt").write_bytes((run / "ccl.pt").read_bytes())
-    assert TrainedRun(tmp_path).objectives == ["ccl"]
 
 
 def test_what_is_no_finished_run_is_said(run, tmp_path, capsys):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ccl_fast.clustering import KMeans
 from ccl_fast.clustering.data import Data
 from ccl_fast.clustering.lloyd import LateFlag
-from ccl_fast.clustering.seeding import MOST_CANDIDATES, k_means_plus_plus, plus_plus_rows
+from ccl_fast.clustering.seeding import MAX_CANDIDATES, k_means_plus_plus, plus_plus_rows
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -117,7 +117,7 @@ def test_plus_plus_has_the_distribution_of_its_definition(weighted):
 
 def test_plus_plus_with_more_centers_than_candidates_is_as_good_as_scikit_learns():
     x = blobs(0, n=3000, d=5, k=400)
-    k = 2 * MOST_CANDIDATES
+    k = 2 * MAX_CANDIDATES
     ours = [KMeans(k, seed=seed, max_iter=1).fit(x).inertia_ for seed in range(5)]
     one_trial = [
         Oracle(k, init=kmeans_plusplus(x.numpy(), k, random_state=seed, n_local_trials=1)[0], n_init=1, max_iter=1)

@@ -2,7 +2,6 @@
 """The schedule step by step: what reaches network, loss, k-means, optimiser and detectors, and when."""
 
 import copy
-import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -18,16 +17,16 @@ for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "li
 from lightning.fabric import Fabric
 
 from ccl_fast.clustering import KMeans
+from ccl_fast.commands import train
 from ccl_fast.data.images import InMemory
-from ccl_fast.evaluation import judge
-from ccl_fast.evaluation.judge import DEFAULT, STARTS
+from ccl_fast.evaluation import evaluate_model
+from ccl_fast.evaluation.detection import DEFAULT, STARTS
 from ccl_fast.models import Model
 from ccl_fast.ood import Columns, CosineNorm, Ensemble, Mahalanobis, NearestCenter, NearestNeighbor, ood_metrics
-from ccl_fast.training import train
+from ccl_fast.training.config import Config
 from ccl_fast.training.loop import Run
 
 SHAPE = (1, 8, 8)
-DEFAULTS = {name: p.default for name, p in inspect.signature(train).parameters.items()}
 
 
 class Encoder(nn.Sequential):
@@ -53,8 +52,7 @@ def make_images(n, seed=0):
 def make_run(images, **given):
     """Steps of 8 images."""
     small = {"backbone": Encoder(), "embedding_dim": 6, "batch_size": 8, "clusters": [3], "warmup_epochs": 0}
-    assert given.keys() <= DEFAULTS.keys()
-    return Run(SimpleNamespace(**DEFAULTS | small | given), images, Fabric(accelerator="cpu", devices=1))
+    return Run(Config(**small | given), images, Fabric(accelerator="cpu", devices=1))
 
 
 def views_of_steps(run, epochs):
@@ -220,10 +218,10 @@ def test_the_result_is_the_average_of_the_weights_and_counts_as_the_model_does(e
     assert result["encoder.2.num_batches_tracked"] == 4
 
 
-def test_the_average_is_what_is_judged_and_saved(tmp_path, monkeypatch):
-    judged, steps = {}, []
+def test_the_average_is_what_is_evaluated_and_saved(tmp_path, monkeypatch):
+    evaluated, steps = {}, []
     monkeypatch.setattr(
-        "ccl_fast.training.report.write_page", lambda path, report, judgements, _: judged.update(judgements)
+        "ccl_fast.commands.report.write_page", lambda path, report, evaluations, _: evaluated.update(evaluations)
     )
     train_set, test_set, other = (make_images(n, seed).pixels / 255 for seed, n in enumerate((16, 6, 5)))
     hook = register_optimizer_step_post_hook(
@@ -249,7 +247,7 @@ def test_the_average_is_what_is_judged_and_saved(tmp_path, monkeypatch):
         assert_close(saved.detach(), expected[i])
     for part, images in {"train": train_set, "test": test_set, "other": other}.items():
         with torch.no_grad():
-            assert_close(judged["ccl"].features[part]["head"], model.eval()(images))
+            assert_close(evaluated["ccl"].features[part]["head"], model.eval()(images))
 
 
 def test_every_figure_is_of_a_detector_fitted_to_training_features_of_its_level():
@@ -259,7 +257,7 @@ def test_every_figure_is_of_a_detector_fitted_to_training_features_of_its_level(
     model = Model(encoder, SHAPE, dim=6)
     parts = {name: make_images(n, n) for name, n in {"train": 60, "test": 31, "a": 32, "b": 33, "c": 34}.items()}
     near, far = ({name: parts[name] for name in names} for names in ("ab", "c"))
-    judgement = judge(model, parts["train"], parts["test"], near, far, clusters=3, seed=1)
+    evaluation = evaluate_model(model, parts["train"], parts["test"], near, far, clusters=3, seed=1)
     model.eval()
     features = {}
     for name, images in parts.items():
@@ -267,9 +265,9 @@ def test_every_figure_is_of_a_detector_fitted_to_training_features_of_its_level(
             first = model.encoder[0](images.pixels / 255)
             maps = first, model.encoder[1](first)
             encoded = model.encoder(images.pixels / 255)
-            assert_close(judgement.features[name], {"encoder": encoded, "head": model.head(encoded)})
+            assert_close(evaluation.features[name], {"encoder": encoded, "head": model.head(encoded)})
         statistics = [of for x in maps for of in (x.mean((2, 3)), x.std((2, 3), correction=0))]
-        features[name] = judgement.features[name] | {"layers": torch.cat([encoded, *statistics], 1)}
+        features[name] = evaluation.features[name] | {"layers": torch.cat([encoded, *statistics], 1)}
     of_level = {
         "nearest_neighbor": NearestNeighbor(),
         "nearest_center": NearestCenter(3),
@@ -301,13 +299,13 @@ def test_every_figure_is_of_a_detector_fitted_to_training_features_of_its_level(
         row["near"] = {metric: (row["a"][metric] + row["b"][metric]) / 2 for metric in row["a"]}
         expected[name] = row | {"far": row["c"]}
         if name == DEFAULT:
-            assert_close(judgement.scores, {"test": inside} | scores)
-    assert kmeans["head"].labels_.equal(judgement.cluster_ids)
-    assert kmeans["head"].cluster_centers_.equal(judgement.centers)
-    assert judgement.metrics.keys() == expected.keys()
+            assert_close(evaluation.scores, {"test": inside} | scores)
+    assert kmeans["head"].labels_.equal(evaluation.cluster_ids)
+    assert kmeans["head"].cluster_centers_.equal(evaluation.centers)
+    assert evaluation.metrics.keys() == expected.keys()
     for name, row in expected.items():
-        assert judgement.metrics[name].keys() == row.keys()
+        assert evaluation.metrics[name].keys() == row.keys()
         for part, metrics in row.items():
-            assert judgement.metrics[name][part] == pytest.approx(metrics, rel=1e-5), (name, part)
+            assert evaluation.metrics[name][part] == pytest.approx(metrics, rel=1e-5), (name, part)
     assert all(expected[f"head/{name}"] != expected[f"encoder/{name}"] for name in of_level)
     assert expected["layers/ensemble"] != expected["encoder/ensemble"]

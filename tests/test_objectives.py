@@ -1,10 +1,8 @@
 # ruff: noqa: E402 (the extra must be there)
 """Every objective of the table: what it computes, that it trains in every way that CCL does, and what it leaves."""
 
-import inspect
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,22 +16,23 @@ for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "li
 from lightning.fabric import Fabric
 
 from ccl_fast import losses
+from ccl_fast.commands import evaluate, train
+from ccl_fast.commands.command_line import main
+from ccl_fast.commands.compare_objectives import compare, format_comparison, summarize
+from ccl_fast.commands.trained_run import TrainedRun
 from ccl_fast.data.images import InMemory
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.contrast import ContrastiveLoss
 from ccl_fast.models import Model
-from ccl_fast.training import checkpoint, evaluate, train
+from ccl_fast.training import checkpoint
 from ccl_fast.training.checkpoint import CheckpointError
-from ccl_fast.training.command import main
-from ccl_fast.training.comparison import compare, format_comparison, summarize
+from ccl_fast.training.config import FIELDS, Config
 from ccl_fast.training.cooperation import Clustering, CooperativeCCL
 from ccl_fast.training.loop import Run
 from ccl_fast.training.objectives import OBJECTIVES, OPTIONS
-from ccl_fast.training.trained import TrainedRun
 
 pytestmark = pytest.mark.xdist_group("test_objectives")  # one process has the run that all tests share
 
-DEFAULTS = {name: p.default for name, p in inspect.signature(train).parameters.items()}
 SHARED = {"simclr", "ccl", "supcon", "protonce", "deepcluster-v2", "pamc", "meow", "swav"}  # by several processes
 CHANGED = {"recluster_every": 2, "center_weight": 0.25, "center_ramp_epochs": 2, "concentration": True}
 CHANGED |= {"instance_weight": 0.0, "instance_negatives": "all", "believe": 1.0, "labels_from": "random"}
@@ -52,9 +51,8 @@ def make_run(objective, precision="32-true", **given):
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1))
     small = {"backbone": backbone, "embedding_dim": 6, "batch_size": 16, "clusters": [4, 3], "warmup_epochs": 0}
     small |= {"objective": objective, "precision": precision, "epochs": 4}
-    assert given.keys() <= DEFAULTS.keys()
     fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
-    return Run(SimpleNamespace(**DEFAULTS | small | given), kinds(), fabric)
+    return Run(Config(**small | given), kinds(), fabric)
 
 
 def go(run, epochs=4, **callbacks):
@@ -195,7 +193,7 @@ def test_every_option_of_an_objective_changes_it(name, option):
 
 def test_only_what_needs_clusters_is_clustered(monkeypatch):
     clustered = []
-    monkeypatch.setattr(Run, "_cluster", lambda run: clustered.append(run.options.objective))
+    monkeypatch.setattr(Run, "_cluster", lambda run: clustered.append(run.config.objective))
     for name in ("simclr", "swav"):
         go(make_run(name, clusters=[3]), 1)
     assert not clustered
@@ -261,7 +259,7 @@ def test_files_stages_and_titles_have_the_objectives_name(swav):
     assert "With the default detector, SwAV reaches" in page and "CCL" not in page
 
 
-def test_weights_are_those_of_the_model_and_can_be_judged_again(swav, no_page, capsys):
+def test_weights_are_those_of_the_model_and_can_be_evaluated_again(swav, no_page, capsys):
     for name in ("simclr", "swav"):
         Model().load_state_dict(torch.load(swav / f"{name}.pt", weights_only=True))
     trained = TrainedRun(swav)
@@ -314,9 +312,9 @@ def test_a_comparison_names_its_objective():
 
 
 def test_options_that_an_objective_does_not_use_are_named(tmp_path):
-    assert {name: DEFAULTS[name] for name in OPTIONS} == OPTIONS
+    assert all(FIELDS[name].metadata["after_warm_up"] for name in OPTIONS)
     for name, objective in OBJECTIVES.items():
-        for option in OPTIONS.keys() - set(objective.options):
+        for option in set(OPTIONS) - set(objective.options):
             with pytest.raises(ArgumentError, match=rf"^{option}: expected .* with objective '{name}', got"):
                 train(tmp_path / "run", name, **{option: CHANGED[option]})
     all_at_once = "; ".join(
@@ -324,7 +322,7 @@ def test_options_that_an_objective_does_not_use_are_named(tmp_path):
     )
     with pytest.raises(ArgumentError, match=f"^{all_at_once}$"):
         train(tmp_path / "run", "swav", **CHANGED)
-    with pytest.raises(ArgumentError, match=r"^objective: expected one of simclr, .*, ccl, .*, got 'moco'"):
+    with pytest.raises(ArgumentError, match=r"^objective: expected one of 'simclr', .*, 'ccl', .*, got 'moco'"):
         train(tmp_path / "run", "moco")
     with pytest.raises(ArgumentError, match=r"^objective: expected one of"):
         train(tmp_path / "run", ["ccl", "swav"])
@@ -342,7 +340,7 @@ def test_one_cluster_is_refused_where_nothing_would_be_learned(name, tmp_path):
         run = make_run(name, clusters=[clusters], backbone=nn.Sequential(nn.Flatten(), nn.Linear(64, 16)))
         go(run, 1)
         learns[clusters] = max(p.grad.abs().max().item() for p in run.model.parameters()) > 1e-4
-    assert learns == {1: OBJECTIVES[name].fewest_clusters == 1, 2: True}
+    assert learns == {1: OBJECTIVES[name].min_clusters == 1, 2: True}
     for clusters in (1, [4, 1]) if not learns[1] else ():
         with pytest.raises(ArgumentError, match=rf"^clusters: expected 2 or more with objective '{name}' .*, got .*1"):
             train(tmp_path / "run", name, clusters=clusters)
@@ -357,7 +355,7 @@ def test_several_processes_are_refused_before_anything_starts(monkeypatch, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_of_an_earlier_version_can_be_judged_but_not_resumed(swav, tmp_path):
+def test_a_run_of_an_earlier_version_is_refused(swav, tmp_path):
     shutil.copytree(swav, tmp_path / "run")
     state = checkpoint.load(tmp_path / "run" / "checkpoints")
     arguments = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -366,7 +364,8 @@ def test_a_run_of_an_earlier_version_can_be_judged_but_not_resumed(swav, tmp_pat
         given["method"] = "compare"
     checkpoint.save(tmp_path / "run" / "checkpoints", state)
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(arguments))
-    assert TrainedRun(tmp_path / "run").objectives == ["simclr", "swav"]
+    with pytest.raises(ArgumentError, match=r"^run: .*, got a file without baseline, objective and with method$"):
+        TrainedRun(tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"of another version of ccl_fast \(baseline, method, objective\)"):
         train(tmp_path / "run", **TINY, resume=True)
     with pytest.raises(ArgumentError, match=r"^output: expected a comparison of this version.* without objective"):

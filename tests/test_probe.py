@@ -1,9 +1,7 @@
 # ruff: noqa: E402 (the extra must be there)
 """Looks at a run on its way: what they see, when, and that they leave no trace in the training."""
 
-import inspect
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,16 +12,16 @@ for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "li
 
 from lightning.fabric import Fabric
 
+from ccl_fast.commands import train
 from ccl_fast.data.images import InMemory
 from ccl_fast.evaluation import knn_accuracy
 from ccl_fast.training import probe as probe_module
-from ccl_fast.training import train
+from ccl_fast.training.config import Config
 from ccl_fast.training.loop import Run
 from ccl_fast.training.probe import Probe
 
 pytestmark = pytest.mark.xdist_group("test_probe")
 
-DEFAULTS = {name: p.default for name, p in inspect.signature(train).parameters.items()}
 TINY = {"epochs": 5, "warmup_epochs": 2, "clusters": [4, 3], "in_classes": [0, 7], "batch_size": 50, "limit": 100}
 TINY |= {"far_ood": [], "objective": "ccl"}
 
@@ -39,7 +37,7 @@ def make_run(images, **given):
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2))
     small = {"backbone": backbone, "embedding_dim": 6, "batch_size": 8, "clusters": [3], "warmup_epochs": 0}
-    return Run(SimpleNamespace(**DEFAULTS | small | given), images, Fabric(accelerator="cpu", devices=1))
+    return Run(Config(**small | given), images, Fabric(accelerator="cpu", devices=1))
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])
@@ -57,8 +55,8 @@ def test_the_accuracies_are_those_of_features_in_evaluation_mode(ema, monkeypatc
         expected = knn_accuracy(train_features, train_set.classes, test, test_set.classes)
         assert found[f"{level}_knn"] == pytest.approx(expected)
     assert found["encoder_knn"] > 0.5  # the images' brightness tells their classes
-    monkeypatch.setattr(probe_module, "MOST_TRAIN", 7)
-    monkeypatch.setattr(probe_module, "MOST_TEST", 4)
+    monkeypatch.setattr(probe_module, "MAX_TRAIN", 7)
+    monkeypatch.setattr(probe_module, "MAX_TEST", 4)
     rows, few = torch.arange(0, 40, 6.5).long(), torch.tensor([0, 9, 19, 29])
     expected = knn_accuracy(encoded[0][rows], train_set.classes[rows], encoded[1][few], test_set.classes[few])
     assert Probe(1, train_set, test_set).look(run)["encoder_knn"] == pytest.approx(expected)
@@ -125,7 +123,7 @@ def test_looks_are_in_every_log_when_they_are_due(every, due, tmp_path, no_page)
                 line[name]
             )
     assert report["log"]["ccl"] == [line for line in lines if line["stage"] in ("warm-up", "ccl")]
-    # So few images are all looked at: the last look is the judgement.
+    # So few images are all looked at: the last look is the evaluation.
     for objective, of_levels in report["knn"].items():
         assert of_levels.keys() == {"encoder", "head"}
         last = report["log"][objective][-1]

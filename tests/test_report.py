@@ -1,5 +1,5 @@
 # ruff: noqa: E402 (the extra must be there)
-"""The report's page: what it says, that it needs nothing else, and that no judgement is too odd for it."""
+"""The report's page: what it says, that it needs nothing else, and that no evaluation is too odd for it."""
 
 import base64
 import io
@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from torch.nn.functional import normalize
 
-from ccl_fast.evaluation import Judgement, pictures
+from ccl_fast.evaluation import Evaluation, pictures
 from ccl_fast.evaluation.page import summarize, write_page
 from ccl_fast.ood import auroc, fpr95, ood_metrics
 
@@ -62,10 +62,10 @@ def make(
     change_features=lambda x: x,
     change_scores=lambda x: x,
 ):
-    """A report, judgements and images of random features; sizes are those of train, test and every OOD set."""
+    """A report, evaluations and images of random features; sizes are those of train, test and every OOD set."""
     sets = [*near, *far]
     parts = {"train": sizes[0], "test": sizes[1]} | dict.fromkeys(sets, sizes[2])
-    judgements, results = {}, {}
+    evaluations, results = {}, {}
     for number, objective in enumerate(objectives):
         torch.manual_seed(number)
         centers = normalize(torch.randn(clusters, 6))
@@ -87,7 +87,7 @@ def make(
             metrics[detector] = by_set
         results[objective] = metrics
         both = {part: {"head": x, "encoder": 2 * x} for part, x in features.items()}
-        judgements[objective] = Judgement(metrics, both, scores, ids["train"], change_features(centers))
+        evaluations[objective] = Evaluation(metrics, both, scores, ids["train"], change_features(centers))
     report = {
         "arguments": {"data": HOSTILE, "clusters": clusters, "output": None, "in_classes": [0, 1], "resume": False},
         "images": {"train": sizes[0], "test": sizes[1], "ood": dict.fromkeys(sets, sizes[2])},
@@ -108,7 +108,7 @@ def make(
         "seconds": 4000.0,
         "environment": {"ccl_fast": "1", "torch": "2", "python": "3", "device": "a <b>", "date": "2026-01-02T03:04:05"},
     }
-    return report, judgements, {part: Noise(n, shape) for part, n in parts.items()}
+    return report, evaluations, {part: Noise(n, shape) for part, n in parts.items()}
 
 
 class Page(HTMLParser):
@@ -222,12 +222,12 @@ def test_colors_are_the_pages(page):
 
 
 def test_tables_have_the_reports_numbers(page, made):
-    report, judgements, _ = made
+    report, evaluations, _ = made
     rows = [(" ".join(header.split()), cells) for header, cells in page.rows if len(cells) == 10]
 
     def expected(detector, of):
         return [
-            f"{report['results'][objective][detector][of][name]:.3f}" for name in COLUMNS for objective in judgements
+            f"{report['results'][objective][detector][of][name]:.3f}" for name in COLUMNS for objective in evaluations
         ]
 
     sets = [*report["near"], *report["far"]]
@@ -305,30 +305,30 @@ def test_same_input_same_bytes_whatever_else_is_set(page, made, tmp_path):
 
 
 def test_a_page_that_cannot_be_made_leaves_the_old_one(made, tmp_path):
-    report, judgements, images = made
+    report, evaluations, images = made
     (tmp_path / "report.html").write_text("old")
     with pytest.raises(KeyError):
-        write_page(tmp_path / "report.html", {**report, "results": {"ccl": {}}}, judgements, images)
+        write_page(tmp_path / "report.html", {**report, "results": {"ccl": {}}}, evaluations, images)
     assert (tmp_path / "report.html").read_text() == "old"
 
 
 def test_shows_the_images_at_the_border_first(page, made):
-    _, judgements, images = made
+    _, evaluations, images = made
     alts = [image["alt"] for image in page.all("img")]
     sources = [image["src"] for image in page.all("img")]
-    for judgement in judgements.values():
-        worst = int(judgement.scores["test"].argmax())
-        at = alts.index(f"test, image {worst}, score {judgement.scores['test'][worst]:#.3g}")
+    for evaluation in evaluations.values():
+        worst = int(evaluation.scores["test"].argmax())
+        at = alts.index(f"test, image {worst}, score {evaluation.scores['test'][worst]:#.3g}")
         assert sum(alt.startswith("test,") for alt in alts[at : at + 24]) == 12
         decoded = np.array(Image.open(io.BytesIO(base64.b64decode(sources[at].split(",")[1]))))
         assert np.abs(decoded / 255 - images["test"].values[worst, 0].numpy()).max() <= 0.5 / 255 + 1e-6
-        features = {part: normalize(of_part["head"]) for part, of_part in judgement.features.items()}
+        features = {part: normalize(of_part["head"]) for part, of_part in evaluation.features.items()}
         nearest = int((features["train"] @ features["test"][worst]).argmax())
         assert alts[at + 1] == f"training image {nearest}"
         for name in ("birds", HOSTILE, "textures"):
-            least = judgement.scores[name].argsort()[:4].tolist()
+            least = evaluation.scores[name].argsort()[:4].tolist()
             shown = [alt for alt in alts if alt.startswith(f"{name}, image")]
-            wanted = [f"{name}, image {row}, score {judgement.scores[name][row]:#.3g}" for row in least]
+            wanted = [f"{name}, image {row}, score {evaluation.scores[name][row]:#.3g}" for row in least]
             assert any(shown[i : i + 4] == wanted for i in (0, 4))
 
 
@@ -359,21 +359,21 @@ ODD = {
 
 @pytest.mark.parametrize("case", ODD)
 def test_odd_judgements(case, tmp_path):
-    report, judgements, images = make(**{"objectives": ("ccl",), "sizes": (40, 20, 6)} | ODD[case])
+    report, evaluations, images = make(**{"objectives": ("ccl",), "sizes": (40, 20, 6)} | ODD[case])
     del report["log"], report["losses"]
-    for judgement in judgements.values():
-        judgement.cluster_ids[judgement.cluster_ids == 2] = 0
-    page = write(tmp_path, report, judgements, images)
+    for evaluation in evaluations.values():
+        evaluation.cluster_ids[evaluation.cluster_ids == 2] = 0
+    page = write(tmp_path, report, evaluations, images)
     assert len(page.bytes) < 3e6
     assert not re.search(r"\b(nan|inf|None)\b", page.text)
     drawn = " ".join(f"{tag.get('d')} {tag.get('x')} {tag.get('y')}" for tag in page.all("path", "text", "use", "rect"))
     assert "M" in drawn and "nan" not in drawn and "inf" not in drawn
     sets = report["near"] + report["far"]
     labels = [svg["aria-label"] for svg in page.all("svg") if "aria-label" in svg]
-    assert sum("ROC curves" in label for label in labels) == (len(judgements) if sets else 0)
-    assert sum("map of" in label for label in labels) == len(judgements)
-    for judgement in judgements.values():
-        empty = len(judgement.centers) - len(judgement.cluster_ids.unique())
+    assert sum("ROC curves" in label for label in labels) == (len(evaluations) if sets else 0)
+    assert sum("map of" in label for label in labels) == len(evaluations)
+    for evaluation in evaluations.values():
+        empty = len(evaluation.centers) - len(evaluation.cluster_ids.unique())
         assert (f"{empty} of them empty" in page.text) == (empty > 0)
     for name in sets:
         assert page.text.count(name.encode(errors="replace").decode()) >= 4
@@ -385,7 +385,7 @@ def test_centers_keep_their_numbers_where_the_map_shows_no_image_of_theirs():
     points = pictures.sample(torch.randn(1500, 3), ids, centers, [], [])
     assert set(points.numbers.tolist()) - set(points.ids.tolist())
     assert points.centers.equal(centers[points.numbers])
-    assert len(points.numbers) == pictures.MOST_DRAWN
+    assert len(points.numbers) == pictures.MAX_DRAWN
     assert {7, *range(300, 600)} <= set(points.numbers.tolist())  # the largest
 
 
@@ -423,21 +423,21 @@ def test_a_picture_that_cannot_be_drawn_costs_this_picture(broken, made, page, t
 
 
 def test_parts_that_are_not_there_are_left_out(tmp_path):
-    report, judgements, images = make(objectives=("ccl",), sizes=(40, 20, 6))
+    report, evaluations, images = make(objectives=("ccl",), sizes=(40, 20, 6))
     del report["log"], report["clustering"]
-    page = write(tmp_path, report, judgements, images)
+    page = write(tmp_path, report, evaluations, images)
     assert "Training" in page.text and "Loss" in page.text and "NMI" not in page.text
     del report["losses"]
-    page = write(tmp_path, report, judgements, images)
+    page = write(tmp_path, report, evaluations, images)
     assert "Loss" not in page.text and "#training" not in page.bytes.decode()
 
 
 def test_whatever_is_in_the_log_has_a_curve(tmp_path):
-    report, judgements, images = make(objectives=("ccl",), sizes=(40, 20, 6))
+    report, evaluations, images = make(objectives=("ccl",), sizes=(40, 20, 6))
     for epoch, line in enumerate(report["log"]["ccl"]):
         line |= {"stage": "ccl", "objective": "ccl", "step": 9, "head_knn": 0.25 + epoch, "some_new_share": 0.5}
         line |= {"same_class/7": 0.75, "same_class/9": 0.5}
-    page = write(tmp_path, report, judgements, images)
+    page = write(tmp_path, report, evaluations, images)
     labels = [svg["aria-label"] for svg in page.all("svg") if " by epoch: " in svg.get("aria-label", "")]
     assert [label.split(" by epoch")[0] for label in labels] == [
         "Loss",
@@ -453,21 +453,21 @@ def test_whatever_is_in_the_log_has_a_curve(tmp_path):
 
 
 def test_the_accuracy_of_neighbors_is_beside_the_auroc(tmp_path):
-    report, judgements, images = make(sizes=(40, 20, 6))
-    assert "Classes" not in write(tmp_path, report, judgements, images).text
+    report, evaluations, images = make(sizes=(40, 20, 6))
+    assert "Classes" not in write(tmp_path, report, evaluations, images).text
     report["knn"] = {"simclr": {"encoder": 0.5931, "head": 0.6152}, "ccl": {"encoder": 0.7, "head": 0.8}}
-    text = " ".join(write(tmp_path, report, judgements, images).text.split())
+    text = " ".join(write(tmp_path, report, evaluations, images).text.split())
     assert "SimCLR 59.3 % encoder 61.5 % head CCL 70.0 % encoder 80.0 % head" in text
 
 
 @pytest.mark.parametrize("objectives", [("simclr", "ccl"), ("ccl",), ("simclr",)])
 def test_the_loss_of_the_warm_up_is_in_the_line_of_the_baseline_alone(objectives, tmp_path):
-    report, judgements, images = make(objectives=objectives, sizes=(40, 20, 6))
+    report, evaluations, images = make(objectives=objectives, sizes=(40, 20, 6))
     warm_up = [{"stage": "warm-up", "objective": "simclr", "epoch": epoch, "loss": 6 - epoch} for epoch in (1, 2)]
     for objective, scale in (("simclr", 1), ("ccl", -0.125)):
         own = [{"stage": objective, "objective": objective, "epoch": e, "loss": scale * (6 - e)} for e in (3, 4)]
         report["log"] |= {objective: warm_up + own} if objective in objectives else {}
-    page = write(tmp_path, report, judgements, images)
+    page = write(tmp_path, report, evaluations, images)
     label = next(svg["aria-label"] for svg in page.all("svg") if svg.get("aria-label", "").startswith("Loss"))
     said = {"simclr": "SimCLR from 5 to 2", "ccl": "CCL from -0.375 to -0.25"}
     assert label == f"Loss by epoch: {'; '.join(said[objective] for objective in objectives)}."

@@ -20,11 +20,12 @@ from lightning.fabric import Fabric
 from noise import Noise
 
 import ccl_fast
+from ccl_fast.commands import train
+from ccl_fast.commands.command_line import main
 from ccl_fast.data import load_split
 from ccl_fast.models import Model, embed
 from ccl_fast.ood import NearestNeighbor, auroc
-from ccl_fast.training import train
-from ccl_fast.training.command import main
+from ccl_fast.training.config import FIELDS, Config
 from ccl_fast.training.loop import Run
 
 pytestmark = pytest.mark.xdist_group("test_training")  # one process has the runs that all tests share
@@ -40,7 +41,7 @@ SMALL = TINY | {"epochs": 3, "limit": 200, "baseline": False, "far_ood": []}
 @pytest.fixture(autouse=True)
 def no_page(tiny, monkeypatch):
     """Only the run of the fixture ``tiny`` draws pictures, which take seconds."""
-    monkeypatch.setattr("ccl_fast.training.report.write_page", lambda *_: None)
+    monkeypatch.setattr("ccl_fast.commands.report.write_page", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_results_are_written_before_the_page_and_whatever_becomes_of_it(tmp_path
         raise ZeroDivisionError("no page today")
 
     there = []
-    monkeypatch.setattr("ccl_fast.training.report.write_page", fail)
+    monkeypatch.setattr("ccl_fast.commands.report.write_page", fail)
     small = TINY | {"limit": 100, "batch_size": 50, "far_ood": []}
     report = train(tmp_path / "run", **small)
     assert {"ccl.pt", "simclr.pt", "report.json"} <= set(there)
@@ -203,7 +204,7 @@ def test_a_run_that_overwrites_leaves_no_result_of_the_old_one_beside_its_argume
 
 
 def test_of_two_runs_one_gets_the_folder(tmp_path, monkeypatch):
-    from ccl_fast.training import run_folder
+    from ccl_fast.commands import run_folder
 
     monkeypatch.chdir(tmp_path)
     first, second = (run_folder.default_folder("train") for _ in range(2))
@@ -283,21 +284,27 @@ def test_unreadable_commands_exit_with_2(arguments, capsys):
     assert "error" in capsys.readouterr().err
 
 
-def test_the_method_of_earlier_versions_is_answered_with_what_has_replaced_it(tmp_path, capsys):
-    (tmp_path / "config.yaml").write_text("method: compare\nepochs: 2\n")
-    with pytest.raises(SystemExit) as exit:
-        main(["train", f"--config={tmp_path / 'config.yaml'}"])
-    assert exit.value.code == 2
-    assert capsys.readouterr().err.endswith("option 'method'; objective and baseline have replaced it\n")
-
-
 def test_help_explains_every_argument(capsys):
     with pytest.raises(SystemExit) as exit:
         main(["train", "--help"])
     assert exit.value.code == 0
-    text = capsys.readouterr().out
-    assert "number of k-means clusters" in text
-    assert "replace the run in an existing output folder" in text
+    text = " ".join(capsys.readouterr().out.split())
+    for name, field in FIELDS.items():
+        assert f"--{name}" in text
+        assert field.metadata["help"] in text
+
+
+def test_the_function_shows_its_arguments_with_types_and_help():
+    parameters = inspect.signature(ccl_fast.train).parameters
+    assert list(parameters) == list(FIELDS) and list(parameters)[:2] == ["output", "objective"]
+    assert parameters["epochs"].annotation is int and parameters["epochs"].default == 40
+    assert inspect.signature(ccl_fast.train).return_annotation == dict | None
+    text = " ".join(inspect.getdoc(ccl_fast.train).split())
+    for name, field in FIELDS.items():
+        assert f"{name}: {field.metadata['help']}" in text
+    assert text.index("Args: output:") < text.index("Returns:") < text.index("Raises:")
+    with pytest.raises(TypeError, match="epoch"):
+        ccl_fast.train(epoch=3)
 
 
 def test_a_diverging_loss_stops_with_its_step_and_leaves_no_folder(tmp_path, capsys):
@@ -311,7 +318,7 @@ def test_a_diverging_loss_stops_with_its_step_and_leaves_no_folder(tmp_path, cap
 )
 def test_the_state_is_all_that_the_rest_of_a_run_depends_on(extra):
     digits, fabric = load_split("digits", in_classes=[2], seed=0), Fabric(accelerator="cpu", devices=1)
-    plan = options(**{"epochs": 3, "clusters": [4], "warmup_epochs": 0, "batch_size": 100} | extra)
+    plan = Config(**{"epochs": 3, "clusters": [4], "warmup_epochs": 0, "batch_size": 100} | extra)
     origin = Run(plan, digits.train, fabric)
     states = []
     origin.advance(3, name="origin", after_step=lambda: states.append(origin.state_dict()))
@@ -324,16 +331,6 @@ def test_the_state_is_all_that_the_rest_of_a_run_depends_on(extra):
         fork.advance(3, name="fork")
         assert_equal(fork.state_dict(), end)
     assert_equal(origin.state_dict(), end)  # untouched by its forks
-
-
-def options(**given):
-    """The arguments of ``train`` as its loop gets them."""
-    from types import SimpleNamespace
-
-    defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
-    unknown = given.keys() - defaults.keys()
-    assert not unknown, unknown
-    return SimpleNamespace(**defaults | given)
 
 
 def assert_equal(ours, theirs):
@@ -461,7 +458,7 @@ def test_few_images_and_labels_of_any_number(tmp_path):
 
 
 def test_the_weight_of_the_center_grows_from_nothing():
-    plan = options(epochs=6, warmup_epochs=2, center_ramp_epochs=2, center_weight=0.5, clusters=[2], batch_size=100)
+    plan = Config(epochs=6, warmup_epochs=2, center_ramp_epochs=2, center_weight=0.5, clusters=[2], batch_size=100)
     run = Run(plan, load_split("digits", in_classes=[2]).train, Fabric(accelerator="cpu", devices=1))
     weights = []
     for run.step in range(8, 20):

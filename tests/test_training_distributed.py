@@ -3,7 +3,6 @@
 
 import contextlib
 import copy
-import inspect
 import itertools
 import json
 import os
@@ -13,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,9 +27,11 @@ for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "li
 from processes import run as run_in_processes
 
 from ccl_fast import CCLLoss
+from ccl_fast.commands import train
+from ccl_fast.commands.command_line import main
 from ccl_fast.data.images import InMemory
-from ccl_fast.training import cached_backward, checkpoint, train
-from ccl_fast.training.command import main
+from ccl_fast.training import cached_backward, checkpoint
+from ccl_fast.training.config import Config
 from ccl_fast.training.loop import Run
 from ccl_fast.training.processes import launched
 
@@ -201,7 +201,7 @@ def torchrun():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ours.items():
             patch.setenv(name, str(value))
-        patch.setattr("ccl_fast.training.report.write_page", lambda *_: None)
+        patch.setattr("ccl_fast.commands.report.write_page", lambda *_: None)
         yield
 
 
@@ -276,19 +276,18 @@ def smooth():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 16), nn.Tanh())
 
 
-DEFAULTS = {name: p.default for name, p in inspect.signature(train).parameters.items()}
 PLAIN = {"augmentation": "none", "batch_size": 13, "clusters": [4, 3], "embedding_dim": 6, "concentration": True}
 PLAIN |= {"epochs": 3, "warmup_epochs": 1}
 
 
 def go_through(given, state=None):
     """Three epochs of 3 steps, one of them warm-up: the states after every step."""
-    options = SimpleNamespace(**DEFAULTS | PLAIN | {"backbone": smooth()} | given)
+    config = Config(**PLAIN | {"backbone": smooth()} | given)
     images = InMemory(torch.randint(256, (41, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8))
     states = []
     place = torchrun() if dist.is_initialized() else contextlib.nullcontext()
-    with place, launched("cpu", options.precision, 60) as (fabric, processes):
-        run = Run(options, images, fabric, processes)
+    with place, launched("cpu", config.precision, 60) as (fabric, processes):
+        run = Run(config, images, fabric, processes)
         if state is not None:
             run.load_state_dict(state)
         run.advance(3, name="", after_step=lambda: states.append(run.state_dict()))
@@ -379,11 +378,11 @@ def test_each_process_draws_its_own_views():
 
 
 def views_of_a_step():
-    options = SimpleNamespace(**DEFAULTS | PLAIN | {"backbone": smooth(), "augmentation": "digits", "batch_size": 14})
+    config = Config(**PLAIN | {"backbone": smooth(), "augmentation": "digits", "batch_size": 14})
     images = InMemory(torch.randint(256, (1, 1, 8, 8)).to(torch.uint8).expand(14, -1, -1, -1).clone())
     seen = []
     with torchrun(), launched("cpu", "32-true", 60) as (fabric, processes):
-        run = Run(options, images, fabric, processes)
+        run = Run(config, images, fabric, processes)
         run.model.encoder.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
         run.advance(1, name="")
     return seen[0]

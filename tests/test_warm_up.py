@@ -11,10 +11,10 @@ import torch
 for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "lightning", "kornia", "tensorboard"):
     pytest.importorskip(extra)  # the extra "train"
 
+from ccl_fast.commands import train
+from ccl_fast.commands.command_line import main
 from ccl_fast.errors import ArgumentError
-from ccl_fast.training import train
 from ccl_fast.training.checkpoint import CheckpointError
-from ccl_fast.training.command import main
 from ccl_fast.training.interruption import Interrupted
 from ccl_fast.training.loop import Run
 
@@ -45,7 +45,7 @@ def steps(monkeypatch):
     steps, step = {}, Run._step
 
     def spy(run, *given):
-        name = "warm-up" if run.is_warming_up else run.options.objective
+        name = "warm-up" if run.is_warming_up else run.config.objective
         steps[name] = steps.get(name, 0) + 1
         return step(run, *given)
 
@@ -58,7 +58,7 @@ def stop_after(monkeypatch, objective, step):
     original = Run._step
 
     def stopping(run, *given):
-        if (run.options.objective, run.step) == (objective, step - 1):
+        if (run.config.objective, run.step) == (objective, step - 1):
             signal.raise_signal(signal.SIGTERM)
         return original(run, *given)
 
@@ -210,7 +210,7 @@ def test_a_comparison_begins_with_the_warm_ups_of_another(tmp_path, no_page, ste
     whole = compare("whole", "--objective=swav")
     assert continued["results"] == whole["results"] and continued["arguments"] == whole["arguments"]
     with pytest.raises(ArgumentError, match=r"^warmup_from: expected the folder of a comparison with seeds .*seed4"):
-        from ccl_fast.training.comparison import compare as compare_function
+        from ccl_fast.commands.compare_objectives import compare as compare_function
 
         compare_function(tmp_path / "third", [3, 4], warmup_from=tmp_path / "first")
     assert not (tmp_path / "third").exists()

@@ -10,7 +10,7 @@ from ccl_fast.errors import ArgumentError
 
 
 def align_clusters(cluster_ids: Tensor, reference_ids: Tensor, n_clusters: int) -> Tensor:
-    r"""The renaming of clusters that agrees best with another clustering of the same rows.
+    r"""Find the renaming of clusters that is most like another clustering of the same rows.
 
     .. math::
         \pi = \arg\max_{\pi \text{ a permutation}} \; |\{i : \pi(y_i) = z_i\}|

@@ -29,7 +29,7 @@ def concentration(
     mean: float | None = None,
     process_group: ProcessGroup | str | None = None,
 ) -> Tensor:
-    r"""Concentration of every cluster, the larger the looser: PCL's per-cluster temperature.
+    r"""Measure the concentration of every cluster, the larger the looser: PCL's per-cluster temperature.
 
     .. math::
         \phi_k = \frac{\sum_{i: y_i = k} \delta(x_i, \mu_k)}{n_k \log(n_k + \alpha)}

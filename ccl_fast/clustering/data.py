@@ -73,7 +73,7 @@ class Data:
         self._size = min(batch_size or self.n, self.n)
 
     def only(self, problem: int) -> Data:
-        """The rows of one problem."""
+        """Return the rows of one problem."""
         if self.problems == 1:
             return self
         one = slice(problem, problem + 1)
@@ -81,7 +81,7 @@ class Data:
         return Data(self.x[one], weights, self.metric, self._size, self.device, self.backend, self.shards)
 
     def chunks(self) -> Iterator[Chunk]:
-        """Local, and none if there are no rows."""
+        """Load the rows of this process chunk by chunk; none if there are no rows."""
         if self.x.numel() == 0:
             return
         if self._size == self.n:
@@ -106,38 +106,38 @@ class Data:
         return Sweep(labels, *self.shards.sum(sums, weights, changed, rechecked))
 
     def nearest(self, centers: Tensor) -> Tensor:
-        """The nearest centre of every row: int64 [problems, n]. Local."""
+        """Return the nearest centre of every row: int64 [problems, n]. Local."""
         return self._join([chunk.rows.nearest(centers)[0] for chunk in self.chunks()], torch.int64)
 
     def nearest_distance(self, centers: Tensor) -> Tensor:
-        """Distance of every row to the nearest centre: [problems, n]. Local."""
+        """Return the distance of every row to the nearest centre: [problems, n]. Local."""
         return self._distance(centers, lambda chunk: chunk.rows.nearest(centers)[0])
 
     def distance(self, centers: Tensor, labels: Tensor) -> Tensor:
-        """Distance of every row to the centre of its label: [problems, n]. Local."""
+        """Return the distance of every row to the centre of its label: [problems, n]. Local."""
         return self._distance(centers, lambda chunk: labels[:, chunk.part])
 
     def inertia(self, centers: Tensor, labels: Tensor) -> Tensor:
-        """Weighted sum of the distances, float64 [problems]."""
+        """Return the weighted sum of the distances, float64 [problems]."""
         distance = self.distance(centers, labels).double()
         weighted = distance if self.weights is None else distance * self.weights * self._weight_unit
         return self.shards.sum(weighted.sum(1))[0]
 
     def take(self, rows: Tensor) -> Tensor:
-        """Rows by number, [problems, m] -> [problems, m, d], as centres are: of length 1 for the cosine."""
+        """Return rows by number, [problems, m] -> [problems, m, d], as centres are: of length 1 for the cosine."""
         pairs = zip(self.x, rows.to(self.x.device), strict=True)
         taken = torch.stack([self.shards.place(numbers, lambda own, x=x: x[own]) for x, numbers in pairs])
         (taken,) = self.shards.sum(taken.to(self.device).to(self.dtype))
         return normalize_rows(taken) if self.metric == "cosine" else taken
 
     def largest(self) -> float:
-        """Of the magnitudes of all entries. Waits for the device."""
+        """Return the largest magnitude of all entries. Waits for the device."""
         own = [chunk.x.abs().amax().view(1, 1) for chunk in self.chunks()]
         nothing = torch.zeros(1, 1, dtype=self.x.dtype, device=self.device)
         return self.shards.largest(torch.cat([nothing, *own], 1)).item()
 
     def variance(self) -> Tensor:
-        """Of every feature (of the rows' directions for the cosine metric), float64 [problems, d].
+        """Return the variance of every feature (for the cosine, of the directions), float64 [problems, d].
 
         Raises:
             ValueError: a row is not finite.
@@ -163,7 +163,7 @@ class Data:
         return self.shards.sum(total)[0] / self.shards.total
 
     def _sweep(self, chunk: Chunk, centers: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Labels, and of these rows alone the sums, the weights, and how many rows were in doubt and re-checked."""
+        """Return labels, and of these rows the sums, the weights, and how many rows were in doubt and re-checked."""
         labels, rechecked = chunk.rows.nearest(centers)
         sums, weights = self._sum_by_cluster(chunk.x, labels, centers.shape[1], chunk.sum_weight)
         if self.metric == "cosine":  # the rows count in the sums by another weight than their own
@@ -172,7 +172,7 @@ class Data:
         return labels, sums, weights, rechecked
 
     def _nothing(self, centers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums, weights and the numbers of doubtful and re-checked rows where there are no rows."""
+        """Return sums, weights and the numbers of doubtful and re-checked rows where there are no rows."""
         sums = torch.zeros_like(centers, dtype=torch.float64)
         return sums, sums.sum(2), torch.zeros(2, dtype=torch.int64, device=centers.device)
 
@@ -180,7 +180,7 @@ class Data:
         return sum_by_cluster(x, labels, k, weights, self.backend, wide=self.shards.wide)
 
     def _join(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-        """The chunks' [problems, rows] as one."""
+        """Join the chunks' [problems, rows]."""
         if len(parts) == 1:
             return parts[0]
         return torch.cat(parts, 1) if parts else torch.empty(self.problems, self.n, dtype=dtype, device=self.device)

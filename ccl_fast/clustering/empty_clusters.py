@@ -13,14 +13,14 @@ SPLIT_DISTANCE = 1 / 64
 
 
 def check(sweep: Sweep) -> None:
-    """Policy "error". Waits for the device."""
+    """Raise an error if a cluster is empty (policy "error"). Waits for the device."""
     empty = (sweep.weights == 0).nonzero()[:, 1]
     if len(empty):
         raise RuntimeError(f"{len(empty)} empty clusters, the first of them {int(empty[0])}; see empty_cluster")
 
 
 def split(centers: Tensor, weights: Tensor, deviation: Tensor) -> Tensor:
-    """Centres [problems, k, d] with every empty one moved beside that of a large cluster, the largest first.
+    """Move every empty centre [problems, k, d] beside that of a large cluster, the largest first.
 
     Beside is: a little along the diagonal of the data's standard deviations [problems, d]. The large cluster's own
     centre stays, so no row's distance to its nearest centre grows.
@@ -35,7 +35,7 @@ def split(centers: Tensor, weights: Tensor, deviation: Tensor) -> Tensor:
 
 
 def relocate_to_farthest(data: Data, centers: Tensor, sweep: Sweep) -> Sweep:
-    """Every empty cluster takes over one of the rows farthest from their own centres. Waits for the device.
+    """Let every empty cluster take over one of the rows farthest from their own centres. Waits for the device.
 
     The sums and weights are those after that; the labels stay as they are.
     """

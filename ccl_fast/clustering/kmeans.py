@@ -183,14 +183,14 @@ class KMeans:
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """Nearest centre of every row of x, ``[M, D]`` or ``[B, M, D]``: int64 ``[M]`` or ``[B, M]``."""
+        """Return the nearest centre of every row of x, ``[M, D]`` or ``[B, M, D]``: int64 ``[M]`` or ``[B, M]``."""
         data, centers = self._new_data(x)
         labels = data.nearest(centers).to(x.device)
         return labels if x.ndim == 3 else labels[0]
 
     @torch.no_grad()
     def transform(self, x: Tensor) -> Tensor:
-        """Distance of every row of x, ``[M, D]``, to every centre, ``[M, K]``: ``|x - mu|`` or ``1 - cosine``."""
+        """Return the distances of rows of x, ``[M, D]``, to all centres, ``[M, K]``: ``|x - mu|`` or ``1 - cosine``."""
         data, centers = self._new_data(x)
         if x.numel() == 0:
             return torch.empty(*x.shape[:-1], self.n_clusters, dtype=data.dtype, device=x.device)
@@ -199,7 +199,7 @@ class KMeans:
 
     @torch.no_grad()
     def score(self, x: Tensor, sample_weight: Tensor | None = None) -> float | Tensor:
-        """Minus the weighted sum of the distances of the rows of x to their nearest centres."""
+        """Return minus the weighted sum of the distances of the rows of x to their nearest centres."""
         if not self._check_rows(x).shape[1]:
             raise ArgumentError("x: expected at least 1 row, got 0")
         weights = None if sample_weight is None else self._check_weights(sample_weight, x)
@@ -208,7 +208,7 @@ class KMeans:
         return -inertia if x.ndim == 3 else -inertia.item()
 
     def _alike(self, x: Tensor, weights: Tensor | None) -> dict:
-        """What the processes of a group must agree on, by name."""
+        """Return what must be the same on the processes of a group, by name."""
         names = ("n_clusters", "metric", "n_init", "max_iter", "tol", "empty_cluster", "seed", "backend")
         return {
             "x": f"[{', '.join(map(str, [*x.shape[:-2], 'rows', x.shape[-1]]))}]",
@@ -220,7 +220,7 @@ class KMeans:
         }
 
     def _check_rows(self, x: Tensor) -> Tensor:
-        """As [problems, rows, d], detached."""
+        """Check the rows, and return them as [problems, rows, d], detached."""
         if not isinstance(x, Tensor) or x.ndim not in (2, 3) or not x.is_floating_point() or x.element_size() < 2:
             got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ArgumentError(f"x: expected a floating-point tensor [rows, d] or [problems, rows, d], got {got}")

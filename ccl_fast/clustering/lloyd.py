@@ -13,7 +13,7 @@ from ccl_fast.ops.normalize import normalize_rows
 
 
 class Solution(NamedTuple):
-    """Of every problem; the labels are those of the centres, and of the own rows."""
+    """The solution of every problem; the labels are those of the centres, and of the own rows."""
 
     centers: Tensor  # [problems, k, d]
     labels: Tensor  # int64 [problems, n]
@@ -22,7 +22,7 @@ class Solution(NamedTuple):
     rechecked: Tensor  # int64 [2], as in Sweep, of the last assignment of all problems
 
     def or_better(self, other: Solution) -> Solution:
-        """Problem by problem the solution with the lower inertia."""
+        """Return problem by problem the solution with the lower inertia."""
         better = other.inertia < self.inertia
 
         def choose(mine: Tensor, theirs: Tensor) -> Tensor:

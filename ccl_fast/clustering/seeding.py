@@ -9,17 +9,17 @@ from torch import Tensor
 from ccl_fast.clustering.data import Data
 
 # k-means++ draws this many candidates at once, at most; at the start as many as there are centres.
-FEWEST_CANDIDATES, MOST_CANDIDATES = 8, 256
+MIN_CANDIDATES, MAX_CANDIDATES = 8, 256
 
 
 def random_rows(data: Data, k: int, generators: list[torch.Generator]) -> Tensor:
-    """k different rows of every problem, drawn without replacement by their weights: [problems, k, d]."""
+    """Draw k different rows of every problem, without replacement by their weights: [problems, k, d]."""
     rows = [_draw_distinct(data, _weights(data, i), k, generator) for i, generator in enumerate(generators)]
     return data.take(torch.stack(rows))
 
 
 def k_means_plus_plus(data: Data, k: int, generators: list[torch.Generator]) -> Tensor:
-    """k-means++ for every problem: [problems, k, d].
+    """Choose centres by k-means++ for every problem: [problems, k, d].
 
     Each centre is a row drawn with probability proportional to its weight times its distance from the centres before
     it. One pass over the data for each centre would cost as much as many iterations, so candidates are drawn many at a
@@ -33,7 +33,7 @@ def k_means_plus_plus(data: Data, k: int, generators: list[torch.Generator]) -> 
 
 
 def plus_plus_rows(one: Data, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """The numbers of the rows, [k], of a single problem with weights float64 [n].
+    """Return the numbers of the rows, [k], of a single problem with weights float64 [n].
 
     Over shards, every process has the distances of its rows and draws the same candidates.
     """
@@ -52,7 +52,7 @@ def plus_plus_rows(one: Data, weights: Tensor, k: int, generator: torch.Generato
         if not ends[-1] > 0:  # only copies of chosen rows are left: any of them, but none twice
             free = weights.index_fill(0, shards.local(chosen), 0.0)
             return torch.cat([chosen, _draw_distinct(one, free, k - len(chosen), generator)])
-        count = min(MOST_CANDIDATES, max(FEWEST_CANDIDATES, len(chosen)))
+        count = min(MAX_CANDIDATES, max(MIN_CANDIDATES, len(chosen)))
         draw = torch.rand(2, count, dtype=torch.float64, generator=generator)
         candidates = shards.draw(cumulative, ends, draw[0].to(one.device))
         rows = one.take(candidates[None])
@@ -69,22 +69,22 @@ def plus_plus_rows(one: Data, weights: Tensor, k: int, generator: torch.Generato
     return chosen
 
 
-def _accept(then: np.ndarray, among: np.ndarray, draw: np.ndarray, most: int) -> list[int]:
-    """Which candidates to accept, one after the other: each by its potential after those accepted before it.
+def _accept(then: np.ndarray, among: np.ndarray, draw: np.ndarray, max_accepted: int) -> list[int]:
+    """Choose candidates to accept, one after the other: each by its potential after those accepted before it.
 
     then [m]: the potentials they were drawn by; among [m, m]: that of each if only the other were a centre.
     """
     now = then.copy()
     accepted: list[int] = []
     for i in range(len(then)):
-        if draw[i] * then[i] < now[i] and len(accepted) < most:
+        if draw[i] * then[i] < now[i] and len(accepted) < max_accepted:
             accepted.append(i)
             now = np.minimum(now, among[:, i])
     return accepted
 
 
 def _pairwise(rows: Tensor, metric: str) -> Tensor:
-    """Distances between rows, float64 [m, m]."""
+    """Return the distances between rows, float64 [m, m]."""
     rows = rows.double()
     if metric == "cosine":
         return (1 - rows @ rows.T).clamp_(min=0)
@@ -92,19 +92,19 @@ def _pairwise(rows: Tensor, metric: str) -> Tensor:
 
 
 def _weights(data: Data, problem: int) -> Tensor:
-    """Float64 [n]."""
+    """Return the weights of a problem's rows, float64 [n]."""
     if data.weights is None:
         return torch.ones(data.n, dtype=torch.float64, device=data.device)
     return data.weights[problem].double()
 
 
 def _of(rows: Tensor, one: Data, *values: Tensor) -> tuple[Tensor, ...]:
-    """What the rows [m], wherever they are, have of each of the values [n]."""
+    """Return what the rows [m], wherever they are, have of each of the values [n]."""
     return one.shards.sum(*(one.shards.place(rows, lambda own, x=x: x[own]) for x in values))
 
 
 def _draw_distinct(data: Data, weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Numbers of ``count`` different rows, drawn one after the other with probabilities proportional to the weights.
+    """Draw the numbers of ``count`` different rows, one after the other with probabilities proportional to the weights.
 
     The rows whose exponential clocks, of rates ``weights``, ring first (Efraimidis and Spirakis, 2006).
     """

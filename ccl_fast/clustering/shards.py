@@ -21,12 +21,12 @@ DRAWN = 1 << 20
 
 
 def open_shards(process_group: ProcessGroup | str | None) -> Whole | Shards:
-    """The shards of a group's processes, or for None all rows; how many there are is to be told by ``count``."""
+    """Return the shards of a group's processes, or for None all rows; how many there are is to be told by ``count``."""
     return Whole() if process_group is None else Shards(Peers(process_group))
 
 
 def digest(x: Tensor) -> str:
-    """In words, what must be alike where x must be."""
+    """Return in words what must be alike where x must be."""
     entries = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return f"{x.dtype} {list(x.shape)} with checksum {zlib.crc32(entries):08x}"
 
@@ -41,44 +41,44 @@ class Whole:
         self.total = total  # rows of all processes
 
     def together(self) -> contextlib.AbstractContextManager:
-        """A ValueError raised inside by one process is raised by all."""
+        """Raise by all a ValueError that one process raises inside."""
         return contextlib.nullcontext()
 
     def count(self, rows: int, alike: Callable[[], dict]) -> None:
-        """How many rows are here. Raises ValueError on every process if what must be ``alike`` is not."""
+        """Count the rows that are here. Raises ValueError on every process if what must be ``alike`` is not."""
         self.total = rows
 
     def sum(self, *own: Tensor) -> tuple[Tensor, ...]:
-        """Over the processes, the same bits everywhere."""
+        """Sum over the processes, to the same bits everywhere."""
         return own
 
     def largest(self, own: Tensor) -> Tensor:
-        """Of numbers >= 0, [problems, rows] -> [problems, 1]."""
+        """Return the largest of numbers >= 0, [problems, rows] -> [problems, 1]."""
         return own.amax(1, keepdim=True)
 
     def local(self, rows: Tensor) -> Tensor:
-        """Which of the rows [m] are here, by local number."""
+        """Return which of the rows [m] are here, by local number."""
         return rows
 
     def place(self, rows: Tensor, values: Callable[[Tensor], Tensor]) -> Tensor:
-        """``values(local numbers)`` of those of the rows [m] that are here, 0 for others: [m, ...], to be summed."""
+        """Return ``values(local numbers)`` of the rows [m] that are here, 0 for others: [m, ...], to be summed."""
         return values(rows)
 
     def uniform(self, generator: torch.Generator) -> Tensor:
-        """A number in [0, 1) for every row, float64 [rows], whoever has how many of them."""
+        """Draw a number in [0, 1) for every row, float64 [rows], whoever has how many of them."""
         return torch.rand(self.total, dtype=torch.float64, generator=generator)
 
     def ends(self, cumulative: Tensor) -> Tensor:
-        """Where every process's rows end in the running sum over all rows [processes], from that of the own [rows]."""
+        """Return where each process's rows end in the sum over all rows [processes], from that of the own [rows]."""
         return cumulative[-1:]
 
     def draw(self, cumulative: Tensor, ends: Tensor, share: Tensor) -> Tensor:
-        """The rows [m] where the running sum over all rows exceeds each share of its end, in [0, 1)."""
+        """Find the rows [m] where the running sum over all rows exceeds each share of its end, in [0, 1)."""
         # right=True: never a row that adds nothing
         return torch.searchsorted(cumulative, share * ends[-1], right=True).clamp(max=self.total - 1)
 
     def topk(self, own: Tensor, count: int, *, largest: bool) -> tuple[Tensor, Tensor]:
-        """The extreme numbers [m] of all rows, the most extreme first, and the rows that have them; m <= count."""
+        """Return the extreme numbers [m] of all rows, the most extreme first, and their rows; m <= count."""
         return own.topk(min(count, self.total), largest=largest)
 
 
@@ -160,5 +160,5 @@ class Shards(Whole):
         return (rows >= self.start) & (rows < self.start + self.rows)
 
     def _gather(self, own: Tensor) -> Tensor:
-        """[1, ...] of every process -> [processes, ...]."""
+        """Gather [1, ...] of every process: [processes, ...]."""
         return self.peers.gather(own, [1] * self.peers.size)

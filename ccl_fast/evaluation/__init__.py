@@ -4,7 +4,7 @@ from ccl_fast.errors import packages_of_training
 
 with packages_of_training():
     from ccl_fast.evaluation.cluster_quality import cluster_quality
-    from ccl_fast.evaluation.judge import DEFAULT, GROUPS, Judgement, cluster, judge, make_detectors
+    from ccl_fast.evaluation.detection import DEFAULT, GROUPS, Evaluation, cluster, evaluate_model, make_detectors
     from ccl_fast.evaluation.knn import knn_accuracy
     from ccl_fast.evaluation.page import write_page
     from ccl_fast.evaluation.pictures import threshold
@@ -12,10 +12,10 @@ with packages_of_training():
 __all__ = [
     "DEFAULT",
     "GROUPS",
-    "Judgement",
+    "Evaluation",
     "cluster",
     "cluster_quality",
-    "judge",
+    "evaluate_model",
     "knn_accuracy",
     "make_detectors",
     "threshold",

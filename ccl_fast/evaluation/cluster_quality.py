@@ -11,7 +11,7 @@ from torchmetrics.functional.clustering import normalized_mutual_info_score
 
 
 def cluster_quality(ids: Tensor, classes: Tensor) -> dict[str, float]:
-    """Agreement of clusters with classes.
+    """Measure how well clusters match classes.
 
     Args:
         ids: cluster of every sample, int ``[n]``.

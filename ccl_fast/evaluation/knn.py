@@ -22,7 +22,7 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    r"""Share of test features whose class is the one that their nearest training features vote for.
+    r"""Return the share of test features whose class is the one that their nearest training features vote for.
 
     .. math::
         \hat c(x) = \arg\max_c \sum_{i \in N_k(x)} [c_i = c] \, e^{\cos(x, x_i) / \tau}

@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 
 from ccl_fast.data import Images
 from ccl_fast.evaluation import pictures
-from ccl_fast.evaluation.judge import GROUPS, Judgement
+from ccl_fast.evaluation.detection import GROUPS, Evaluation
 from ccl_fast.evaluation.pictures import OodSet
 from ccl_fast.files import write_atomically
 
@@ -57,7 +57,7 @@ SHOWN_CLUSTERS, SHOWN_PER_CLUSTER = 12, 6
 T = TypeVar("T")
 
 
-def write_page(path: Path, report: dict, judgements: Mapping[str, Judgement], images: Mapping[str, Images]) -> None:
+def write_page(path: Path, report: dict, evaluations: Mapping[str, Evaluation], images: Mapping[str, Images]) -> None:
     """Write the report as a page that opens in any browser, light or dark, wide or narrow, and prints.
 
     A picture that cannot be drawn is a note in the page, and a line on stderr.
@@ -65,20 +65,20 @@ def write_page(path: Path, report: dict, judgements: Mapping[str, Judgement], im
     Args:
         path: of the HTML file; it is whole or not there.
         report: the content of report.json; without "log", "losses" or "clustering" these parts are left out.
-        judgements: by objective; of two the first is the baseline.
-        images: "train", "test" and the OOD sets, by the names that the judgements use.
+        evaluations: by objective; of two the first is the baseline.
+        images: "train", "test" and the OOD sets, by the names that the evaluations use.
 
     Raises:
         OSError: it could not be written.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files(__package__).joinpath("page.html").read_text("utf-8"))
-    page = template.render(_content(report, judgements, images)).encode(errors="replace")
+    page = template.render(_content(report, evaluations, images)).encode(errors="replace")
     write_atomically(path, lambda file: file.write(page))
 
 
 def summarize(report: dict) -> str:
-    """What came out, in a sentence."""
+    """Say in a sentence what came out."""
     objectives, groups = list(report["results"]), [group for group in GROUPS if report[group]]
     titles = [report["titles"][objective] for objective in objectives]
     if not groups:
@@ -98,13 +98,13 @@ def summarize(report: dict) -> str:
     return f"With the default detector, {second} reaches an AUROC of {'; and of '.join(parts)}."
 
 
-def _content(report: dict, judgements: Mapping[str, Judgement], images: Mapping[str, Images]) -> dict:
-    objectives = list(judgements)
+def _content(report: dict, evaluations: Mapping[str, Evaluation], images: Mapping[str, Images]) -> dict:
+    objectives = list(evaluations)
     sets = [*report["near"], *report["far"]]
     groups = [group for group in GROUPS if report[group]]
     counts = report["images"]
     axis = functools.cache(
-        lambda: pictures.ScoreAxis.of([s for judgement in judgements.values() for s in judgement.scores.values()])
+        lambda: pictures.ScoreAxis.of([s for evaluation in evaluations.values() for s in evaluation.scores.values()])
     )
     return {
         "light": Markup(pictures.css_colors(dark=False)),
@@ -146,10 +146,12 @@ def _content(report: dict, judgements: Mapping[str, Judgement], images: Mapping[
             for group in groups
             for name in report[group]
         ],
-        "scores": [_scores(report, judgements[objective], objective, axis) for objective in objectives] if sets else [],
-        "clusters": [_clusters(report, judgements[objective], objective, images) for objective in objectives],
+        "scores": [_scores(report, evaluations[objective], objective, axis) for objective in objectives]
+        if sets
+        else [],
+        "clusters": [_clusters(report, evaluations[objective], objective, images) for objective in objectives],
         "training": _training(report, objectives),
-        "borders": [_border(report, judgements[objective], objective, images, sets) for objective in objectives],
+        "borders": [_border(report, evaluations[objective], objective, images, sets) for objective in objectives],
         "arguments": {name: _plain(value) for name, value in report["arguments"].items()},
         "environment": {name: _plain(value) for name, value in report["environment"].items()},
         "counts": [("training images", "", counts["train"]), ("test images", "", counts["test"])]
@@ -159,7 +161,7 @@ def _content(report: dict, judgements: Mapping[str, Judgement], images: Mapping[
 
 
 def _attempted(what: str, draw: Callable[[], T]) -> T | Markup:
-    """What is drawn, or a note in its place: whatever is odd about a picture costs this picture and nothing else."""
+    """Draw, or return a note in its place: whatever is odd about a picture costs this picture and nothing else."""
     try:
         return draw()
     except Exception as error:
@@ -182,7 +184,7 @@ def _facts(report: dict, sets: Sequence[str]) -> list[str]:
 
 
 def _colors(objectives: Sequence[str]) -> dict[str, str]:
-    """Names of colours: the last one is what the page is about."""
+    """Choose the objectives' colours: the last one is what the page is about."""
     return dict.fromkeys(objectives, "baseline") | {objectives[-1]: "objective"}
 
 
@@ -230,7 +232,7 @@ def _rows(report: dict, objectives: Sequence[str], of: str) -> list[dict]:
 
 
 def _cells(report: dict, objectives: Sequence[str], detector: str, of: str) -> list[dict]:
-    """A metric after the other, of each the objectives side by side; the best of these stands out."""
+    """Return one metric after the other, of each the objectives side by side; the best of these stands out."""
     cells = []
     for metric in METRICS:
         values = [report["results"][objective][detector][of][metric.name] for objective in objectives]
@@ -240,14 +242,14 @@ def _cells(report: dict, objectives: Sequence[str], detector: str, of: str) -> l
     return cells
 
 
-def _scores(report: dict, judgement: Judgement, objective: str, axis: Callable[[], pictures.ScoreAxis]) -> dict:
-    """Histograms and ROC curves of the default detector."""
+def _scores(report: dict, evaluation: Evaluation, objective: str, axis: Callable[[], pictures.ScoreAxis]) -> dict:
+    """Draw histograms and ROC curves of the default detector."""
     title, metrics = report["titles"][objective], report["results"][objective][report["default"]]
-    test = judgement.scores["test"]
+    test = evaluation.scores["test"]
     cut = pictures.threshold(test)
     sets, accepted = [], []
     for number, name in enumerate((*report["near"], *report["far"])):
-        scores, is_near = judgement.scores[name], name in report["near"]
+        scores, is_near = evaluation.scores[name], name in report["near"]
         accepted.append(_percent((scores <= cut).double().mean().item()))
         note = f"{'near' if is_near else 'far'} · {accepted[-1]} accepted"
         sets.append(OodSet(name, scores, *pictures.look(number, is_near), note))
@@ -267,19 +269,19 @@ def _scores(report: dict, judgement: Judgement, objective: str, axis: Callable[[
     }
 
 
-def _clusters(report: dict, judgement: Judgement, objective: str, images: Mapping[str, Images]) -> dict:
-    """The map, the sizes and the images of one objective's clusters."""
-    title, k = report["titles"][objective], len(judgement.centers)
-    features = {part: of_part["head"] for part, of_part in judgement.features.items()}
+def _clusters(report: dict, evaluation: Evaluation, objective: str, images: Mapping[str, Images]) -> dict:
+    """Draw the map, the sizes and the images of one objective's clusters."""
+    title, k = report["titles"][objective], len(evaluation.centers)
+    features = {part: of_part["head"] for part, of_part in evaluation.features.items()}
     near, far = ([features[name] for name in report[group]] for group in GROUPS)
-    colors = functools.cache(lambda: pictures.cluster_colors(judgement.centers))
-    sizes = judgement.cluster_ids.bincount(minlength=k)
+    colors = functools.cache(lambda: pictures.cluster_colors(evaluation.centers))
+    sizes = evaluation.cluster_ids.bincount(minlength=k)
     empty = int((sizes == 0).sum())
     words = f"from {sizes.min():,} to {sizes.max():,} training images" if k > 1 else "of all training images"
     words += f", {empty} of them empty" if empty else ""
 
     def draw_map() -> Markup:
-        points = pictures.sample(features["train"], judgement.cluster_ids, judgement.centers, near, far)
+        points = pictures.sample(features["train"], evaluation.cluster_ids, evaluation.centers, near, far)
         alt = f"{title}: map of {len(points.train):,} training images in the colours of their clusters, with"
         alt += f" {len(points.near)} images of near and {len(points.far)} of far OOD sets."
         return Markup(pictures.cluster_map(points, colors(), alt))
@@ -295,18 +297,18 @@ def _clusters(report: dict, judgement: Judgement, objective: str, images: Mappin
         "caption": f"{_count(k, 'cluster')}, {words}.",
         "quality": report.get("clustering", {}).get(objective, {}),
         "gallery": _attempted(
-            f"{title}'s images of clusters", lambda: _gallery(judgement, images["train"], sizes, colors())
+            f"{title}'s images of clusters", lambda: _gallery(evaluation, images["train"], sizes, colors())
         ),
     }
 
 
-def _gallery(judgement: Judgement, train: Images, sizes: Tensor, colors: Sequence[str]) -> list[dict]:
-    """Of the largest clusters, the training images nearest to the centre."""
-    features = normalize(judgement.features["train"]["head"])
+def _gallery(evaluation: Evaluation, train: Images, sizes: Tensor, colors: Sequence[str]) -> list[dict]:
+    """Return, of the largest clusters, the training images nearest to the centre."""
+    features = normalize(evaluation.features["train"]["head"])
     rows = []
     for number in sizes.argsort(descending=True, stable=True)[:SHOWN_CLUSTERS].tolist():
-        members = (judgement.cluster_ids == number).nonzero().flatten()
-        cosines = features[members] @ judgement.centers[number].to(features)
+        members = (evaluation.cluster_ids == number).nonzero().flatten()
+        cosines = features[members] @ evaluation.centers[number].to(features)
         chosen = members[cosines.argsort(descending=True, stable=True)[:SHOWN_PER_CLUSTER]]
         if len(chosen):
             shown = [
@@ -318,12 +320,12 @@ def _gallery(judgement: Judgement, train: Images, sizes: Tensor, colors: Sequenc
 
 
 def _curves_of(log: Mapping[str, Sequence[Mapping]]) -> dict[str, str]:
-    """Key of a line of the log -> title; where there are several numbers of clusters, the key ends with theirs."""
+    """Return titles by the keys of the log's lines; of several numbers of clusters, the key ends with theirs."""
     keys = dict.fromkeys(key for lines in log.values() for line in lines for key in line)
     others = dict.fromkeys(key.partition("/")[0] for key in keys)
-    named = {name: name.replace("_", " ").capitalize() for name in others if name not in NO_CURVES}
+    plain = {name: name.replace("_", " ").capitalize() for name in others if name not in NO_CURVES}
     titles = {}
-    for name, title in (CURVES | {name: title for name, title in named.items() if name not in CURVES}).items():
+    for name, title in (CURVES | {name: title for name, title in plain.items() if name not in CURVES}).items():
         for key in keys:
             base, _, k = key.partition("/")
             if base == name:
@@ -332,7 +334,7 @@ def _curves_of(log: Mapping[str, Sequence[Mapping]]) -> dict[str, str]:
 
 
 def _training(report: dict, objectives: Sequence[str]) -> list[dict]:
-    """A picture for every number that the log has, of an objective's own epochs: the warm-up has another's loss."""
+    """Draw every number that the log has, of an objective's own epochs: the warm-up has another's loss."""
     log = report.get("log") or {
         objective: [{"epoch": number, "loss": loss} for number, loss in enumerate(losses, 1)]
         for objective, losses in report.get("losses", {}).items()
@@ -358,17 +360,17 @@ def _training(report: dict, objectives: Sequence[str]) -> list[dict]:
 
 
 def _border(
-    report: dict, judgement: Judgement, objective: str, images: Mapping[str, Images], sets: Sequence[str]
+    report: dict, evaluation: Evaluation, objective: str, images: Mapping[str, Images], sets: Sequence[str]
 ) -> dict:
-    """The most outlying test images and the least outlying OOD images, each with the nearest training image."""
+    """Show the most outlying test images and the least outlying OOD images, each with its nearest training image."""
     level = "head" if report["default"].startswith("head/") else "encoder"
-    features = {part: normalize(of_part[level]) for part, of_part in judgement.features.items()}
+    features = {part: normalize(of_part[level]) for part, of_part in evaluation.features.items()}
     title = report["titles"][objective]
 
     def row(part: str, number: int) -> dict:
         nearest = int((features["train"] @ features[part][number]).argmax())
         picture, neighbor = images[part][torch.tensor([number])][0], images["train"][torch.tensor([nearest])][0]
-        score = f"{judgement.scores[part][number]:#.3g}"
+        score = f"{evaluation.scores[part][number]:#.3g}"
         return {
             "set": part if part in sets else "",
             "note": f"no. {number} · {score}",
@@ -376,9 +378,9 @@ def _border(
             "nearest": (pictures.thumbnail(neighbor), f"training image {nearest}"),
         }
 
-    alarms = judgement.scores["test"].argsort(descending=True, stable=True)[:SHOWN_IMAGES].tolist()
+    alarms = evaluation.scores["test"].argsort(descending=True, stable=True)[:SHOWN_IMAGES].tolist()
     of_each = max(1, SHOWN_IMAGES // max(1, len(sets)))
-    missed = [(s, n) for s in sets for n in judgement.scores[s].argsort(stable=True)[:of_each].tolist()]
+    missed = [(s, n) for s in sets for n in evaluation.scores[s].argsort(stable=True)[:of_each].tolist()]
     return {
         "objective": title,
         "alarms": _attempted(f"{title}'s outlying test images", lambda: [row("test", number) for number in alarms]),

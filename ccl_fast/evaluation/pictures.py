@@ -53,8 +53,8 @@ LIGHT = {name: light for name, (light, _) in COLORS.items()}
 _NAMES = {light: name for name, light in LIGHT.items()}
 
 WIDTH = 480  # of a picture; the page shows it as wide as there is room
-MOST_NAMED = 30  # clusters
-MOST_DRAWN = 500  # clusters, each with a colour, a bar and a ring of its own
+MAX_LABELLED = 30  # clusters
+MAX_DRAWN = 500  # clusters, each with a colour, a bar and a ring of its own
 ACCEPTED = 95  # percent of the test images that the threshold accepts
 _STYLE = {
     "svg.fonttype": "none",
@@ -90,18 +90,18 @@ class OodSet(NamedTuple):
 
 
 def look(number: int, is_near: bool) -> tuple[str, tuple[int, ...]]:
-    """Colour and dashes of a set: near ones solid, far ones dashed; when the colours are used up they come dotted."""
+    """Choose colour and dashes of a set: near ones solid, far ones dashed; after the last colour they come dotted."""
     dashes = () if is_near else (6, 3)
     return HUES[number % len(HUES)], (*dashes, 1, 2) if number >= len(HUES) else dashes
 
 
 def css_colors(dark: bool) -> str:
-    """Declarations of the custom properties that the pictures use."""
+    """Return declarations of the custom properties that the pictures use."""
     return " ".join(f"--{name}: {pair[dark]};" for name, pair in COLORS.items())
 
 
 def threshold(test: Tensor) -> float:
-    """The least score that accepts 95 % of the test images."""
+    """Return the least score that accepts 95 % of the test images."""
     return test.sort().values[-(-ACCEPTED * len(test) // 100) - 1].item()
 
 
@@ -114,7 +114,7 @@ class ScoreAxis(NamedTuple):
 
     @classmethod
     def of(cls, scores: Iterable[Tensor]) -> ScoreAxis:
-        """Logarithmic where scores crowd near 0, as a cosine distance does; scores below its end count as its end."""
+        """Make a scale, logarithmic where scores crowd near 0, as cosine distances do; lower scores are clipped."""
         values = torch.cat(list(scores)).double().numpy()
         low, high = values.min().item(), values.max().item()
         if low >= 0 and np.median(values) < high / 8:
@@ -124,7 +124,7 @@ class ScoreAxis(NamedTuple):
         return cls(low - margin, high + margin, False)
 
     def place(self, scores: Tensor) -> np.ndarray:
-        """Where scores lie, from 0 to 1."""
+        """Return where scores lie, from 0 to 1."""
         values = np.clip(scores.double().numpy(), self.low, self.high)
         if self.is_log:
             return np.log(values / self.low) / math.log(self.high / self.low)
@@ -143,7 +143,7 @@ class ScoreAxis(NamedTuple):
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """matplotlib's defaults and this file's, whatever the user has set; undone after."""
+    """Set matplotlib's defaults and this file's, whatever the user has set; undone after."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
@@ -152,7 +152,7 @@ def _style() -> Iterator[None]:
 
 @_style()
 def histograms(test: Tensor, sets: Sequence[OodSet], axis: ScoreAxis, alt: str) -> str:
-    """Scores of every OOD set over those of the test images, one below the other, and the threshold through all."""
+    """Draw scores of every OOD set over those of the test images, one below the other, and the threshold."""
     row, gap, top, bottom = 62, 24, 26, 40
     height = top + len(sets) * (row + gap) + bottom
     figure, texts = _figure(height), []
@@ -186,7 +186,7 @@ def histograms(test: Tensor, sets: Sequence[OodSet], axis: ScoreAxis, alt: str) 
 
 
 def roc(test: Tensor, ood: Tensor) -> tuple[Tensor, Tensor]:
-    """The ROC curve's corners: shares of test and of OOD images whose score is above a threshold, from (0, 0)."""
+    """Return the ROC curve's corners: shares of test and of OOD images with scores above a threshold, from (0, 0)."""
     test, ood = test.double().sort().values, ood.double().sort().values
     cuts = torch.cat([test, ood]).unique().flip(0)
     above = (1 - torch.searchsorted(scores, cuts).double() / len(scores) for scores in (test, ood))
@@ -196,7 +196,7 @@ def roc(test: Tensor, ood: Tensor) -> tuple[Tensor, Tensor]:
 
 @_style()
 def roc_curves(test: Tensor, sets: Sequence[OodSet], alt: str) -> str:
-    """How many OOD images are rejected at the price of how many test images."""
+    """Draw how many OOD images are rejected at the price of how many test images."""
     figure = _figure(400)
     panel = _axes(figure, 52, 10, WIDTH - 62, 340)
     panel.plot([0, 1], [0, 1], color=LIGHT["quiet"], lw=1)
@@ -212,7 +212,7 @@ def roc_curves(test: Tensor, sets: Sequence[OodSet], alt: str) -> str:
 
 @_style()
 def detectors(values: Mapping[str, Mapping[str, float]], default: str, alt: str) -> str:
-    """A dot an objective on a row a detector: ``values[its colour][detector]`` is an AUROC."""
+    """Draw a dot an objective on a row a detector: ``values[its colour][detector]`` is an AUROC."""
     names = list(next(iter(values.values())))
     row, top, left = 23, 6, 186
     figure = _figure(top + row * len(names) + 40)
@@ -233,8 +233,8 @@ def detectors(values: Mapping[str, Mapping[str, float]], default: str, alt: str)
 
 
 def cluster_colors(centers: Tensor) -> list[str]:
-    """A colour for every cluster, other than those of the clusters next to it if they are few enough to be drawn."""
-    if len(centers) > MOST_DRAWN:
+    """Choose a colour for every cluster, another than those of the clusters next to it if few enough are drawn."""
+    if len(centers) > MAX_DRAWN:
         return [HUES[number % len(HUES)] for number in range(len(centers))]
     cosines = normalize(centers.double()) @ normalize(centers.double()).T
     chosen: list[int] = []
@@ -248,20 +248,20 @@ def cluster_colors(centers: Tensor) -> list[str]:
 
 @_style()
 def cluster_sizes(sizes: Tensor, colors: Sequence[str], alt: str) -> str:
-    """Images of every cluster, the largest first, in the colours of the map if they are few enough to be told apart."""
+    """Draw the sizes of clusters, the largest first, in the colours of the map if there are few enough."""
     figure = _figure(210)
     panel = _axes(figure, 52, 10, WIDTH - 62, 152)
     order = sizes.argsort(descending=True, stable=True).tolist()
     hues = [LIGHT[colors[number]] for number in order]
-    if len(order) <= MOST_DRAWN:
+    if len(order) <= MAX_DRAWN:
         panel.bar(range(len(order)), sizes[order].tolist(), 0.8, color=hues, alpha=0.85)
     else:
         panel.stairs(sizes[order].tolist(), [i - 0.5 for i in range(len(order) + 1)], fill=True, color=LIGHT["quiet"])
     even = sizes.double().mean().item()
     panel.axhline(even, color=LIGHT["ink"], lw=1, ls=(0, (4, 3)))
     panel.text(0.995, even, "even", transform=panel.get_yaxis_transform(), ha="right", va="bottom", size=11)
-    named = order if len(order) <= MOST_NAMED else []
-    panel.set_xticks(range(len(named)), [str(number) for number in named])
+    labelled = order if len(order) <= MAX_LABELLED else []
+    panel.set_xticks(range(len(labelled)), [str(number) for number in labelled])
     panel.set(xlim=(-0.6, len(order) - 0.4), xlabel="cluster, the largest first", ylabel="training images")
     panel.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     panel.tick_params(axis="x", length=0)
@@ -284,8 +284,8 @@ class Points:
 def sample(
     train: Tensor, ids: Tensor, centers: Tensor, near: Sequence[Tensor], far: Sequence[Tensor], seed: int = 0
 ) -> Points:
-    """At most 1,000 training images, 120 images of near and 120 of far sets, so that t-SNE takes seconds; the centres
-    that have images, of more than ``MOST_DRAWN`` those that have most."""
+    """Take 1,000 training images, 120 images of near and 120 of far sets, so that t-SNE takes seconds; and the centres
+    that have images, of more than ``MAX_DRAWN`` those that have most."""
     generator = torch.Generator().manual_seed(seed)
 
     def some(x: Tensor, n: int) -> Tensor:
@@ -296,13 +296,13 @@ def sample(
 
     rows = some(train, 1000)
     sizes = ids.bincount(minlength=len(centers))
-    largest = sizes.argsort(descending=True, stable=True)[: min(MOST_DRAWN, int((sizes > 0).sum()))]
+    largest = sizes.argsort(descending=True, stable=True)[: min(MAX_DRAWN, int((sizes > 0).sum()))]
     numbers = largest.sort().values
     return Points(train[rows], ids[rows], centers[numbers], numbers, of_sets(near), of_sets(far))
 
 
 def plane(x: Tensor) -> np.ndarray:
-    """Where rows of features lie in a plane, [n, 2]: t-SNE of their cosine distances, from two principal components.
+    """Lay rows of features out in a plane, [n, 2]: t-SNE of their cosine distances, from two principal components.
 
     Half the squared distance of unit vectors is the cosine distance, and the perplexity settles the scale.
     """
@@ -323,7 +323,7 @@ def plane(x: Tensor) -> np.ndarray:
 
 @_style()
 def cluster_map(points: Points, colors: Sequence[str], alt: str) -> str:
-    """Training images in the colours of their clusters, centres with their numbers, OOD images as crosses."""
+    """Draw training images in the colours of their clusters, centres with their numbers, OOD images as crosses."""
     parts = [points.train, points.near, points.far, points.centers]
     at = plane(torch.cat(parts))
     low, high = at.min(0), at.max(0)
@@ -341,7 +341,7 @@ def cluster_map(points: Points, colors: Sequence[str], alt: str) -> str:
     _draw(panel, near, [(-2.4, -2.4), (2.4, 2.4), (-2.4, 2.4), (2.4, -2.4)], LIGHT["ink"], 1.2, 0.9)
     _draw(panel, far, [(-3, 0), (3, 0), (0, -3), (0, 3)], LIGHT["ink"], 1.2, 0.9)
     numbers = points.numbers.tolist()
-    is_few = len(numbers) <= MOST_NAMED
+    is_few = len(numbers) <= MAX_LABELLED
     for number, (x, y) in zip(numbers, centers.tolist(), strict=True):
         panel.plot(x, y, "o", color=LIGHT["paper"], mec=LIGHT[colors[number]], mew=1.8, ms=17 if is_few else 6)
         if is_few:
@@ -352,7 +352,7 @@ def cluster_map(points: Points, colors: Sequence[str], alt: str) -> str:
 def _draw(
     panel: Axes, at: np.ndarray, shape: list[tuple[float, float]], color: str, width: float, alpha: float
 ) -> None:
-    """The same strokes, given by their two ends, at many points: one path, small in the file."""
+    """Draw the same strokes, given by their two ends, at many points: one path, small in the file."""
     if len(at):
         ends = (at[:, None] + np.array(shape)).reshape(-1, 2)
         outline = Outline(ends, [Outline.MOVETO, Outline.LINETO] * (len(ends) // 2))
@@ -361,7 +361,7 @@ def _draw(
 
 @_style()
 def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], alt: str) -> str:
-    """By colour epochs and values of an objective, the first one broad enough to be seen where the next covers it."""
+    """Draw, by colour, epochs and values of an objective, the first one broad enough to be seen below the next."""
     figure = _figure(230)
     panel = _axes(figure, 52, 10, WIDTH - 62, 178)
     for number, (color, (epochs, values)) in enumerate(lines.items()):
@@ -375,7 +375,7 @@ def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], alt: st
 
 
 def thumbnail(image: Tensor) -> str:
-    """An image [1 or 3, h, w] in [0, 1] as a data URI: as it is up to 32 pixels, or else in 64, as JPEG."""
+    """Return an image [1 or 3, h, w] in [0, 1] as a data URI: as it is up to 32 pixels, or else in 64, as JPEG."""
     pixels = (image.clamp(0, 1) * 255).round().byte().cpu().numpy()
     picture = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     buffer = io.BytesIO()
@@ -394,18 +394,18 @@ def _figure(height: int) -> Figure:
 
 
 def _axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Axes at a place given in points from the upper left corner."""
+    """Add axes at a place given in points from the upper left corner."""
     total = figure.get_figheight() * 72
     return figure.add_axes((left / WIDTH, 1 - (top + height) / total, width / WIDTH, height / total))
 
 
 def _shorten(text: str, longest: int = 36) -> str:
-    """Without the beginning, for the end of a path says more."""
+    """Leave out the beginning, for the end of a path says more."""
     return text if len(text) <= longest else "…" + text[1 - longest :]
 
 
 def _svg(figure: Figure, alt: str, texts: Sequence[str] = ()) -> str:
-    """The figure as an element of a page: its colours are the page's, its ids its own, its texts in their places."""
+    """Return the figure as an element of a page: colours are the page's, ids its own, texts in their places."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
     drawn = buffer.getvalue()

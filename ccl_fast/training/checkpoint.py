@@ -10,7 +10,8 @@ import torch
 
 from ccl_fast.files import write_atomically
 
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+# The folder of a run's checkpoints, in the run's own, and their names.
+CHECKPOINTS, LAST, PREVIOUS = "checkpoints", "last.ckpt", "previous.ckpt"
 
 
 class CheckpointError(Exception):
@@ -35,7 +36,7 @@ def save(folder: Path, state: dict) -> Path:
 
 
 def load(folder: Path, which: str = "last") -> dict:
-    """The state of folder/<which>.ckpt, on the CPU; it may hold tensors and plain values and nothing else.
+    """Load folder/<which>.ckpt, on the CPU; it may hold tensors and plain values and nothing else.
 
     Raises:
         CheckpointError: there is none, or it is damaged.

@@ -24,7 +24,7 @@ class Clustering(NamedTuple):
 
 
 class CooperativeCCL(nn.Module):
-    r"""A share :math:`\omega` for images and their own views, the rest for clusters that are believed.
+    r"""Contrast images with their own views by a share :math:`\omega`, by the rest clusters that are believed.
 
     .. math::
         \ell_i = (1 - \omega)\, \mathrm{CCL}_i(\text{believed ids}, \text{centres}) + \omega \Big[
@@ -61,7 +61,7 @@ class CooperativeCCL(nn.Module):
         self.clusters.center_weight = value
 
     def forward(self, embeddings: Tensor, of: Clustering) -> Tensor:
-        """Of embeddings ``[b, 2, d]``."""
+        """Return the loss of embeddings ``[b, 2, d]``."""
         share = 1 - of.believed if self.instance_weight == "agreement" else self.instance_weight
         if self.instance_negatives == "all":
             self.clusters.instance_weight = share  # NT-Xent shares CCL's log-sum-exp

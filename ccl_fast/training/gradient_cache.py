@@ -18,7 +18,7 @@ def cached_backward(
     micro_batch: int,
     backward: Callable[[Tensor, Tensor | None], None] | None = None,
 ) -> Tensor:
-    r"""Backward pass of ``loss_fn(model(inputs))``, holding the activations of ``micro_batch`` inputs at a time.
+    r"""Run the backward pass of ``loss_fn(model(inputs))`` with the activations of ``micro_batch`` inputs at a time.
 
     The loss of a contrastive batch needs all embeddings, but its gradient passes through the model row by row:
 
@@ -89,7 +89,7 @@ def cached_backward(
 
 
 def _parallel(model: nn.Module) -> DistributedDataParallel | None:
-    """What averages the gradients over processes, if anything does; Fabric and torch.compile wrap it once more."""
+    """Find what averages the gradients over processes, if anything does; Fabric and torch.compile wrap it once more."""
     return next((module for module in model.modules() if isinstance(module, DistributedDataParallel)), None)
 
 
@@ -99,7 +99,7 @@ def _unsynchronised(parallel: DistributedDataParallel | None) -> contextlib.Abst
 
 @contextlib.contextmanager
 def _running_statistics_kept(model: nn.Module) -> Iterator[None]:
-    """BatchNorm normalises by the batch, as in training, but does not update its running statistics."""
+    """Keep BatchNorm's running statistics within ``with``; it normalises by the batch, as in training."""
     layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
     for layer in layers:
         layer.track_running_stats = False

@@ -18,7 +18,7 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """Within ``with``, the first Ctrl-C or SIGTERM is only noted in ``received``; the second acts as ever.
+    """A ``with`` in which the first Ctrl-C or SIGTERM is only noted in ``received``; the second acts as ever.
 
     Signals reach the main thread alone; elsewhere nothing changes.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import torch
 from lightning.fabric import Fabric
@@ -14,13 +13,14 @@ from tqdm import tqdm
 
 from ccl_fast.data import Images, Views
 from ccl_fast.models import Model, embed
+from ccl_fast.training.config import Config
 from ccl_fast.training.gradient_cache import cached_backward
 from ccl_fast.training.objectives import BASELINE, OBJECTIVES
 from ccl_fast.training.processes import ALONE, Processes
 from ccl_fast.training.prototypes import Prototypes
 from ccl_fast.training.pseudo_labels import PseudoLabels
+from ccl_fast.training.random_views import embedded_views
 from ccl_fast.training.randomness import seeded, shuffled
-from ccl_fast.training.viewed import embedded_views
 
 VIEWS = 2
 ADVICE = "a lower learning rate may help"
@@ -32,49 +32,49 @@ class Run:
     """A model on its way through the schedule. After every step ``state_dict`` is all that the rest depends on.
 
     Args:
-        options: the arguments of ``train``, checked.
+        config: checked and resolved.
         images: the training images.
         fabric: device and precision.
         processes: they do the same steps, each on its part of every batch; their states are the same at any time.
     """
 
-    def __init__(self, options: SimpleNamespace, images: Images, fabric: Fabric, processes: Processes = ALONE):
-        self.options, self.images, self.fabric, self.processes = options, images, fabric, processes
-        self.model = Model(
-            options.backbone, images.shape, options.embedding_dim, stem=options.stem, seed=options.seed
-        ).to(fabric.device, memory_format=self._memory_format)
-        self.objective = OBJECTIVES[options.objective]
-        self.loss_fn = self.objective.make_loss(options.temperature, processes.group)
+    def __init__(self, config: Config, images: Images, fabric: Fabric, processes: Processes = ALONE):
+        self.config, self.images, self.fabric, self.processes = config, images, fabric, processes
+        self.model = Model(config.backbone, images.shape, config.embedding_dim, stem=config.stem, seed=config.seed).to(
+            fabric.device, memory_format=self._memory_format
+        )
+        self.objective = OBJECTIVES[config.objective]
+        self.loss_fn = self.objective.make_loss(config.temperature, processes.group)
         if "instance_weight" in self.objective.options:
-            self.loss_fn.instance_weight = options.instance_weight
-            self.loss_fn.instance_negatives = options.instance_negatives
-        self.warm_up_fn = OBJECTIVES[BASELINE].make_loss(options.temperature, processes.group)
+            self.loss_fn.instance_weight = config.instance_weight
+            self.loss_fn.instance_negatives = config.instance_negatives
+        self.warm_up_fn = OBJECTIVES[BASELINE].make_loss(config.temperature, processes.group)
         self.prototypes = Prototypes(
-            options.clusters if self.objective.needs == "prototypes" else [],
-            options.embedding_dim,
-            seed=options.seed,
+            config.clusters if self.objective.needs == "prototypes" else [],
+            config.embedding_dim,
+            seed=config.seed,
             device=fabric.device,
         )
         groups = [parameters for parameters in (list(self.model.parameters()), list(self.prototypes)) if parameters]
         self.optimizer = torch.optim.AdamW(
             [{"params": parameters} for parameters in groups],
-            weight_decay=options.weight_decay,
-            fused=options.fused_optimizer or None,
+            weight_decay=config.weight_decay,
+            fused=config.fused_optimizer or None,
         )
-        network = torch.compile(self.model) if options.compile_model else self.model
+        network = torch.compile(self.model) if config.compile_model else self.model
         self._network, self._stepper = fabric.setup(network, self.optimizer)
         self.average = None
-        if options.ema is not None:
-            self.average = AveragedModel(self.model, multi_avg_fn=_moving_average(options.ema), use_buffers=True)
+        if config.ema is not None:
+            self.average = AveragedModel(self.model, multi_avg_fn=_moving_average(config.ema), use_buffers=True)
             self.average.requires_grad_(False)
-        self.views = Views(options.augmentation, images.shape)
+        self.views = Views(config.augmentation, images.shape)
         self.pseudo_labels = PseudoLabels(
-            options.clusters,
-            seed=options.seed,
-            temperature=options.temperature,
-            concentration=options.concentration,
-            labels_from=options.labels_from,
-            believe=options.believe if "believe" in self.objective.options else 1.0,
+            config.clusters,
+            seed=config.seed,
+            temperature=config.temperature,
+            concentration=config.concentration,
+            labels_from=config.labels_from,
+            believe=config.believe if "believe" in self.objective.options else 1.0,
             device=fabric.device,
             processes=processes,
         )
@@ -86,21 +86,21 @@ class Run:
 
     @property
     def _memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.options.channels_last else torch.preserve_format
+        return torch.channels_last if self.config.channels_last else torch.preserve_format
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.images) // self.options.batch_size
+        return len(self.images) // self.config.batch_size
 
     def state_dict(self) -> dict:
-        """Copies, on the CPU, of tensors and plain values."""
+        """Return the state as copies, on the CPU, of tensors and plain values."""
         state = {name: getattr(self, name) for name in _PLAIN}
         for name in _STATEFUL:
             state[name] = getattr(self, name).state_dict() if getattr(self, name) is not None else None
         return _copy(state)
 
     def load_state_dict(self, state: dict) -> None:
-        """Of a run like this one, or of one with another objective that is still in its warm-up."""
+        """Take over the state of a run like this one, or of one with another objective that is still in its warm-up."""
         state = _copy(state)
         if len(self.prototypes) and not state["prototypes"]:  # theirs begin after the warm-up
             state["prototypes"] = self.prototypes.state_dict()
@@ -120,7 +120,7 @@ class Run:
         after_epoch: Callable[[], None] = lambda: None,
     ) -> None:
         """Train until ``epochs`` have been done in all."""
-        size = self.options.batch_size
+        size = self.config.batch_size
         used = self.steps_per_epoch * size
         own = self.processes.part(size)  # of a batch
         total, quiet = (epochs - len(self.losses)) * used, not self.processes.is_first
@@ -129,14 +129,14 @@ class Run:
             while len(self.losses) < epochs:
                 if self.objective.needs == "clusters" and not (self.is_warming_up or self.step_losses):
                     self._cluster()
-                order = shuffled(len(self.images), self.options.seed, ORDER, len(self.losses))[:used]
+                order = shuffled(len(self.images), self.config.seed, ORDER, len(self.losses))[:used]
                 # Nothing is left if the run was stopped after the last step of an epoch.
                 parts = order.view(-1, size)[len(self.step_losses) :, own]
                 batches = self.images.batches(own.stop - own.start, parts.flatten()) if len(parts) else iter(())
                 for rows in parts:
                     with self.processes.together():
                         images = next(batches)
-                    with seeded(self.fabric.device, self.options.seed, STEP, self.step, *self.processes.keys):
+                    with seeded(self.fabric.device, self.config.seed, STEP, self.step, *self.processes.keys):
                         self.step_losses.append(self._step(rows, images))
                     bar.set_postfix(loss=f"{self.step_losses[-1]:.3f}", refresh=False)
                     bar.update(size)
@@ -149,29 +149,29 @@ class Run:
 
     @property
     def is_warming_up(self) -> bool:
-        return len(self.losses) < self.options.warmup_epochs
+        return len(self.losses) < self.config.warmup_epochs
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step: half a cosine down to 0."""
-        progress = self.step / (self.options.epochs * self.steps_per_epoch)
-        return self.options.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+        """The learning rate of the next step: half a cosine down to 0."""
+        progress = self.step / (self.config.epochs * self.steps_per_epoch)
+        return self.config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
     @property
     def used_learning_rate(self) -> float:
-        """Of the last step."""
+        """The learning rate of the last step."""
         return self.optimizer.param_groups[0]["lr"]
 
     @property
     def center_weight(self) -> float:
-        """Of the next step: from 0 at the end of the warm-up, linearly to its full value."""
-        ramp = self.options.center_ramp_epochs * self.steps_per_epoch
-        since = self.step - self.options.warmup_epochs * self.steps_per_epoch
-        return self.options.center_weight * (min(since / ramp, 1.0) if ramp else 1.0)
+        """The weight of the next step: from 0 at the end of the warm-up, linearly to its full value."""
+        ramp = self.config.center_ramp_epochs * self.steps_per_epoch
+        since = self.step - self.config.warmup_epochs * self.steps_per_epoch
+        return self.config.center_weight * (min(since / ramp, 1.0) if ramp else 1.0)
 
     def _cluster(self) -> None:
-        """Before an epoch: cluster the embeddings of the images as they are, if it is time to."""
-        if (len(self.losses) - self.options.warmup_epochs) % self.options.recluster_every:
+        """Cluster the embeddings of the images as they are, if it is time to, before an epoch."""
+        if (len(self.losses) - self.config.warmup_epochs) % self.config.recluster_every:
             self.log = {}
             return
         model = self.model if self.average is None else self.average.module
@@ -182,7 +182,7 @@ class Run:
             raise FloatingPointError(f"embeddings are not finite at step {self.step}; {ADVICE}")
 
         def views() -> tuple[Tensor, list[Tensor]]:
-            with seeded(self.fabric.device, self.options.seed, VIEWED, len(self.losses)):
+            with seeded(self.fabric.device, self.config.seed, VIEWED, len(self.losses)):
                 return embedded_views(model, self.images, self.views)
 
         self.log = self.pseudo_labels.update(embeddings, self.images.classes, views)
@@ -195,18 +195,18 @@ class Run:
         images = images.to(self.fabric.device, non_blocking=True)
         # [images, views]: an image's views follow one another.
         views = torch.stack([self.views(images) for _ in range(VIEWS)], dim=1).flatten(0, 1)
-        views = views.contiguous(memory_format=self._memory_format) if self.options.channels_last else views
+        views = views.contiguous(memory_format=self._memory_format) if self.config.channels_last else views
         on_device = rows.to(self.fabric.device)
 
         def loss_of(embeddings: Tensor) -> Tensor:
             return self._loss(embeddings.unflatten(0, (len(rows), VIEWS)), on_device)
 
         self.optimizer.zero_grad()
-        micro_batch = VIEWS * (self.options.micro_batch or self.options.batch_size)
+        micro_batch = VIEWS * (self.config.micro_batch or self.config.batch_size)
         loss = cached_backward(self._network, views, loss_of, micro_batch, self.fabric.backward).item()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {self.step}; {ADVICE}")
-        if len(self.losses) == self.options.warmup_epochs:  # in the objective's first epoch, as SwAV's authors do
+        if len(self.losses) == self.config.warmup_epochs:  # in the objective's first epoch, as SwAV's authors do
             self.prototypes.hold()
         self._stepper.step()
         self.prototypes.rescale()
@@ -217,7 +217,7 @@ class Run:
         return loss
 
     def _loss(self, embeddings: Tensor, rows: Tensor) -> Tensor:
-        """Of embeddings ``[b, views, d]`` of the training images of these numbers ``[b]``."""
+        """Return the loss of embeddings ``[b, views, d]`` of the training images of these numbers ``[b]``."""
         if self.is_warming_up:
             return OBJECTIVES[BASELINE].value(self.warm_up_fn, embeddings, [])
         return self.objective.value(self.loss_fn, embeddings, [*self.pseudo_labels.of(rows), *self.prototypes])
@@ -233,7 +233,7 @@ _STATEFUL = ("model", "prototypes", "optimizer", "average", "pseudo_labels")
 
 
 def _moving_average(decay: float):
-    """For ``AveragedModel``: torch's own moves integer buffers too, such as the indices of a relative position."""
+    """Make the average of ``AveragedModel``; torch's moves integer buffers too, such as indices."""
     of_numbers = get_ema_multi_avg_fn(decay)
 
     def average(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:

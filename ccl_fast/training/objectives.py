@@ -30,7 +30,7 @@ Value = Callable[[nn.Module, Tensor, Sequence], Tensor]
 
 @dataclass(frozen=True)
 class Objective:
-    """How images are contrasted.
+    """A way of contrasting images.
 
     Attributes:
         title: in tables and reports.
@@ -39,7 +39,7 @@ class Objective:
         needs: what the embeddings are held against: "nothing" but each other, "clusters" of k-means, or "prototypes",
             which are learned with the network.
         options: which of ``OPTIONS`` it uses.
-        fewest_clusters: with fewer its loss is constant, as there is nothing to tell apart.
+        min_clusters: with fewer its loss is constant, as there is nothing to tell apart.
     """
 
     title: str
@@ -47,7 +47,7 @@ class Objective:
     value: Value
     needs: Literal["nothing", "clusters", "prototypes"]
     options: tuple[str, ...] = ()
-    fewest_clusters: int = 1
+    min_clusters: int = 1
 
     @property
     def is_distributed(self) -> bool:
@@ -59,7 +59,7 @@ class Objective:
 
 
 def _mean(value: Callable[[nn.Module, Tensor, Clustering | Tensor], Tensor]) -> Value:
-    """The mean over the numbers of clusters."""
+    """Make the mean over the numbers of clusters of a loss for one."""
     return lambda loss, z, targets: torch.stack([value(loss, z, of) for of in targets]).mean()
 
 
@@ -73,7 +73,7 @@ def _deepcluster(loss: DeepClusterV2Loss, z: Tensor, targets: Sequence[Clusterin
 
 
 def _pamc(loss: PamCLoss, z: Tensor, of: Clustering) -> Tensor:
-    """Both views are anchors."""
+    """Return the loss with both views as anchors."""
     first, second = z.unbind(1)
     return (loss(first, second, of.ids) + loss(second, first, of.ids)) / 2
 
@@ -113,7 +113,7 @@ OBJECTIVES = {
         _deepcluster,
         "clusters",
         OF_CLUSTERS,
-        fewest_clusters=2,
+        min_clusters=2,
     ),
     "pamc": Objective(
         "PamC",
@@ -128,25 +128,16 @@ OBJECTIVES = {
         _mean(lambda loss, z, of: loss(z, of.ids)),
         "clusters",
         OF_CLUSTERS,
-        fewest_clusters=2,
+        min_clusters=2,
     ),
     "swav": Objective(
         "SwAV",
         SwAVLoss,
         _mean(lambda loss, z, prototypes: loss(z.unbind(1), prototypes)),
         "prototypes",
-        fewest_clusters=2,
+        min_clusters=2,
     ),
 }
 
-# Arguments of ``train`` that only some objectives use, with the values that they have for the others.
-OPTIONS = {
-    "recluster_every": 1,
-    "labels_from": "k-means",
-    "center_weight": 1.0,
-    "center_ramp_epochs": 0,
-    "concentration": False,
-    "instance_weight": "agreement",
-    "instance_negatives": "centers",
-    "believe": "agreement",
-}
+# Fields of the configuration that only some objectives use; with the others they have their defaults.
+OPTIONS = tuple(dict.fromkeys(name for objective in OBJECTIVES.values() for name in objective.options))

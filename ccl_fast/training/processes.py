@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ccl_fast.errors import ArgumentError, PeerError, first_sentence
-from ccl_fast.training.arguments import find_device
 
 # How long the others wait for one that reads, or downloads, data: nobody knows how long that takes. A process that ends
 # is noticed at once all the same.
@@ -37,7 +36,7 @@ T = TypeVar("T")
 
 
 class Processes:
-    """The processes that share a run; this class: this one alone, who tells nobody and waits for nobody.
+    """The processes that share a run; this class is one alone, which tells nobody and waits for nobody.
 
     All of them call the same methods in the same order.
 
@@ -57,26 +56,26 @@ class Processes:
         return self.rank == 0
 
     def part(self, n: int) -> slice:
-        """Which of n rows are this process's own. The parts follow each other by rank, and cover all rows."""
+        """Return which of n rows are this process's own. The parts follow each other by rank, and cover all rows."""
         return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
     def everyone(self, value: T) -> list[T]:
-        """The values of all processes, by rank."""
+        """Return the values of all processes, by rank."""
         return [value]
 
     def largest(self, number: int) -> int:
-        """The largest of the numbers of all processes: 1 if something is so on any, say."""
+        """Return the largest of the numbers of all processes: 1 if something is so on any, say."""
         return number
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, one process's after the other's."""
+        """Return the rows of all processes, one process's after the other's."""
         return rows
 
     def average_buffers(self, model: nn.Module) -> None:
-        """Running statistics become their mean over the processes; what is no floating-point number is the first's."""
+        """Set running statistics to their mean over the processes; what is no floating-point number to the first's."""
 
     def together(self, *, patient: bool = False) -> contextlib.AbstractContextManager:
-        """Nobody leaves the ``with`` before all are done; an error that one meets in it is raised on all.
+        """Wait at the end of ``with`` until all are done; an error that one meets in it is raised on all.
 
         Args:
             patient: wait as long as it takes, not for the run's timeout only.
@@ -84,11 +83,11 @@ class Processes:
         return contextlib.nullcontext()
 
     def first(self, function: Callable[[], T], *, patient: bool = False) -> T:
-        """What the function returns on the first process, which alone calls it; its error is raised on all."""
+        """Call the function on the first process alone, and return its result on all; so is its error raised."""
         return function()
 
     def waiting(self) -> contextlib.AbstractContextManager:
-        """Within ``with``, what torch.distributed says of a lost process becomes a PeerError."""
+        """Turn what torch.distributed says of a lost process within ``with`` into a PeerError."""
         return contextlib.nullcontext()
 
 
@@ -166,7 +165,7 @@ class _Several(Processes):
         return result[0]
 
     def leave(self, *, everything: bool) -> None:
-        """Of the others, all at the same time; ``everything``: of the default group too."""
+        """Leave the others, all at the same time; with ``everything`` also the default group."""
         for group in [None] if everything else self._groups.values():
             dist.destroy_process_group(group)
 
@@ -182,12 +181,12 @@ class _Several(Processes):
 
 
 def launched_size() -> int:
-    """How many processes torchrun has started."""
+    """Return how many processes torchrun has started."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def check_alone(command: str) -> None:
-    """For what one process does.
+    """Check that a command that runs on one process does.
 
     Raises:
         ArgumentError: torchrun has started several.
@@ -196,8 +195,26 @@ def check_alone(command: str) -> None:
         raise ArgumentError(f"{command}: expected one process, as only train runs on several, got {launched_size()}")
 
 
+def find_device(name: str) -> torch.device:
+    """Return the device of a name, or of "auto" the best of this machine.
+
+    Raises:
+        ArgumentError: there is no such device, or training does not run on it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.zeros(0, device=name).device
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("training runs on a CPU or a CUDA device")
+        return device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArgumentError(f'device: expected "auto" or a device of this machine, got {name!r} ({reason})') from error
+
+
 def alone(device: torch.device, precision: str) -> Fabric:
-    """Device and precision for one process, whoever else there is."""
+    """Make device and precision for one process, whoever else there is."""
     return Fabric(
         accelerator=device.type, devices=[device.index or 0] if device.type == "cuda" else 1, precision=precision
     )
@@ -205,7 +222,7 @@ def alone(device: torch.device, precision: str) -> Fabric:
 
 @contextlib.contextmanager
 def launched(device: str, precision: str, timeout: float) -> Iterator[tuple[Fabric, Processes]]:
-    """This process alone, or, within ``with``, in the company of those that torchrun has started.
+    """Join, within ``with``, the processes that torchrun has started, if it has started several.
 
     Args:
         device: as for ``train``; of several processes each takes the GPU of its number on the machine.
@@ -220,11 +237,7 @@ def launched(device: str, precision: str, timeout: float) -> Iterator[tuple[Fabr
     if launched_size() == 1:
         yield alone(where, precision), ALONE
         return
-    missing = [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ]
-    if missing:
-        expected = f"RANK and LOCAL_RANK beside WORLD_SIZE={launched_size()} in the environment, as torchrun sets them"
-        raise ArgumentError(f"torchrun: expected {expected}, got no {' and no '.join(missing)}")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", launched_size()))
+    here = _processes_of_machine()
     if where.type == "cuda" and (":" in device or torch.cuda.device_count() < here):
         expected = f'"cpu", or "cuda" (or "auto") and a GPU for each of the {here} processes of this machine'
         raise ArgumentError(f"device: expected {expected}, got {device!r} and {torch.cuda.device_count()} GPUs")
@@ -260,9 +273,18 @@ def launched(device: str, precision: str, timeout: float) -> Iterator[tuple[Fabr
     processes.leave(everything=ours)  # not after an error: it takes all of them, and one may be lost
 
 
+def _processes_of_machine() -> int:
+    """Return how many of torchrun's processes are on this machine, once the environment has what torchrun sets."""
+    missing = [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ]
+    if missing:
+        expected = f"RANK and LOCAL_RANK beside WORLD_SIZE={launched_size()} in the environment, as torchrun sets them"
+        raise ArgumentError(f"torchrun: expected {expected}, got no {' and no '.join(missing)}")
+    return int(os.environ.get("LOCAL_WORLD_SIZE", launched_size()))
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No logs but warnings."""
+    """Leave out logs that are no warnings."""
     before = logging.root.manager.disable
     logging.disable(logging.INFO)
     try:
@@ -272,12 +294,12 @@ def _quiet() -> Iterator[None]:
 
 
 def _flat(tensors: list[Tensor], like: list[Tensor]) -> Tensor:
-    """All their values, in float64, where ``like`` is."""
+    """Return all their values, in float64, where ``like`` is."""
     return torch.cat([x.flatten() for x in tensors] or [like[0].new_empty(0)]).double()
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or one with its words if it cannot be sent to another process."""
+    """Return the error, or one with its words if it cannot be sent to another process."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # whatever an error of anybody's makes pickle say

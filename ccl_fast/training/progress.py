@@ -16,15 +16,16 @@ from ccl_fast.data import Images
 from ccl_fast.errors import ArgumentError, PeerError
 from ccl_fast.files import write_atomically
 from ccl_fast.training import checkpoint
-from ccl_fast.training.arguments import of_warm_up, warm_up_epochs
-from ccl_fast.training.checkpoint import CheckpointError
+from ccl_fast.training.checkpoint import CHECKPOINTS, CheckpointError
+from ccl_fast.training.config import fixed_by_warm_up, warmup_length
 from ccl_fast.training.interruption import Interrupted, Interruption
 from ccl_fast.training.loop import Run
 from ccl_fast.training.probe import Probe
 from ccl_fast.training.processes import Processes
-from ccl_fast.training.run_folder import CHECKPOINTS, EVENTS, METRICS
 
 WARM_UP = "warm-up"
+# What is in a run's folder beside its checkpoints.
+METRICS, EVENTS = "metrics.jsonl", "tensorboard"
 FINGERPRINTED = 100
 # Of the state that a checkpoint keeps.
 KEYS = {"arguments", "images", "finished", "stage", "run", "lines", "seconds"}
@@ -33,7 +34,7 @@ NO_SCALARS = {"stage", "objective", "epoch", "step"}
 
 
 class Progress:
-    """What is done of the experiment, and its files: checkpoints, metrics.jsonl, tensorboard/<stage>.
+    """The finished part of an experiment, and its files: checkpoints, metrics.jsonl, tensorboard/<stage>.
 
     Every process knows what is done; the first one writes the files.
     """
@@ -79,9 +80,11 @@ class Progress:
             origin: its folder.
             stages: the warm-up and others that are the same after the same warm-up.
         """
-        self._check(state, Path(origin), "the run to warm up from", of_warm_up)
+        self._check(state, Path(origin), "the run to warm up from", fixed_by_warm_up)
         finished, epochs = dict(state["finished"]), len(state["run"]["losses"])
-        last = warm_up_epochs(self.arguments) if state["stage"] == WARM_UP else self.arguments["epochs"]
+        last = self.arguments["epochs"]
+        if state["stage"] == WARM_UP:
+            last = warmup_length(last, self.arguments["warmup_epochs"])
         if epochs == last:
             finished[state["stage"]] = _end_of(state["stage"], state["run"])
         if WARM_UP not in finished:
@@ -92,7 +95,7 @@ class Progress:
         self._without_events = list(self.lines)
 
     def _check(self, state: dict, folder: Path, whose: str, shared: Callable[[dict], dict]) -> None:
-        """Whether the state is that of a run with the same images and those arguments that are to be shared."""
+        """Check that the state is of a run with the same images and those arguments that are to be shared."""
         if not state.keys() >= KEYS:
             raise CheckpointError(f"the checkpoint in {folder / CHECKPOINTS} is none of a training run")
         ours, theirs = shared(self.arguments), shared(state["arguments"])
@@ -131,7 +134,7 @@ class Progress:
         epoch, seen = len(run.losses), {}
         if self.probe.is_due(epoch, last):
             seen = self.processes.first(lambda: self.probe.look(run), patient=True)
-        line = {"stage": stage, "objective": run.options.objective, "epoch": epoch, "step": run.step}
+        line = {"stage": stage, "objective": run.config.objective, "epoch": epoch, "step": run.step}
         line |= {"loss": run.losses[-1], "learning_rate": run.used_learning_rate} | run.log | seen
         self.lines.append(line)
         self._without_events.append(line)
@@ -198,12 +201,12 @@ def advance(run: Run, stage: str, epochs: int, progress: Progress, interruption:
 
 
 def _end_of(stage: str, state: dict) -> dict:
-    """What is kept of the state at the end of a stage: only the warm-up is gone on from."""
+    """Return what is kept of the state at the end of a stage: only the warm-up is gone on from."""
     return state if stage == WARM_UP else state | {"optimizer": None}
 
 
 def _fingerprint(images: Images) -> list[int]:
-    """Number and shape of the images, and a check sum of some: labels and centres belong to these."""
+    """Return number and shape of the images, and a check sum of some: labels and centres belong to these."""
     some = images[torch.linspace(0, len(images) - 1, min(len(images), FINGERPRINTED), dtype=torch.float64).long()]
     pixels = (some.cpu() * 255).round().to(torch.uint8).contiguous()
     return [len(images), *images.shape, zlib.crc32(pixels.numpy())]

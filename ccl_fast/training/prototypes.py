@@ -31,6 +31,6 @@ class Prototypes(nn.ParameterList):
 
     @torch.no_grad()
     def rescale(self) -> None:
-        """To unit length, after a step."""
+        """Bring the prototypes back to unit length, after a step."""
         for matrix in self:
             matrix.copy_(normalize(matrix))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -68,45 +68,51 @@ class PseudoLabels:
             classes: ``[n]``, of all images, if they are known: for the log and for nothing else.
             views: the numbers of some images, and embeddings of views of them, to measure agreement by.
         """
-        log, group = {}, self.processes.group
-        previous, self.found, seen = self.found, [], None
+        log, previous, self.found = {}, self.found, []
+        views = cache(views) if views else None
         for i, k in enumerate(self.clusters):
-            if self.labels_from == "k-means":
-                start = previous[i]["centers"] if previous else "k-means++"
-                starts = 1 if previous else STARTS
-                kmeans = KMeans(k, metric="cosine", init=start, n_init=starts, seed=self.seed, process_group=group)
-                own, centers = kmeans.fit_predict(embeddings), kmeans.cluster_centers_
-            else:
-                own, centers = self._given(embeddings, classes, k)
-                k = len(centers)
+            before = previous[i] if previous else None
+            own, centers = self._labels(embeddings, classes, k, before)
             ids = self.processes.gather(own)
-            log_of_k = _describe(ids, k, previous[i].get("all_ids") if previous else None, classes)
+            log_of_k = _describe(ids, len(centers), before.get("all_ids") if before else None, classes)
             found = {"centers": centers}
             if self.concentration:
                 found["temperatures"] = concentration(
-                    embeddings, own, centers, mean=self.temperature, process_group=group
+                    embeddings, own, centers, mean=self.temperature, process_group=self.processes.group
                 )
-            believed = self.believe
-            if believed == "agreement":
-                seen = seen or views()
-                rows, of_rows = seen
-                found_ids = ids[rows.to(ids.device)]
-                believed = self.processes.first(partial(agreement, found_ids, of_rows, centers), patient=True)
-            distance = self.processes.gather(1 - (unit(embeddings) * centers[own]).sum(1))
-            nearest = distance.argsort(stable=True)[: round(believed * len(ids))]
+            nearest = self._believed(embeddings, own, ids, centers, views)
             found |= {"ids": torch.full_like(ids, -1).scatter(0, nearest, ids[nearest]), "all_ids": ids}
             found["believed"] = len(nearest) / len(ids)
             if self.believe != 1:
-                log_of_k["believed"] = found["believed"]
-                if classes is not None and len(nearest):
-                    quality = cluster_quality(ids[nearest], classes.to(ids.device)[nearest])
-                    log_of_k["believed_same_class"] = quality["same_class"]
+                log_of_k |= _describe_believed(ids, nearest, classes)
             self.found.append(found)
-            log |= log_of_k if len(self.clusters) == 1 else {f"{name}/{k}": value for name, value in log_of_k.items()}
+            one = len(self.clusters) == 1
+            log |= log_of_k if one else {f"{name}/{len(centers)}": value for name, value in log_of_k.items()}
         return log
 
+    def _labels(self, embeddings: Tensor, classes: Tensor | None, k: int, before: dict | None) -> tuple[Tensor, Tensor]:
+        """Return the clusters of this process's images, and all centres."""
+        if self.labels_from != "k-means":
+            return self._given(embeddings, classes, k)
+        start, starts = (before["centers"], 1) if before else ("k-means++", STARTS)
+        group = self.processes.group
+        kmeans = KMeans(k, metric="cosine", init=start, n_init=starts, seed=self.seed, process_group=group)
+        return kmeans.fit_predict(embeddings), kmeans.cluster_centers_
+
+    def _believed(
+        self, embeddings: Tensor, own: Tensor, ids: Tensor, centers: Tensor, views: Callable | None
+    ) -> Tensor:
+        """Return the images whose clusters are believed, those nearest to their centres."""
+        share = self.believe
+        if share == "agreement":
+            rows, of_rows = views()
+            measure = partial(agreement, ids[rows.to(ids.device)], of_rows, centers)
+            share = self.processes.first(measure, patient=True)
+        distance = self.processes.gather(1 - (unit(embeddings) * centers[own]).sum(1))
+        return distance.argsort(stable=True)[: round(share * len(ids))]
+
     def _given(self, embeddings: Tensor, classes: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-        """Labels that are not those of k-means, and the unit means of their images."""
+        """Return labels that are not those of k-means, and the unit means of their images."""
         if self.labels_from == "classes" and classes is None:
             raise ArgumentError("labels_from: expected images with classes for 'classes', got some without")
         n = int(sum(self.processes.everyone(len(embeddings))))
@@ -119,7 +125,7 @@ class PseudoLabels:
         return own, unit(sum(self.processes.everyone(sums)))
 
     def of(self, rows: Tensor) -> list[Clustering]:
-        """The clusterings of the training images of these numbers ``[b]``; none before the first `update`."""
+        """Return the clusterings of the training images of these numbers ``[b]``; none before the first `update`."""
         return [
             Clustering(
                 found["ids"][rows],
@@ -149,8 +155,15 @@ def _describe(ids: Tensor, k: int, previous: Tensor | None, classes: Tensor | No
     return log if classes is None else log | cluster_quality(ids, classes)
 
 
+def _describe_believed(ids: Tensor, nearest: Tensor, classes: Tensor | None) -> dict[str, float]:
+    log = {"believed": len(nearest) / len(ids)}
+    if classes is not None and len(nearest):
+        log["believed_same_class"] = cluster_quality(ids[nearest], classes.to(ids.device)[nearest])["same_class"]
+    return log
+
+
 def agreement(ids: Tensor, views: Sequence[Tensor], centers: Tensor) -> float:
-    r"""Share of images all of whose views lie nearest to the centre of the image's own cluster, beyond chance.
+    r"""Measure the share of images all of whose views lie nearest to the image's own cluster's centre, beyond chance.
 
     With y the images' clusters, v the one that all of an image's views fall into (none if they do not agree), and
     P(v = k), P(y = k) shares of the images,
@@ -167,8 +180,8 @@ def agreement(ids: Tensor, views: Sequence[Tensor], centers: Tensor) -> float:
         centers: ``[k, d]``.
     """
     first, *others = (kmeans_assign(view, centers, metric="cosine")[0].to(ids.device) for view in views)
-    agree = torch.stack([other == first for other in others or [first]]).all(0)
-    shares = [of.bincount(minlength=len(centers)).double() / len(ids) for of in (first[agree], ids)]
+    is_same = torch.stack([other == first for other in others or [first]]).all(0)
+    shares = [of.bincount(minlength=len(centers)).double() / len(ids) for of in (first[is_same], ids)]
     by_chance = (shares[0] * shares[1]).sum().item()
-    agreeing = (agree & (first == ids)).double().mean().item()
-    return max(0.0, (agreeing - by_chance) / (1 - by_chance)) if by_chance < 1 else 1.0
+    observed = (is_same & (first == ids)).double().mean().item()
+    return max(0.0, (observed - by_chance) / (1 - by_chance)) if by_chance < 1 else 1.0

@@ -11,18 +11,18 @@ from torch import Tensor
 
 
 def _mix(*keys: int) -> int:
-    """A well-spread seed from several numbers."""
+    """Make a well-spread seed from several numbers."""
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
 
 
 @contextlib.contextmanager
 def seeded(device: torch.device, *keys: int) -> Iterator[None]:
-    """Within ``with``, torch's generators are seeded by the keys; afterwards they are as they were."""
+    """Seed torch's generators by the keys within ``with``; afterwards they are as they were."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(_mix(*keys))
         yield
 
 
 def shuffled(n: int, *keys: int) -> Tensor:
-    """A permutation of 0 ... n - 1, int64, on the CPU."""
+    """Return a permutation of 0 ... n - 1, int64, on the CPU."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(_mix(*keys)))

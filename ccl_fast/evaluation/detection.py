@@ -1,4 +1,4 @@
-"""What a trained model is judged by: how well its features tell OOD sets from the test images."""
+"""Evaluation of a trained model: how well its features tell OOD sets from the test images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OF_LAYERS = 0.01
 
 
 def make_detectors(n: int, clusters: int, seed: int, widths: Sequence[int]) -> dict[str, FeatureDetector]:
-    """New detectors for the features of n training images, by "<level>/<name>". They see training features only.
+    """Make detectors for the features of n training images, by "<level>/<name>". They see training features only.
 
     Args:
         n, clusters, seed: numbers of images and clusters, seed of the ensembles' folds.
@@ -55,9 +55,10 @@ def make_detectors(n: int, clusters: int, seed: int, widths: Sequence[int]) -> d
 
 
 def _layers_ensemble(n: int, clusters: int, seed: int, widths: Sequence[int]) -> Ensemble:
-    """Half of its score looks at what an image shows: the nearest neighbour and the nearest cluster of its features;
-    the other half at what it is made of: the Mahalanobis distances of the layers' channels. Without layers there is
-    the first half.
+    """Make the default detector.
+
+    Half of its score looks at what an image shows: the nearest neighbour and the nearest cluster of its features; the
+    other half at the Mahalanobis distances of the layers' channels. Without layers there is the first half.
     """
     ends = list(itertools.accumulate(widths))
     features, *layers = (slice(end - width, end) for end, width in zip(ends, widths, strict=True))
@@ -74,7 +75,7 @@ def _neighbor(n: int) -> int:
 
 
 def cluster(features: Mapping[str, Tensor], clusters: int, seed: int) -> dict[str, KMeans]:
-    """The clusters of training images that the detectors of each level get; those of "layers" are the encoder's."""
+    """Cluster training images for the detectors of each level; the clusters of "layers" are the encoder's."""
     of_level = {
         level: KMeans(clusters, metric="cosine", n_init=STARTS, seed=seed).fit(features[level])
         for level in ("head", "encoder")
@@ -83,8 +84,8 @@ def cluster(features: Mapping[str, Tensor], clusters: int, seed: int) -> dict[st
 
 
 @dataclass
-class Judgement:
-    """What one model makes of training images, test images and OOD sets."""
+class Evaluation:
+    """Features, scores and metrics of one model on training images, test images and OOD sets."""
 
     # detector -> "near", "far" or an OOD set -> metric -> value; a detector is "<level>/<name>".
     metrics: dict[str, dict[str, dict[str, float]]]
@@ -99,7 +100,7 @@ class Judgement:
     knn: dict[str, float] = field(default_factory=dict)
 
 
-def judge(
+def evaluate_model(
     model: Model,
     train: Images,
     test: Images,
@@ -108,8 +109,8 @@ def judge(
     *,
     clusters: int,
     seed: int,
-) -> Judgement:
-    """Metrics of every detector on its level of features.
+) -> Evaluation:
+    """Evaluate every detector on its level of the model's features.
 
     Every model gets its own clusters for the detectors that need some, so that none depends on how the model was
     trained. "near" and "far" are means over the sets of that kind, as in OpenOOD.
@@ -135,7 +136,7 @@ def judge(
             level: knn_accuracy(of_train[level], train.classes, of_test[level], test.classes)
             for level in ("encoder", "head")
         }
-    return Judgement(
+    return Evaluation(
         metrics,
         {part: {level: of_part[level].cpu() for level in ("encoder", "head")} for part, of_part in features.items()},
         shown,

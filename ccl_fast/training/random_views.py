@@ -11,22 +11,22 @@ from ccl_fast.data import Images, Views
 from ccl_fast.models import Model, embed
 
 # Images of which two views are compared: enough for a share to 3 %, and a fraction of an epoch.
-MOST = 1_000
+MAX_IMAGES = 1_000
 
 
 def embedded_views(model: Model, images: Images, views: Views, number: int = 2) -> tuple[Tensor, list[Tensor]]:
-    """The numbers of at most 1,000 images from all over the set, and the head's features of so many views of each."""
-    rows = some(images, MOST)
-    return rows, [embed(model, _Viewed(images, views), rows)["head"] for _ in range(number)]
+    """Return the numbers of at most 1,000 images from all over the set, and the head's features of views of each."""
+    rows = spread_rows(images, MAX_IMAGES)
+    return rows, [embed(model, _RandomViews(images, views), rows)["head"] for _ in range(number)]
 
 
-def some(images: Images, most: int) -> Tensor:
-    """Rows all over the images: of classes that follow each other, each has its share."""
-    return torch.linspace(0, len(images) - 1, min(len(images), most), dtype=torch.float64).long()
+def spread_rows(images: Images, at_most: int) -> Tensor:
+    """Return rows from all over the images: of classes that follow each other, each has its share."""
+    return torch.linspace(0, len(images) - 1, min(len(images), at_most), dtype=torch.float64).long()
 
 
-class _Viewed:
-    """For ``embed``: a random view of each image."""
+class _RandomViews:
+    """Images for ``embed``, of which each batch is one of random views."""
 
     def __init__(self, images: Images, views: Views):
         self.images, self.views = images, views

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 
 from ccl_fast.data import Images, Split, canonical, load_ood, load_split, made_names
 from ccl_fast.errors import ArgumentError
 from ccl_fast.evaluation import GROUPS
+from ccl_fast.training.config import Config
 
 # What stands beside the names of OOD sets in a report.
 RESERVED = ("train", "test", *GROUPS)
@@ -37,20 +37,20 @@ class ImageSets:
         return ImageSets(self.train.to(device), self.test.to(device), near, far)
 
 
-def read_split(options: SimpleNamespace) -> Split:
-    """The images to train and to test on, as the arguments of ``train`` say; raises as ``load_image_sets``."""
-    return load_split(options.data, in_classes=options.in_classes, image_size=options.image_size, **_reading(options))
+def read_split(config: Config) -> Split:
+    """Read the images to train and to test on, as the configuration says; raises as `load_image_sets`."""
+    return load_split(config.data, in_classes=config.in_classes, image_size=config.image_size, **_reading(config))
 
 
-def load_image_sets(options: SimpleNamespace) -> ImageSets:
-    """All images of an experiment, as the arguments of ``train`` say.
+def load_image_sets(config: Config) -> ImageSets:
+    """Read all images of an experiment, as the configuration says.
 
     Raises:
         ArgumentError: naming the argument.
         FileNotFoundError: the data is not there.
     """
-    split = read_split(options)
-    near, far = options.near_ood, options.far_ood
+    split = read_split(config)
+    near, far = config.near_ood, config.far_ood
     if near is None:
         near = ["held-out"] if split.held_out is not None else ["interpolation"]
     if far is None:
@@ -66,19 +66,19 @@ def load_image_sets(options: SimpleNamespace) -> ImageSets:
     if not (near or far):
         raise ArgumentError("near_ood: expected at least one OOD set in near_ood or far_ood, got none")
     of_both = [
-        load_ood(names, split, argument=argument, **_reading(options))
+        load_ood(names, split, argument=argument, **_reading(config))
         for names, argument in ((near, "near_ood"), (far, "far_ood"))
     ]
     return ImageSets(split.train, split.test, *of_both)
 
 
-def _reading(options: SimpleNamespace) -> dict:
+def _reading(config: Config) -> dict:
     return {
-        "root": options.data_root,
-        "limit": options.limit,
-        "seed": options.seed,
-        "download": options.download,
-        "strict": options.strict,
-        "workers": options.workers,
-        "memory": options.image_memory,
+        "root": config.data_root,
+        "limit": config.limit,
+        "seed": config.seed,
+        "download": config.download,
+        "strict": config.strict,
+        "workers": config.workers,
+        "memory": config.image_memory,
     }

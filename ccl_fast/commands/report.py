@@ -12,20 +12,26 @@ from pathlib import Path
 
 import torch
 
-from ccl_fast.evaluation import DEFAULT, GROUPS, Judgement, cluster_quality, write_page
+from ccl_fast.commands.image_sets import ImageSets
+from ccl_fast.evaluation import DEFAULT, GROUPS, Evaluation, cluster_quality, write_page
 from ccl_fast.files import write_atomically
 from ccl_fast.models import Model
-from ccl_fast.training.arguments import plain
-from ccl_fast.training.image_sets import ImageSets
 from ccl_fast.training.objectives import OBJECTIVES
 from ccl_fast.version import __version__
 
 
-def describe(arguments: dict, sets: ImageSets, judgements: Mapping[str, Judgement], device: torch.device) -> dict:
-    """The content of report.json, but for what only training knows."""
+def describe(arguments: dict, sets: ImageSets, evaluations: Mapping[str, Evaluation], device: torch.device) -> dict:
+    """Return the content of report.json, but for what only training knows.
+
+    Args:
+        arguments: as a file keeps them.
+        sets: the images.
+        evaluations: by objective.
+        device: on which they were made.
+    """
     classes = sets.train.classes
     report = {
-        "arguments": plain(arguments),
+        "arguments": arguments,
         "images": {
             "train": len(sets.train),
             "test": len(sets.test),
@@ -34,13 +40,13 @@ def describe(arguments: dict, sets: ImageSets, judgements: Mapping[str, Judgemen
         "near": list(sets.near),
         "far": list(sets.far),
         "default": DEFAULT,
-        "titles": {objective: OBJECTIVES[objective].title for objective in judgements},
-        "results": {objective: judgement.metrics for objective, judgement in judgements.items()},
+        "titles": {objective: OBJECTIVES[objective].title for objective in evaluations},
+        "results": {objective: evaluation.metrics for objective, evaluation in evaluations.items()},
     }
     if classes is not None:
-        report["clustering"] = {m: cluster_quality(j.cluster_ids, classes) for m, j in judgements.items()}
-    if all(judgement.knn for judgement in judgements.values()):
-        report["knn"] = {objective: judgement.knn for objective, judgement in judgements.items()}
+        report["clustering"] = {m: cluster_quality(j.cluster_ids, classes) for m, j in evaluations.items()}
+    if all(evaluation.knn for evaluation in evaluations.values()):
+        report["knn"] = {objective: evaluation.knn for objective, evaluation in evaluations.items()}
     return report | {
         "environment": {
             "ccl_fast": __version__,
@@ -53,7 +59,7 @@ def describe(arguments: dict, sets: ImageSets, judgements: Mapping[str, Judgemen
 
 
 def format_table(report: dict) -> str:
-    """The report's metrics: one detector a line; for each objective and kind of OOD sets AUROC and FPR95."""
+    """Return the metrics as text: a line for each detector, AUROC and FPR95 for each objective and kind of OOD sets."""
     results, titles = report["results"], report["titles"]
     width = max(18, *(len(title) + 7 for title in titles.values()))  # of a column and of the two in it
     columns = [(objective, group) for objective in results for group in GROUPS if report[group]]
@@ -82,13 +88,14 @@ def format_table(report: dict) -> str:
 def write_report(
     folder: Path,
     report: dict,
-    judgements: Mapping[str, Judgement],
+    evaluations: Mapping[str, Evaluation],
     sets: ImageSets,
     models: Mapping[str, Model],
     name: str = "report",
 ) -> None:
-    """Write <objective>.pt (a state_dict) and <name>.json, drop an earlier run's other weights, print the table; then
-    draw <name>.html. No error of the page costs the results: it is a line on stderr."""
+    """Write weights and <name>.json, drop an earlier run's other weights, print the table, and draw <name>.html.
+
+    Weights, in ``<objective>.pt``, are state_dicts. No error of the page costs the results: it is a line on stderr."""
     page = folder / f"{name}.html"
     page.unlink(missing_ok=True)  # an earlier one
     if models:
@@ -101,7 +108,7 @@ def write_report(
     write_atomically(folder / f"{name}.json", lambda file: file.write(text.encode()))
     print(format_table(report))
     try:
-        write_page(page, report, judgements, sets.parts)
+        write_page(page, report, evaluations, sets.parts)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         print(f"report: could not make {page} ({reason}); the results are in {name}.json", file=sys.stderr)

@@ -1,34 +1,32 @@
-"""The ``ccl-fast`` command. Its options are the arguments of the functions below."""
+"""The ``ccl-fast`` command. Its options are the arguments of the functions of `ccl_fast.commands`."""
 
 from __future__ import annotations
 
+import functools
 import inspect
+import operator
 import os
 import sys
+import types
+import typing
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 import docstring_parser
 from jsonargparse import ActionYesNo, ArgumentParser
+from torch import nn
+from torch.utils.data import Dataset
 
+from ccl_fast.commands.compare_objectives import SET_BY_COMPARE, compare
+from ccl_fast.commands.evaluate_run import evaluate
+from ccl_fast.commands.score_images import score
+from ccl_fast.commands.train_models import train
 from ccl_fast.errors import ArgumentError, PeerError
 from ccl_fast.training.checkpoint import CheckpointError
-from ccl_fast.training.comparison import SET_BY_COMPARE, compare
-from ccl_fast.training.evaluate_run import evaluate
-from ccl_fast.training.experiment import train
 from ccl_fast.training.interruption import Interrupted
-from ccl_fast.training.score_images import score
 
 COMMANDS = {"train": train, "compare": compare, "evaluate": evaluate, "score": score}
-# What Python can give and a command line cannot (modules, data sets) is left out of these.
-TYPES = {"data": str, "backbone": str, "near_ood": list[str] | None, "far_ood": list[str] | None}
-
-
-class _Parser(ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Says of an option that configurations of earlier versions have what has replaced it."""
-        is_old = message.endswith("does not accept option 'method'")
-        super().error(message + "; objective and baseline have replaced it" * is_old, ex)
+# What Python can give and a command line cannot.
+PYTHON_ONLY = (Dataset, nn.Module)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 2 for wrong arguments and files, 1 if the loss diverges or another process is lost, 128 + signal
         if stopped by one.
     """
-    parser = _Parser(prog="ccl-fast", description="Cluster-aware contrastive learning.")
+    parser = ArgumentParser(prog="ccl-fast", description="Cluster-aware contrastive learning.")
     subcommands = parser.add_subcommands()
     for name, function in COMMANDS.items():
         subcommands.add_subcommand(name, _parser(function), help=_summary(function))
@@ -62,44 +60,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _speaks_for_all() -> bool:
-    """Of several processes, which all end with the same error, the first."""
+    """Tell whether this is the first of several processes, which all end with the same error."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _with_underscores(argument: str) -> str:
-    """``--batch-size=2`` as ``--batch_size=2``: both are accepted."""
+    """Return ``--batch-size=2`` as ``--batch_size=2``: both are accepted."""
     name, equals, value = argument.partition("=")
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument
 
 
 def _parser(function: Callable) -> ArgumentParser:
-    """One option per argument, its help from the docstring; a truth value makes a flag, and --no_<flag>."""
+    """Make a parser with an option for every argument; a truth value makes a flag, and --no_<flag>."""
     parser = ArgumentParser(description=_summary(function))
     parser.add_argument("--config", action="config", help="a YAML file with any of the options below.")
-    parameters = _parameters(function)
-    flags = {name for name, p in parameters.items() if isinstance(p.default, bool)}
-    special = flags | (TYPES.keys() & parameters.keys())
-    parser.add_function_arguments(function, as_group=False, skip=special)
-    for name in parameters:
-        help_text = _help(function, name)
-        if name in flags:
-            flag = ActionYesNo(no_prefix="no_")
-            parser.add_argument(f"--{name}", action=flag, default=parameters[name].default, help=help_text)
-        elif name in special:
-            parser.add_argument(f"--{name}", type=TYPES[name], default=parameters[name].default, help=help_text)
+    for name, parameter in _parameters(function).items():
+        given = {"help": _help(function, name)}
+        if isinstance(parameter.default, bool):
+            given["action"] = ActionYesNo(no_prefix="no_")
+        else:
+            given["type"] = _without_python_only(parameter.annotation)
+        if parameter.default is parameter.empty:
+            given["required"] = True
+        else:
+            given["default"] = parameter.default
+        parser.add_argument(f"--{name}", **given)
     return parser
 
 
 def _parameters(function: Callable) -> dict[str, inspect.Parameter]:
-    """By name; where ``**options`` are those of ``train``, these too."""
-    parameters = dict(inspect.signature(function).parameters)
+    """Return the parameters by name; where ``**options`` are those of ``train``, these too."""
+    parameters = dict(inspect.signature(function, eval_str=True).parameters)
     if parameters.pop("options", None):
         of_train = {n: p for n, p in inspect.signature(train).parameters.items() if n not in SET_BY_COMPARE}
         parameters = of_train | parameters
     return parameters
 
 
+def _without_python_only(annotation: object) -> object:
+    """Return a type without the alternatives that a command line cannot give."""
+    if not isinstance(annotation, types.UnionType):
+        return annotation
+    left = [one for one in typing.get_args(annotation) if not _is_python_only(one)]
+    return functools.reduce(operator.or_, left)
+
+
+def _is_python_only(annotation: object) -> bool:
+    if isinstance(annotation, type) and issubclass(annotation, PYTHON_ONLY):
+        return True
+    return any(_is_python_only(part) for part in typing.get_args(annotation))
+
+
 def _help(function: Callable, name: str) -> str:
+    """Return what a function's docstring, or that of ``train``, says of an argument."""
     for described in (function, train):
         for parameter in docstring_parser.parse(inspect.getdoc(described)).params:
             if parameter.arg_name == name:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import yaml
 from torch import nn
 
+from ccl_fast.commands.run_folder import CONFIG
 from ccl_fast.errors import ArgumentError
 from ccl_fast.models import Model
-from ccl_fast.training.arguments import as_list
-from ccl_fast.training.experiment import train
+from ccl_fast.training.config import FIELDS, Config, as_list
 from ccl_fast.training.objectives import OBJECTIVES
-from ccl_fast.training.run_folder import CONFIG
 
 
 class TrainedRun:
-    """The folder that ``train`` wrote.
+    """A finished run, from the folder that ``train`` wrote.
 
     Args:
         folder: that folder.
@@ -34,14 +32,14 @@ class TrainedRun:
         self.folder = Path(folder)
         if not (self.folder / CONFIG).exists():
             raise ArgumentError(f"run: expected the folder of a run (with config.yaml), got {str(folder)!r}")
-        arguments = _read(self.folder / CONFIG)
-        arguments |= {name: value for name, value in replaced.items() if value is not None}
+        given = {name: value for name, value in replaced.items() if value is not None}
+        self.config = replace(_read(self.folder / CONFIG), **given)
         for name in ("backbone", "data"):
-            if any(isinstance(value, str) and value.startswith("<") for value in as_list(arguments[name])):
+            kept = getattr(self.config, name)
+            if any(isinstance(value, str) and value.startswith("<") for value in as_list(kept)):
                 raise ArgumentError(
-                    f"{name}: expected the one that the run was trained with, as no file can keep {arguments[name]}"
+                    f"{name}: expected the one that the run was trained with, as no file can keep {kept}"
                 )
-        self.options = SimpleNamespace(**arguments | {"clusters": as_list(arguments["clusters"])})
         self.objectives = [objective for objective in OBJECTIVES if (self.folder / f"{objective}.pt").exists()]
         if not self.objectives:
             raise ArgumentError(
@@ -49,9 +47,14 @@ class TrainedRun:
                 "the same training command with resume goes on with it"
             )
 
+    @property
+    def clusters(self) -> int:
+        """The number of clusters that detectors get: of several the first."""
+        return as_list(self.config.clusters)[0]
+
     def model(self, objective: str, shape: tuple[int, int, int], device: torch.device) -> nn.Module:
-        """In evaluation mode."""
-        model = Model(self.options.backbone, shape, self.options.embedding_dim, stem=self.options.stem)
+        """Return the model of an objective, in evaluation mode."""
+        model = Model(self.config.backbone, shape, self.config.embedding_dim, stem=self.config.stem)
         path = self.folder / f"{objective}.pt"
         try:
             model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
@@ -62,18 +65,18 @@ class TrainedRun:
         return model.to(device).eval()
 
 
-def _read(config: Path) -> dict:
-    """The arguments of a run."""
-    newer = {"timeout", "objective", "baseline", "warmup_from", "probe_every"}  # older runs have none
-    names = inspect.signature(train).parameters.keys() - newer
+def _read(path: Path) -> Config:
+    """Read the configuration of a run."""
     try:
-        arguments = yaml.safe_load(config.read_text())
+        arguments = yaml.safe_load(path.read_text())
     except (ValueError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
-        raise ArgumentError(
-            f"run: expected the arguments of a run in {config}, got something else ({reason})"
-        ) from error
-    if not isinstance(arguments, dict) or not names <= arguments.keys():
-        missing = sorted(names - arguments.keys()) if isinstance(arguments, dict) else "any"
-        raise ArgumentError(f"run: expected the arguments of a run in {config}, got a file without {missing}")
-    return arguments
+        raise ArgumentError(f"run: expected the arguments of a run in {path}, got something else ({reason})") from error
+    if not isinstance(arguments, dict) or arguments.keys() != FIELDS.keys():
+        names = arguments.keys() if isinstance(arguments, dict) else set()
+        missing, unknown = (
+            ", ".join(sorted(map(str, those))) for those in (FIELDS.keys() - names, names - FIELDS.keys())
+        )
+        wrong = " and ".join([f"without {missing}"] * bool(missing) + [f"with {unknown}"] * bool(unknown))
+        raise ArgumentError(f"run: expected the arguments of a run in {path}, got a file {wrong}")
+    return Config(**arguments)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from ccl_fast.commands.run_folder import check_free, clear, default_folder, is_empty
+from ccl_fast.commands.train_models import train
 from ccl_fast.errors import ArgumentError
 from ccl_fast.evaluation import DEFAULT, GROUPS
 from ccl_fast.files import write_atomically
-from ccl_fast.training.arguments import as_list, comparable
-from ccl_fast.training.checkpoint import LAST
-from ccl_fast.training.experiment import train
+from ccl_fast.training.checkpoint import CHECKPOINTS, LAST
+from ccl_fast.training.config import Config, as_list, fixed_on_resume
 from ccl_fast.training.objectives import BASELINE
 from ccl_fast.training.processes import check_alone
-from ccl_fast.training.run_folder import CHECKPOINTS, check_free, clear, default_folder, is_empty
 
 # Arguments of ``train`` that are compare's to set.
 SET_BY_COMPARE = ("seed", "baseline")
@@ -56,54 +55,15 @@ def compare(
         FileExistsError: the output folder exists.
     """
     check_alone("compare")
-    not_options = [name for name in options if name in SET_BY_COMPARE]
-    if not_options:
-        raise ArgumentError(f"{not_options[0]}: expected other arguments of train, as compare sets this one")
-    if options.get("objective") == BASELINE:
-        raise ArgumentError(f"objective: expected one to compare with the baseline, got {BASELINE!r} itself")
     seeds = as_list(seeds)
-    if not all(isinstance(seed, int) for seed in seeds) or len(set(seeds)) != len(seeds) or len(seeds) < 2:
-        raise ArgumentError(f"seeds: expected at least two different seeds, got {seeds}")
-    if resume and (overwrite or output is None):
-        raise ArgumentError("resume: expected the output folder of a comparison, and not to overwrite it")
+    _check_options(seeds, options, resume=resume, overwrite=overwrite, output=output)
     folder = default_folder("compare") if output is None else Path(output)
-    if resume and not folder.is_dir():
-        raise ArgumentError(f"output: expected the folder of a comparison to resume, got {str(folder)!r}")
-    if folder.exists() and not (overwrite or resume or is_empty(folder)):
-        expected = "a folder that does not exist yet, or overwrite or resume"
-        raise FileExistsError(f"output: expected {expected}, got {str(folder)!r}")
-    origins = {seed: None if warmup_from is None else Path(warmup_from) / f"seed{seed}" for seed in seeds}
-    missing = [str(origin) for origin in origins.values() if origin is not None and not origin.is_dir()]
-    if missing:
-        expected = f"the folder of a comparison with seeds {seeds}"
-        raise ArgumentError(f"warmup_from: expected {expected}, got {str(warmup_from)!r} without {missing[0]}")
+    _check_folder(folder, resume=resume, overwrite=overwrite)
+    origins = _origins(warmup_from, seeds)
     if overwrite:  # all at once: a comparison that is stopped and resumed takes no result of an earlier one
-        earlier = [of_seed for seed in seeds if (of_seed := folder / f"seed{seed}").exists()]
-        for of_seed in earlier:
-            check_free(of_seed, overwrite=True, resume=False)
-        for of_seed in earlier:
-            clear(of_seed)
-        (folder / COMPARISON).unlink(missing_ok=True)
-    reports = []
-    for seed in seeds:
-        of_seed = folder / f"seed{seed}"
-        if resume and (of_seed / "report.json").exists():
-            reports.append(_finished(of_seed / "report.json", options))
-            continue
-        started = resume and (of_seed / CHECKPOINTS / LAST).exists()
-        again = resume and not started and of_seed.exists() and not is_empty(of_seed)  # killed before a checkpoint
-        how = {"overwrite": again, "resume": started, "warmup_from": origins[seed]}
-        reports.append(train(output=of_seed, seed=seed, baseline=True, **how, **options))
-    comparison = {
-        "seeds": seeds,
-        "arguments": comparable(reports[0]["arguments"]) | {"seed": None},
-        "environments": [report["environment"] for report in reports],
-        "default": DEFAULT,
-        "titles": reports[0]["titles"],
-        "results": summarize([report["results"] for report in reports]),
-    }
-    if all("knn" in report for report in reports):
-        comparison["knn"] = summarize_knn([report["knn"] for report in reports])
+        _clear_all(folder, seeds)
+    reports = [_report_of_seed(folder / f"seed{seed}", seed, origins[seed], options, resume=resume) for seed in seeds]
+    comparison = _describe(seeds, reports)
     text = json.dumps(comparison, indent=2, allow_nan=False) + "\n"
     write_atomically(folder / COMPARISON, lambda file: file.write(text.encode()))
     print(format_comparison(comparison))
@@ -111,10 +71,62 @@ def compare(
     return comparison
 
 
+def _check_options(seeds: list, options: dict, *, resume: bool, overwrite: bool, output: str | None) -> None:
+    not_options = [name for name in options if name in SET_BY_COMPARE]
+    if not_options:
+        raise ArgumentError(f"{not_options[0]}: expected other arguments of train, as compare sets this one")
+    if options.get("objective") == BASELINE:
+        raise ArgumentError(f"objective: expected one to compare with the baseline, got {BASELINE!r} itself")
+    if not all(isinstance(seed, int) for seed in seeds) or len(set(seeds)) != len(seeds) or len(seeds) < 2:
+        raise ArgumentError(f"seeds: expected at least two different seeds, got {seeds}")
+    if resume and (overwrite or output is None):
+        raise ArgumentError("resume: expected the output folder of a comparison, and not to overwrite it")
+
+
+def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    if resume and not folder.is_dir():
+        raise ArgumentError(f"output: expected the folder of a comparison to resume, got {str(folder)!r}")
+    if folder.exists() and not (overwrite or resume or is_empty(folder)):
+        expected = "a folder that does not exist yet, or overwrite or resume"
+        raise FileExistsError(f"output: expected {expected}, got {str(folder)!r}")
+
+
+def _origins(warmup_from: str | Path | None, seeds: Sequence[int]) -> dict[int, Path | None]:
+    """Return, by seed, the folders of the runs whose warm-ups are taken over."""
+    if warmup_from is None:
+        return dict.fromkeys(seeds)
+    origins = {seed: Path(warmup_from) / f"seed{seed}" for seed in seeds}
+    missing = [str(origin) for origin in origins.values() if not origin.is_dir()]
+    if missing:
+        expected = f"the folder of a comparison with seeds {seeds}"
+        raise ArgumentError(f"warmup_from: expected {expected}, got {str(warmup_from)!r} without {missing[0]}")
+    return origins
+
+
+def _clear_all(folder: Path, seeds: Sequence[int]) -> None:
+    """Drop an earlier comparison of these seeds."""
+    earlier = [of_seed for seed in seeds if (of_seed := folder / f"seed{seed}").exists()]
+    for of_seed in earlier:
+        check_free(of_seed, overwrite=True, resume=False)
+    for of_seed in earlier:
+        clear(of_seed)
+    (folder / COMPARISON).unlink(missing_ok=True)
+
+
+def _report_of_seed(folder: Path, seed: int, origin: Path | None, options: dict, *, resume: bool) -> dict:
+    """Train with one seed, unless that is done already, and return the report."""
+    if resume and (folder / "report.json").exists():
+        return _finished(folder / "report.json", options)
+    started = resume and (folder / CHECKPOINTS / LAST).exists()
+    again = resume and not started and folder.exists() and not is_empty(folder)  # killed before a checkpoint
+    how = {"overwrite": again, "resume": started, "warmup_from": origin}
+    return train(output=folder, seed=seed, baseline=True, **how, **options)
+
+
 def _finished(path: Path, options: dict) -> dict:
+    """Return the report of a seed that is done, by a run with these options."""
     report = json.loads(path.read_text())
-    defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
-    for name, value in comparable(defaults | options).items():
+    for name, value in fixed_on_resume(Config(**options).plain()).items():
         if name not in report["arguments"]:
             raise ArgumentError(f"output: expected a comparison of this version of ccl_fast, got one without {name}")
         was = report["arguments"][name] if name not in SET_BY_COMPARE else value
@@ -123,8 +135,23 @@ def _finished(path: Path, options: dict) -> dict:
     return report
 
 
+def _describe(seeds: Sequence[int], reports: Sequence[dict]) -> dict:
+    """Return the content of comparison.json."""
+    comparison = {
+        "seeds": seeds,
+        "arguments": fixed_on_resume(reports[0]["arguments"]) | {"seed": None},
+        "environments": [report["environment"] for report in reports],
+        "default": DEFAULT,
+        "titles": reports[0]["titles"],
+        "results": summarize([report["results"] for report in reports]),
+    }
+    if all("knn" in report for report in reports):
+        comparison["knn"] = summarize_knn([report["knn"] for report in reports])
+    return comparison
+
+
 def summarize(results: Sequence[dict]) -> dict:
-    """From the results of each seed, with mean and spread: {detector: {group: {metric: {<objective>, "gain"}}}}."""
+    """Collect the results of each seed, with mean and spread: {detector: {group: {metric: {<objective>, "gain"}}}}."""
     baseline, objective = results[0]
     summary: dict = {}
     for detector, by_set in results[0][objective].items():
@@ -138,7 +165,7 @@ def summarize(results: Sequence[dict]) -> dict:
 
 
 def summarize_knn(accuracies: Sequence[dict]) -> dict:
-    """From the k-NN accuracies of each seed: {"encoder" or "head": {<objective>, "gain"}}."""
+    """Collect the k-NN accuracies of each seed: {"encoder" or "head": {<objective>, "gain"}}."""
     return {
         level: _paired(
             {objective: [of_seed[objective][level] for of_seed in accuracies] for objective in accuracies[0]}
@@ -148,7 +175,7 @@ def summarize_knn(accuracies: Sequence[dict]) -> dict:
 
 
 def _paired(values: dict[str, list[float]]) -> dict:
-    """Of the baseline's and the objective's values by seed, and of the gain."""
+    """Return values by seed, mean and spread of the baseline, of the objective and of the gain."""
     theirs, ours = values.values()
     gain = [a - b for a, b in zip(ours, theirs, strict=True)]
     return {name: _moments(of_name) for name, of_name in (values | {"gain": gain}).items()}
@@ -161,8 +188,9 @@ def _moments(values: list[float]) -> dict:
 
 
 def format_comparison(comparison: dict) -> str:
-    """A line for every detector and kind of OOD sets: AUROC of both objectives, and the gain, with the spread; and for
-    encoder and head one of the k-NN accuracy, if classes are known."""
+    """Return a line for every detector and kind of OOD sets: AUROC of both objectives, and the gain, with the spread.
+
+    If classes are known, encoder and head have one of the k-NN accuracy."""
     titles = comparison["titles"]
     theirs, ours = titles.values()
 

@@ -9,14 +9,13 @@ from pathlib import Path
 from torch import nn
 from torch.utils.data import Dataset
 
+from ccl_fast.commands.image_sets import load_image_sets
+from ccl_fast.commands.report import describe, write_report
+from ccl_fast.commands.run_folder import EVALUATION
+from ccl_fast.commands.trained_run import TrainedRun
 from ccl_fast.errors import ArgumentError
-from ccl_fast.evaluation import judge
-from ccl_fast.training.arguments import find_device
-from ccl_fast.training.image_sets import load_image_sets
-from ccl_fast.training.processes import check_alone
-from ccl_fast.training.report import describe, write_report
-from ccl_fast.training.run_folder import EVALUATION
-from ccl_fast.training.trained import TrainedRun
+from ccl_fast.evaluation import evaluate_model
+from ccl_fast.training.processes import check_alone, find_device
 
 
 def evaluate(
@@ -34,7 +33,7 @@ def evaluate(
     strict: bool = False,
     overwrite: bool = False,
 ) -> dict:
-    """Judge a trained run by OOD sets: a table, evaluation.json and evaluation.html.
+    """Evaluate a trained run on OOD sets: a table, evaluation.json and evaluation.html.
 
     The images are those of the run, unless an argument says otherwise: its training images fit the detectors, its test
     images and the OOD sets are told apart.
@@ -82,21 +81,21 @@ def evaluate(
         raise ArgumentError(f"output: expected a folder, got the file {str(folder)!r}")
     if (folder / "evaluation.json").exists() and not overwrite:
         raise FileExistsError(f"output: expected a folder without an evaluation, or overwrite, got {str(folder)!r}")
-    sets = load_image_sets(trained.options).to(where)
-    judgements = {
-        objective: judge(
+    sets = load_image_sets(trained.config).to(where)
+    evaluations = {
+        objective: evaluate_model(
             trained.model(objective, sets.train.shape, where),
             sets.train,
             sets.test,
             sets.near,
             sets.far,
-            clusters=min(trained.options.clusters[0], len(sets.train)),
-            seed=trained.options.seed,
+            clusters=min(trained.clusters, len(sets.train)),
+            seed=trained.config.seed,
         )
         for objective in trained.objectives
     }
-    report = describe(vars(trained.options), sets, judgements, where)
+    report = describe(trained.config.plain(), sets, evaluations, where)
     report["seconds"] = round(time.perf_counter() - start, 1)
     folder.mkdir(parents=True, exist_ok=True)
-    write_report(folder, report, judgements, sets, models={}, name="evaluation")
+    write_report(folder, report, evaluations, sets, models={}, name="evaluation")
     return report

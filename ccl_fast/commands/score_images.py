@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ccl_fast.data import load_folder
+from ccl_fast.commands.image_sets import read_split
+from ccl_fast.commands.trained_run import TrainedRun
+from ccl_fast.data import Images, Split, load_folder
 from ccl_fast.errors import ArgumentError
 from ccl_fast.evaluation import DEFAULT, cluster, make_detectors, threshold
 from ccl_fast.files import write_atomically
 from ccl_fast.models import embed_layers
-from ccl_fast.training.arguments import find_device
-from ccl_fast.training.image_sets import read_split
-from ccl_fast.training.processes import check_alone
-from ccl_fast.training.trained import TrainedRun
+from ccl_fast.training.processes import check_alone, find_device
 
 COLUMNS = ("image", "score", "outlier", "cluster")
 
@@ -77,29 +77,41 @@ def score(
     if objective not in trained.objectives:
         known = " or ".join(trained.objectives)
         raise ArgumentError(f"objective: expected one that the run has, {known}, got {objective!r}")
-    clusters, seed = trained.options.clusters[0], trained.options.seed
+    clusters, seed = trained.clusters, trained.config.seed
     names = make_detectors(2, clusters, seed, [1])
     if detector not in names:
         raise ArgumentError(f"detector: expected one of {', '.join(names)}, got {detector!r}")
-    split = read_split(trained.options)
+    split = read_split(trained.config)
     scored, paths = load_folder(images, split.train.shape, strict=strict, workers=workers, argument="images")
-
     model = trained.model(objective, split.train.shape, where)
+    scores, is_outlier, nearest = _score(model, split, scored.to(where), detector, clusters=clusters, seed=seed)
+    _write_table(output, paths, scores, is_outlier, nearest)
+    print(f"{len(paths)} images, {int(is_outlier.sum())} outliers; written to {output}")
+    return output
+
+
+def _score(
+    model: nn.Module, split: Split, images: Images, detector: str, *, clusters: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fit the detector to the training images; return the images' scores, which are outliers, and nearest clusters."""
     level = detector.partition("/")[0]
-    embedded = [embed_layers(model, part.to(where)) for part in (split.train, split.test, scored)]
+    parts = (split.train.to(images.device), split.test.to(images.device), images)
+    embedded = [embed_layers(model, part) for part in parts]
     of_train, of_test, of_new = (features for features, _ in embedded)
     kmeans = cluster(of_train, clusters, seed)[level]
     fitted = make_detectors(len(split.train), clusters, seed, embedded[0][1])[detector]
     fitted.fit_features(of_train[level], kmeans.labels_)
     cut = threshold(fitted.predict_features(of_test[level]))
     scores = fitted.predict_features(of_new[level])
+    return scores, scores > cut, kmeans.predict(of_new["encoder" if level == "layers" else level])
+
+
+def _write_table(path: Path, images: Sequence[str], scores: Tensor, is_outlier: Tensor, nearest: Tensor) -> None:
+    """Write a row for every image, most outlying first."""
     rows = io.StringIO()
     writer = csv.writer(rows)
     writer.writerow(COLUMNS)
-    nearest = kmeans.predict(of_new["encoder" if level == "layers" else level])
     for i in torch.argsort(scores, descending=True, stable=True).tolist():
-        writer.writerow([paths[i], f"{scores[i].item():.6g}", int(scores[i] > cut), nearest[i].item()])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, lambda file: file.write(rows.getvalue().encode("utf-8", "surrogateescape")))
-    print(f"{len(paths)} images, {int((scores > cut).sum())} outliers; written to {output}")
-    return output
+        writer.writerow([images[i], f"{scores[i].item():.6g}", int(is_outlier[i]), nearest[i].item()])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write(rows.getvalue().encode("utf-8", "surrogateescape")))

@@ -9,16 +9,12 @@ from pathlib import Path
 import yaml
 
 from ccl_fast.errors import ArgumentError
-from ccl_fast.training.checkpoint import LAST, PREVIOUS
+from ccl_fast.training.checkpoint import CHECKPOINTS, LAST, PREVIOUS
+from ccl_fast.training.config import FIELDS
 from ccl_fast.training.objectives import OBJECTIVES
+from ccl_fast.training.progress import EVENTS, METRICS
 
-CONFIG, METRICS, CHECKPOINTS, EVENTS, EVALUATION = (
-    "config.yaml",
-    "metrics.jsonl",
-    "checkpoints",
-    "tensorboard",
-    "evaluation",
-)
+CONFIG, EVALUATION = "config.yaml", "evaluation"
 # All that a run writes, but for TensorBoard's names; results first, so that none is ever beside a later configuration.
 FILES = (
     *(f"{name}.{kind}" for name in ("report", f"{EVALUATION}/evaluation") for kind in ("json", "html")),
@@ -30,7 +26,7 @@ FILES = (
 
 
 def default_folder(what: str) -> Path:
-    """A folder under ``runs`` that does not exist."""
+    """Return a folder under ``runs`` that does not exist."""
     name = datetime.now().strftime(f"runs/{what}-%Y%m%d-%H%M%S")
     number, folder = 1, Path(name)
     while folder.exists():
@@ -40,7 +36,7 @@ def default_folder(what: str) -> Path:
 
 
 def check_free(folder: Path, *, overwrite: bool, resume: bool) -> None:
-    """Whether a run may have the folder: nobody has it, or it is a run's and to be overwritten or resumed.
+    """Check that a run may have the folder: nobody has it, or it is a run's and to be overwritten or resumed.
 
     Raises:
         FileExistsError: it is there, and neither is asked for.
@@ -85,4 +81,4 @@ def _is_ours(folder: Path) -> bool:
         config = yaml.safe_load((folder / CONFIG).read_text())
     except (OSError, ValueError, yaml.YAMLError):
         return False
-    return isinstance(config, dict) and {"epochs", "clusters", "warmup_epochs", "recluster_every"} <= config.keys()
+    return isinstance(config, dict) and FIELDS.keys() <= config.keys()

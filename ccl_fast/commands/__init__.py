@@ -1,0 +1,11 @@
+"""The commands of ``ccl-fast`` as functions. They need the packages of ``ccl-fast[train]``."""
+
+from ccl_fast.errors import packages_of_training
+
+with packages_of_training():
+    from ccl_fast.commands.compare_objectives import compare
+    from ccl_fast.commands.evaluate_run import evaluate
+    from ccl_fast.commands.score_images import score
+    from ccl_fast.commands.train_models import train
+
+__all__ = ["compare", "evaluate", "score", "train"]

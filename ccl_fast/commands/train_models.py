@@ -1,0 +1,193 @@
+"""``train``: an objective and its baseline on the same budget, and how well their features tell OOD images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import yaml
+from lightning.fabric import Fabric
+
+from ccl_fast.commands.image_sets import ImageSets, load_image_sets, read_split
+from ccl_fast.commands.report import describe, write_report
+from ccl_fast.commands.run_folder import CONFIG, check_free, claim, default_folder
+from ccl_fast.data import Images
+from ccl_fast.errors import ArgumentError
+from ccl_fast.evaluation import evaluate_model
+from ccl_fast.files import write_atomically
+from ccl_fast.training import checkpoint
+from ccl_fast.training.checkpoint import CHECKPOINTS
+from ccl_fast.training.config import Config, check_sizes, fixed_on_resume, takes_fields_of
+from ccl_fast.training.interruption import Interruption
+from ccl_fast.training.loop import Run
+from ccl_fast.training.objectives import BASELINE, OBJECTIVES
+from ccl_fast.training.probe import Probe
+from ccl_fast.training.processes import Processes, alone, launched, launched_size
+from ccl_fast.training.progress import WARM_UP, Progress, advance
+
+
+@takes_fields_of(Config)
+def train(config: Config) -> dict | None:
+    """Train on images without their labels, and tell images of other kinds from them.
+
+    The objective and its baseline, SimCLR, get the same budget: the same number of epochs, initial weights, batches,
+    augmentations and learning rates. They begin with the same warm-up, which is run once.
+
+    After every epoch the state goes to ``<output>/checkpoints/last.ckpt``, and the one before it stays as
+    ``previous.ckpt``. Ctrl-C and SIGTERM save it too, in the middle of an epoch, and stop; with ``resume`` the run goes
+    on, on a CPU bit for bit as if it had not been stopped. ``<output>/metrics.jsonl`` has a line for every epoch,
+    ``<output>/tensorboard`` the same for TensorBoard, ``<output>/config.yaml`` the arguments.
+
+    Several processes (``torchrun --nproc-per-node 8 -m ccl_fast train ...``) share every batch and every clustering;
+    the loss is that of the whole batch. The first of them writes the files.
+
+    Returns:
+        The content of report.json; on other processes than the first None.
+
+    Raises:
+        ArgumentError: a ValueError naming the argument, what was expected and what came.
+        FileExistsError: the output folder exists and is not empty.
+        FileNotFoundError: the data is not there; says where it was looked for and how to get it.
+        FloatingPointError: the loss is not finite, with the step and the last good checkpoint.
+        CheckpointError: there is nothing to resume, or it is damaged.
+        Interrupted: the run was asked to stop and has saved its state.
+        PeerError: another process has ended, or has not answered in time; with the last good checkpoint.
+
+    Papers: Chen, Gui, Fan, "Cluster-aware contrastive learning for unsupervised out-of-distribution detection",
+    arXiv:2302.02598; Chen, Kornblith, Norouzi, Hinton, "A simple framework for contrastive learning of visual
+    representations", 2020 (SimCLR); Li et al., "Prototypical contrastive learning of unsupervised representations",
+    2021 (PCL: several numbers of clusters, concentration). Those of the other objectives: see ``ccl_fast.losses``.
+    """
+    config.check()
+    _check_shared(config.objective)
+    start = time.perf_counter()
+    plan = config.resolved()
+    with launched(plan.device, plan.precision, plan.timeout) as (fabric, processes):
+        device = fabric.device
+        folder = processes.first(lambda: _free_folder(plan), patient=True)
+        images, sets = _read(plan, processes, device)
+        check_sizes(len(images), plan, processes.size)
+        # Before anything is written: its errors are those of arguments.
+        warm_up = Run(replace(plan, objective=BASELINE), images, fabric, processes)
+        progress = _open_progress(config, folder, images, sets, processes)
+        processes.first(lambda: claim(folder, overwrite=plan.overwrite, resume=plan.resume))
+        _print_taken_over(plan, progress)
+        with _dropped_without_checkpoint(folder, processes), closing(progress):
+            processes.first(lambda: _write_config(folder, config))
+            _train_stages(plan, warm_up, progress)
+    if not processes.is_first:
+        return None
+    fabric = fabric if processes.size == 1 else alone(device, plan.precision)  # the others have left
+    return _write_results(config, folder, sets, progress, fabric, start)
+
+
+def _check_shared(objective: str) -> None:
+    """Check that several processes can share the objective's batches, if there are several."""
+    if launched_size() > 1 and not OBJECTIVES[objective].is_distributed:
+        shared = ", ".join(name for name, of in OBJECTIVES.items() if of.is_distributed)
+        expected = f"one whose batches processes can share ({shared})"
+        raise ArgumentError(f"objective: expected {expected}, got {objective!r} on {launched_size()} processes")
+
+
+def _free_folder(plan: Config) -> Path:
+    """Return the output folder, which the run may have."""
+    folder = default_folder("train") if plan.output is None else Path(plan.output)
+    check_free(folder, overwrite=plan.overwrite, resume=plan.resume)
+    return folder
+
+
+def _read(plan: Config, processes: Processes, device: torch.device) -> tuple[Images, ImageSets | None]:
+    """Read the training images; and all sets on the process that will need them, the first."""
+    images = sets = None
+    with processes.together(patient=True):
+        if processes.is_first:
+            sets = load_image_sets(plan).to(device)
+            images = sets.train
+    with processes.together(patient=True):  # afterwards: what is to be downloaded is there
+        if not processes.is_first:
+            images = read_split(replace(plan, download=False)).train.to(device)
+    return images, sets
+
+
+def _open_progress(
+    config: Config, folder: Path, images: Images, sets: ImageSets | None, processes: Processes
+) -> Progress:
+    """Return how far the run has come: nowhere, as its checkpoint has it, or to the end of another run's warm-up."""
+    state = origin = None
+    if config.resume:
+        state = processes.first(lambda: checkpoint.load(folder / CHECKPOINTS, config.resume_from), patient=True)
+    elif config.warmup_from is not None:
+        origin = processes.first(lambda: _load_origin(config.warmup_from), patient=True)
+    probe = Probe(config.probe_every, images, sets.test if processes.is_first else None)
+    progress = Progress(folder, fixed_on_resume(config.plain()), images, state, processes, probe)
+    if origin is not None:
+        progress.begin_with(origin, config.warmup_from, {WARM_UP, *config.objectives} - {config.objective})
+    return progress
+
+
+def _load_origin(run: str | Path) -> dict:
+    """Load the last checkpoint of the run whose warm-up is taken over."""
+    checkpoints = Path(run) / CHECKPOINTS
+    if not (checkpoints / checkpoint.LAST).exists():
+        raise ArgumentError(f"warmup_from: expected the folder of a run, with its checkpoints, got {str(run)!r}")
+    return checkpoint.load(checkpoints)
+
+
+def _print_taken_over(plan: Config, progress: Progress) -> None:
+    """Say which stages of another run need not be trained."""
+    if plan.warmup_from is not None and not plan.resume and progress.processes.is_first:
+        print(f"taken over from {plan.warmup_from}: {' and '.join(progress.finished)}")
+
+
+def _write_config(folder: Path, config: Config) -> None:
+    """Write the arguments, without those of this call alone."""
+    lasting = replace(config, resume=False, resume_from="last", overwrite=False)
+    text = yaml.safe_dump(lasting.plain(), sort_keys=False)
+    write_atomically(folder / CONFIG, lambda file: file.write(text.encode()))
+
+
+@contextmanager
+def _dropped_without_checkpoint(folder: Path, processes: Processes) -> Iterator[None]:
+    """Drop the folder after an error if there is nothing to resume: the same command can be given again."""
+    try:
+        yield
+    except BaseException:
+        if processes.is_first and not (folder / CHECKPOINTS).exists():
+            (folder / CONFIG).unlink(missing_ok=True)
+            with suppress(OSError):  # somebody else's files are in it
+                folder.rmdir()
+        raise
+
+
+def _train_stages(plan: Config, warm_up: Run, progress: Progress) -> None:
+    """Train what is not finished of the warm-up and of every objective."""
+    with Interruption() as interruption:
+        advance(warm_up, WARM_UP, plan.warmup_epochs, progress, interruption)
+        for objective in plan.objectives:
+            run = Run(replace(plan, objective=objective), warm_up.images, warm_up.fabric, warm_up.processes)
+            advance(run, objective, plan.epochs, progress, interruption)
+
+
+def _write_results(
+    config: Config, folder: Path, sets: ImageSets, progress: Progress, fabric: Fabric, start: float
+) -> dict:
+    """Evaluate the trained models, write their weights and the report, and return that."""
+    plan, models, evaluations = config.resolved(), {}, {}
+    for name in plan.objectives:
+        run = Run(replace(plan, objective=name), sets.train, fabric)
+        run.load_state_dict(progress.finished[name])
+        models[name] = run.result
+        evaluations[name] = evaluate_model(
+            run.result, sets.train, sets.test, sets.near, sets.far, clusters=plan.clusters[0], seed=plan.seed
+        )
+    report = describe(config.plain(), sets, evaluations, fabric.device) | {
+        "losses": {name: progress.finished[name]["losses"] for name in models},
+        "log": {name: [line for line in progress.lines if line["stage"] in (WARM_UP, name)] for name in models},
+        "seconds": round(progress.seconds_before + time.perf_counter() - start, 1),
+    }
+    write_report(folder, report, evaluations, sets, models)
+    return report

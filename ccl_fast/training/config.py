@@ -1,0 +1,507 @@
+# ruff: noqa: RUF009 (`option` makes a dataclasses.field)
+"""The arguments of ``train``: of each, in one place, its default, its check, its help, and when it may differ."""
+
+import dataclasses
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, Self, TypeVar
+
+import numpy as np
+from torch import nn
+from torch.utils.data import Dataset
+
+from ccl_fast import checks
+from ccl_fast.errors import ArgumentError
+from ccl_fast.training.cooperation import LABELS, NEGATIVES
+from ccl_fast.training.objectives import BASELINE, OBJECTIVES, OPTIONS
+
+Check = Callable[[str, Any], None]
+P, R = ParamSpec("P"), TypeVar("R")
+
+# By default half of a short run is warm-up.
+MAX_DEFAULT_WARM_UP = 20
+MAX_DIMENSIONS = 65_536
+MAX_SEED = 2**62
+WEEK = 7 * 24 * 3600
+
+
+def at_least(least: int) -> Check:
+    """Check that a value is an integer of at least that much."""
+    return lambda name, value: checks.check_count(name, value, least)
+
+
+def one_of(choices: Sequence[str]) -> Check:
+    """Check that a value is one of the choices."""
+    return lambda name, value: checks.check_choice(name, value, tuple(choices))
+
+
+def or_none(check: Check) -> Check:
+    """Check a value unless it is None."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def check_dimension(name: str, value: object) -> None:
+    if not checks.is_integer(value) or not 1 <= value <= MAX_DIMENSIONS:
+        raise ArgumentError(f"{name}: expected 1 to {MAX_DIMENSIONS}, got {value!r}")
+
+
+def check_seed(name: str, value: object) -> None:
+    if not checks.is_integer(value) or not 0 <= value < MAX_SEED:
+        raise ArgumentError(f"{name}: expected an integer from 0 to 2^62, got {value!r}")
+
+
+def check_timeout(name: str, value: object) -> None:
+    expected = f"a positive number of seconds, at most {WEEK}"
+    checks.check_number(name, value, expected, lambda seconds: 0 < seconds <= WEEK)
+
+
+def check_share_or_agreement(name: str, value: object) -> None:
+    if value != "agreement":
+        checks.check_number(name, value, '0 to 1, or "agreement"', lambda share: 0 <= share <= 1)
+
+
+def check_clusters(name: str, value: object) -> None:
+    numbers = as_list(value)
+    if not numbers or not all(checks.is_integer(k) and k >= 1 for k in numbers) or len(set(numbers)) < len(numbers):
+        raise ArgumentError(f"{name}: expected a positive integer, or several different ones, got {value!r}")
+
+
+def check_folder(name: str, value: object) -> None:
+    if not isinstance(value, str | Path | None):
+        raise ArgumentError(f"{name}: expected the path of a folder, got {value!r}")
+
+
+def check_device_name(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise ArgumentError(f"{name}: expected the name of a device, got {value!r}")
+
+
+def check_ood_sets(name: str, value: object) -> None:
+    if isinstance(value, str) or not isinstance(value, Sequence | Mapping | None):
+        raise ArgumentError(f"{name}: expected a list of names, or data sets by name, got {value!r}")
+
+
+def option(
+    default: Any, help: str, check: Check | None = None, *, may_differ: bool = False, after_warm_up: bool = False
+) -> Any:
+    """Make a field of `Config`.
+
+    Args:
+        default: its value where none is given.
+        help: a sentence for the command line and the documentation.
+        check: raises an ArgumentError of a wrong value; None: whoever uses the value checks it.
+        may_differ: a run may be resumed with another value: it says where files are, or where and how fast is computed.
+        after_warm_up: it does not matter before the end of the warm-up, so it may differ between runs that share one.
+    """
+    metadata = {"help": help, "check": check, "may_differ": may_differ, "after_warm_up": after_warm_up}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The arguments of ``train``, as they are given."""
+
+    output: str | Path | None = option(
+        None,
+        "folder for report.html, report.json, the weights ``<objective>.pt`` (a state_dict) and the files named "
+        "above; by default a fresh ``runs/train-<time>``.",
+        check_folder,
+        may_differ=True,
+    )
+    objective: Literal[tuple(OBJECTIVES)] = option(
+        "ccl",
+        'what is minimised after the warm-up: "ccl"; "simclr", "hard-contrastive" and "cacr", which need no clusters; '
+        'on the clusters of k-means also "supcon", "protonce", "deepcluster-v2", "pamc" and "meow"; on prototypes that '
+        'are learned "swav".',
+        one_of(tuple(OBJECTIVES)),
+        after_warm_up=True,
+    )
+    baseline: bool = option(
+        True, "train SimCLR too, and report both side by side.", checks.check_flag, after_warm_up=True
+    )
+    data: str | Path | Dataset | tuple[Dataset, Dataset] = option(
+        "digits",
+        'the images to train on: "digits" (5,000 real ones, part of the installation), one of torchvision\'s data sets '
+        'by name ("cifar10", "svhn", "stl10", ...), or a folder of images (with the folders train and test, or split '
+        "at random); from Python also a torch Dataset, or a pair of them to train and to test on.",
+        may_differ=True,  # the training images themselves are compared
+    )
+    data_root: str | Path = option("data", "folder of torchvision's data sets.", may_differ=True)
+    download: bool = option(
+        False, "let torchvision download a data set that is not there.", checks.check_flag, may_differ=True
+    )
+    in_classes: Sequence[int] | None = option(
+        None,
+        "numbers of the classes to train on; images of the others are OOD. By default all; of the digits 0 to 5. "
+        "Classes are used for this and for the log, never for training.",
+    )
+    near_ood: Sequence[str] | Mapping[str, Dataset] | None = option(
+        None,
+        'OOD sets that resemble the training images: "held-out" (the other classes), a data set by name (its test '
+        'images), a folder, or a made set: "textures", "noise", "blobs", "interpolation" (mean of two test images), '
+        '"letters"; from Python also {name: Dataset}. By default "held-out", or without that "interpolation".',
+        check_ood_sets,
+        after_warm_up=True,
+    )
+    far_ood: Sequence[str] | Mapping[str, Dataset] | None = option(
+        None,
+        "OOD sets that do not, in the same way. By default the other made sets.",
+        check_ood_sets,
+        after_warm_up=True,
+    )
+    image_size: int | None = option(
+        None,
+        "height and width in pixels, to which images are scaled and cropped. By default the data set's own, or 224 if "
+        "it has none.",
+        or_none(checks.check_count),
+    )
+    augmentation: Literal["auto", "digits", "simclr", "none"] = option(
+        "auto",
+        'how views are made: "digits" (small affine maps, contrast, noise), "simclr" (crops, flips, colours, blur), '
+        '"none", or "auto": "digits" for grey images and "simclr" for coloured ones.',
+    )
+    limit: int | None = option(
+        None, "at most that many images of each part, for a quick run.", or_none(checks.check_count)
+    )
+    strict: bool = option(
+        False,
+        "stop at an unreadable image of a folder; by default they are skipped and counted.",
+        checks.check_flag,
+    )
+    workers: int = option(0, "processes that read images.", at_least(0), may_differ=True)
+    image_memory: float = option(
+        4.0,
+        "a set of images up to this size (in GiB, one byte a value) is read once and kept in memory; of a larger one "
+        "each batch is read when it is needed.",
+        checks.check_not_negative,
+        may_differ=True,
+    )
+    backbone: str | nn.Module = option(
+        "small",
+        'the encoder: "small" (three convolutions), "resnet8" (a narrow ResNet for small natural images on a CPU), a '
+        'classifier of torchvision by name ("resnet18", ...) with random weights; from Python also a module, images '
+        "[n, c, h, w] to features [n, width].",
+    )
+    stem: Literal["auto", "3x3", "7x7"] = option(
+        "auto",
+        '"3x3" lets a ResNet begin at full resolution, as is usual for small images; "7x7" leaves it as it is; "auto" '
+        'means "3x3" for images of up to 64 pixels.',
+        one_of(("auto", "3x3", "7x7")),
+    )
+    embedding_dim: int = option(
+        64, "width of the projection head's output, to which the loss is applied.", check_dimension
+    )
+    epochs: int = option(40, "passes over the training images, warm-up included.", at_least(1))
+    batch_size: int = option(
+        256,
+        "images of a step, of two views each, on all processes together; the incomplete last batch of an epoch is left "
+        "out.",
+        at_least(2),
+    )
+    micro_batch: int | None = option(
+        None,
+        "images that pass the network of a process at a time; the gradient is that of the whole batch, memory that of "
+        "a micro-batch, the price one more forward pass. BatchNorm takes its statistics over a micro-batch. By default "
+        "the whole batch.",
+        or_none(checks.check_count),
+    )
+    learning_rate: float = option(
+        1e-3, "of AdamW at the start; it follows half a cosine down to 0.", checks.check_positive
+    )
+    weight_decay: float = option(1e-4, "of AdamW.", checks.check_not_negative)
+    temperature: float = option(
+        0.1,
+        'temperature of the similarities in the loss. "cacr" has none, so there it is that of warm-up and baseline, '
+        "and without these has no effect.",
+        checks.check_positive,
+    )
+    warmup_epochs: int | None = option(
+        None,
+        "how many epochs use instance-level contrast (SimCLR) before the objective comes in. By default half of the "
+        "epochs, at most 20.",
+        or_none(at_least(0)),
+    )
+    clusters: int | Sequence[int] = option(
+        12,
+        "number of k-means clusters, or of prototypes; of several, the loss is the mean over them. At least 2 for "
+        '"deepcluster-v2", "meow" and "swav".',
+        check_clusters,
+        after_warm_up=True,
+    )
+    recluster_every: int = option(
+        1,
+        'epochs from one clustering to the next. Each starts from the last centres. Not for "swav".',
+        at_least(1),
+        after_warm_up=True,
+    )
+    labels_from: Literal[LABELS] = option(
+        "k-means",
+        '"k-means", or, to see what clusters are worth, "classes" (the best that clusters could be; the one use of '
+        'classes in training) or "random" numbers (the worst).',
+        one_of(LABELS),
+        after_warm_up=True,
+    )
+    center_weight: float = option(
+        1.0,
+        'weight of the cluster\'s centre among the positives, for "ccl".',
+        checks.check_not_negative,
+        after_warm_up=True,
+    )
+    center_ramp_epochs: int = option(
+        0,
+        "epochs after the warm-up in which that weight grows linearly from 0.",
+        at_least(0),
+        after_warm_up=True,
+    )
+    concentration: bool = option(
+        False,
+        "give every centre a temperature of its own, smaller for tight clusters, with ``temperature`` as their mean "
+        '(PCL), for "ccl" and "protonce".',
+        checks.check_flag,
+        after_warm_up=True,
+    )
+    instance_weight: float | Literal["agreement"] = option(
+        "agreement",
+        'share of "ccl" that contrasts images with their own views alone, 0 to 1: what is certain keeps its pull, '
+        'however many cluster-mates there are and however wrong the clusters. "agreement": as large as the share of '
+        "the images whose clusters are not believed.",
+        check_share_or_agreement,
+        after_warm_up=True,
+    )
+    instance_negatives: Literal[NEGATIVES] = option(
+        "centers",
+        'what that share holds an image against: all images of the batch and the "centers" of other clusters, the '
+        'images of "other-clusters" alone, as those of its own are likely of its kind, or "all" images.',
+        one_of(NEGATIVES),
+        after_warm_up=True,
+    )
+    believe: float | Literal["agreement"] = option(
+        "agreement",
+        'share of the images whose cluster "ccl" believes, 0 to 1; the others, those farthest from their centres, have '
+        'their own views as positives alone. "agreement": as large a share as that of images both of whose views lie '
+        "nearest to their own cluster's centre, beyond chance, measured at every clustering; clusters that mean "
+        "nothing are not believed.",
+        check_share_or_agreement,
+        after_warm_up=True,
+    )
+    ema: float | None = option(
+        None,
+        "decay of an exponential moving average of the weights, 0.99 to 0.9999 or so. The average is what is "
+        "clustered, evaluated and saved. By default there is none.",
+        or_none(checks.check_fraction),
+    )
+    probe_every: int = option(
+        10,
+        "epochs from one look at the features to the next, which adds to the log their k-NN accuracy on the test "
+        "images, if classes are known, and how often an image's two views lie in the same cluster; also after the "
+        "warm-up's last epoch and the last of all. 0: never.",
+        at_least(0),
+        after_warm_up=True,
+    )
+    seed: int = option(
+        0,
+        "of weights, split, batches, augmentations and k-means. On one machine it fixes every number.",
+        check_seed,
+    )
+    device: str = option(
+        "auto",
+        '"auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...; of several processes each takes a GPU of its '
+        "own.",
+        check_device_name,
+        may_differ=True,
+    )
+    precision: Literal["32-true", "bf16-mixed"] = option(
+        "32-true",
+        '"32-true", or "bf16-mixed": the network in bfloat16, loss and weights in float32.',
+        one_of(("32-true", "bf16-mixed")),
+    )
+    channels_last: bool = option(
+        False,
+        "keep images and weights in that memory format, which suits convolutions on tensor cores.",
+        checks.check_flag,
+    )
+    compile_model: bool = option(
+        False, "let torch.compile make the network faster.", checks.check_flag, may_differ=True
+    )
+    fused_optimizer: bool = option(False, "one kernel for the optimiser's step.", checks.check_flag)
+    timeout: float = option(
+        300.0,
+        "seconds after which a process that does not answer the others counts as lost.",
+        check_timeout,
+        may_differ=True,
+    )
+    overwrite: bool = option(
+        False,
+        "replace the run in an existing output folder; files that no run writes stay as they are.",
+        checks.check_flag,
+        may_differ=True,
+    )
+    resume: bool = option(
+        False,
+        "go on with the run in the output folder; the other arguments must be the same (``--config "
+        "<output>/config.yaml`` gives them).",
+        checks.check_flag,
+        may_differ=True,
+    )
+    resume_from: Literal["last", "previous"] = option(
+        "last",
+        'the checkpoint to go on from, "last", or the one before it, "previous".',
+        one_of(("last", "previous")),
+        may_differ=True,
+    )
+    warmup_from: str | Path | None = option(
+        None,
+        "folder of another run, whose warm-up this one begins with instead of a warm-up of its own, and whose SimCLR "
+        "is the baseline if it is finished. Arguments that matter before the end of the warm-up must be the same. The "
+        "result is that of a run by itself, on a CPU bit for bit. A run that is resumed needs it no more.",
+        check_folder,
+        may_differ=True,
+    )
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):
+                object.__setattr__(self, name, value.item())
+
+    def check(self) -> None:
+        """Check everything that can be told before the data is read."""
+        for name, field in FIELDS.items():
+            if field.metadata["check"] is not None:
+                field.metadata["check"](name, getattr(self, name))
+        self._check_objective()
+        self._check_folders()
+        if not self.warmup_length <= self.epochs:
+            raise ArgumentError(f"warmup_epochs: expected 0 to epochs={self.epochs}, got {self.warmup_epochs!r}")
+
+    def _check_objective(self) -> None:
+        objective, with_objective = OBJECTIVES[self.objective], f"with objective {self.objective!r}"
+        fewest = objective.min_clusters
+        if min(as_list(self.clusters)) < fewest:
+            expected = f"{fewest} or more {with_objective} (each, of several)"
+            raise ArgumentError(f"clusters: expected {expected}, got {self.clusters!r}")
+        wrong = [
+            f"{name}: expected {FIELDS[name].default} {with_objective}, got {getattr(self, name)!r}"
+            for name in OPTIONS
+            if name not in objective.options and getattr(self, name) != FIELDS[name].default
+        ]
+        if wrong:  # all at once: a recipe for one objective has several that another does not use
+            raise ArgumentError("; ".join(wrong))
+
+    def _check_folders(self) -> None:
+        if self.resume and self.overwrite:
+            raise ArgumentError("overwrite: expected False when resuming, got True")
+        if self.resume and self.output is None:
+            raise ArgumentError("output: expected the folder of the run to resume, got None")
+        both_given = self.output is not None and self.warmup_from is not None
+        if both_given and not self.resume and Path(self.output).resolve() == Path(self.warmup_from).resolve():
+            raise ArgumentError(f"warmup_from: expected another folder than output, got {str(self.warmup_from)!r}")
+
+    @property
+    def warmup_length(self) -> int:
+        """The number of epochs of warm-up, given or not."""
+        return warmup_length(self.epochs, self.warmup_epochs)
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The objectives to train: the chosen one, after the baseline if that is asked for."""
+        if self.baseline and self.objective != BASELINE:
+            return BASELINE, self.objective
+        return (self.objective,)
+
+    def resolved(self) -> Self:
+        """Return the configuration with its clusters as a list and its warm-up as a number."""
+        return dataclasses.replace(self, clusters=as_list(self.clusters), warmup_epochs=self.warmup_length)
+
+    def plain(self) -> dict:
+        """Return the arguments as a file keeps them: a module or a data set by the name of its class."""
+        return {name: _plain(getattr(self, name)) for name in FIELDS}
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+
+
+def fixed_on_resume(arguments: Mapping[str, Any]) -> dict:
+    """Return, of arguments as a file keeps them, those that a resumed run must share."""
+    return {name: value for name, value in arguments.items() if name not in FIELDS or not _is(name, "may_differ")}
+
+
+def fixed_by_warm_up(arguments: Mapping[str, Any]) -> dict:
+    """Return, of the arguments that a resumed run must share, those that runs with a common warm-up must share."""
+    shared = {name: value for name, value in arguments.items() if name not in FIELDS or not _is(name, "after_warm_up")}
+    return shared | {"warmup_epochs": warmup_length(arguments["epochs"], arguments["warmup_epochs"])}
+
+
+def _is(name: str, which: str) -> bool:
+    return FIELDS[name].metadata[which]
+
+
+def warmup_length(epochs: int, given: int | None) -> int:
+    """Return the number of epochs of warm-up, by default half of all and at most 20."""
+    return min(MAX_DEFAULT_WARM_UP, epochs // 2) if given is None else given
+
+
+def check_sizes(n: int, config: Config, processes: int = 1) -> None:
+    """Check what depends on the number n of training images, and on that of processes."""
+    most, batch_size = max(as_list(config.clusters)), config.batch_size
+    if batch_size < processes:
+        raise ArgumentError(f"batch_size: expected at least {processes}, an image for each process, got {batch_size}")
+    if config.concentration and most >= n:
+        raise ArgumentError(f"clusters: expected fewer than the {n} training images for concentration, got {most}")
+    if batch_size > n:
+        raise ArgumentError(f"batch_size: expected at most {n}, the number of training images, got {batch_size}")
+    if most > n:
+        raise ArgumentError(f"clusters: expected at most {n}, the number of training images, got {most}")
+
+
+def as_list(value) -> list:
+    """Return one or several numbers as a list."""
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def _plain(value):
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, Sequence):
+        return [_plain(item) for item in value]
+    return f"<{type(value).__module__}.{type(value).__qualname__}>"
+
+
+def takes_fields_of(config: Callable[P, Config]) -> Callable[[Callable[[Config], R]], Callable[P, R]]:
+    """Turn a function of a `Config` into one of its fields, with their signature and a section ``Args`` on them."""
+
+    def decorate(function: Callable[[Config], R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def with_fields(*args: P.args, **kwargs: P.kwargs) -> R:
+            return function(config(*args, **kwargs))
+
+        returned = inspect.signature(function, eval_str=True).return_annotation
+        with_fields.__signature__ = inspect.signature(config).replace(return_annotation=returned)
+        with_fields.__doc__ = _with_args(inspect.getdoc(function) or "")
+        return with_fields
+
+    return decorate
+
+
+def _with_args(docstring: str) -> str:
+    """Insert the fields and their help before the section ``Returns``."""
+    lines = ["Args:"]
+    for name, field in FIELDS.items():
+        entry = f"{name}: {field.metadata['help']}"
+        lines += textwrap.wrap(
+            entry,
+            width=116,
+            initial_indent=" " * 4,
+            subsequent_indent=" " * 8,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return docstring.replace("\nReturns:", "\n" + "\n".join(lines) + "\n\nReturns:", 1)
