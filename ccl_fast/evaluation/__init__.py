@@ -3,7 +3,6 @@
 from ccl_fast.errors import packages_of_training
 
 with packages_of_training():
-    from ccl_fast.evaluation.cluster_quality import cluster_quality
     from ccl_fast.evaluation.judge import DEFAULT, GROUPS, Judgement, cluster, judge, make_detectors
     from ccl_fast.evaluation.knn import knn_accuracy
     from ccl_fast.evaluation.page import write_page
@@ -14,7 +13,6 @@ __all__ = [
     "GROUPS",
     "Judgement",
     "cluster",
-    "cluster_quality",
     "judge",
     "knn_accuracy",
     "make_detectors",

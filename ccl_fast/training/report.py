@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from ccl_fast.evaluation import DEFAULT, GROUPS, Judgement, cluster_quality, write_page
+from ccl_fast.evaluation import DEFAULT, GROUPS, Judgement, write_page
 from ccl_fast.files import write_atomically
+from ccl_fast.metrics import cluster_quality
 from ccl_fast.models import Model
 from ccl_fast.training.arguments import plain
 from ccl_fast.training.image_sets import ImageSets

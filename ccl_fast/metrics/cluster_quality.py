@@ -1,0 +1,72 @@
+"""How clusters compare with classes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ccl_fast.checks import check_tensor
+from ccl_fast.errors import ArgumentError
+
+
+def cluster_quality(cluster_ids: Tensor, labels: Tensor) -> dict[str, float]:
+    r"""Compare clusters with classes.
+
+    With :math:`n_{kc}` the samples of cluster k and class c, :math:`n_k, n_c` their sums, n all:
+
+    .. math::
+        \text{nmi} = \frac{2 I}{H_k + H_c}, \quad I = \sum_{kc} \frac{n_{kc}}{n} \log \frac{n\, n_{kc}}{n_k n_c}, \qquad
+        \text{accuracy} = \max_\pi \frac{1}{n} \sum_k n_{k \pi(k)}, \qquad
+        \text{same class} = \frac{\sum_{kc} n_{kc} (n_{kc} - 1) / (n_k - 1)}{\sum_{k: n_k > 1} n_k}
+
+    Args:
+        cluster_ids: cluster of every sample, integers ``[n]`` of any values, at least one.
+        labels: class of every sample, likewise.
+
+    Returns:
+        ``{"nmi", "accuracy", "same_class"}``, all in [0, 1]: normalised mutual information (arithmetic mean of the
+        entropies; 0 if there is none); the share of samples in the class that their cluster stands for, where every
+        class has at most one cluster and every cluster one class, chosen so that the share is largest (Hungarian
+        method); and the share of a sample's cluster-mates that are of its class, mean over the samples that have some
+        (1 if none has).
+
+    Raises:
+        ValueError: an argument has the wrong type or shape.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.metrics import cluster_quality
+        >>> cluster_quality(torch.tensor([1, 1, 0, 0]), torch.tensor([5, 5, 7, 7]))
+        {'nmi': 1.0, 'accuracy': 1.0, 'same_class': 1.0}
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    for name, x in (("cluster_ids", cluster_ids), ("labels", labels)):
+        check_tensor(name, x)
+        if x.ndim != 1 or x.shape != cluster_ids.shape or not len(x):
+            raise ArgumentError(f"{name}: expected shape [n] with n of at least 1, got {list(x.shape)}")
+    # Whatever their numbers.
+    ids, classes = (x.cpu().unique(return_inverse=True)[1] for x in (cluster_ids, labels))
+    together = torch.zeros(int(ids.max()) + 1, int(classes.max()) + 1, dtype=torch.int64)
+    together.index_put_((ids, classes), torch.ones_like(ids), accumulate=True)
+    rows, columns = linear_sum_assignment(together.numpy(), maximize=True)
+    sizes, mates = together.sum(1, keepdim=True), (together * (together - 1)).double()
+    same = (mates / (sizes - 1).clamp(min=1)).sum() / sizes[sizes > 1].sum() if (sizes > 1).any() else torch.ones(())
+    return {
+        "nmi": _normalized_mutual_information(together.double() / len(ids)),
+        "accuracy": together.numpy()[rows, columns].sum().item() / len(ids),
+        "same_class": same.item(),
+    }
+
+
+def _normalized_mutual_information(p: Tensor) -> float:
+    """Of a joint distribution [k, c]."""
+
+    def entropy(x: Tensor) -> float:
+        return -torch.xlogy(x, x).sum().item()
+
+    of_clusters, of_classes = entropy(p.sum(1)), entropy(p.sum(0))
+    information = of_clusters + of_classes - entropy(p)
+    if information < 1e-12:
+        return 0.0
+    return min(2.0 * information / (of_clusters + of_classes), 1.0)
