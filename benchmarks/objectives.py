@@ -178,7 +178,7 @@ def _neighbors(x: Inputs) -> tuple[Tensor]:
 
 
 def _nearest_labels(x: Inputs) -> tuple[Tensor]:
-    return (losses.nearest_centers(x.embeddings[:, 0].detach(), x.centers.detach(), 8),)
+    return (losses.nearest_centers(x.embeddings[:, 0].detach(), x.centers.detach()),)
 
 
 def _salient(x: Inputs) -> tuple[Tensor, Tensor]:
@@ -209,7 +209,7 @@ def _mixtures(size: Size) -> int:
     return 6 * (size.n // 2) * 1024 * size.d * 4
 
 
-SWAV = _module("SwAVLoss", lambda loss, x: loss(x.embeddings.unbind(1), x.centers)) | {"lightly": LIGHTLY_SWAV}
+SWAV = _module("SwAVLoss", lambda loss, x: loss(x.embeddings, x.centers)) | {"lightly": LIGHTLY_SWAV}
 OBJECTIVES = {
     objective.name: objective
     for objective in (
@@ -230,7 +230,7 @@ OBJECTIVES = {
         ),
         Objective(
             "AdaMEOWLoss",
-            _module("AdaMEOWLoss", lambda loss, x: loss(x.embeddings, x.cluster_ids, x.more[0])),
+            _module("AdaMEOWLoss", lambda loss, x: loss(x.embeddings, x.cluster_ids, weights=x.more[0])),
             more=_pair_weights,
             clusters=32,
         ),
@@ -241,7 +241,7 @@ OBJECTIVES = {
             "MLCDLoss",
             _written(
                 "MLCDLoss",
-                lambda loss, x: loss(x.embeddings[:, 0], x.centers, x.more[0]),
+                lambda loss, x: loss(x.embeddings[:, 0], x.more[0], x.centers),
                 lambda loss, x: dense.mlcd(x.embeddings[:, 0], x.centers, x.more[0], loss.temperature),
                 sample=1,
             ),
@@ -269,7 +269,7 @@ OBJECTIVES = {
             "MoCHiLoss",
             _written(
                 "MoCHiLoss",
-                lambda loss, x: loss(*x.embeddings.unbind(1), x.centers, _generator(x)),
+                lambda loss, x: loss(*x.embeddings.unbind(1), negatives=x.centers, generator=_generator(x)),
                 lambda loss, x: dense.mochi(loss, *x.embeddings.unbind(1), x.centers, _generator(x)),
                 arrays=_mixtures,
             ),
@@ -278,7 +278,8 @@ OBJECTIVES = {
         Objective(
             "FeatureTransformationLoss",
             _module(
-                "FeatureTransformationLoss", lambda loss, x: loss(*x.embeddings.unbind(1), x.centers, _generator(x))
+                "FeatureTransformationLoss",
+                lambda loss, x: loss(*x.embeddings.unbind(1), negatives=x.centers, generator=_generator(x)),
             ),
             clusters=16_384,
         ),
@@ -286,20 +287,33 @@ OBJECTIVES = {
             "InterCLRLoss",
             _written(
                 "InterCLRLoss",
-                lambda loss, x: loss(*x.embeddings.unbind(1), x.centers, x.centers, *x.more, _generator(x)),
+                lambda loss, x: loss(
+                    *x.embeddings.unbind(1),
+                    negatives=x.centers,
+                    bank=x.centers,
+                    bank_cluster_ids=x.more[0],
+                    indices=x.more[1],
+                    generator=_generator(x),
+                ),
                 lambda loss, x: dense.interclr(loss, *x.embeddings.unbind(1), x.centers, *x.more, _generator(x)),
             ),
             more=_bank,
             clusters=16_384,
         ),
-        Objective("SCGCLoss", _module("SCGCLoss", lambda loss, x: loss(x.embeddings[:, 0], *x.more)), more=_neighbors),
+        Objective(
+            "SCGCLoss",
+            _module("SCGCLoss", lambda loss, x: loss(x.embeddings[:, 0], influence=x.more[0])),
+            more=_neighbors,
+        ),
         Objective("LightGCLLoss", _module("LightGCLLoss", lambda loss, x: loss(*x.embeddings.unbind(1)))),
         Objective(
-            "SepCLRLoss", _module("SepCLRLoss", lambda loss, x: loss(x.embeddings, *x.more)), more=_salient
+            "SepCLRLoss",
+            _module("SepCLRLoss", lambda loss, x: loss(x.embeddings, salient=x.more[0], is_target=x.more[1])),
+            more=_salient,
         ),
         Objective(
             "WhitenedCSELoss",
-            _module("WhitenedCSELoss", lambda loss, x: loss(x.embeddings, *x.more), groups=8),
+            _module("WhitenedCSELoss", lambda loss, x: loss(x.embeddings, shuffles=x.more[0]), groups=8),
             more=_shuffles,
         ),
     )

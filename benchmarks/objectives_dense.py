@@ -52,7 +52,7 @@ def mlcd(embeddings: Tensor, centers: Tensor, labels: Tensor, temperature: float
 def mochi(module, queries: Tensor, keys: Tensor, queue: Tensor, generator: torch.Generator) -> Tensor:
     """With all mixtures built, [n, s, d]."""
     q, k, u = unit(queries), unit(keys), unit(queue)
-    hardest = min(module.hardest, len(u))
+    hardest = min(module.num_hardest, len(u))
     order = (q.detach() @ u.T).topk(hardest).indices
     like = torch.zeros((), device=q.device)
     drawn = module.draw(len(q), hardest, like, generator)

@@ -1,8 +1,11 @@
 """The losses, straight from their formulas: a Python loop over anchors, float64, differentiated by autograd."""
 
+import inspect
 import math
 
 import torch
+
+from ccl_fast.losses import Loss
 
 
 def unit(x):
@@ -159,10 +162,17 @@ def differentiate(loss, leaves, unused=False):
     return [loss.detach(), *torch.autograd.grad(loss, leaves, cotangent, materialize_grads=unused)]
 
 
+def call(loss_fn, *args, **named):
+    """A loss, or a function, of arguments in the order of their names, also those that it takes by name alone."""
+    names = inspect.signature(loss_fn.forward if isinstance(loss_fn, Loss) else loss_fn).parameters
+    return loss_fn(**dict(zip(names, args, strict=False)), **named)
+
+
 def evaluate(loss_fn, z, *args):
     """[loss, gradient of z, gradient of log_temperature if it is learnable] of a loss module."""
     z = z.detach().requires_grad_()
-    return differentiate(loss_fn(z, *args), [z, *loss_fn.parameters()])
+    loss = call(loss_fn, z, *args) if isinstance(loss_fn, Loss) else loss_fn(z, *args)
+    return differentiate(loss, [z, *loss_fn.parameters()])
 
 
 def evaluate_oracle(oracle, z, *args, temperature=0.1, **options):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from loss_oracle import assert_matches, batch, differentiate, infonce, largest, learnable, reduced, unit
+from loss_oracle import assert_matches, batch, call, differentiate, infonce, largest, learnable, reduced, unit
 
 from ccl_fast.losses import AdaMEOWLoss, MEOWLoss, PairWeights
 
@@ -53,7 +53,7 @@ def check(
     weights = matrix(dtype=torch.promote_types(dtype, torch.float32)) if weights is None else weights
     leaves = [x.clone().requires_grad_() for x in (leaves[0], weights, *leaves[1:])]
     module = learnable(AdaMEOWLoss, temperature, backend=backend, **options)
-    value = module(leaves[0], ids, *leaves[1:])
+    value = call(module, leaves[0], ids, *leaves[1:])
     assert value.dtype == torch.promote_types(dtype, torch.float32)
     actual = differentiate(value, [*leaves, *module.parameters()])
     exact = [x.detach().double().requires_grad_() for x in leaves]
@@ -95,7 +95,7 @@ def test_tiny_weights(dtype, tolerance, smallest):
 def test_weights_of_one_are_infonce(use, backend):
     z, symmetric = tensors(use)
     for ids in (IDS, torch.full((9,), -1)):
-        ours = AdaMEOWLoss(symmetric=symmetric, backend=backend)(z[0], ids, torch.ones(4, 4), *z[1:])
+        ours = call(AdaMEOWLoss(symmetric=symmetric, backend=backend), z[0], ids, torch.ones(4, 4), *z[1:])
         torch.testing.assert_close(ours, infonce(*z, symmetric=symmetric))
 
 
@@ -106,8 +106,8 @@ def test_weights_of_zero_within_a_cluster_are_meow(use, dtype, normalize, backen
     z, symmetric = tensors(use, dtype=dtype)
     leaves = [x.requires_grad_() for x in z]
     options = {"symmetric": symmetric, "backend": backend, "normalize": normalize, "temperature": 0.2}
-    ours = AdaMEOWLoss(**options)(leaves[0], IDS, 1 - torch.eye(4), *leaves[1:])
-    theirs = MEOWLoss(**options)(leaves[0], IDS, *leaves[1:])
+    ours = call(AdaMEOWLoss(**options), leaves[0], IDS, 1 - torch.eye(4), *leaves[1:])
+    theirs = call(MEOWLoss(**options), leaves[0], IDS, *leaves[1:])
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3}[dtype]
     assert_matches(differentiate(ours, leaves), differentiate(theirs, leaves), tolerance)
 
@@ -120,7 +120,7 @@ def test_weights_of_zero_remove_all_negatives(use, normalize, length, dtype, bac
     leaves = [(length * x).requires_grad_() for x in z]
     weights = torch.zeros(2, 2, requires_grad=True)
     loss = AdaMEOWLoss(symmetric=symmetric, normalize=normalize, backend=backend)
-    value = loss(leaves[0], torch.zeros(9, dtype=torch.int64), weights, *leaves[1:])
+    value = call(loss, leaves[0], torch.zeros(9, dtype=torch.int64), weights, *leaves[1:])
     assert value == 0 and all(largest(x) == 0 for x in differentiate(value, [*leaves, weights]))
 
 
@@ -128,24 +128,24 @@ def test_a_weight_counts_members_like_copies():
     # Twice the weight is each member twice.
     z, ids = batch(9, 2, 6, 1)[0], torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 1])
     weights = torch.tensor([[1.0, 2.0], [1.0, 1.0]])
-    once = AdaMEOWLoss(reduction="none", symmetric=False)(z[:, 0], ids, weights, z[:, 1])
+    once = call(AdaMEOWLoss(reduction="none", symmetric=False), z[:, 0], ids, weights, z[:, 1])
     rows = torch.cat((torch.arange(9), torch.arange(3, 9)))
     q, k = z[rows, 0], z[rows, 1]
-    twice = AdaMEOWLoss(reduction="none", symmetric=False)(q, ids[rows], torch.ones(2, 2), k)
+    twice = call(AdaMEOWLoss(reduction="none", symmetric=False), q, ids[rows], torch.ones(2, 2), k)
     torch.testing.assert_close(once[:3], twice[:3])
 
 
 @pytest.mark.parametrize("k", (0, 4))
 def test_empty_batch_is_zero_with_a_graph(k):
     z, weights = torch.zeros(0, 2, 6, requires_grad=True), torch.ones(k, k)
-    value = AdaMEOWLoss()(z, torch.zeros(0, dtype=torch.int64), weights)
+    value = call(AdaMEOWLoss(), z, torch.zeros(0, dtype=torch.int64), weights)
     value.backward()
     assert value == 0 and z.grad is not None
 
 
 def test_no_cluster_at_all_is_infonce():
     z = batch(9, 2, 6, 1)[0]
-    ours = AdaMEOWLoss()(z, torch.full((9,), -1), torch.ones(0, 0))
+    ours = call(AdaMEOWLoss(), z, torch.full((9,), -1), torch.ones(0, 0))
     torch.testing.assert_close(ours, infonce(z))
 
 
@@ -161,9 +161,9 @@ def test_errors():
         ((z[:, 0], IDS, weights, z[:4, 1]), r"keys: expected shape \[9, 6\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            AdaMEOWLoss()(*arguments)
+            call(AdaMEOWLoss(), *arguments)
     with pytest.raises(IndexError, match=r"cluster_ids: expected ids from -1 to 2 .* got -1 to 3"):
-        AdaMEOWLoss()(z, IDS, weights[:3, :3])
+        call(AdaMEOWLoss(), z, IDS, weights[:3, :3])
 
 
 # ---- the network ----
@@ -187,7 +187,7 @@ def test_single_samples_with_the_network_are_the_authors_weights():
     # Their denominator weights the positive as well: without it both are the same sums.
     torch.manual_seed(0)
     network, (q, k) = PairWeights(6).double(), (unit(x) for x in batch(9, 2, 6, 1)[0].unbind(1))
-    loss = AdaMEOWLoss(temperature=0.9, symmetric=False, reduction="none")(q, torch.arange(9), network(q, k), k)
+    loss = call(AdaMEOWLoss(temperature=0.9, symmetric=False, reduction="none"), q, torch.arange(9), network(q, k), k)
     dots = (q @ k.T / 0.9).exp()
     weighted = dots * network(q, k)
     others = weighted.sum(1) - weighted.diagonal()
@@ -202,7 +202,7 @@ def test_the_network_learns_through_the_loss():
     losses = []
     for _ in range(5):
         optimiser.zero_grad()
-        loss = AdaMEOWLoss()(z, IDS, network(centers))
+        loss = call(AdaMEOWLoss(), z, IDS, network(centers))
         loss.backward()
         optimiser.step()
         losses.append(loss.item())

@@ -1,4 +1,5 @@
-"""Calls go one way: commands -> training, ood, evaluation -> losses, clustering -> ops -> kernels, distributed."""
+"""Calls go one way: commands -> training -> evaluation -> ood, models, data; training, evaluation, ood -> metrics,
+clustering -> losses, ops -> kernels, distributed."""
 
 import ast
 import subprocess
@@ -17,13 +18,14 @@ MAY_IMPORT = {
     "distributed": set(),
     "ops": {"kernels", "distributed"},
     "losses": {"ops", "distributed"},
+    "metrics": {"losses", "ops"},
     "clustering": {"ops", "distributed"},
     "ood": {"losses", "clustering", "ops"},
     "data": set(),
     "models": {"data"},
-    "evaluation": {"data", "models", "ood", "clustering", "ops"},
-    "training": {"data", "models", "evaluation", "losses", "clustering", "ops"},
-    "commands": {"training", "data", "models", "evaluation", "ood"},
+    "evaluation": {"data", "models", "ood", "metrics", "clustering", "ops"},
+    "training": {"data", "models", "evaluation", "metrics", "losses", "clustering", "ops"},
+    "commands": {"training", "data", "models", "evaluation", "metrics", "ood"},
 }
 
 
@@ -56,7 +58,7 @@ def test_importing_the_library_needs_no_extra():
     code = """
 import sys, torch
 of_torch = set(sys.modules)
-import ccl_fast, ccl_fast.clustering, ccl_fast.ood
+import ccl_fast, ccl_fast.clustering, ccl_fast.metrics, ccl_fast.ood
 extras = {"torchvision", "torchmetrics", "mlxtend", "matplotlib", "tqdm", "jsonargparse", "scipy", "triton"}
 extras &= sys.modules.keys() - of_torch
 sys.exit(f"imported {extras}" if extras else 0)

@@ -230,7 +230,7 @@ def test_errors():
         ((views()[:, :1],), "embeddings: expected at least two views without labels, got 1"),
         ((views()[:, 0],), r"labels: expected integers \[n\] with embeddings \[n, d\], got None"),
         ((views(), LABELS[:4]), r"labels: expected shape \[9\], got \[4\]"),
-        ((views(), LABELS.double()), "labels: expected int32 or int64, got torch.float64"),
+        ((views(), LABELS.double()), "labels: expected integers, got torch.float64"),
         ((views().long(),), "embeddings: expected float64"),
     ):
         with pytest.raises(ValueError, match=message):

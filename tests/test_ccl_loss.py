@@ -252,7 +252,9 @@ def test_one_center_temperature_for_all_equals_a_number(form):
     z, ids, centers = batch(8, 2, 5, 3, seed=10)
     loss_fn = CCLLoss(form=form)
     same = torch.full((3,), 0.3, dtype=torch.float64)
-    assert torch.allclose(loss_fn(z, ids, centers, same), loss_fn(z, ids, centers, 0.3), rtol=1e-12)
+    assert torch.allclose(
+        loss_fn(z, ids, centers, center_temperature=same), loss_fn(z, ids, centers, center_temperature=0.3), rtol=1e-12
+    )
 
 
 def test_center_temperature_moves_with_the_module():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from loss_oracle import assert_matches, batch, differentiate, infonce, largest, learnable, reduced, unit
+from loss_oracle import assert_matches, batch, call, differentiate, infonce, largest, learnable, reduced, unit
 
 from ccl_fast import InfoNCELoss
 from ccl_fast.losses import CenterNegativesLoss, MCLLoss, MEOWLoss
@@ -65,7 +65,7 @@ def check(loss, use, *, ids=None, backend="auto", temperature=0.1, tolerance=1e-
     ids = ids_of(loss) if ids is None else ids
     leaves = [x.clone().requires_grad_() for x in leaves]
     module = learnable(loss, temperature, backend=backend, **options)
-    value = module(leaves[0], ids, *leaves[1:])
+    value = call(module, leaves[0], ids, *leaves[1:])
     assert value.dtype == torch.promote_types(dtype, torch.float32)
     actual = differentiate(value, [*leaves, *module.parameters()])
     exact = [x.detach().double().requires_grad_() for x in leaves]
@@ -99,8 +99,8 @@ def test_dtypes(loss, use, dtype, tolerance):
 @pytest.mark.parametrize("stages", ((), (torch.full((9,), 3),), (torch.zeros(9, dtype=torch.int32),) * 2))
 def test_mcl_of_one_cluster_is_infonce(use, stages, backend):
     z, symmetric = tensors(use)
-    ours = MCLLoss(symmetric=symmetric, backend=backend)(z[0], stages, *z[1:])
-    torch.testing.assert_close(ours, InfoNCELoss(symmetric=symmetric, backend=backend)(*z))
+    ours = call(MCLLoss(symmetric=symmetric, backend=backend), z[0], stages, *z[1:])
+    torch.testing.assert_close(ours, call(InfoNCELoss(symmetric=symmetric, backend=backend), *z))
     torch.testing.assert_close(ours, infonce(*z, symmetric=symmetric))
 
 
@@ -108,7 +108,7 @@ def test_mcl_of_one_cluster_is_infonce(use, stages, backend):
 @pytest.mark.parametrize("ids", (torch.arange(9), torch.full((9,), -1)))
 def test_meow_of_single_samples_is_infonce(use, ids, backend):
     z, symmetric = tensors(use)
-    ours = MEOWLoss(symmetric=symmetric, backend=backend)(z[0], ids, *z[1:])
+    ours = call(MEOWLoss(symmetric=symmetric, backend=backend), z[0], ids, *z[1:])
     torch.testing.assert_close(ours, infonce(*z, symmetric=symmetric))
 
 
@@ -121,7 +121,7 @@ def test_without_negatives_both_are_zero(use, backend):
         (MCLLoss, [torch.full((9,), -1)]),
         (MEOWLoss, torch.zeros(9).int()),
     ):
-        value = loss(symmetric=symmetric, backend=backend)(leaves[0], ids, *leaves[1:])
+        value = call(loss(symmetric=symmetric, backend=backend), leaves[0], ids, *leaves[1:])
         assert all(largest(x) < 1e-12 for x in differentiate(value, leaves))
 
 
@@ -130,7 +130,7 @@ def test_stages_are_taken_together():
     both = torch.tensor([0, 1, 2, 0, 1, 3, 4, 5, 1])  # distinct pairs of STAGES' ids, of those assigned
     joint = torch.where(IDS < 0, -1, both)
     joint[4] = 9  # (0, 0), where 1 and 8 are (0, 1)
-    torch.testing.assert_close(MCLLoss()(z, STAGES), MCLLoss()(z, [joint]))
+    torch.testing.assert_close(call(MCLLoss(), z, STAGES), call(MCLLoss(), z, [joint]))
 
 
 @every_loss
@@ -147,7 +147,7 @@ def test_centers_of_other_clusters_are_negatives(k, options, backend):
     leaf, centers = batch(9, 2, 6, 1)[0].requires_grad_(), torch.randn(k, 6, dtype=torch.float64, requires_grad=True)
     ids = IDS.clamp(max=k - 1)
     module = learnable(CenterNegativesLoss, 0.3, backend=backend, **options)
-    value = module(leaf, ids, centers)
+    value = call(module, leaf, ids, centers)
     exact = leaf.detach().clone().requires_grad_()
     log_temperature = torch.tensor(0.3, dtype=torch.float64).log().requires_grad_()
     expected = center_negatives(exact, ids, centers, temperature=log_temperature.exp(), **options)
@@ -167,11 +167,11 @@ def test_without_centers_it_is_infonce():
 
 def test_errors():
     z = batch(9, 2, 6, 1)[0]
-    for call, message in (
-        (lambda: MCLLoss()(z, [IDS, IDS[:3]]), r"stage_ids\[1\]: expected shape \[9\], got \[3\]"),
-        (lambda: MCLLoss()(z[:, 0], [IDS]), r"queries: expected shape \[n, 2, d\] without keys"),
-        (lambda: MEOWLoss()(z, IDS[:3]), r"cluster_ids: expected shape \[9\], got \[3\]"),
-        (lambda: MEOWLoss()(z[:, 0], IDS, z[:4, 1]), r"keys: expected shape \[9, 6\]"),
+    for attempt, message in (
+        (lambda: call(MCLLoss(), z, [IDS, IDS[:3]]), r"cluster_ids\[1\]: expected shape \[9\], got \[3\]"),
+        (lambda: call(MCLLoss(), z[:, 0], [IDS]), r"queries: expected shape \[n, 2, d\] without keys"),
+        (lambda: call(MEOWLoss(), z, IDS[:3]), r"cluster_ids: expected shape \[9\], got \[3\]"),
+        (lambda: call(MEOWLoss(), z[:, 0], IDS, z[:4, 1]), r"keys: expected shape \[9, 6\]"),
         (
             lambda: CenterNegativesLoss()(z[:, 0], IDS, z[:5, 0]),
             r"embeddings: expected shape \[n, 2, d\], got",
@@ -179,4 +179,4 @@ def test_errors():
         (lambda: CenterNegativesLoss()(z, IDS, z[:5, 0, :3]), r"centers: expected shape \[rows, 6\], got \[5, 3\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            call()
+            attempt()

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from loss_oracle import assert_matches, learnable, unit
+from loss_oracle import assert_matches, call, learnable, unit
 from processes import run
 
 from ccl_fast.distributed import Peers
@@ -28,7 +28,7 @@ from ccl_fast.ops.transport.sinkhorn import column_potentials
 pytestmark = pytest.mark.xdist_group("processes")
 CLUSTERS = (4, 9)
 # The part of each process, by sample; the rest is the same on all.
-ROWS = {"z", "keys", "ids", "queues"}
+ROWS = {"z", "keys", "ids", "queue"}
 SIZES = [(7, 9), (6, 6), (5, 0, 9)]
 
 # By name: the loss, its arguments, those that get a gradient.
@@ -59,10 +59,10 @@ USES = {
     ),
     "sbcl": (SBCLLoss, lambda x: (x["z"], *x["ids"]), ["z"]),
     "sbcl rows": (SBCLLoss, lambda x: (x["z"][:, 0], *x["ids"]), ["z"]),
-    "swav": (SwAVLoss, lambda x: (x["z"].unbind(1), x["prototypes"]), ["z", "prototypes"]),
-    "swav queues": (
+    "swav": (SwAVLoss, lambda x: (x["z"], x["prototypes"]), ["z", "prototypes"]),
+    "swav queue": (
         SwAVLoss,
-        lambda x: ([*x["z"].unbind(1), x["keys"]], x["prototypes"], x["queues"]),
+        lambda x: (torch.cat((x["z"], x["keys"][:, None]), 1), x["prototypes"], x["queue"]),
         ["z", "keys", "prototypes"],
     ),
 }
@@ -81,7 +81,7 @@ def whole(sizes, dtype):
         "z": normal(n, 2, d),
         "keys": normal(n, d),
         "negatives": normal(5, d),
-        "queues": [normal(n, d) for _ in range(2)],
+        "queue": torch.stack([normal(n, d) for _ in range(2)], 1),
         "prototypes": normal(7, d),
         "ids": [torch.randint(-1, k, (n,), generator=draw) for k in CLUSTERS],
         "centers": [normal(k, d) for k in CLUSTERS],
@@ -104,7 +104,7 @@ def evaluate(use, x, weights, **options):
     loss, arguments, differentiable = USES[use]
     module = learnable(loss, **options)
     leaves = {name: [leaf.requires_grad_() for leaf in tensors(x[name])] for name in differentiable}
-    value = module(*arguments(x))
+    value = call(module, *arguments(x))
     value.backward(weights.view(-1, *[1] * (value.ndim - 1)).expand_as(value) if value.ndim else None)
     found = {True: [], False: [p.grad for p in module.parameters()]}
     for name, of_name in leaves.items():
@@ -195,7 +195,7 @@ def of_unassigned(use):
     loss, arguments, _ = USES[use]
     x = whole((4,), torch.float64)
     x["ids"] = [torch.full((4,), -1) for _ in CLUSTERS]
-    return loss(process_group="world")(*arguments(x))
+    return call(loss(process_group="world"), *arguments(x))
 
 
 def test_unassigned_samples_of_different_processes_are_apart():
@@ -213,7 +213,7 @@ def test_unassigned_samples_of_different_processes_are_apart():
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_plans(backend, sizes):
     for options in ({"epsilon": 0.01}, {"iterations": 1}, {"iterations": 5}):
-        assert_exact("swav queues", sizes, backend=backend, **options)
+        assert_exact("swav queue", sizes, backend=backend, **options)
     assert_exact("swav", sizes, backend=backend, global_views=1)
 
 
@@ -265,7 +265,7 @@ def numbers_summed(use):
         )
         for name in ("all_to_all_single", "batch_isend_irecv"):
             patch.setattr(dist, name, None)
-        torch.autograd.grad(loss(process_group="world")(*arguments(x)), leaves)
+        torch.autograd.grad(call(loss(process_group="world"), *arguments(x)), leaves)
     return sum(summed), sum(gathered)
 
 
@@ -290,7 +290,7 @@ def caught(use, change, options):
     else:
         options = {}
     try:
-        loss(process_group="world", **options)(*arguments(x))
+        call(loss(process_group="world", **options), *arguments(x))
     except (ValueError, IndexError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
@@ -305,12 +305,12 @@ def double(*shape):
     [
         ("protonce", {"z": double(6, 2, 10).float()}, {}, r"queries: .* float64 \[n, 2, 10\] .* and float32 \[n"),
         ("protonce", {"centers": [double(4, 10), double(11, 10)]}, {}, r"centers: .*4, 10\], float64 \[9, 10\]"),
-        ("protonce concentrations", {"concentrations": None}, {}, "concentrations: .* and None on process 1"),
+        ("protonce concentrations", {"concentrations": None}, {}, "center_temperature: .* and None on process 1"),
         ("protonce keys", {}, {"temperature": 0.3}, "temperature: .* got 0.1 on process 0 and 0.3 on process 1"),
         ("protonce", {}, {"exchange": "ring"}, "exchange: "),
         ("deepcluster", {"ids": [torch.zeros(6).long()], "centers": [double(4, 10)]}, {}, "centers: expected the same"),
         ("deepcluster", {}, {"reduction": "sum"}, "reduction: "),
-        ("mcl", {"ids": []}, {}, "stage_ids: .* got 2 tensors on process 0 and 0 tensors on process 1"),
+        ("mcl", {"ids": []}, {}, "cluster_ids: .* got 2 tensors on process 0 and 0 tensors on process 1"),
         ("mcl towers", {}, {}, r"keys: expected None with process_group \(views"),
         ("meow", {}, {"symmetric": False}, "symmetric: "),
         ("pamc", {}, {"form": "cluster"}, "form: .* got node on process 0 and cluster on process 1"),
@@ -319,10 +319,10 @@ def double(*shape):
         ("swav", {}, {"epsilon": 0.1}, "epsilon: .* got 0.05 on process 0 and 0.1 on process 1"),
         ("swav", {}, {"iterations": 4}, "iterations: "),
         (
-            "swav queues",
-            {"queues": None},
+            "swav queue",
+            {"queue": None},
             {},
-            r"queues: .* got \[float64 \[n, 10\], float64 \[n, 10\]\] on process 0 and None",
+            r"queue: .* got float64 \[n, 2, 10\] on process 0 and None",
         ),
     ],
     ids=lambda x: x if isinstance(x, str) else " ".join(x),
@@ -342,11 +342,11 @@ def test_what_differs_is_named_on_every_process(use, change, options, message):
         ("deepcluster", {"ids": None}, "has no len()"),
         ("deepcluster", {"centers": []}, "centers: expected 2 tensors"),
         ("meow", {"ids": [torch.zeros(5).long()]}, "cluster_ids: expected shape [6]"),
-        ("mcl", {"ids": [torch.zeros(6).long(), torch.zeros(6)]}, "stage_ids[1]: expected int32 or int64"),
+        ("mcl", {"ids": [torch.zeros(6).long(), torch.zeros(6)]}, "cluster_ids[1]: expected integers"),
         ("pamc", {"keys": double(5, 10)}, "keys: expected shape [6, 10]"),
-        ("sbcl", {"ids": [torch.zeros(6).long(), torch.zeros(6)]}, "subclass_ids: expected int32 or int64"),
+        ("sbcl", {"ids": [torch.zeros(6).long(), torch.zeros(6)]}, "cluster_ids: expected integers"),
         ("swav", {"prototypes": double(7, 9)}, "prototypes: expected shape [rows, 10]"),
-        ("swav queues", {"queues": []}, "queues: expected 2 tensors"),
+        ("swav queue", {"queue": double(6, 3, 10)}, "queue: expected shape [m, 2, 10]"),
     ],
     ids=lambda x: x if isinstance(x, str) else " ".join(x),
 )

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from loss_oracle import assert_matches, batch, differentiate, infonce, learnable, reduced, unit
+from loss_oracle import assert_matches, batch, call, differentiate, infonce, learnable, reduced, unit
 
 from ccl_fast.losses import (
     FeatureTransformationLoss,
     extrapolate_positives,
     interpolate_negatives,
-    score_histogram,
 )
 from ccl_fast.losses.feature_transformation import symmetric_beta as symmetric_beta_on
+from ccl_fast.metrics import score_histogram
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 per_dimension = pytest.mark.parametrize("per_dimension", (False, True))
@@ -22,6 +22,9 @@ def symmetric_beta(shape, alpha, generator):
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+NAMES = ("queries", "keys", "negatives")
 
 
 def pairs(n=9, d=6, m=13, dtype=torch.float64):
@@ -54,7 +57,7 @@ def transformed(
 def check(queries, keys, negatives, *, backend="auto", temperature=0.2, tolerance=1e-10, seed=0, **options):
     module = learnable(FeatureTransformationLoss, temperature, backend=backend, **options)
     queries = queries.detach().requires_grad_()
-    actual = differentiate(module(queries, keys, negatives, seeded(seed)), [queries, *module.parameters()])
+    actual = differentiate(call(module, queries, keys, negatives, seeded(seed)), [queries, *module.parameters()])
     exact = queries.detach().double().requires_grad_()
     log_temperature = torch.tensor(temperature, dtype=torch.float64).log().requires_grad_()
     loss = transformed(exact, keys, negatives, seeded(seed), temperature=log_temperature.exp(), **options)
@@ -81,7 +84,7 @@ def test_options(options, backend):
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)))
 def test_dtypes(dtype, tolerance):
     inputs = pairs(33, dtype=dtype)
-    assert FeatureTransformationLoss()(*inputs, seeded()).dtype == torch.float32
+    assert call(FeatureTransformationLoss(), *inputs, seeded()).dtype == torch.float32
     check(*inputs, tolerance=tolerance)
 
 
@@ -95,13 +98,13 @@ def test_without_transformations_it_is_moco():
     q, k, queue = pairs()
     loss_fn = FeatureTransformationLoss(positive_alpha=None, negative_alpha=None, reduction="none")
     alone = [infonce(q[[i]], k[[i]], queue, temperature=0.2, symmetric=False) for i in range(9)]
-    torch.testing.assert_close(loss_fn(q, k, queue, seeded()), torch.stack(alone))
+    torch.testing.assert_close(call(loss_fn, q, k, queue, seeded()), torch.stack(alone))
 
 
 def test_positives_are_harder():
     q, k, queue = pairs()
     plain, hard = (
-        FeatureTransformationLoss(positive_alpha=alpha, negative_alpha=None)(q, q + 0.1 * k, queue, seeded())
+        call(FeatureTransformationLoss(positive_alpha=alpha, negative_alpha=None), q, q + 0.1 * k, queue, seeded())
         for alpha in (None, 2.0)
     )
     assert hard > plain
@@ -110,7 +113,7 @@ def test_positives_are_harder():
 def test_only_queries_get_a_gradient_and_nothing_is_changed():
     inputs = [x.clone().requires_grad_() for x in pairs()]
     before, state = [x.detach().clone() for x in inputs], torch.random.get_rng_state()
-    FeatureTransformationLoss()(*inputs, seeded()).backward()
+    call(FeatureTransformationLoss(), *inputs, seeded()).backward()
     assert [x.grad is None for x in inputs] == [False, True, True]
     assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -118,28 +121,28 @@ def test_only_queries_get_a_gradient_and_nothing_is_changed():
 
 def test_every_call_draws_anew_and_a_seed_repeats_it():
     generator, loss_fn = seeded(), FeatureTransformationLoss()
-    losses = [loss_fn(*pairs(), generator) for _ in range(2)]
+    losses = [call(loss_fn, *pairs(), generator) for _ in range(2)]
     assert losses[0] != losses[1]
-    assert torch.equal(loss_fn(*pairs(), seeded()), losses[0])
+    assert torch.equal(call(loss_fn, *pairs(), seeded()), losses[0])
 
 
 def test_by_default_torch_draws_also_when_compiled():
     loss_fn = FeatureTransformationLoss(per_dimension=True)
     torch.compiler.reset()
     losses = []
-    for call in (loss_fn, torch.compile(loss_fn, backend="aot_eager", fullgraph=True)):
+    for either in (loss_fn, torch.compile(loss_fn, backend="aot_eager", fullgraph=True)):
         torch.manual_seed(5)
-        losses.append(call(*pairs()))
+        losses.append(either(**dict(zip(NAMES, pairs(), strict=True))))
     torch.testing.assert_close(losses[1], losses[0])
-    assert loss_fn(*pairs()) != losses[0]
-    torch.testing.assert_close(loss_fn(*pairs(), seeded(5)), losses[0])
+    assert call(loss_fn, *pairs()) != losses[0]
+    torch.testing.assert_close(call(loss_fn, *pairs(), seeded(5)), losses[0])
 
 
 def test_empty_batch_and_empty_queue_are_zero_with_a_graph():
     for n, m in ((0, 5), (9, 0), (0, 0)):
         q, k, queue = pairs(n, m=m)
         q = q.clone().requires_grad_()
-        loss = FeatureTransformationLoss()(q, k, queue, seeded())
+        loss = call(FeatureTransformationLoss(), q, k, queue, seeded())
         loss.backward()
         assert loss == 0 and (q.grad == 0).all()
 
@@ -244,7 +247,7 @@ def test_scores(with_queue, normalize, range):
     q, k, queue = pairs(17)
     k = q + 0.7 * k
     queue = queue + 0.5 if with_queue else None
-    found = score_histogram(q, k, queue, bins=20, range=range, normalize=normalize)
+    found = score_histogram(q, k, negatives=queue, bins=20, range=range, normalize=normalize)
     scores = dense_scores(q, k, queue, normalize)
     torch.testing.assert_close(found.edges, torch.linspace(*range, 21, dtype=torch.float64))
     for counts, mean, variance, exact in zip(
@@ -275,7 +278,7 @@ def test_scores_of_other_dtypes_are_in_float32(dtype, with_queue, autocast, norm
     q, k, queue = (20 + x for x in pairs(17, dtype=dtype))  # all scores near 1, so that variances may cancel
     queue = queue if with_queue else None
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        found = score_histogram(q.requires_grad_(), k, queue, normalize=normalize)
+        found = score_histogram(q.requires_grad_(), k, negatives=queue, normalize=normalize)
     scores = dense_scores(q.detach(), k, queue, normalize)
     assert all(x.dtype == torch.float32 and not x.requires_grad for x in found[3:])
     torch.testing.assert_close(found.negative_mean.double(), scores[1].mean(), rtol=1e-6, atol=0)
@@ -286,7 +289,7 @@ def test_scores_of_other_dtypes_are_in_float32(dtype, with_queue, autocast, norm
 @pytest.mark.parametrize("n, m, positives, negatives", ((0, None, 0, 0), (1, None, 1, 0), (3, 0, 3, 0), (0, 4, 0, 0)))
 def test_scores_without_a_pair(n, m, positives, negatives):
     q, k, queue = pairs(n, m=m or 0)
-    found = score_histogram(q, k, None if m is None else queue)
+    found = score_histogram(q, k, negatives=None if m is None else queue)
     assert found.positives.sum() == positives and found.negatives.sum() == negatives
     for number, values in ((positives, found[3:5]), (negatives, found[5:7])):
         assert all(x.isnan() == (number == 0) for x in values)
@@ -302,13 +305,13 @@ def test_errors():
             with pytest.raises(ValueError, match=f"{name}: expected a positive number, got "):
                 FeatureTransformationLoss(**{name: value})
     loss_fn = FeatureTransformationLoss()
-    for call, message in (
-        (lambda: loss_fn(q, k, queue, 0), "generator: expected a torch.Generator or None, got int"),
-        (lambda: loss_fn(q, None, queue, seeded()), "keys: expected a torch.Tensor, got NoneType"),
-        (lambda: loss_fn(q, k, None, seeded()), "negatives: expected a torch.Tensor, got NoneType"),
-        (lambda: loss_fn(q, k[:4], queue, seeded()), r"keys: expected shape \[9, 6\]"),
-        (lambda: loss_fn(q, k, queue[:, :4], seeded()), r"negatives: expected shape \[rows, 6\], got \[13, 4\]"),
-        (lambda: loss_fn(q.long(), k.long(), queue.long(), seeded()), "queries: expected float64"),
+    for attempt, message in (
+        (lambda: call(loss_fn, q, k, queue, 0), "generator: expected a torch.Generator or None, got int"),
+        (lambda: call(loss_fn, q, None, queue, seeded()), "keys: expected a torch.Tensor, got NoneType"),
+        (lambda: call(loss_fn, q, k, None, seeded()), "negatives: expected a torch.Tensor, got NoneType"),
+        (lambda: call(loss_fn, q, k[:4], queue, seeded()), r"keys: expected shape \[9, 6\]"),
+        (lambda: call(loss_fn, q, k, queue[:, :4], seeded()), r"negatives: expected shape \[rows, 6\], got \[13, 4\]"),
+        (lambda: call(loss_fn, q.long(), k.long(), queue.long(), seeded()), "queries: expected float64"),
         (lambda: extrapolate_positives(q, None, generator=seeded()), "keys: expected a torch.Tensor"),
         (lambda: extrapolate_positives(q, k, generator=0), "generator: expected a torch.Generator or None"),
         (lambda: interpolate_negatives(queue, generator=0), "generator: expected a torch.Generator or None"),
@@ -320,4 +323,4 @@ def test_errors():
         (lambda: score_histogram(q, k, range=(1, 0)), r"range: expected two increasing numbers, got \(1, 0\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            call()
+            attempt()

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from loss_oracle import assert_matches, batch, differentiate, infonce, learnable, reduced, unit
+from loss_oracle import assert_matches, batch, call, differentiate, infonce, learnable, reduced, unit
 
 from ccl_fast.losses import HardContrastiveLoss
 
@@ -57,7 +57,7 @@ def check(use, *, temperature=0.1, backend="auto", tolerance=1e-10, n=9, dtype=t
     module = learnable(HardContrastiveLoss, temperature, backend=backend, **options)
     leaves = [None if x is None else x.clone().requires_grad_() for x in arguments]
     given = [x for x in leaves if x is not None]
-    value = module(*leaves)
+    value = call(module, *leaves)
     assert value.dtype == torch.promote_types(dtype, torch.float32)
     actual = differentiate(value, [*given, *module.parameters()])
     leaves = [None if x is None else x.detach().double().requires_grad_() for x in leaves]
@@ -91,14 +91,17 @@ def test_dtypes(use, dtype, tolerance):
 @pytest.mark.parametrize("alpha", (1, 1.0, 0.9999))
 def test_all_negatives_are_infonce(use, alpha, backend):
     z, symmetric = tensors(use)
-    ours = HardContrastiveLoss(alpha, 0.1, symmetric, backend=backend)(*z)
+    ours = call(HardContrastiveLoss(0.1, alpha=alpha, symmetric=symmetric, backend=backend), *z)
     torch.testing.assert_close(ours, infonce(*z, symmetric=symmetric))
 
 
 @every_use
 def test_more_negatives_never_lower_the_loss(use):
     z, symmetric = tensors(use)
-    losses = [HardContrastiveLoss(alpha, 0.1, symmetric, reduction="none")(*z) for alpha in (0.01, 0.3, 0.7, 1.0)]
+    losses = [
+        call(HardContrastiveLoss(0.1, alpha=alpha, symmetric=symmetric, reduction="none"), *z)
+        for alpha in (0.01, 0.3, 0.7, 1.0)
+    ]
     assert all((a <= b + 1e-12).all() for a, b in itertools.pairwise(losses))
     assert (losses[0] < losses[-1]).all()
 
@@ -109,14 +112,16 @@ def test_how_many_are_kept(alpha, kept):
     cosine = torch.arange(99, -1, -1, dtype=torch.float64) / 100
     negatives = torch.stack((cosine, (1 - cosine**2).sqrt()), dim=1)
     query = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    loss = HardContrastiveLoss(alpha, 1.0, symmetric=False)(query, query, negatives)
+    loss = call(HardContrastiveLoss(1.0, alpha=alpha, symmetric=False), query, query, negatives)
     torch.testing.assert_close(loss, torch.cat((torch.ones(1), cosine[:kept])).double().logsumexp(0) - 1)
 
 
 def test_equal_negatives_stay_together():
     views, _, negatives = batch(4, 2, 6, 3)
     copies = torch.cat((negatives,) * 3)
-    loss = HardContrastiveLoss(1e-3, 0.1, symmetric=False, reduction="none")(views[:, 0], views[:, 1], copies)
+    loss = call(
+        HardContrastiveLoss(0.1, alpha=1e-3, symmetric=False, reduction="none"), views[:, 0], views[:, 1], copies
+    )
     expected = hard_contrastive(views[:, 0], views[:, 1], copies, alpha=1e-3, symmetric=False, reduction="none")
     torch.testing.assert_close(loss, expected)
     hardest = (unit(views[:, 0]) @ unit(torch.cat((views[:, 1], negatives))).T).fill_diagonal_(-2).argmax(1)
@@ -126,7 +131,7 @@ def test_equal_negatives_stay_together():
 @pytest.mark.parametrize("alpha", (0.3, 1))
 def test_without_negatives_the_loss_is_zero(alpha):
     z = batch(1, 2, 6, 1)[0].requires_grad_()
-    loss = HardContrastiveLoss(alpha)(z)
+    loss = call(HardContrastiveLoss(alpha=alpha), z)
     loss.backward()
     assert loss == 0 and (z.grad == 0).all()
 
@@ -135,7 +140,7 @@ def test_without_negatives_the_loss_is_zero(alpha):
 def test_empty_batch_is_zero_with_a_graph(alpha):
     for shape, others in (((0, 2, 6), ()), ((0, 6), (torch.zeros(0, 6), torch.zeros(3, 6)))):
         z = torch.zeros(shape, requires_grad=True)
-        loss = HardContrastiveLoss(alpha)(z, *others)
+        loss = call(HardContrastiveLoss(alpha=alpha), z, *others)
         loss.backward()
         assert loss == 0 and z.grad is not None
 
@@ -143,7 +148,7 @@ def test_empty_batch_is_zero_with_a_graph(alpha):
 def test_errors():
     for alpha in (0, -0.1, 1.1, math.nan, True, "0.5"):
         with pytest.raises(ValueError, match="alpha: expected a number above 0 and at most 1, got"):
-            HardContrastiveLoss(alpha)
+            HardContrastiveLoss(alpha=alpha)
     z, n = torch.ones(4, 2, 3), torch.ones(5, 2)
     for arguments, message in (
         ((z[:, 0],), r"queries: expected shape \[n, 2, d\] without keys"),
@@ -151,4 +156,4 @@ def test_errors():
         ((z, None, n), r"negatives: expected shape \[rows, 3\], got \[5, 2\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            HardContrastiveLoss()(*arguments)
+            call(HardContrastiveLoss(), *arguments)

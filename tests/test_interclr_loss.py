@@ -5,16 +5,16 @@ from fractions import Fraction
 
 import pytest
 import torch
-from loss_oracle import assert_matches, batch, differentiate, largest, learnable, reduced, unit
+from loss_oracle import assert_matches, batch, call, differentiate, largest, learnable, reduced, unit
 
 from ccl_fast.losses import InterCLRLoss, MoCHiLoss
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
-SIZES = {"negatives": 4, "pool": 0.25}
+SIZES = {"num_negatives": 4, "pool": 0.25}
 
 
 def interclr(
-    queries, keys, queue, bank, labels, indices, which, drawn, *, temperature=0.1, inter_weight=0.25, negatives=4,
+    queries, keys, queue, bank, labels, indices, which, drawn, *, temperature=0.1, inter_weight=0.25, num_negatives=4,
     pool=0.25, margin=-0.5, normalize=True, reduction="mean",
 ):  # fmt: skip
     scaled = unit if normalize else torch.Tensor.double
@@ -46,7 +46,7 @@ def check(arguments, *, temperature=0.1, tolerance=1e-10, backend="auto", **opti
     options = SIZES | options
     module = learnable(InterCLRLoss, temperature, backend=backend, **options)
     leaves, rest = [x.clone().requires_grad_() for x in arguments[:2]], arguments[2:]
-    value = module(*leaves, *rest, torch.Generator().manual_seed(3))
+    value = call(module, *leaves, *rest, torch.Generator().manual_seed(3))
     assert value.dtype == torch.promote_types(leaves[0].dtype, torch.float32)
     draw = module.draw(len(leaves[0]), len(arguments[3]), value, torch.Generator().manual_seed(3))
     exact = [x.detach().double().requires_grad_() for x in leaves]
@@ -57,8 +57,8 @@ def check(arguments, *, temperature=0.1, tolerance=1e-10, backend="auto", **opti
 
 
 @pytest.mark.parametrize("options", (
-    {}, {"pool": 1}, {"pool": 0.1, "negatives": 1000}, {"negatives": 1, "pool": 0.5}, {"inter_weight": 0.0},
-    {"inter_weight": 1}, {"margin": 0.3}, {"margin": 0}, {"pool": 0.001, "negatives": 1},
+    {}, {"pool": 1}, {"pool": 0.1, "num_negatives": 1000}, {"num_negatives": 1, "pool": 0.5}, {"inter_weight": 0.0},
+    {"inter_weight": 1}, {"margin": 0.3}, {"margin": 0}, {"pool": 0.001, "num_negatives": 1},
 ))  # fmt: skip
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
 def test_the_definition(options, reduction, backend):
@@ -83,15 +83,17 @@ def test_integers_of_32_bits():
 
 def test_weight_zero_is_infonce_against_the_queue():
     arguments = tensors()
-    infonce = MoCHiLoss(synthetic=0, with_query=0)(*arguments[:3])
-    torch.testing.assert_close(InterCLRLoss(0)(*arguments), infonce)
+    infonce = call(MoCHiLoss(num_synthetic=0, num_with_query=0), *arguments[:3])
+    torch.testing.assert_close(call(InterCLRLoss(inter_weight=0), *arguments), infonce)
 
 
 def test_a_negative_margin_lowers_the_loss():
     arguments = tensors()
 
     def values(margin):
-        return InterCLRLoss(1, margin=margin, reduction="none")(*arguments, torch.Generator().manual_seed(0))
+        return call(
+            InterCLRLoss(inter_weight=1, margin=margin, reduction="none"), *arguments, torch.Generator().manual_seed(0)
+        )
 
     assert (values(-0.5) < values(0)).all() and (values(0) < values(0.5)).all()
 
@@ -103,7 +105,16 @@ def test_the_positive_is_any_of_the_cluster():
     q = torch.ones(size, size, dtype=torch.float64, requires_grad=True)
     counts = torch.zeros(size, size)
     for _ in range(600):
-        loss = InterCLRLoss(1, reduction="sum")(q, q.detach(), bank, bank, labels, torch.arange(size), generator)
+        loss = call(
+            InterCLRLoss(inter_weight=1, reduction="sum"),
+            q,
+            q.detach(),
+            bank,
+            bank,
+            labels,
+            torch.arange(size),
+            generator,
+        )
         (gradient,) = torch.autograd.grad(loss, q)
         counts += torch.nn.functional.one_hot(gradient.argmin(1), size)
     same = (labels[:, None] == labels) & (labels >= 0) | torch.eye(size, dtype=torch.bool)
@@ -116,7 +127,7 @@ def test_negatives_are_drawn_evenly_from_the_most_similar_share():
     size, generator = 2000, torch.Generator().manual_seed(0)
     angle = torch.linspace(0, math.pi, size, dtype=torch.float64)  # from the query
     query = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    loss = InterCLRLoss(1, negatives=40, pool=0.1)
+    loss = InterCLRLoss(inter_weight=1, num_negatives=40, pool=0.1)
     among = torch.cat([loss.draw(1, size, query, generator)[1] for _ in range(200)])
     assert among.shape == (200 * 400,)
     nearest = torch.cat([rows.sort().values[:40] for rows in among.split(400)])  # of angles, as of numbers
@@ -124,7 +135,9 @@ def test_negatives_are_drawn_evenly_from_the_most_similar_share():
     share = nearest[nearest < 160].bincount(minlength=160).double()
     assert abs(share.mean() - 200 * 0.2) < 1 and (share - 40).abs().max() < 6 * 40**0.5
     bank = torch.stack((angle.cos(), angle.sin()), dim=1)
-    value = loss(query, query, query, bank, torch.arange(size), torch.tensor([0]), torch.Generator().manual_seed(1))
+    value = call(
+        loss, query, query, query, bank, torch.arange(size), torch.tensor([0]), torch.Generator().manual_seed(1)
+    )
     rows = loss.draw(1, size, query, torch.Generator().manual_seed(1))[1].sort().values
     kept = bank[rows[rows > 0][:40], 0]
     torch.testing.assert_close(value, (torch.cat((torch.tensor([1.5]).double(), kept)) / 0.2).logsumexp(0) - 7.5)
@@ -134,7 +147,7 @@ def test_one_cluster_has_no_negatives():
     arguments = tensors()
     arguments[4] = torch.zeros_like(arguments[4])
     leaves = [x.requires_grad_() for x in arguments[:2]]
-    loss = InterCLRLoss(1)(*arguments)
+    loss = call(InterCLRLoss(inter_weight=1), *arguments)
     assert all(largest(x) == 0 for x in differentiate(loss, leaves, unused=True))
 
 
@@ -142,11 +155,11 @@ def test_the_generator_decides():
     arguments, loss, state = tensors(), InterCLRLoss(**SIZES), torch.random.get_rng_state()
 
     def value(seed):
-        return loss(*arguments, torch.Generator().manual_seed(seed))
+        return call(loss, *arguments, torch.Generator().manual_seed(seed))
 
     assert torch.equal(value(1), value(1)) and value(1) != value(2)
     assert torch.equal(torch.random.get_rng_state(), state)
-    loss(*arguments)
+    call(loss, *arguments)
     assert not torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -154,21 +167,21 @@ def test_queue_and_bank_get_no_gradient():
     arguments = tensors()
     for x in arguments[:4]:
         x.requires_grad_()
-    InterCLRLoss(**SIZES)(*arguments).backward()
+    call(InterCLRLoss(**SIZES), *arguments).backward()
     assert [x.grad is None for x in arguments[:4]] == [False, False, True, True]
 
 
 def test_empty_batch_is_zero_with_a_graph():
     arguments = [x[:0] if i in (0, 1, 5) else x for i, x in enumerate(tensors())]
     leaves = [x.requires_grad_() for x in arguments[:2]]
-    assert all(largest(x) == 0 for x in differentiate(InterCLRLoss(**SIZES)(*arguments), leaves))
+    assert all(largest(x) == 0 for x in differentiate(call(InterCLRLoss(**SIZES), *arguments), leaves))
 
 
 def test_errors():
     for options, message in (
         ({"inter_weight": 1.1}, "inter_weight: expected a number from 0 to 1, got 1.1"),
-        ({"negatives": 0}, "negatives: expected a positive integer, got 0"),
-        ({"negatives": 1.5}, "negatives: expected a positive integer, got 1.5"),
+        ({"num_negatives": 0}, "num_negatives: expected a positive integer, got 0"),
+        ({"num_negatives": 1.5}, "num_negatives: expected a positive integer, got 1.5"),
         ({"pool": 0.0}, "pool: expected a number above 0 and at most 1, got 0.0"),
         ({"margin": math.nan}, "margin: expected a finite number, got nan"),
     ):
@@ -177,15 +190,15 @@ def test_errors():
     good = tensors()
     for place, wrong, message in (
         (1, None, "keys: expected a torch.Tensor, got NoneType"),
-        (2, good[2][:0], "queue: expected at least one row, got none"),
+        (2, good[2][:0], "negatives: expected at least one row, got none"),
         (3, good[3][:, :2], r"bank: expected shape \[rows, 6\], got \[41, 2\]"),
         (3, good[3][:0], "bank: expected at least one row, got none"),
-        (4, good[4][:4], r"bank_labels: expected shape \[41\], got \[4\]"),
+        (4, good[4][:4], r"bank_cluster_ids: expected shape \[41\], got \[4\]"),
         (5, good[5][:4], r"indices: expected shape \[9\], got \[4\]"),
-        (5, good[5].double(), "indices: expected int32 or int64, got torch.float64"),
+        (5, good[5].double(), "indices: expected integers, got torch.float64"),
     ):
         with pytest.raises(ValueError, match=message):
-            InterCLRLoss()(*good[:place], wrong, *good[place + 1 :])
+            call(InterCLRLoss(), *good[:place], wrong, *good[place + 1 :])
     for wrong in (41, -1):
         with pytest.raises(IndexError):
-            InterCLRLoss()(*good[:5], torch.full((9,), wrong))
+            call(InterCLRLoss(), *good[:5], torch.full((9,), wrong))

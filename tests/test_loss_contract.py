@@ -4,12 +4,14 @@ import copy
 import functools
 import inspect
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from loss_oracle import (
     assert_matches,
     batch,
+    call,
     ccl,
     differentiate,
     evaluate,
@@ -38,7 +40,9 @@ from tolerance import assert_as_accurate
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+import ccl_fast.losses
 from ccl_fast import CCLLoss, InfoNCELoss, SupConLoss
+from ccl_fast.errors import ArgumentError
 from ccl_fast.losses import (
     AdaMEOWLoss,
     CenterNegativesLoss,
@@ -47,6 +51,7 @@ from ccl_fast.losses import (
     HardContrastiveLoss,
     InterCLRLoss,
     LightGCLLoss,
+    Loss,
     MCLLoss,
     MEOWLoss,
     MLCDLoss,
@@ -83,10 +88,15 @@ class Use:
         self.fullgraph = fullgraph
 
     def module(self, **options):
-        return Bound(self.loss(**self.options, **options), self.arguments)
+        return Bound(self.loss(**self.options, **self.supported(options)), self.arguments)
 
     def learnable(self, **options):
-        return Bound(learnable(self.loss, **self.options, **options), self.arguments)
+        return Bound(learnable(self.loss, **self.options, **self.supported(options)), self.arguments)
+
+    def supported(self, options):
+        """Without a backend where there is no choice of one."""
+        loss = getattr(self.loss, "func", self.loss)
+        return {name: value for name, value in options.items() if name not in loss.unsupported}
 
     def exact(self, z, **options):
         def oracle(z, **options):
@@ -98,7 +108,9 @@ class Use:
 class MoCHi(MoCHiLoss):
     """With what is drawn for 9 anchors."""
 
-    mixing = MoCHiLoss(3, 4, 2).draw(9, 3, torch.empty(0).double(), torch.Generator().manual_seed(0))
+    mixing = MoCHiLoss(num_hardest=3, num_synthetic=4, num_with_query=2).draw(
+        9, 3, torch.empty(0).double(), torch.Generator().manual_seed(0)
+    )
 
     def draw(self, n, hardest, like, generator):
         return self.mixing._replace(alpha=self.mixing.alpha.to(like), beta=self.mixing.beta.to(like))
@@ -107,7 +119,7 @@ class MoCHi(MoCHiLoss):
 class InterCLR(InterCLRLoss):
     """With what is drawn for 9 anchors from a bank of 30."""
 
-    drawn = InterCLRLoss(negatives=6, pool=0.4).draw(9, 30, torch.empty(0), torch.Generator().manual_seed(0))
+    drawn = InterCLRLoss(num_negatives=6, pool=0.4).draw(9, 30, torch.empty(0), torch.Generator().manual_seed(0))
 
     def draw(self, n, size, like, generator):
         return self.drawn
@@ -117,9 +129,10 @@ class Bound(nn.Module):
     def __init__(self, loss_fn, arguments):
         super().__init__()
         self.loss_fn, self.arguments = loss_fn, arguments
+        self.names = list(inspect.signature(loss_fn.forward).parameters)
 
     def forward(self, z):
-        return self.loss_fn(*self.arguments(z))
+        return self.loss_fn(**dict(zip(self.names, self.arguments(z), strict=False)))
 
 
 def with_centers(z):
@@ -128,6 +141,10 @@ def with_centers(z):
 
 def rows_with_centers(z):
     return z[:, 0], IDS[: len(z)], CENTERS.to(z.dtype)
+
+
+def with_prototypes(z):
+    return z, CENTERS.to(z.dtype)
 
 
 def queued(z):
@@ -158,7 +175,7 @@ USES = {
     "supcon without labels": Use(SupConLoss, supcon, lambda z: (z,)),
     "infonce views": Use(InfoNCELoss, infonce, lambda z: (z,)),
     "infonce towers": Use(InfoNCELoss, infonce, lambda z: (z[:, 0], z[:, 1])),
-    "swav": Use(SwAVLoss, swav, lambda z: ([z[:, 0], z[:, 1]], CENTERS.to(z.dtype))),
+    "swav": Use(SwAVLoss, lambda z, *rest, **options: swav(z.unbind(1), *rest, **options), with_prototypes),
     "protonce": Use(ProtoNCELoss, protonce, lambda z: (z, *clusterings(IDS, z), [CONCENTRATIONS])),
     "deepcluster": Use(DeepClusterV2Loss, deepcluster, lambda z: (z, *clusterings(ASSIGNED, z))),
     "pamc": Use(PamCLoss, pamc, lambda z: (z[:, 0], z[:, 1], IDS[: len(z)])),
@@ -172,16 +189,16 @@ USES = {
     "mlcd": Use(
         functools.partial(MLCDLoss, temperature=0.1),
         mlcd,
-        lambda z: (z[:, 0], CENTERS.to(z.dtype), torch.stack((ASSIGNED, (ASSIGNED + 1) % 3), dim=1)[: len(z)]),
+        lambda z: (z[:, 0], torch.stack((ASSIGNED, (ASSIGNED + 1) % 3), dim=1)[: len(z)], CENTERS.to(z.dtype)),
         sample=1,
     ),
     "mochi": Use(
         functools.partial(MoCHi, temperature=0.1),
         lambda *arguments, **options: mochi(*arguments, MoCHi.mixing, **options),
         queued,
-        hardest=3,
-        synthetic=4,
-        with_query=2,
+        num_hardest=3,
+        num_synthetic=4,
+        num_with_query=2,
     ),
     "interclr": Use(
         functools.partial(InterCLR, temperature=0.1),
@@ -523,7 +540,7 @@ def test_state_dict_round_trip(loss):
 def test_copy_and_pickle(use):
     loss_fn = use.module(learnable_temperature=True).loss_fn
     for other in (copy.deepcopy(loss_fn), pickle.loads(pickle.dumps(loss_fn))):
-        assert torch.equal(other(*use.arguments(views())), loss_fn(*use.arguments(views())))
+        assert torch.equal(call(other, *use.arguments(views())), call(loss_fn, *use.arguments(views())))
 
 
 @every_use
@@ -546,25 +563,230 @@ def test_optimiser_lowers_the_loss_and_keeps_the_temperature_positive(use, backe
         assert module.loss_fn.temperature > 0
 
 
-@every_loss
-def test_arguments_are_in_the_documented_order(loss):
-    names = {
-        CCLLoss: "temperature center_weight form center_temperature learnable_temperature normalize reduction backend "
-        "process_group exchange instance_weight",
-        SupConLoss: "temperature form learnable_temperature normalize reduction backend process_group exchange",
-        InfoNCELoss: "temperature symmetric learnable_temperature normalize reduction backend process_group exchange",
+def losses_of_the_library():
+    """Also one that nobody has added to this file."""
+    return {
+        name: getattr(ccl_fast.losses, name)
+        for name in ccl_fast.losses.__all__
+        if name.endswith("Loss") and name != "Loss"
     }
-    inputs = {
-        CCLLoss: "embeddings cluster_ids centers center_temperature",
-        SupConLoss: "embeddings labels",
-        InfoNCELoss: "queries keys negatives",
-    }
-    assert list(inspect.signature(loss).parameters) == names[loss].split()
-    assert list(inspect.signature(loss().forward).parameters) == inputs[loss].split()
-    defaults = {name: p.default for name, p in inspect.signature(loss).parameters.items()}
-    shared = {"learnable_temperature": False, "normalize": True, "reduction": "mean", "backend": "auto"}
-    shared |= {"process_group": None, "exchange": "all-gather"}
-    assert defaults["temperature"] == 0.1 and shared.items() <= defaults.items()
+
+
+COMMON = {
+    "learnable_temperature": False,
+    "normalize": True,
+    "reduction": "mean",
+    "backend": "auto",
+    "process_group": None,
+    "exchange": "all-gather",
+}
+ONE_PROCESS = "process_group exchange"
+# By name: the temperature, the options of its own, what it cannot honour; and the arguments of `forward`, those after
+# the star by name alone.
+SIGNATURES = {
+    "AdaMEOWLoss": (0.1, "symmetric", ONE_PROCESS, "queries cluster_ids * weights keys"),
+    "CACRLoss": (
+        1.0,
+        "t_positive t_negative",
+        "temperature learnable_temperature backend process_group exchange",
+        "embeddings labels",
+    ),
+    "CCLLoss": (
+        0.1,
+        "center_weight form center_temperature instance_weight",
+        "",
+        "embeddings cluster_ids centers * center_temperature",
+    ),
+    "CenterNegativesLoss": (0.1, "", "", "embeddings cluster_ids centers"),
+    "DeepClusterV2Loss": (0.1, "", "exchange", "embeddings cluster_ids centers"),
+    "FeatureTransformationLoss": (
+        0.2,
+        "positive_alpha negative_alpha per_dimension",
+        ONE_PROCESS,
+        "queries keys * negatives generator",
+    ),
+    "HardContrastiveLoss": (0.7, "alpha symmetric", ONE_PROCESS, "queries keys * negatives"),
+    "InfoNCELoss": (0.1, "symmetric", "", "queries keys * negatives"),
+    "InterCLRLoss": (
+        0.2,
+        "inter_weight num_negatives pool margin",
+        ONE_PROCESS,
+        "queries keys * negatives bank bank_cluster_ids indices generator",
+    ),
+    "LightGCLLoss": (0.2, "", ONE_PROCESS, "queries keys * nodes"),
+    "MCLLoss": (0.1, "symmetric", "", "queries cluster_ids * keys"),
+    "MEOWLoss": (0.1, "symmetric", "", "queries cluster_ids * keys"),
+    "MLCDLoss": (1 / 32, "sample", "backend process_group exchange", "embeddings cluster_ids prototypes * generator"),
+    "MoCHiLoss": (
+        0.2,
+        "num_hardest num_synthetic num_with_query",
+        ONE_PROCESS,
+        "queries keys * negatives generator",
+    ),
+    "PamCLoss": (0.1, "form", "exchange", "queries keys cluster_ids"),
+    "ProtoNCELoss": (0.1, "", "", "queries cluster_ids centers * center_temperature keys negatives"),
+    "SBCLLoss": (0.1, "class_weight", "", "embeddings labels cluster_ids"),
+    "SCGCLoss": (1.0, "", ONE_PROCESS, "embeddings * influence"),
+    "SepCLRLoss": (
+        0.5,
+        "salient_weight background_weight independence_weight",
+        "reduction process_group exchange",
+        "embeddings * salient is_target",
+    ),
+    "SupConLoss": (0.1, "form", "", "embeddings labels"),
+    "SwAVLoss": (0.1, "epsilon iterations global_views", "exchange", "embeddings prototypes * queue"),
+    "WhitenedCSELoss": (0.05, "groups eps head", ONE_PROCESS, "embeddings * shuffles generator"),
+}
+# One word for one thing, in this order where several come by place.
+POSITIONAL = ("embeddings", "queries", "keys", "labels", "cluster_ids", "centers", "prototypes")
+every_name = pytest.mark.parametrize("name", losses_of_the_library())
+
+
+def breaches(loss):
+    """Where the signatures of a loss are not as the rule is."""
+    parameter, found = inspect.Parameter, []
+    first, *options = inspect.signature(loss).parameters.values()
+    if first.name != "temperature" or first.kind is not parameter.POSITIONAL_OR_KEYWORD:
+        found.append("its first argument is not the temperature")
+    found += [f"{p.name} has a place" for p in options if p.kind is not parameter.KEYWORD_ONLY]
+    found += [f"{p.name} has no default" for p in (first, *options) if p.default is parameter.empty]
+    if {p.name: p.default for p in options[-len(COMMON) :]} != COMMON:
+        found.append("it does not end with the common options")
+    found += [f"{p.name} is a count" for p in options if p.name == "negatives"]
+    found += [f"{name} is unknown" for name in loss.unsupported if name not in {"temperature", *COMMON}]
+    placed = []
+    for p in list(inspect.signature(loss.forward).parameters.values())[1:]:
+        if p.kind is not parameter.KEYWORD_ONLY:
+            placed.append(p.name)
+    words = [name for name in POSITIONAL if name in placed]
+    if placed != words or not {"embeddings", "queries"} & set(placed[:1]):
+        found.append(f"forward takes {placed} by place")
+    return found
+
+
+@every_name
+def test_signatures_keep_the_rule(name):
+    loss = getattr(ccl_fast.losses, name)
+    assert issubclass(loss, Loss) and not breaches(loss)
+
+
+@every_name
+def test_signatures_are_these(name):
+    loss = getattr(ccl_fast.losses, name)
+    temperature, own, unsupported, arguments = SIGNATURES[name]
+    options = inspect.signature(loss).parameters
+    assert list(options) == ["temperature", *own.split(), *COMMON] and options["temperature"].default == temperature
+    assert loss.unsupported == tuple(unsupported.split())
+    forward = list(inspect.signature(loss.forward).parameters.values())[1:]
+    by_name = [p.name for p in forward if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    placed = [p.name for p in forward[: len(forward) - len(by_name)]]
+    assert [*placed, *(["*"] if by_name else []), *by_name] == arguments.split()
+
+
+@every_name
+def test_the_table_of_the_docs_has_it(name):
+    assert f"\n| `{name}` | " in (Path(__file__).parents[1] / "docs" / "objectives.md").read_text()
+
+
+def test_the_rule_finds_who_breaks_it():
+    class Positional(Loss):
+        def __init__(self, temperature=0.1, margin=0.0, **common):
+            super().__init__(temperature, **common)
+
+        def forward(self, embeddings, labels):
+            return embeddings.sum()
+
+    class WithoutCommonOptions(Loss):
+        def __init__(self, temperature=0.1, *, negatives=5):
+            super().__init__(temperature)
+
+        def forward(self, z, labels):
+            return z.sum()
+
+    class OutOfOrder(Loss):
+        def forward(self, queries, cluster_ids, keys=None):
+            return queries.sum()
+
+    assert breaches(Positional) == ["margin has a place"]
+    assert breaches(WithoutCommonOptions) == [
+        "it does not end with the common options",
+        "negatives is a count",
+        "forward takes ['z', 'labels'] by place",
+    ]
+    assert breaches(OutOfOrder) == ["forward takes ['queries', 'cluster_ids', 'keys'] by place"]
+
+
+OTHER_VALUES = {
+    "temperature": 0.5,
+    "learnable_temperature": True,
+    "normalize": False,
+    "reduction": "none",
+    "backend": "blocked",
+    "process_group": "world",
+    "exchange": "ring",
+}
+
+
+@every_name
+def test_an_option_is_taken_or_refused_in_one_sentence(name):
+    loss = getattr(ccl_fast.losses, name)
+    for option, value in OTHER_VALUES.items():
+        if option not in loss.unsupported:
+            module = loss(**{option: value})
+            assert option == "learnable_temperature" or getattr(module, option) == value
+            continue
+        default = inspect.signature(loss).parameters[option].default
+        assert isinstance(loss(**{option: default}), loss)
+        message = f"{option}: expected {default!r}, the only value that {name} can honour, got {value!r}"
+        with pytest.raises(ArgumentError) as caught:
+            loss(**{option: value})
+        assert str(caught.value) == message
+    if "temperature" in loss.unsupported:
+        with pytest.raises(ArgumentError, match=r"temperature: expected .* the only value"):
+            loss().temperature = 0.5
+
+
+@every_name
+def test_the_options_are_shown(name):
+    loss = getattr(ccl_fast.losses, name)
+    for option, parameter in inspect.signature(loss).parameters.items():
+        if option not in loss.unsupported and isinstance(parameter.default, bool | str):
+            shown = option not in ("learnable_temperature", "exchange")  # the latter with a group
+            assert (f"{option}={parameter.default!r}" in repr(loss())) == shown
+
+
+IDS_OF = {"cluster_ids", "labels", "bank_cluster_ids"}
+IDS_OF_A_LOSS = {
+    name: use for name, use in USES.items() if IDS_OF & set(use.module().names[: len(use.arguments(views()))])
+}
+
+
+def with_ids(use, change):
+    """Its uses with other ids."""
+    names = use.module().names
+    arguments = dict(zip(names, use.arguments(views()), strict=False))
+    for name in IDS_OF & arguments.keys():
+        ids = arguments[name]
+        arguments[name] = [change(each) for each in ids] if isinstance(ids, list) else change(ids)
+    return use.module().loss_fn(**arguments)
+
+
+@pytest.mark.parametrize("use", IDS_OF_A_LOSS.values(), ids=IDS_OF_A_LOSS)
+@pytest.mark.parametrize("dtype", (torch.int8, torch.int16, torch.int32))
+def test_ids_are_of_any_integer_dtype(use, dtype):
+    assert torch.equal(with_ids(use, lambda ids: ids.to(dtype)), with_ids(use, lambda ids: ids))
+
+
+@pytest.mark.parametrize("use", IDS_OF_A_LOSS.values(), ids=IDS_OF_A_LOSS)
+def test_ids_without_a_sign(use):
+    expected = with_ids(use, lambda ids: ids.clamp(min=0))
+    assert torch.equal(with_ids(use, lambda ids: ids.clamp(min=0).to(torch.uint8)), expected)
+
+
+@pytest.mark.parametrize("use", IDS_OF_A_LOSS.values(), ids=IDS_OF_A_LOSS)
+def test_an_id_below_minus_one_is_an_index_error(use):
+    with pytest.raises(IndexError, match=r"(cluster_ids|labels).*: expected ids .*-1.*, got -2 to"):
+        with_ids(use, lambda ids: ids.clone().index_fill_(0, torch.tensor([1]), -2))
 
 
 # ---- errors: the argument, what was expected, what came ----
@@ -637,9 +859,8 @@ INPUTS = {
     "ids type": ((Z, I.tolist()), r"cluster_ids: .*Tensor.*list"),
     "ids length": ((Z, I[:3]), r"cluster_ids: .*\[4\].*\[3\]"),
     "ids per view": ((Z, torch.stack([I, I], 1)), r"cluster_ids: .*\[4\].*\[4, 2\]"),
-    "ids floats": ((Z, I.float()), r"cluster_ids: .*int32 or int64.*float32"),
-    "ids bools": ((Z, I > 0), r"cluster_ids: .*int32 or int64.*bool"),
-    "ids int16": ((Z, I.short()), r"cluster_ids: .*int32 or int64.*int16"),
+    "ids floats": ((Z, I.float()), r"cluster_ids: expected integers, got .*float32"),
+    "ids bools": ((Z, I > 0), r"cluster_ids: expected integers, got .*bool"),
     "ids device": ((Z, I.to("meta")), r"cluster_ids: .*cpu.*meta"),
     "no ids, rows": ((Z[:, 0],), r"cluster_ids: .*\[n, d\].*None"),
     "no ids, centers": ((Z, None, C), r"cluster_ids: .*centers.*None"),
@@ -666,7 +887,7 @@ INPUTS = {
 @pytest.mark.parametrize("arguments, message", INPUTS.values(), ids=INPUTS)
 def test_input_error_names_the_argument_what_was_expected_and_what_came(arguments, message):
     with pytest.raises(ValueError, match=message):
-        CCLLoss()(*arguments)
+        call(CCLLoss(), *arguments)
 
 
 OUT_OF_RANGE = {

@@ -27,7 +27,7 @@ for name in ("jsonargparse", "kornia", "lightning", "matplotlib", "PIL", "sklear
     sys.exit(f"{name} can be imported: nothing is tested")
 
 import ccl_fast
-for folder in ("clustering", "distributed", "losses", "models", "ood", "ops", "training"):
+for folder in ("clustering", "distributed", "losses", "metrics", "models", "ood", "ops", "training"):
     module = importlib.import_module(f"ccl_fast.{folder}")
     for name in module.__all__:
         getattr(module, name)

@@ -1,11 +1,11 @@
-"""MLCDLoss against its definition; the draw of its centres; the labels."""
+"""MLCDLoss against its definition; the draw of its prototypes; the nearest centres."""
 
 import pytest
 import torch
-from loss_oracle import assert_matches, batch, differentiate, largest, learnable, reduced, unit
+from loss_oracle import assert_matches, batch, call, differentiate, largest, learnable, reduced, unit
 
 from ccl_fast.losses import MLCDLoss, nearest_centers
-from ccl_fast.losses.mlcd import draw_centers
+from ccl_fast.losses.mlcd import draw_prototypes
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 LABELS = torch.tensor(
@@ -13,7 +13,7 @@ LABELS = torch.tensor(
 )
 
 
-def mlcd(embeddings, centers, labels, among=None, *, temperature=0.1, sample=1, normalize=True, reduction="mean"):
+def mlcd(embeddings, labels, centers, among=None, *, temperature=0.1, sample=1, normalize=True, reduction="mean"):
     scaled = unit if normalize else torch.Tensor.double
     scores = scaled(embeddings.double()) @ scaled(centers.double()).T / temperature
     among = range(len(centers)) if among is None else among.tolist()
@@ -38,13 +38,13 @@ def check(z, centers, labels, *, seed=None, temperature=0.1, tolerance=1e-10, sa
     module, leaves = learnable(MLCDLoss, temperature, sample=sample, **options), [z.clone(), centers.clone()]
     leaves = [x.detach().requires_grad_() for x in leaves]
     generators = [None if seed is None else torch.Generator().manual_seed(seed) for _ in range(2)]
-    value = module(*leaves, labels, generators[0])
+    value = call(module, leaves[0], labels, leaves[1], generators[0])
     assert value.dtype == torch.promote_types(z.dtype, torch.float32)
     actual = differentiate(value, [*leaves, *module.parameters()])
-    among = None if sample == 1 else draw_centers(labels, len(centers), sample, generators[1])
+    among = None if sample == 1 else draw_prototypes(labels, len(centers), sample, generators[1])
     exact = [x.detach().double().requires_grad_() for x in leaves]
     log_temperature = torch.tensor(temperature, dtype=torch.float64).log().requires_grad_()
-    expected = mlcd(*exact, labels, among, temperature=log_temperature.exp(), **options)
+    expected = mlcd(exact[0], labels, exact[1], among, temperature=log_temperature.exp(), **options)
     assert_matches(actual, differentiate(expected, [*exact, log_temperature]), tolerance)
 
 
@@ -77,7 +77,7 @@ def test_near_positives_do_not_drown_the_negatives():
     # A row on its centres, another orthogonal to it: e^-32 of the sum over all centres is left, which is 1.
     rows = torch.eye(4)
     centers = torch.cat((rows[:1], rows[:1], rows[1:2]))
-    loss = MLCDLoss(sample=1)(rows[:1], centers, torch.tensor([[0, 1]]))
+    loss = call(MLCDLoss(sample=1), rows[:1], torch.tensor([[0, 1]]), centers)
     torch.testing.assert_close(loss, torch.tensor(2.0).log())
 
 
@@ -87,7 +87,7 @@ def test_one_label_of_two_centers_is_a_sum_of_logistic_losses():
     scores = unit(z) @ unit(centers).T / 0.1
     own, other = scores.gather(1, labels), scores.gather(1, 1 - labels)
     expected = torch.nn.functional.softplus(torch.cat((-own, other), dim=1)).sum(1).mean()
-    torch.testing.assert_close(MLCDLoss(0.1, sample=1)(z, centers, labels), expected)
+    torch.testing.assert_close(call(MLCDLoss(0.1, sample=1), z, labels, centers), expected)
 
 
 def test_order_of_labels_and_centers_is_without_effect():
@@ -95,13 +95,13 @@ def test_order_of_labels_and_centers_is_without_effect():
     order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
     moved = torch.where(LABELS < 0, -1, order.argsort()[LABELS.clamp(min=0)]).flip(1)
     loss = MLCDLoss(0.1, sample=1)
-    torch.testing.assert_close(loss(z, centers[order], moved), loss(z, centers, LABELS))
+    torch.testing.assert_close(loss(z, moved, centers[order]), loss(z, LABELS, centers))
 
 
 def test_only_centers_that_take_part_get_a_gradient():
     z, centers = tensors(k=200)
     centers.requires_grad_()
-    MLCDLoss(0.1, sample=0.2)(z, centers, LABELS, torch.Generator().manual_seed(0)).backward()
+    call(MLCDLoss(0.1, sample=0.2), z, LABELS, centers, torch.Generator().manual_seed(0)).backward()
     moved = (centers.grad != 0).any(1)
     assert moved.sum() == 40 and moved[:8].all()
 
@@ -111,7 +111,7 @@ def test_only_centers_that_take_part_get_a_gradient():
 )
 def test_the_draw(share, k, count):
     generator = torch.Generator().manual_seed(0)
-    draws = [draw_centers(LABELS, k, share, generator) for _ in range(300)]
+    draws = [draw_prototypes(LABELS, k, share, generator) for _ in range(300)]
     for drawn in draws:
         assert len(drawn) == count and (drawn[1:] > drawn[:-1]).all() and torch.equal(drawn[:8], torch.arange(8))
     if count > 8:
@@ -126,11 +126,11 @@ def test_the_generator_decides():
     loss, state = MLCDLoss(sample=0.2), torch.random.get_rng_state()
 
     def value(seed):
-        return loss(z, centers, LABELS, torch.Generator().manual_seed(seed))
+        return loss(z, LABELS, centers, generator=torch.Generator().manual_seed(seed))
 
     assert torch.equal(value(1), value(1)) and value(1) != value(2)
     assert torch.equal(torch.random.get_rng_state(), state)
-    loss(z, centers, LABELS)
+    loss(z, LABELS, centers)
     assert not torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -139,17 +139,17 @@ def test_rows_without_labels_and_empty_batches():
     labels = torch.full((9, 2), -1)
     for sample in (1, 0.5):
         rows, matrix = z.clone().requires_grad_(), centers.clone().requires_grad_()
-        loss = MLCDLoss(sample=sample)(rows, matrix, labels)
+        loss = call(MLCDLoss(sample=sample), rows, labels, matrix)
         assert all(largest(x) == 0 for x in differentiate(loss, [rows, matrix]))
         rows = torch.zeros(0, 6, dtype=torch.float64, requires_grad=True)
-        loss = MLCDLoss(sample=sample)(rows, matrix, labels[:0])
+        loss = call(MLCDLoss(sample=sample), rows, labels[:0], matrix)
         assert all(largest(x) == 0 for x in differentiate(loss, [rows, matrix]))
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
 def test_nearest_centers(dtype):
     z, centers = tensors(n=13, k=29, dtype=dtype)
-    labels = nearest_centers(z * 7, centers * torch.linspace(0.1, 9, 29, dtype=dtype)[:, None], 5)
+    labels = nearest_centers(z * 7, centers * torch.linspace(0.1, 9, 29, dtype=dtype)[:, None], num_centers=5)
     assert labels.dtype == torch.int64
     cosine = unit(z.double()) @ unit(centers.double()).T
     largest_cosines = cosine.topk(5).values
@@ -171,16 +171,16 @@ def test_errors():
         with pytest.raises(ValueError, match="sample: expected a number above 0 and at most 1, got"):
             MLCDLoss(sample=sample)
     for arguments, message in (
-        ((z, centers[:, :2], LABELS), r"centers: expected shape \[rows, 6\], got \[8, 2\]"),
-        ((z, centers[:0], LABELS), "centers: expected at least one row, got none"),
-        ((z, centers, LABELS[:4]), r"labels: expected shape \[9, l\] with l of at least 1, got \[4, 3\]"),
-        ((z, centers, LABELS[:, :0]), r"labels: expected shape \[9, l\] with l of at least 1, got \[9, 0\]"),
-        ((z, centers, LABELS[:, 0]), r"labels: expected shape \[rows, d\], got \[9\]"),
-        ((z, centers, LABELS.double()), "labels: expected int32 or int64, got torch.float64"),
+        ((z, LABELS, centers[:, :2]), r"prototypes: expected shape \[rows, 6\], got \[8, 2\]"),
+        ((z, LABELS, centers[:0]), "prototypes: expected at least one row, got none"),
+        ((z, LABELS[:4], centers), r"cluster_ids: expected shape \[9, l\] with l of at least 1, got \[4, 3\]"),
+        ((z, LABELS[:, :0], centers), r"cluster_ids: expected shape \[9, l\] with l of at least 1, got \[9, 0\]"),
+        ((z, LABELS[:, 0], centers), r"cluster_ids: expected shape \[rows, d\], got \[9\]"),
+        ((z, LABELS.double(), centers), "cluster_ids: expected integers, got torch.float64"),
     ):
         with pytest.raises(ValueError, match=message):
-            MLCDLoss()(*arguments)
-    with pytest.raises(IndexError, match=r"labels: expected ids from -1 to 6 \(there are 7 centers\), got -1 to 7"):
-        MLCDLoss()(z, centers[:7], LABELS)
-    with pytest.raises(ValueError, match="labels: expected a positive integer, got 0"):
-        nearest_centers(z, centers, 0)
+            call(MLCDLoss(), *arguments)
+    with pytest.raises(IndexError, match=r"cluster_ids: expected ids from -1 to 6 \(there are 7 pro.*got -1 to 7"):
+        call(MLCDLoss(), z, LABELS, centers[:7])
+    with pytest.raises(ValueError, match="num_centers: expected a positive integer, got 0"):
+        nearest_centers(z, centers, num_centers=0)

@@ -2,30 +2,30 @@
 
 import pytest
 import torch
-from loss_oracle import assert_matches, batch, differentiate, infonce, largest, learnable, reduced, unit
+from loss_oracle import assert_matches, batch, call, differentiate, infonce, largest, learnable, reduced, unit
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ccl_fast.losses import MoCHiLoss
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
-SIZES = {"hardest": 4, "synthetic": 6, "with_query": 5}
+SIZES = {"num_hardest": 4, "num_synthetic": 6, "num_with_query": 5}
 
 
 def mochi(
-    queries, keys, queue, mixing, *, temperature=0.1, hardest=4, synthetic=6, with_query=5, normalize=True,
+    queries, keys, queue, mixing, *, temperature=0.1, num_hardest=4, num_synthetic=6, num_with_query=5, normalize=True,
     reduction="mean",
 ):  # fmt: skip
     scaled = unit if normalize else torch.Tensor.double
     q, k, queue = (scaled(x.double()) for x in (queries, keys, queue.detach()))
     losses = []
     for i in range(len(q)):
-        near = queue[(queue @ q[i].detach()).argsort(descending=True)[:hardest]]
+        near = queue[(queue @ q[i].detach()).argsort(descending=True)[:num_hardest]]
         mixtures = []
-        for j in range(synthetic):
+        for j in range(num_synthetic):
             a, b, weight = near[mixing.first[i, j]], near[mixing.second[i, j]], mixing.alpha[i, j].double()
             mixtures.append(unit(weight * a + (1 - weight) * b))
-        for j in range(with_query):
+        for j in range(num_with_query):
             weight = mixing.beta[i, j].double()
             mixtures.append(unit(weight * q[i].detach() + (1 - weight) * near[mixing.other[i, j]]))
         logits = torch.stack([k[i], *queue, *mixtures]) @ q[i] / temperature
@@ -42,10 +42,10 @@ def check(queries, keys, queue, *, temperature=0.1, tolerance=1e-10, backend="au
     options = SIZES | options
     module, leaves = learnable(MoCHiLoss, temperature, backend=backend, **options), [queries.clone(), keys.clone()]
     leaves = [x.detach().requires_grad_() for x in leaves]
-    value = module(*leaves, queue, torch.Generator().manual_seed(3))
+    value = call(module, *leaves, queue, torch.Generator().manual_seed(3))
     like = value.new_empty(0)
     assert value.dtype == torch.promote_types(queries.dtype, torch.float32)
-    mixing = module.draw(len(queries), min(module.hardest, len(queue)), like, torch.Generator().manual_seed(3))
+    mixing = module.draw(len(queries), min(module.num_hardest, len(queue)), like, torch.Generator().manual_seed(3))
     exact = [x.detach().double().requires_grad_() for x in leaves]
     log_temperature = torch.tensor(temperature, dtype=torch.float64).log().requires_grad_()
     expected = mochi(*exact, queue, mixing, temperature=log_temperature.exp(), **options)
@@ -54,7 +54,8 @@ def check(queries, keys, queue, *, temperature=0.1, tolerance=1e-10, backend="au
 
 
 @pytest.mark.parametrize("sizes", (
-    {}, {"synthetic": 0}, {"with_query": 0}, {"hardest": 1}, {"hardest": 100}, {"synthetic": 40, "with_query": 40},
+    {}, {"num_synthetic": 0}, {"num_with_query": 0}, {"num_hardest": 1}, {"num_hardest": 100},
+    {"num_synthetic": 40, "num_with_query": 40},
 ))  # fmt: skip
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
 def test_the_definition(sizes, reduction, backend):
@@ -74,7 +75,9 @@ def test_dtypes(dtype, tolerance):
 
 def test_without_mixtures_it_is_infonce_against_the_queue(backend):
     q, k, queue = tensors()
-    loss = MoCHiLoss(synthetic=0, with_query=0, temperature=0.1, reduction="none", backend=backend)(q, k, queue)
+    loss = call(
+        MoCHiLoss(num_synthetic=0, num_with_query=0, temperature=0.1, reduction="none", backend=backend), q, k, queue
+    )
     one_by_one = [infonce(q[i : i + 1], k[i : i + 1], queue, symmetric=False) for i in range(9)]
     torch.testing.assert_close(loss, torch.stack(one_by_one))
 
@@ -82,20 +85,22 @@ def test_without_mixtures_it_is_infonce_against_the_queue(backend):
 def test_mixtures_of_one_negative_are_copies_of_it():
     q, k, _ = tensors(n=5)
     queue = torch.full((3, 6), 0.3, dtype=torch.float64)
-    loss = MoCHiLoss(hardest=2, synthetic=4, with_query=0, temperature=0.1)(q, k, queue)
-    torch.testing.assert_close(loss, MoCHiLoss(synthetic=0, with_query=0, temperature=0.1)(q, k, queue[[0] * 7]))
+    loss = call(MoCHiLoss(num_hardest=2, num_synthetic=4, num_with_query=0, temperature=0.1), q, k, queue)
+    torch.testing.assert_close(
+        loss, call(MoCHiLoss(num_synthetic=0, num_with_query=0, temperature=0.1), q, k, queue[[0] * 7])
+    )
 
 
 def test_mixing_with_the_query_is_harder_than_the_negative():
     # Nearer to the anchor than the row that it is mixed with: at a low temperature the largest of all.
     q, k, queue = tensors()
-    plain = MoCHiLoss(1, synthetic=0, with_query=0, temperature=0.01, reduction="none")
-    mixed = MoCHiLoss(1, synthetic=0, with_query=3, temperature=0.01, reduction="none")
-    assert (mixed(q, k, queue, torch.Generator().manual_seed(0)) > plain(q, k, queue) + 1).any()
+    plain = MoCHiLoss(num_hardest=1, num_synthetic=0, num_with_query=0, temperature=0.01, reduction="none")
+    mixed = MoCHiLoss(num_hardest=1, num_synthetic=0, num_with_query=3, temperature=0.01, reduction="none")
+    assert (call(mixed, q, k, queue, torch.Generator().manual_seed(0)) > call(plain, q, k, queue) + 1).any()
 
 
 def test_what_is_drawn():
-    sizes = {"hardest": 5, "synthetic": 3000, "with_query": 2000}
+    sizes = {"num_hardest": 5, "num_synthetic": 3000, "num_with_query": 2000}
     first, second, alpha, other, beta = MoCHiLoss(**sizes).draw(2, 5, torch.empty(0), torch.Generator().manual_seed(0))
     for places, size in ((first, 3000), (second, 3000), (other, 2000)):
         assert places.shape == (2, size)
@@ -109,17 +114,17 @@ def test_the_generator_decides():
     arguments, loss, state = tensors(), MoCHiLoss(**SIZES), torch.random.get_rng_state()
 
     def value(seed):
-        return loss(*arguments, torch.Generator().manual_seed(seed))
+        return call(loss, *arguments, torch.Generator().manual_seed(seed))
 
     assert torch.equal(value(1), value(1)) and value(1) != value(2)
     assert torch.equal(torch.random.get_rng_state(), state)
-    loss(*arguments)
+    call(loss, *arguments)
     assert not torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_the_queue_gets_no_gradient():
     q, k, queue = (x.requires_grad_() for x in tensors())
-    MoCHiLoss(**SIZES)(q, k, queue).backward()
+    call(MoCHiLoss(**SIZES), q, k, queue).backward()
     assert queue.grad is None and (q.grad != 0).any() and (k.grad != 0).any()
 
 
@@ -135,7 +140,7 @@ def test_no_mixture_is_built():
     views, _, queue = batch(20, 2, 64, 50)
     q, k = (x.clone().requires_grad_() for x in views.unbind(1))
     with Largest() as seen:
-        MoCHiLoss(10, synthetic=30, with_query=30)(q, k, queue).backward()
+        call(MoCHiLoss(num_hardest=10, num_synthetic=30, num_with_query=30), q, k, queue).backward()
     assert 20 * 30 <= seen.numbers <= 50 * 64  # of the queue; mixtures would take 20 * 30 * 64
 
 
@@ -144,24 +149,24 @@ def test_opposite_negatives_and_zero_rows_stay_finite():
     queue[1], queue[2] = -queue[0], 0.0
     q[0] = 0.0
     leaves = [q.requires_grad_(), k.requires_grad_()]
-    module = MoCHiLoss(synthetic=50, with_query=50)
+    module = MoCHiLoss(num_synthetic=50, num_with_query=50)
     module.draw = lambda *arguments: MoCHiLoss.draw(module, *arguments)._replace(
         alpha=torch.full((3, 50), 0.5).double()
     )
-    assert all(x.isfinite().all() for x in differentiate(module(*leaves, queue), leaves))
+    assert all(x.isfinite().all() for x in differentiate(call(module, *leaves, queue), leaves))
 
 
 def test_empty_batch_is_zero_with_a_graph():
     q, k = (torch.zeros(0, 6, requires_grad=True) for _ in range(2))
-    loss = MoCHiLoss()(q, k, torch.ones(3, 6))
+    loss = call(MoCHiLoss(), q, k, torch.ones(3, 6))
     assert all(largest(x) == 0 for x in differentiate(loss, [q, k]))
 
 
 def test_errors():
     for options, message in (
-        ({"hardest": 0}, "hardest: expected a positive integer, got 0"),
-        ({"synthetic": -1}, "synthetic: expected an integer >= 0, got -1"),
-        ({"with_query": 1.5}, "with_query: expected an integer >= 0, got 1.5"),
+        ({"num_hardest": 0}, "num_hardest: expected a positive integer, got 0"),
+        ({"num_synthetic": -1}, "num_synthetic: expected an integer >= 0, got -1"),
+        ({"num_with_query": 1.5}, "num_with_query: expected an integer >= 0, got 1.5"),
     ):
         with pytest.raises(ValueError, match=message):
             MoCHiLoss(**options)
@@ -169,9 +174,9 @@ def test_errors():
     for arguments, message in (
         ((q, None, queue), "keys: expected a torch.Tensor, got NoneType"),
         ((q, k[:4], queue), r"keys: expected shape \[9, 6\]"),
-        ((q, k, queue[:, :2]), r"queue: expected shape \[rows, 6\], got \[14, 2\]"),
-        ((q, k, queue.float()), "queue: expected dtype torch.float64"),
-        ((q, k, queue[:0]), "queue: expected at least one row, got none"),
+        ((q, k, queue[:, :2]), r"negatives: expected shape \[rows, 6\], got \[14, 2\]"),
+        ((q, k, queue.float()), "negatives: expected dtype torch.float64"),
+        ((q, k, queue[:0]), "negatives: expected at least one row, got none"),
     ):
         with pytest.raises(ValueError, match=message):
-            MoCHiLoss()(*arguments)
+            call(MoCHiLoss(), *arguments)

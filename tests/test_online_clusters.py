@@ -79,14 +79,20 @@ def test_state_and_device_are_those_of_a_module():
 def test_interclr_with_online_labels():
     features, labels = blobs(dtype=torch.float32)
     memory = OnlineClusters(features, labels, min_size=5)
-    z, loss_fn = torch.nn.Parameter(features.clone()), InterCLRLoss(1, negatives=20, pool=0.5)
+    z, loss_fn = torch.nn.Parameter(features.clone()), InterCLRLoss(inter_weight=1, num_negatives=20, pool=0.5)
     optimiser, generator = torch.optim.SGD([z], lr=5.0), torch.Generator().manual_seed(0)
     losses = []
     for step in range(30):
         indices = torch.randperm(60, generator=generator)[:20]
         loss = loss_fn(
-            z[indices], z[indices].detach(), features, memory.features, memory.labels, indices, generator
-        )  # fmt: skip
+            z[indices],
+            z[indices].detach(),
+            negatives=features,
+            bank=memory.features,
+            bank_cluster_ids=memory.labels,
+            indices=indices,
+            generator=generator,
+        )
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -5,6 +5,7 @@ import torch
 from loss_oracle import (
     assert_matches,
     batch,
+    call,
     evaluate,
     evaluate_oracle,
     infonce,
@@ -112,7 +113,7 @@ def test_deepcluster_is_torchs_cross_entropy():
 
 def test_one_cluster_adds_nothing_to_infonce():
     z, (ids, centers, _) = batch(9, 2, 6, 1)[0], clusterings(sizes=(1,))
-    torch.testing.assert_close(ProtoNCELoss()(z, ids, centers), InfoNCELoss()(z))
+    torch.testing.assert_close(call(ProtoNCELoss(), z, ids, centers), call(InfoNCELoss(), z))
 
 
 def test_clusterings_as_one_tensor_and_int32():
@@ -138,7 +139,7 @@ def test_centers_get_no_gradient_and_unassigned_rows_no_term(loss):
     loss()(z, ids, leaves).backward()
     assert all(c.grad is None for c in leaves)
     none = [torch.full_like(own, -1) for own in ids]
-    only_instances = InfoNCELoss()(z).item() if loss is ProtoNCELoss else 0.0
+    only_instances = call(InfoNCELoss(), z).item() if loss is ProtoNCELoss else 0.0
     assert loss()(z, none, centers).item() == pytest.approx(only_instances)
 
 
@@ -158,13 +159,13 @@ def test_errors(loss):
         ((ids, centers[:2]), ValueError, "centers: expected 3 tensors, as of cluster_ids, got 2"),
         (([ids[0], ids[1][:4], ids[2]], centers), ValueError, r"cluster_ids\[1\]: expected shape \[9\], got \[4\]"),
         ((ids, centers[::-1]), IndexError, r"cluster_ids\[2\]: expected ids from -1 to 2"),
-        ((ids, [c[:, :2] for c in centers]), ValueError, r"centers: expected shape \[rows, 6\]"),
+        ((ids, [c[:, :2] for c in centers]), ValueError, r"centers\[0\]: expected shape \[rows, 6\]"),
     ):
         with pytest.raises(error, match=message):
             loss()(z, *arguments)
-    with pytest.raises(ValueError, match="concentrations: expected 3 tensors"):
-        ProtoNCELoss()(z, ids, centers, [torch.ones(3)])
-    with pytest.raises(ValueError, match=r"concentrations\[1\]: expected shape \[1\], got \[3\]"):
-        ProtoNCELoss()(z, ids, centers, [torch.ones(3)] * 3)
-    with pytest.raises(ValueError, match=r"concentrations\[0\]: expected positive"):
-        ProtoNCELoss()(z, ids, centers, [torch.zeros(k) for k in SIZES])
+    with pytest.raises(ValueError, match="center_temperature: expected 3 tensors"):
+        call(ProtoNCELoss(), z, ids, centers, [torch.ones(3)])
+    with pytest.raises(ValueError, match=r"center_temperature\[1\]: expected shape \[1\], got \[3\]"):
+        call(ProtoNCELoss(), z, ids, centers, [torch.ones(3)] * 3)
+    with pytest.raises(ValueError, match=r"center_temperature\[0\]: expected positive"):
+        call(ProtoNCELoss(), z, ids, centers, [torch.zeros(k) for k in SIZES])

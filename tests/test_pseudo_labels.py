@@ -9,7 +9,7 @@ for extra in ("torchmetrics", "lightning", "kornia", "tensorboard", "jsonargpars
     pytest.importorskip(extra)  # the extra "train"
 
 from ccl_fast.errors import ArgumentError
-from ccl_fast.evaluation import cluster_quality
+from ccl_fast.metrics import cluster_quality
 from ccl_fast.training.pseudo_labels import PseudoLabels, agreement
 from ccl_fast.training.randomness import seeded, shuffled
 

@@ -109,9 +109,10 @@ def test_errors():
         SBCLLoss(class_weight=-1)
     for arguments, error, message in (
         ((z, LABELS[:3], SUBCLASSES), ValueError, r"labels: expected shape \[11\], got \[3\]"),
-        ((z, LABELS, SUBCLASSES[:3]), ValueError, r"subclass_ids: expected shape \[11\], got \[3\]"),
-        ((z, LABELS, SUBCLASSES.float()), ValueError, "subclass_ids: expected int32 or int64"),
+        ((z, LABELS, SUBCLASSES[:3]), ValueError, r"cluster_ids: expected shape \[11\], got \[3\]"),
+        ((z, LABELS, SUBCLASSES.float()), ValueError, "cluster_ids: expected integers"),
         ((z, LABELS - 1, SUBCLASSES), IndexError, "labels: expected ids at least -1"),
+        ((z, LABELS, SUBCLASSES - 2), IndexError, "cluster_ids: expected ids at least -1"),
     ):
         with pytest.raises(error, match=message):
             SBCLLoss()(*arguments)

@@ -5,6 +5,7 @@ import torch
 from loss_oracle import (
     assert_matches,
     batch,
+    call,
     evaluate,
     evaluate_oracle,
     learnable,
@@ -71,7 +72,7 @@ def test_options(temperature, normalize, backend):
 def test_dtypes(dtype, tolerance, weights):
     z, influence = nodes(33, dtype=dtype), graph(33, 100, dtype=weights).to_sparse()
     _, gradient, _ = check(z, influence, tolerance=tolerance, temperature=0.2)
-    assert SCGCLoss()(z, influence).dtype == torch.float32 and gradient.dtype == dtype
+    assert call(SCGCLoss(), z, influence).dtype == torch.float32 and gradient.dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
@@ -102,7 +103,7 @@ def test_unordered_edges_repeated_edges_and_stored_zeros(backend):
 def test_nothing_on_the_way_back_is_not_a_number():
     z = nodes().requires_grad_()
     with torch.autograd.set_detect_anomaly(True):
-        SCGCLoss()(z, graph().to_sparse()).backward()  # with nodes without an edge, or with only their own
+        call(SCGCLoss(), z, graph().to_sparse()).backward()  # with nodes without an edge, or with only their own
     assert z.grad.isfinite().all()
 
 
@@ -123,38 +124,38 @@ def test_the_graph_of_the_classes_is_supcon():
 
 def test_a_full_graph_of_ones_is_zero_and_a_factor_is_a_constant():
     full, half = torch.ones(9, 9), torch.full((9, 9), 0.5)
-    assert SCGCLoss(0.1)(nodes(), full.to_sparse()).abs() < 1e-12
-    losses = SCGCLoss(0.1, reduction="none")(nodes(), half.to_sparse())
+    assert call(SCGCLoss(0.1), nodes(), full.to_sparse()).abs() < 1e-12
+    losses = call(SCGCLoss(0.1, reduction="none"), nodes(), half.to_sparse())
     torch.testing.assert_close(losses, torch.full((9,), 2.0, dtype=torch.float64).log())
 
 
 def test_the_order_of_the_nodes_and_their_own_entries_make_no_difference():
     order, influence = torch.randperm(9), graph()
     loss_fn = SCGCLoss(reduction="none")
-    losses = loss_fn(nodes(), influence.to_sparse())
-    torch.testing.assert_close(loss_fn(nodes()[order], influence[order][:, order].to_sparse()), losses[order])
-    torch.testing.assert_close(loss_fn(nodes(), (influence + 7 * torch.eye(9)).to_sparse()), losses)
+    losses = call(loss_fn, nodes(), influence.to_sparse())
+    torch.testing.assert_close(call(loss_fn, nodes()[order], influence[order][:, order].to_sparse()), losses[order])
+    torch.testing.assert_close(call(loss_fn, nodes(), (influence + 7 * torch.eye(9)).to_sparse()), losses)
 
 
 @pytest.mark.parametrize("layout", (torch.sparse_coo, torch.sparse_csr))
 @pytest.mark.parametrize("n", (0, 1, 9))
 def test_no_edges_is_zero_with_a_graph(n, layout):
     z = nodes(n).requires_grad_()
-    loss = SCGCLoss()(z, torch.zeros(n, n).to_sparse(layout=layout))
+    loss = call(SCGCLoss(), z, torch.zeros(n, n).to_sparse(layout=layout))
     loss.backward()
     assert loss == 0 and (z.grad == 0).all() and z.grad.shape == z.shape
 
 
 def test_one_node_with_an_edge_to_itself():
     z = nodes(1).requires_grad_()
-    loss = SCGCLoss()(z, torch.ones(1, 1).to_sparse())
+    loss = call(SCGCLoss(), z, torch.ones(1, 1).to_sparse())
     loss.backward()
     assert loss == 0 and (z.grad == 0).all()
 
 
 def test_the_influence_gets_no_gradient():
     influence = graph().to_sparse().requires_grad_()
-    loss = SCGCLoss()(nodes().requires_grad_(), influence)
+    loss = call(SCGCLoss(), nodes().requires_grad_(), influence)
     loss.backward()
     assert influence.grad is None
 
@@ -174,7 +175,7 @@ def test_influence_is_the_sum_of_the_powers(sparse, hops, cumulative):
     weights = adjacency() + torch.eye(9)
     scaled = weights / weights.sum(1).outer(weights.sum(1)).sqrt()
     powers = [torch.linalg.matrix_power(scaled, r) for r in range(1, hops + 1)]
-    actual = influence_matrix(sparse(adjacency()), hops, cumulative)
+    actual = influence_matrix(sparse(adjacency()), hops=hops, cumulative=cumulative)
     assert actual.layout == torch.sparse_coo and actual.is_coalesced()
     torch.testing.assert_close(actual.to_dense(), sum(powers) if cumulative else powers[-1])
     assert actual.values().numel() == (actual.to_dense() > 0).sum()
@@ -186,14 +187,16 @@ def test_influence_reaches_as_far_as_its_hops():
     path[range(5), range(1, 6)] = path[range(1, 6), range(5)] = 1.0
     distance = (torch.arange(6)[:, None] - torch.arange(6)).abs()
     for hops in (1, 2, 3):
-        influence = influence_matrix(path.to_sparse(), hops)
+        influence = influence_matrix(path.to_sparse(), hops=hops)
         assert influence.dtype == torch.float32 and torch.equal(influence.to_dense() > 0, distance <= hops)
-    assert torch.equal(influence_matrix(path.to_sparse()).to_dense(), influence_matrix(path.to_sparse(), 2).to_dense())
+    assert torch.equal(
+        influence_matrix(path.to_sparse()).to_dense(), influence_matrix(path.to_sparse(), hops=2).to_dense()
+    )
 
 
 def test_influence_without_edges():
     for n in (0, 1, 4):
-        actual = influence_matrix(torch.zeros(n, n).to_sparse(), 3)
+        actual = influence_matrix(torch.zeros(n, n).to_sparse(), hops=3)
         torch.testing.assert_close(actual.to_dense(), 3 * torch.eye(n))
 
 
@@ -217,7 +220,7 @@ def test_errors():
         ((nodes().long(), sparse), "embeddings: expected float64"),
     ):
         with pytest.raises(ValueError, match=message):
-            SCGCLoss()(*arguments)
+            call(SCGCLoss(), *arguments)
     for arguments, message in (
         ((adjacency(),), "adjacency: expected a sparse tensor"),
         ((adjacency()[:4].to_sparse(),), r"adjacency: expected shape \[4, 4\], got \[4, 9\]"),
@@ -229,4 +232,4 @@ def test_errors():
         ((adjacency().to_sparse(), 2.0), r"hops: expected a positive integer, got 2\.0"),
     ):
         with pytest.raises(ValueError, match=message):
-            influence_matrix(*arguments)
+            call(influence_matrix, *arguments)

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from loss_oracle import assert_matches, batch, differentiate, learnable, unit
+from loss_oracle import assert_matches, batch, call, differentiate, learnable, unit
 
-from ccl_fast.losses import SepCLRLoss, uniformity
+from ccl_fast.losses import SepCLRLoss
+from ccl_fast.metrics import uniformity
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 TARGET = torch.tensor([True, False, True, True, False, False, True, False, True])
@@ -54,7 +55,7 @@ def sepclr(
 def check(common, salient, is_target=TARGET, *, backend="auto", temperature=0.5, tolerance=1e-10, **options):
     leaves = [x.detach().requires_grad_() for x in (common, salient)]
     module = learnable(SepCLRLoss, temperature, backend=backend, **options)
-    value = module(*leaves, is_target)
+    value = call(module, *leaves, is_target)
     assert value.dtype == torch.promote_types(common.dtype, torch.float32)
     actual = differentiate(value, [*leaves, *module.parameters()])
     exact = [x.detach().double().requires_grad_() for x in leaves]
@@ -71,7 +72,9 @@ def test_the_definition(backend):
 def test_each_term(term, backend):
     options = ALONE if term is None else ALONE | {term: 2.5}
     common, salient = (x.requires_grad_() for x in features())
-    actual = differentiate(SepCLRLoss(**options, backend=backend)(common, salient, TARGET), [common, salient], True)
+    actual = differentiate(
+        call(SepCLRLoss(**options, backend=backend), common, salient, TARGET), [common, salient], True
+    )
     expected = differentiate(sepclr(common, salient, TARGET, **options), [common, salient], True)
     assert_matches(actual, expected)
 
@@ -92,7 +95,7 @@ def test_dtypes(dtype, tolerance):
 def test_autocast(dtype):
     leaves = [x.requires_grad_() for x in features(dtype=torch.float32)]
     with torch.autocast("cpu", dtype=dtype):
-        loss = SepCLRLoss()(*leaves, TARGET)
+        loss = call(SepCLRLoss(), *leaves, TARGET)
     assert loss.dtype == torch.float32
     exact = [x.detach().double().requires_grad_() for x in leaves]
     assert_matches(differentiate(loss, leaves), differentiate(sepclr(*exact, TARGET), exact), 0.02)
@@ -112,17 +115,17 @@ def test_a_single_sample_has_no_pair(is_target, backend):
 def test_uniformity_of_the_common_features_is_wang_and_isolas():
     common, salient = features()
     same = common[:, :1].expand(-1, 2, -1)  # nothing to align
-    loss = SepCLRLoss(**ALONE)(same, salient, TARGET)
+    loss = call(SepCLRLoss(**ALONE), same, salient, TARGET)
     torch.testing.assert_close(loss, 2 * uniformity(common[:, 0], t=1.0))
 
 
 def test_background_features_move_to_the_point_alone():
     common, salient = features()
     salient.requires_grad_()
-    SepCLRLoss(background_weight=0.0)(common, salient, TARGET).backward()
+    call(SepCLRLoss(background_weight=0.0), common, salient, TARGET).backward()
     assert (salient.grad[~TARGET] == 0).all() and (salient.grad[TARGET] != 0).all()
     salient.grad = None
-    SepCLRLoss(**ALONE | {"background_weight": 1.0})(common, salient, TARGET).backward()
+    call(SepCLRLoss(**ALONE | {"background_weight": 1.0}), common, salient, TARGET).backward()
     assert (salient.grad[TARGET] == 0).all()
     torch.testing.assert_close(salient.grad[~TARGET], salient.detach()[~TARGET] / (2 * 0.5) / 4)
 
@@ -130,10 +133,12 @@ def test_background_features_move_to_the_point_alone():
 def test_target_features_are_driven_from_the_point_and_the_kernel_forgets_what_is_far():
     common = batch(2, 2, 3, 1)[0]
     salient = torch.full((2, 2, 1), 0.1, dtype=torch.float64, requires_grad=True)
-    SepCLRLoss(background_weight=0.0, independence_weight=0.0)(common, salient, torch.tensor([True, False])).backward()
+    call(
+        SepCLRLoss(background_weight=0.0, independence_weight=0.0), common, salient, torch.tensor([True, False])
+    ).backward()
     assert (salient.grad[0] < 0).all()  # further along its direction
     far = torch.full((2, 2, 1), 1e4, dtype=torch.float64, requires_grad=True)
-    loss = SepCLRLoss(salient_weight=0.0, background_weight=0.0)(common, far, torch.tensor([True, False]))
+    loss = call(SepCLRLoss(salient_weight=0.0, background_weight=0.0), common, far, torch.tensor([True, False]))
     loss.backward()
     assert loss.isfinite() and (far.grad == 0).all()
 
@@ -144,7 +149,9 @@ def test_features_that_repeat_each_other_are_dearer_than_independent_ones():
 
     def joint(common, salient):
         views = [x[:, None, None].expand(-1, 2, 1) for x in (common, salient)]
-        parts = [SepCLRLoss(**ALONE | {"independence_weight": w}, normalize=False)(*views, targets) for w in (0.0, 1.0)]
+        parts = [
+            call(SepCLRLoss(**ALONE | {"independence_weight": w}, normalize=False), *views, targets) for w in (0.0, 1.0)
+        ]
         return parts[1] - parts[0]
 
     assert joint(grid[:, 0], grid[:, 1]) < joint(grid[:, 0], grid[:, 0]) - 0.5
@@ -153,16 +160,16 @@ def test_features_that_repeat_each_other_are_dearer_than_independent_ones():
 def test_the_order_of_samples_and_of_views_is_of_no_effect():
     common, salient = features()
     order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
-    loss = SepCLRLoss()(common, salient, TARGET)
-    torch.testing.assert_close(SepCLRLoss()(common[order], salient[order], TARGET[order]), loss)
-    torch.testing.assert_close(SepCLRLoss()(common.flip(1), salient.flip(1), TARGET), loss)
+    loss = call(SepCLRLoss(), common, salient, TARGET)
+    torch.testing.assert_close(call(SepCLRLoss(), common[order], salient[order], TARGET[order]), loss)
+    torch.testing.assert_close(call(SepCLRLoss(), common.flip(1), salient.flip(1), TARGET), loss)
     strided = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (common, salient))
-    torch.testing.assert_close(SepCLRLoss()(*strided, TARGET), loss)
+    torch.testing.assert_close(call(SepCLRLoss(), *strided, TARGET), loss)
 
 
 def test_empty_batch_is_zero_with_a_graph():
     common, salient = (torch.zeros(0, 2, 4, requires_grad=True) for _ in range(2))
-    loss = SepCLRLoss()(common, salient, torch.zeros(0, dtype=torch.bool))
+    loss = call(SepCLRLoss(), common, salient, torch.zeros(0, dtype=torch.bool))
     loss.backward()
     assert loss == 0 and common.grad is not None and salient.grad is not None
 
@@ -174,12 +181,12 @@ def test_errors():
             with pytest.raises(ValueError, match=f"{name}: expected a number >= 0, got"):
                 SepCLRLoss(**{name: value})
     for arguments, message in (
-        ((common[:, 0], salient, TARGET), r"common: expected shape \[n, 2, d\], got \[9, 6\]"),
+        ((common[:, 0], salient, TARGET), r"embeddings: expected shape \[n, 2, d\], got \[9, 6\]"),
         ((common, salient[:, :1], TARGET), r"salient: expected shape \[n, 2, d\], got \[9, 1, 4\]"),
-        ((common, salient[:4], TARGET), r"salient: expected 9 samples \(those of common\), got 4"),
+        ((common, salient[:4], TARGET), r"salient: expected 9 samples \(those of embeddings\), got 4"),
         ((common, salient.float(), TARGET), "salient: expected dtype torch.float64"),
         ((common, salient, TARGET[:4]), r"is_target: expected shape \[9\], got \[4\]"),
         ((common, salient, TARGET.int()), "is_target: expected bool, got torch.int32"),
     ):
         with pytest.raises(ValueError, match=message):
-            SepCLRLoss()(*arguments)
+            call(SepCLRLoss(), *arguments)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from loss_oracle import assert_matches, differentiate, learnable, reduced, unit
+from loss_oracle import assert_matches, call, differentiate, learnable, reduced, unit
 
 from ccl_fast.losses import SwAVLoss
 
@@ -18,6 +18,11 @@ def inputs(n=9, k=5, views=2, d=6, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randn(n, d, generator=generator, dtype=torch.float64).to(dtype) for _ in range(views)]
     return rows, torch.randn(k, d, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def stacked(views):
+    """[n, views, d]"""
+    return torch.stack(views, dim=1)
 
 
 def assignments(scores, epsilon, iterations):
@@ -48,7 +53,8 @@ def swav(
 def check(views, prototypes, queues=None, *, backend="auto", temperature=0.1, tolerance=1e-10, **options):
     module = learnable(SwAVLoss, temperature, backend=backend, **options)
     leaves = [x.detach().requires_grad_() for x in (*views, prototypes)]
-    actual = differentiate(module(leaves[:-1], leaves[-1], queues), [*leaves, *module.parameters()])
+    value = module(stacked(leaves[:-1]), leaves[-1], queue=None if queues is None else stacked(queues))
+    actual = differentiate(value, [*leaves, *module.parameters()])
     leaves = [x.detach().double().requires_grad_() for x in (*views, prototypes)]
     log_temperature = torch.tensor(temperature, dtype=torch.float64).log().requires_grad_()
     loss = swav(leaves[:-1], leaves[-1], queues, temperature=log_temperature.exp(), **options)
@@ -82,7 +88,7 @@ def test_lightly(views, queue):
     views, prototypes = inputs(views=views)
     views, prototypes = [unit(v).requires_grad_() for v in views], unit(prototypes).requires_grad_()
     queues = [unit(q) for q in inputs(n=11, seed=1)[0]] if queue else None
-    ours = SwAVLoss(normalize=False)(views, prototypes, queues)
+    ours = SwAVLoss(normalize=False)(stacked(views), prototypes, queue=stacked(queues) if queue else None)
     scores = [v @ prototypes.T for v in views]
     their_queues = [q @ prototypes.T for q in queues] if queue else None
     theirs = pytest.importorskip("lightly.loss").SwaVLoss()(scores[:2], scores[2:], their_queues)
@@ -93,7 +99,7 @@ def test_lightly(views, queue):
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)))
 def test_dtypes(dtype, tolerance):
     views, prototypes = inputs(n=33, k=17, views=3, dtype=dtype)
-    loss = SwAVLoss()(views, prototypes)
+    loss = SwAVLoss()(stacked(views), prototypes)
     assert loss.dtype == torch.float32
     check(views, prototypes, tolerance=tolerance)
 
@@ -103,7 +109,7 @@ def test_autocast(dtype):
     views, prototypes = inputs(n=33, k=17, dtype=torch.float32)
     leaves = [x.requires_grad_() for x in (*views, prototypes)]
     with torch.autocast("cpu", dtype=dtype):
-        loss = SwAVLoss()(leaves[:-1], leaves[-1])
+        loss = SwAVLoss()(stacked(leaves[:-1]), leaves[-1])
     assert loss.dtype == torch.float32
     exact = [x.detach().double().requires_grad_() for x in leaves]
     expected = differentiate(swav(exact[:-1], exact[-1]), exact)
@@ -120,16 +126,16 @@ def test_more_prototypes_than_points_and_a_prototype_far_from_all():
 def test_empty_batch_is_zero_with_a_graph():
     views, prototypes = inputs(n=0)
     leaves = [x.requires_grad_() for x in (*views, prototypes)]
-    loss = SwAVLoss()(leaves[:-1], leaves[-1])
+    loss = SwAVLoss()(stacked(leaves[:-1]), leaves[-1])
     loss.backward()
     assert loss == 0 and all((x.grad == 0).all() for x in leaves)
 
 
 def test_frozen_prototypes_and_frozen_embeddings():
     views, prototypes = inputs()
-    (grad,) = torch.autograd.grad(SwAVLoss()(views, leaf := prototypes.clone().requires_grad_()), leaf)
+    (grad,) = torch.autograd.grad(SwAVLoss()(stacked(views), leaf := prototypes.clone().requires_grad_()), leaf)
     assert grad.isfinite().all() and grad.any()
-    (grad,) = torch.autograd.grad(SwAVLoss()([leaf := views[0].clone().requires_grad_(), views[1]], prototypes), leaf)
+    (grad,) = torch.autograd.grad(SwAVLoss()(leaf := stacked(views).requires_grad_(), prototypes), leaf)
     assert grad.isfinite().all() and grad.any()
 
 
@@ -146,19 +152,20 @@ def test_errors_of_options(options, message):
 
 
 def test_errors_of_arguments():
-    views, prototypes = inputs()
+    views, prototypes = stacked(inputs()[0]), inputs()[1]
     for arguments, message in (
-        ((views[0], prototypes), "views: expected a sequence of at least 2 tensors, got a tensor"),
-        ((views[:1], prototypes), "views: expected a sequence of at least 2 tensors, got 1"),
-        (([views[0], views[1][:3]], prototypes), r"views\[1\]: expected 9 rows .* got 3"),
-        (([views[0], views[1].float()], prototypes), r"views\[1\]: expected dtype torch.float64"),
+        (([*views], prototypes), "embeddings: expected a torch.Tensor, got list"),
+        ((views[:, 0], prototypes), r"embeddings: expected shape \[n, views, d\] with at least 2 views, got \[9, 6\]"),
+        ((views[:, :1], prototypes), r"embeddings: expected shape .* at least 2 views, got \[9, 1, 6\]"),
+        ((views.long(), prototypes), "embeddings: expected float64, float32"),
         ((views, prototypes[:, :2]), r"prototypes: expected shape \[rows, 6\], got \[5, 2\]"),
         ((views, prototypes[:0]), "prototypes: expected at least one row"),
-        ((views, prototypes, views[:1]), "queues: expected 2 tensors, one per global view, got 1"),
-        ((views, prototypes, [v[:, :2] for v in views]), r"queues\[0\]: expected shape"),
+        ((views, prototypes, views[:, :1]), r"queue: expected shape \[m, 2, 6\] .* got \[9, 1, 6\]"),
+        ((views, prototypes, views[..., :2]), r"queue: expected shape \[m, 2, 6\] .* got \[9, 2, 2\]"),
+        ((views, prototypes, views.float()), r"queue: expected dtype torch.float64"),
     ):
         with pytest.raises(ValueError, match=message):
-            SwAVLoss()(*arguments)
+            call(SwAVLoss(), *arguments)
 
 
 def test_memory_is_linear():
@@ -169,7 +176,7 @@ from benchmarks.memory import forget_peak, status
 from ccl_fast.losses import SwAVLoss
 
 def step(n, k, d=16):
-    views = [torch.randn(n, d, requires_grad=True) for _ in range(2)]
+    views = torch.randn(n, 2, d, requires_grad=True)
     prototypes = torch.randn(k, d, requires_grad=True)
     before = forget_peak()
     SwAVLoss(iterations=1)(views, prototypes).backward()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from loss_oracle import assert_matches, batch, differentiate, unit
 
-from ccl_fast.losses import tolerance, uniformity
+from ccl_fast.metrics import tolerance, uniformity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LABELS = torch.tensor([0, 3, -1, 0, 3, 0, 2, -1, 3])

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from ccl_fast.commands.image_sets import ImageSets
-from ccl_fast.evaluation import DEFAULT, GROUPS, Evaluation, cluster_quality, write_page
+from ccl_fast.evaluation import DEFAULT, GROUPS, Evaluation, write_page
 from ccl_fast.files import write_atomically
+from ccl_fast.metrics import cluster_quality
 from ccl_fast.models import Model
 from ccl_fast.training.objectives import OBJECTIVES
 from ccl_fast.version import __version__

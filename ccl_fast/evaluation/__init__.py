@@ -3,7 +3,6 @@
 from ccl_fast.errors import packages_of_training
 
 with packages_of_training():
-    from ccl_fast.evaluation.cluster_quality import cluster_quality
     from ccl_fast.evaluation.detection import DEFAULT, GROUPS, Evaluation, cluster, evaluate_model, make_detectors
     from ccl_fast.evaluation.knn import knn_accuracy
     from ccl_fast.evaluation.page import write_page
@@ -14,7 +13,6 @@ __all__ = [
     "GROUPS",
     "Evaluation",
     "cluster",
-    "cluster_quality",
     "evaluate_model",
     "knn_accuracy",
     "make_detectors",

@@ -1,29 +1,30 @@
-"""Objectives: an nn.Module each, a page of formula over the operators."""
+"""Contrastive losses: an nn.Module each, a page of formula over the operators."""
 
 from ccl_fast.losses.adameow import AdaMEOWLoss, PairWeights
+from ccl_fast.losses.base import Loss
 from ccl_fast.losses.cacr import CACRLoss
 from ccl_fast.losses.ccl import CCLLoss
-from ccl_fast.losses.cluster_negatives import CenterNegativesLoss, MCLLoss, MEOWLoss
+from ccl_fast.losses.center_negatives import CenterNegativesLoss
+from ccl_fast.losses.deepcluster import DeepClusterV2Loss
 from ccl_fast.losses.feature_transformation import (
     FeatureTransformationLoss,
     extrapolate_positives,
     interpolate_negatives,
 )
+from ccl_fast.losses.graph import LightGCLLoss, SCGCLoss, SVDView, influence_matrix
 from ccl_fast.losses.hard_contrastive import HardContrastiveLoss
 from ccl_fast.losses.infonce import InfoNCELoss
 from ccl_fast.losses.interclr import InterCLRLoss
-from ccl_fast.losses.lightgcl import LightGCLLoss, SVDView
+from ccl_fast.losses.mcl import MCLLoss
+from ccl_fast.losses.meow import MEOWLoss
 from ccl_fast.losses.mlcd import MLCDLoss, nearest_centers
 from ccl_fast.losses.mochi import MoCHiLoss
 from ccl_fast.losses.pamc import PamCLoss
-from ccl_fast.losses.prototypes import DeepClusterV2Loss, ProtoNCELoss
+from ccl_fast.losses.protonce import ProtoNCELoss
 from ccl_fast.losses.sbcl import SBCLLoss
-from ccl_fast.losses.scgc import SCGCLoss, influence_matrix
-from ccl_fast.losses.score_histogram import ScoreHistogram, score_histogram
 from ccl_fast.losses.sepclr import SepCLRLoss
 from ccl_fast.losses.supcon import SupConLoss
 from ccl_fast.losses.swav import SwAVLoss
-from ccl_fast.losses.uniformity import tolerance, uniformity
 from ccl_fast.losses.whitenedcse import WhitenedCSELoss, shuffled_group_whitening
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "InfoNCELoss",
     "InterCLRLoss",
     "LightGCLLoss",
+    "Loss",
     "MCLLoss",
     "MEOWLoss",
     "MLCDLoss",
@@ -47,7 +49,6 @@ __all__ = [
     "SBCLLoss",
     "SCGCLoss",
     "SVDView",
-    "ScoreHistogram",
     "SepCLRLoss",
     "SupConLoss",
     "SwAVLoss",
@@ -56,8 +57,5 @@ __all__ = [
     "influence_matrix",
     "interpolate_negatives",
     "nearest_centers",
-    "score_histogram",
     "shuffled_group_whitening",
-    "tolerance",
-    "uniformity",
 ]

@@ -5,11 +5,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ccl_fast.checks import check_floating, check_ids, check_matrix, check_same
+from ccl_fast.checks import check_count, check_floating, check_matrix, check_same
 from ccl_fast.errors import ArgumentError
-from ccl_fast.losses.cluster_negatives import MEOWLoss
-from ccl_fast.losses.contrast import check_id_range
-from ccl_fast.losses.infonce import check_pairs
+from ccl_fast.losses.batch import check_ids, check_queries
+from ccl_fast.losses.meow import MEOWLoss
 from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
 from ccl_fast.ops.precision import accumulation_dtype
 
@@ -38,28 +37,26 @@ class AdaMEOWLoss(MEOWLoss):
     Args:
         temperature: T, > 0; the initial value if learnable.
         symmetric: two towers contrast in both directions (keys are anchors too).
-        learnable_temperature, normalize, reduction, backend: as in `CCLLoss`.
+        learnable_temperature, normalize, reduction, backend: as in `Loss`. (It runs on one process.)
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.losses import AdaMEOWLoss, PairWeights
+        >>> centers, cluster_ids = torch.randn(3, 16), torch.arange(8) % 3
+        >>> weights = PairWeights(16)(centers)
+        >>> AdaMEOWLoss(temperature=0.2)(torch.randn(8, 2, 16), cluster_ids, weights=weights).backward()
     """
 
-    def __init__(
-        self,
-        temperature: float = 0.1,
-        symmetric: bool = True,
-        learnable_temperature: bool = False,
-        normalize: bool = True,
-        reduction: str = "mean",
-        backend: str = "auto",
-    ):  # one process: without a process_group
-        super().__init__(temperature, symmetric, learnable_temperature, normalize, reduction, backend)
+    unsupported = ("process_group", "exchange")
 
-    def forward(self, queries: Tensor, cluster_ids: Tensor, weights: Tensor, keys: Tensor | None = None) -> Tensor:
+    def forward(self, queries: Tensor, cluster_ids: Tensor, *, weights: Tensor, keys: Tensor | None = None) -> Tensor:
         """
         Args:
             queries: ``[n, d]``, or ``[n, 2, d]`` (two views) without ``keys``; float64, float32, bfloat16, float16.
-            cluster_ids: ``[n]``, int32 or int64, from 0 to k - 1, or -1: unassigned, of weight 1 with all samples.
+            cluster_ids: ``[n]``, integers, from 0 to k - 1, or -1: unassigned, of weight 1 with all samples.
             weights: ``[k, k]``, floating point, not negative: of an anchor's cluster (row) with a negative's (column).
                 They get a gradient. A weight of 0 removes the negatives and gets none.
             keys: ``[n, d]``; row i is the positive of query i.
@@ -72,28 +69,21 @@ class AdaMEOWLoss(MEOWLoss):
             ValueError: an argument has the wrong type, shape, dtype, device or value.
             IndexError: a cluster id is out of range (on a GPU an assertion on the device).
         """
-        check_pairs(queries, keys)
-        check_ids("cluster_ids", cluster_ids, queries)
+        check_queries(queries, keys)
         _check_weights(weights, queries)
-        check_id_range("cluster_ids", cluster_ids, len(weights))
+        check_ids("cluster_ids", cluster_ids, queries, len(weights), "clusters with weights")
         samples, scale = torch.arange(len(queries), device=queries.device), 1.0 / self.temperature
 
-        def losses(anchors: Tensor, keys: Tensor, positives: Tensor, ids: Tensor, samples: Tensor) -> Tensor:
+        def losses(anchors: Tensor, positives: Tensor, keys: Tensor | None) -> Tensor:
+            views = 2 if keys is None else 1
+            ids, of_sample = cluster_ids.long().repeat(views), samples.repeat(views)
             logits = row_dot(anchors, positives) * scale
-            anchors, keys = self._with_weights(anchors, keys, ids, weights)
-            among = {"q_ids": samples, "k_ids": samples, "candidates": "other_id"}
+            anchors, keys = self._with_weights(anchors, anchors if keys is None else keys, ids, weights)
+            among = {"q_ids": of_sample, "k_ids": of_sample, "candidates": "other_id"}
             negatives = streaming_logsumexp(anchors, keys, scale=scale, backend=self.backend, **among)
             return logaddexp(negatives, logits) - logits
 
-        if keys is None:
-            z = self.unit(queries.transpose(0, 1).flatten(0, 1))
-            rows = losses(z, z, z.roll(len(queries), dims=0), cluster_ids.repeat(2), samples.repeat(2)).view(2, -1).T
-        else:
-            q, k = self.unit(queries), self.unit(keys)
-            rows = losses(q, k, k, cluster_ids, samples)
-            if self.symmetric:
-                rows = torch.stack((rows, losses(k, q, q, cluster_ids, samples)), dim=1)
-        return self.reduce(rows.flatten(), torch.ones_like(rows, dtype=torch.bool).flatten(), rows.shape)
+        return self.reduce(self.both_directions(queries, keys, losses, self.symmetric))
 
     def _with_weights(self, anchors: Tensor, keys: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [n, d + k], whose inner products are theirs plus T log w."""
@@ -129,10 +119,21 @@ class PairWeights(nn.Module):
     Args:
         features: d, of the centres.
         hidden: width.
+
+    Raises:
+        ValueError: an argument is no positive integer.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.losses import PairWeights
+        >>> PairWeights(features=16)(torch.randn(3, 16)).shape
+        torch.Size([3, 3])
     """
 
     def __init__(self, features: int, hidden: int = 16):
         super().__init__()
+        check_count("features", features)
+        check_count("hidden", hidden)
         self.first = nn.Linear(features, hidden)
         self.second = nn.Linear(hidden, 1)
 

@@ -1,17 +1,19 @@
 """Attraction weighted towards far positives, repulsion towards near negatives."""
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
 from ccl_fast.checks import check_not_negative
 from ccl_fast.errors import ArgumentError
-from ccl_fast.losses.contrast import ContrastiveLoss
+from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.ops import expected_similarity, row_dot, streaming_logsumexp
 from ccl_fast.ops.ids import consecutive_ids
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
 
-class CACRLoss(ContrastiveLoss):
+class CACRLoss(Loss):
     r"""Each row is drawn to its positives, most to the farthest, and driven from its negatives, most from the nearest.
 
     With z unit embeddings, P(i) the other views of the sample of row i (or, given labels, the other rows of its class)
@@ -30,32 +32,50 @@ class CACRLoss(ContrastiveLoss):
     queue: of its own view), and averages over the pairs; its factors alpha and beta are 1.
 
     Args:
+        temperature: it has none but :math:`t_+` and :math:`t_-`, so nothing but 1.
         t_positive: :math:`t_+`, >= 0.
         t_negative: :math:`t_-`, >= 0.
         normalize: scale embeddings to unit length; if not, distances are of the embeddings as they come.
-        reduction: "mean", "sum", or "none" (a loss per row, ``[n]`` or ``[n, views]``).
+        reduction: "mean", "sum", or "none" (a loss per row, ``[n]`` or ``[n, views]``). Of the other options of
+            `Loss` it can honour none.
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.losses import CACRLoss
+        >>> embeddings = torch.randn(8, 4, 16)  # four views of each image
+        >>> CACRLoss(t_positive=1.0, t_negative=2.0, reduction="none")(embeddings).shape
+        torch.Size([8, 4])
     """
 
+    unsupported = (
+        "temperature",
+        "learnable_temperature",
+        "backend",
+        "process_group",
+        "exchange",
+    )
+
     def __init__(
-        self, t_positive: float = 1.0, t_negative: float = 2.0, normalize: bool = True, reduction: str = "mean"
+        self,
+        temperature: float = 1.0,
+        *,
+        t_positive: float = 1.0,
+        t_negative: float = 2.0,
+        **common: Unpack[CommonOptions],
     ):
-        super().__init__(1.0, normalize=normalize, reduction=reduction)  # t is what another loss's temperature is
+        super().__init__(temperature, **common)
         for name, t in (("t_positive", t_positive), ("t_negative", t_negative)):
             check_not_negative(name, t)
         self.t_positive, self.t_negative = t_positive, t_negative
-
-    def extra_repr(self) -> str:
-        own = f"t_positive={self.t_positive}, t_negative={self.t_negative}"
-        return f"{own}, normalize={self.normalize}, reduction={self.reduction!r}"
 
     def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
         """
         Args:
             embeddings: ``[n, views, d]``, or ``[n, d]`` with labels; float64, float32, bfloat16, float16.
-            labels: ``[n]``, int32 or int64: the positives are the rows of the class, and the negatives those of other
+            labels: ``[n]``, integers: the positives are the rows of the class, and the negatives those of other
                 classes. -1 is unlabelled: a class of its own. None: each sample is a class.
 
         Returns:
@@ -64,6 +84,7 @@ class CACRLoss(ContrastiveLoss):
 
         Raises:
             ValueError: an argument has the wrong type, shape, dtype, device or value.
+            IndexError: a label is below -1 (on a GPU: an assertion on the device).
         """
         batch = self.prepare(embeddings, labels, "labels")
         z = batch.z

@@ -1,19 +1,23 @@
 """Cluster-aware contrastive learning."""
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from ccl_fast.checks import check_choice, check_not_negative, check_number
 from ccl_fast.errors import ArgumentError
-from ccl_fast.losses.contrast import Batch, ContrastiveLoss, check_center_temperature
-from ccl_fast.ops import logaddexp, row_dot
+from ccl_fast.losses import processes
+from ccl_fast.losses.base import CommonOptions, Loss
+from ccl_fast.losses.batch import Batch, check_center_temperature
+from ccl_fast.losses.centers import center_logits
+from ccl_fast.ops import logaddexp, row_dot, same_id_similarity, streaming_logsumexp
 from ccl_fast.ops.precision import accumulation_dtype
 
 FORMS = ("joint", "split", "inside")
 
 
-class CCLLoss(ContrastiveLoss):
+class CCLLoss(Loss):
     r"""Contrast with cluster-mates (local relation) and the cluster's centre (global relation) as positives.
 
     With z unit embeddings of all views, y their cluster ids, :math:`\mu` unit centres (without gradient),
@@ -52,22 +56,21 @@ class CCLLoss(ContrastiveLoss):
         instance_weight: omega, 0 to 1; above 0 the embeddings must be [n, views, d] with two or more views.
         center_temperature: T_c of the centres: a number, a tensor ``[k]`` (one per cluster, such as PCL's
             concentration), or None for T. ``forward`` takes another one, as clusters change during training.
-        learnable_temperature: make log T a parameter (``log_temperature``).
-        normalize: scale embeddings and centres to unit length; if not, they are used as they come.
-        reduction: "mean", "sum", or "none" (a loss per row: ``[n]`` or ``[n, views]``).
-        backend: of the streaming log-sum-exp: "auto", "triton", "blocked" or "reference".
-        process_group: the batch is that of all processes of this torch.distributed group ("world": the default group),
-            each of which passes its part, of any size, with ids that mean the same everywhere, and the same centres.
-            Every process returns the loss of the whole batch ("none": of its own rows). Its gradients are those of
-            that loss times the number of processes, for its own embeddings: averaged over processes, as
-            DistributedDataParallel does, they make the gradient of the model that one process would find. That of a
-            learnable temperature is whole on every process. None: this process's batch alone.
-        exchange: how rows travel between processes: "all-gather" (every process holds the embeddings of all, once),
-            or "ring" (three parts at a time).
+        learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `Loss`; "none" gives a loss
+            per row, ``[n]`` or ``[n, views]``.
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
         PeerError: (a RuntimeError) another process has ended or does not answer.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.losses import CCLLoss
+        >>> loss_fn = CCLLoss(temperature=0.1, center_weight=0.5)
+        >>> embeddings = torch.randn(8, 2, 16, requires_grad=True)  # two views of each image
+        >>> loss_fn(embeddings, torch.arange(8) % 3, torch.randn(3, 16)).backward()
+        >>> embeddings.grad.shape
+        torch.Size([8, 2, 16])
     """
 
     _ids_name = "cluster_ids"
@@ -75,18 +78,14 @@ class CCLLoss(ContrastiveLoss):
     def __init__(
         self,
         temperature: float = 0.1,
+        *,
         center_weight: float = 1.0,
         form: str = "joint",
         center_temperature: float | Tensor | None = None,
-        learnable_temperature: bool = False,
-        normalize: bool = True,
-        reduction: str = "mean",
-        backend: str = "auto",
-        process_group: ProcessGroup | str | None = None,
-        exchange: str = "all-gather",
         instance_weight: float = 0.0,
+        **common: Unpack[CommonOptions],
     ):
-        super().__init__(temperature, learnable_temperature, normalize, reduction, backend, process_group, exchange)
+        super().__init__(temperature, **common)
         check_choice("form", form, FORMS)
         check_not_negative("center_weight", center_weight)
         check_center_temperature(center_temperature)
@@ -97,25 +96,18 @@ class CCLLoss(ContrastiveLoss):
         else:
             self.center_temperature = center_temperature
 
-    def extra_repr(self) -> str:
-        weights = f"center_weight={self.center_weight}, instance_weight={self.instance_weight}"
-        return f"form={self.form!r}, {weights}, {super().extra_repr()}"
-
-    @property
-    def settings(self) -> dict:
-        return super().settings | {name: getattr(self, name) for name in ("form", "center_weight", "instance_weight")}
-
     def forward(
         self,
         embeddings: Tensor,
         cluster_ids: Tensor | None = None,
         centers: Tensor | None = None,
+        *,
         center_temperature: float | Tensor | None = None,
     ) -> Tensor:
         """
         Args:
             embeddings: ``[n, d]`` (one row per view) or ``[n, views, d]``; float64, float32, bfloat16, float16.
-            cluster_ids: ``[n]`` int32 or int64. -1 is unassigned: its only positives are its own views (it has
+            cluster_ids: ``[n]``, integers. -1 is unassigned: its only positives are its own views (it has
                 those in the form [n, views, d]), and it stays a negative of all others. None: every sample is
                 a cluster of its own, which needs [n, views, d].
             centers: ``[k, d]`` or None. Cluster ids are then rows of it. They get no gradient.
@@ -137,15 +129,16 @@ class CCLLoss(ContrastiveLoss):
             centers = None
         scale = 1.0 / self.shared(self.temperature, batch.exchange)
         if centers is not None:
-            center_logsumexp, own_center = self.contrast_centers(batch, centers, center_temperature, scale)
+            center_logsumexp, own_center = center_logits(self, batch, centers, center_temperature, scale)
             # An unassigned anchor has no centre of its own, but all centres are negatives of it.
             weight = self.center_weight * batch.assigned.to(own_center.dtype)
 
-        others, positives, count = self.contrast(batch, scale, inside=self.form == "inside")
+        inside = self.form == "inside"
+        others, positives, count = logsumexp_with_positives(batch, scale, inside=inside, backend=self.backend)
         candidates = others
         if centers is not None and self.form != "split":
             candidates = logaddexp(others, center_logsumexp)
-        if self.form == "inside":
+        if inside:
             if centers is not None:
                 positives = logaddexp(positives, own_center + weight.log())
             has_positive = positives != -torch.inf
@@ -170,6 +163,23 @@ class CCLLoss(ContrastiveLoss):
         if self.instance_weight and (embeddings.ndim != 3 or embeddings.shape[1] < 2):
             expected = "shape [n, views, d] with two views or more, for instance_weight"
             raise ArgumentError(f"embeddings: expected {expected}, got {list(embeddings.shape)}")
+
+
+def logsumexp_with_positives(
+    batch: Batch, scale: float | Tensor, *, inside: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of every row, over all other rows: log-sum-exp of the logits, and what the positives bring, which is their
+    log-sum-exp (``inside`` the logarithm), or else the sum of their logits; then their number comes third."""
+    if batch.exchange is not None:
+        return processes.logsumexp_with_positives(batch, scale, inside, backend)
+    if inside:
+        others, positives = streaming_logsumexp(
+            batch.z, scale=scale, q_ids=batch.ids, return_same=True, backend=backend
+        )
+        return others, positives, None
+    others = streaming_logsumexp(batch.z, scale=scale, backend=backend)
+    positives, count = same_id_similarity(batch.z, batch.ids)
+    return others, positives * scale, count
 
 
 def _mean_of_own_views(batch: Batch) -> Tensor:

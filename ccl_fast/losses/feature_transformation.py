@@ -1,19 +1,20 @@
 """Harder positives and more diverse negatives, made of the features themselves."""
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_floating, check_matrix, check_positive, check_tensor
+from ccl_fast.checks import check_floating, check_matrix, check_positive
 from ccl_fast.errors import ArgumentError
-from ccl_fast.losses.contrast import ContrastiveLoss
-from ccl_fast.losses.infonce import check_pairs
+from ccl_fast.losses.base import CommonOptions, Loss
+from ccl_fast.losses.batch import check_queries
 from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
 from ccl_fast.ops.precision import accumulation_dtype
 
 
-class FeatureTransformationLoss(ContrastiveLoss):
+class FeatureTransformationLoss(Loss):
     r"""InfoNCE with a queue, over transformed features: positives drawn apart, negatives mixed with each other.
 
     With unit queries q, unit keys k, :math:`\hat q, \hat k` of `extrapolate_positives` and :math:`\hat n` of
@@ -35,35 +36,38 @@ class FeatureTransformationLoss(ContrastiveLoss):
         positive_alpha: of `extrapolate_positives`, > 0, or None to leave the pairs as they are.
         negative_alpha: of `interpolate_negatives`, > 0, or None to leave the queue as it is.
         per_dimension: a lambda for each dimension of a row.
-        learnable_temperature, normalize, reduction, backend: as in `CCLLoss`.
+        learnable_temperature, normalize, reduction, backend: as in `Loss`. (It runs on one process.)
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.losses import FeatureTransformationLoss
+        >>> loss_fn = FeatureTransformationLoss(temperature=0.2)
+        >>> loss_fn(torch.randn(8, 16), torch.randn(8, 16), negatives=torch.randn(64, 16)).shape
+        torch.Size([])
     """
+
+    unsupported = ("process_group", "exchange")
 
     def __init__(
         self,
         temperature: float = 0.2,
+        *,
         positive_alpha: float | None = 2.0,
         negative_alpha: float | None = 1.6,
         per_dimension: bool = False,
-        learnable_temperature: bool = False,
-        normalize: bool = True,
-        reduction: str = "mean",
-        backend: str = "auto",
+        **common: Unpack[CommonOptions],
     ):
-        super().__init__(temperature, learnable_temperature, normalize, reduction, backend)
+        super().__init__(temperature, **common)
         for name, alpha in (("positive_alpha", positive_alpha), ("negative_alpha", negative_alpha)):
             if alpha is not None:
                 check_positive(name, alpha)
         self.positive_alpha, self.negative_alpha, self.per_dimension = positive_alpha, negative_alpha, per_dimension
 
-    def extra_repr(self) -> str:
-        own = f"positive_alpha={self.positive_alpha}, negative_alpha={self.negative_alpha}"
-        return f"{own}, per_dimension={self.per_dimension}, {super().extra_repr()}"
-
     def forward(
-        self, queries: Tensor, keys: Tensor, negatives: Tensor, generator: torch.Generator | None = None
+        self, queries: Tensor, keys: Tensor, *, negatives: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
         """
         Args:
@@ -78,9 +82,7 @@ class FeatureTransformationLoss(ContrastiveLoss):
         Raises:
             ValueError: an argument has the wrong type, shape, dtype, device or value.
         """
-        check_tensor("keys", keys)
-        check_tensor("negatives", negatives)
-        check_pairs(queries, keys, negatives)
+        check_queries(queries, keys, negatives, required=("keys", "negatives"))
         q, k, n = self.unit(queries), self.unit(keys.detach()), self.unit(negatives.detach())
         options = {"per_dimension": self.per_dimension, "generator": generator}
         if self.positive_alpha is not None:
@@ -90,7 +92,7 @@ class FeatureTransformationLoss(ContrastiveLoss):
         scale = 1.0 / self.temperature
         positives = row_dot(q, k) * scale
         losses = logaddexp(streaming_logsumexp(q, n, scale=scale, backend=self.backend), positives) - positives
-        return self.reduce(losses, torch.ones_like(losses, dtype=torch.bool), losses.shape)
+        return self.reduce(losses)
 
 
 def extrapolate_positives(
@@ -101,14 +103,14 @@ def extrapolate_positives(
     per_dimension: bool = False,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Draw the two of a pair apart, along their difference: a harder positive.
+    r"""Draw a query and its key apart, along their difference: a harder positive.
 
     .. math::
         \hat q = \lambda q + (1 - \lambda) k, \qquad \hat k = \lambda k + (1 - \lambda) q, \qquad
         \lambda - 1 \sim \mathrm{Beta}(\alpha, \alpha)
 
-    As :math:`\langle \hat q, \hat k \rangle = \langle q, k \rangle - \lambda (\lambda - 1) |q - k|^2` the similarity of
-    the pair only falls. Gradients flow to both, through both.
+    As :math:`\langle \hat q, \hat k \rangle = \langle q, k \rangle - \lambda (\lambda - 1) |q - k|^2` their
+    similarity only falls. Gradients flow to both, through both.
 
     Zhu et al., "Improving Contrastive Learning by Visualizing Feature Transformation" (arXiv:2108.02982).
 
@@ -124,9 +126,15 @@ def extrapolate_positives(
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.losses import extrapolate_positives
+        >>> q, k = extrapolate_positives(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+        >>> bool((q * k).sum() < 0)
+        True
     """
-    check_tensor("keys", keys)
-    check_pairs(queries, keys)
+    check_queries(queries, keys, required=("keys",))
     weights = 1.0 + _mixing_weights(queries, alpha, per_dimension, generator)
     return _mix(queries, keys, weights), _mix(keys, queries, weights)
 
@@ -153,6 +161,12 @@ def interpolate_negatives(
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype or value.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.losses import interpolate_negatives
+        >>> interpolate_negatives(torch.randn(64, 16)).shape
+        torch.Size([64, 16])
     """
     check_matrix("negatives", negatives)
     check_floating("negatives", negatives)

@@ -1,15 +1,17 @@
 """InfoNCE against the hardest negatives alone."""
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
 from ccl_fast.checks import check_share
-from ccl_fast.losses.contrast import ContrastiveLoss, number_of
-from ccl_fast.losses.infonce import check_pairs
+from ccl_fast.losses.base import CommonOptions, Loss
+from ccl_fast.losses.batch import ceil_of_share, check_queries
 from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp, topk_logsumexp
 
 
-class HardContrastiveLoss(ContrastiveLoss):
+class HardContrastiveLoss(Loss):
     r"""InfoNCE whose negatives are, of each anchor, the share alpha that is most similar to it.
 
     .. math::
@@ -26,33 +28,38 @@ class HardContrastiveLoss(ContrastiveLoss):
     kept (0.0315 to 0.0819: some 4,000 negatives of a memory bank), and whose temperatures are large.
 
     Args:
-        alpha: the share of negatives that are kept, 0 < alpha <= 1.
         temperature: T, > 0; the initial value if learnable.
+        alpha: the share of negatives that are kept, 0 < alpha <= 1.
         symmetric: two towers contrast in both directions (keys are anchors too).
-        learnable_temperature, normalize, reduction, backend: as in `CCLLoss`; the backend is that of alpha = 1.
+        learnable_temperature, normalize, reduction, backend: as in `Loss`; the backend is that of alpha = 1. (It
+            runs on one process.)
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.losses import HardContrastiveLoss
+        >>> loss = HardContrastiveLoss(alpha=0.25)(torch.randn(8, 2, 16))
+        >>> loss.shape
+        torch.Size([])
     """
+
+    unsupported = ("process_group", "exchange")
 
     def __init__(
         self,
-        alpha: float = 0.0819,
         temperature: float = 0.7,
+        *,
+        alpha: float = 0.0819,
         symmetric: bool = True,
-        learnable_temperature: bool = False,
-        normalize: bool = True,
-        reduction: str = "mean",
-        backend: str = "auto",
+        **common: Unpack[CommonOptions],
     ):
-        super().__init__(temperature, learnable_temperature, normalize, reduction, backend)
+        super().__init__(temperature, **common)
         check_share("alpha", alpha)
         self.alpha, self.symmetric = alpha, symmetric
 
-    def extra_repr(self) -> str:
-        return f"alpha={self.alpha}, symmetric={self.symmetric}, {super().extra_repr()}"
-
-    def forward(self, queries: Tensor, keys: Tensor | None = None, negatives: Tensor | None = None) -> Tensor:
+    def forward(self, queries: Tensor, keys: Tensor | None = None, *, negatives: Tensor | None = None) -> Tensor:
         """
         Args:
             queries: ``[n, d]``, or ``[n, 2, d]`` (two views) without ``keys``; float64, float32, bfloat16, float16.
@@ -66,19 +73,15 @@ class HardContrastiveLoss(ContrastiveLoss):
         Raises:
             ValueError: an argument has the wrong type, shape, dtype, device or value.
         """
-        n, _ = check_pairs(queries, keys, negatives)
+        check_queries(queries, keys, negatives)
         extra = None if negatives is None else self.unit(negatives)
-        if keys is None:
-            z = self.unit(queries.transpose(0, 1).flatten(0, 1))
-            losses = self._contrast(z, z.roll(n, dims=0), None, extra).view(2, n).T
-        else:
-            q, k = self.unit(queries), self.unit(keys)
-            losses = self._contrast(q, k, k, extra)
-            if self.symmetric:
-                losses = torch.stack((losses, self._contrast(k, q, q, extra)), dim=1)
-        return self.reduce(losses.flatten(), torch.ones_like(losses, dtype=torch.bool).flatten(), losses.shape)
 
-    def _contrast(self, anchors: Tensor, positives: Tensor, keys: Tensor | None, extra: Tensor | None) -> Tensor:
+        def losses(anchors: Tensor, positives: Tensor, keys: Tensor | None) -> Tensor:
+            return self._losses(anchors, positives, keys, extra)
+
+        return self.reduce(self.both_directions(queries, keys, losses, self.symmetric))
+
+    def _losses(self, anchors: Tensor, positives: Tensor, keys: Tensor | None, extra: Tensor | None) -> Tensor:
         """Losses of the anchors against keys (None: two views, against each other) and extra rows."""
         scale, views = 1.0 / self.temperature, 2 if keys is None else 1
         n = len(anchors) // views
@@ -95,7 +98,7 @@ class HardContrastiveLoss(ContrastiveLoss):
         if self.alpha == 1:
             logsumexp = streaming_logsumexp(anchors, **among, backend=self.backend)
         else:
-            kept = max(number_of(self.alpha, negatives), 1)
+            kept = max(ceil_of_share(self.alpha, negatives), 1)
             logsumexp = topk_logsumexp(anchors, **among, topk=kept)
         logits = row_dot(anchors, positives) * scale
         return logaddexp(logsumexp, logits) - logits

@@ -1,20 +1,20 @@
 """InfoNCE between views of an image, and between images of one pseudo-label."""
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_count, check_ids, check_matrix, check_number, check_same, check_share
-from ccl_fast.errors import ArgumentError
-from ccl_fast.losses.contrast import ContrastiveLoss, number_of
-from ccl_fast.losses.mochi import check_queue
+from ccl_fast.checks import check_count, check_matrix, check_number, check_same, check_share, check_vector
+from ccl_fast.losses.base import CommonOptions, Loss
+from ccl_fast.losses.batch import ceil_of_share, check_ids, check_integers, check_queries, check_some
 from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp, topk_logsumexp
 from ccl_fast.ops.ids import separate_unassigned
 
 
-class InterCLRLoss(ContrastiveLoss):
-    r"""An image against its other view and a queue; and against an image of its cluster and semi-hard others.
+class InterCLRLoss(Loss):
+    r"""Contrasts an image with its other view and a queue, and with an image of its cluster and semi-hard others.
 
     .. math::
         \ell_i = (1 - \lambda) \Big[ \log \Big( e^{\langle q_i, k_i \rangle / T}
@@ -39,47 +39,53 @@ class InterCLRLoss(ContrastiveLoss):
     those of `ccl_fast.clustering.OnlineClusters`.
 
     Args:
+        temperature: T, > 0; the initial value if learnable.
         inter_weight: lambda, from 0 to 1.
-        negatives: wanted for each anchor, at least 1.
+        num_negatives: wanted from the bank for each anchor, at least 1.
         pool: x, 0 < x <= 1; 1 draws them from the whole bank.
         margin: m.
-        temperature: T, > 0; the initial value if learnable.
-        learnable_temperature, normalize, reduction, backend: as in `CCLLoss`; the backend is that of the queue.
+        learnable_temperature, normalize, reduction, backend: as in `Loss`; the backend is that of the queue. (It
+            runs on one process.)
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.losses import InterCLRLoss
+        >>> q, k, queue, bank = (torch.randn(n, 16) for n in (8, 8, 64, 100))
+        >>> of_bank = {"bank": bank, "bank_cluster_ids": torch.arange(100) % 5, "indices": torch.arange(8)}
+        >>> InterCLRLoss(num_negatives=10)(q, k, negatives=queue, **of_bank).shape
+        torch.Size([])
     """
+
+    unsupported = ("process_group", "exchange")
 
     def __init__(
         self,
+        temperature: float = 0.2,
+        *,
         inter_weight: float = 0.25,
-        negatives: int = 16384,
+        num_negatives: int = 16384,
         pool: float = 0.1,
         margin: float = -0.5,
-        temperature: float = 0.2,
-        learnable_temperature: bool = False,
-        normalize: bool = True,
-        reduction: str = "mean",
-        backend: str = "auto",
+        **common: Unpack[CommonOptions],
     ):
-        super().__init__(temperature, learnable_temperature, normalize, reduction, backend)
+        super().__init__(temperature, **common)
         check_number("inter_weight", inter_weight, "a number from 0 to 1", lambda x: 0 <= x <= 1)
-        check_count("negatives", negatives)
+        check_count("num_negatives", num_negatives)
         check_share("pool", pool)
         check_number("margin", margin, "a finite number", math.isfinite)
-        self.inter_weight, self.negatives, self.pool, self.margin = inter_weight, negatives, pool, margin
-
-    def extra_repr(self) -> str:
-        own = f"inter_weight={self.inter_weight}, negatives={self.negatives}, pool={self.pool}, margin={self.margin}"
-        return f"{own}, {super().extra_repr()}"
+        self.inter_weight, self.num_negatives, self.pool, self.margin = inter_weight, num_negatives, pool, margin
 
     def forward(
         self,
         queries: Tensor,
         keys: Tensor,
-        queue: Tensor,
+        *,
+        negatives: Tensor,
         bank: Tensor,
-        bank_labels: Tensor,
+        bank_cluster_ids: Tensor,
         indices: Tensor,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -87,10 +93,10 @@ class InterCLRLoss(ContrastiveLoss):
         Args:
             queries: ``[n, d]``, the anchors; float64, float32, bfloat16 or float16.
             keys: ``[n, d]``; row i is the positive of query i. (MoCo gives them no gradient: detach them.)
-            queue: ``[m, d]`` embeddings of earlier batches, at least one.
+            negatives: ``[m, d]``, the queue: embeddings of earlier batches, at least one.
             bank: ``[b, d]`` earlier embeddings of all images.
-            bank_labels: ``[b]``, int32 or int64, their pseudo-labels; below 0 is a cluster of its own.
-            indices: ``[n]``, int32 or int64: the rows of the bank that are the queries' images.
+            bank_cluster_ids: ``[b]``, integers, their pseudo-labels; -1 is unassigned: a cluster of its own.
+            indices: ``[n]``, integers: the rows of the bank that are the queries' images.
             generator: of what is drawn, on the queries' device; None is torch's own.
 
         Returns:
@@ -98,29 +104,32 @@ class InterCLRLoss(ContrastiveLoss):
 
         Raises:
             ValueError: an argument has the wrong type, shape, dtype, device or value.
-            IndexError: an index is out of range (on a GPU torch's assertion on the device).
+            IndexError: a cluster id is below -1, or an index out of range (on a GPU torch's assertion on the device).
         """
-        check_queue(queries, keys, queue)
+        check_queries(queries, keys, negatives, required=("keys", "negatives"))
+        check_some("negatives", negatives)
         check_matrix("bank", bank, columns=queries.shape[1])
         check_same("bank", bank, "queries", queries)
-        if len(bank) == 0:
-            raise ArgumentError("bank: expected at least one row, got none")
-        check_ids("bank_labels", bank_labels, bank)
-        check_ids("indices", indices, queries)
+        check_some("bank", bank)
+        check_ids("bank_cluster_ids", bank_cluster_ids, bank)
+        check_vector("indices", indices, len(queries))
+        check_integers("indices", indices, queries)
         scale, q = 1.0 / self.temperature, self.unit(queries)
-        intra = _contrast(
+        intra = _info_nce(
             row_dot(q, self.unit(keys)) * scale,
-            streaming_logsumexp(q, self.unit(queue.detach()), scale=scale, backend=self.backend),
+            streaming_logsumexp(q, self.unit(negatives.detach()), scale=scale, backend=self.backend),
         )
-        inter = self._inter(q, bank.detach(), separate_unassigned(bank_labels), indices, scale, generator)
+        inter = self._inter(
+            q, bank.detach(), separate_unassigned(bank_cluster_ids.long()), indices.long(), scale, generator
+        )
         losses = (1 - self.inter_weight) * intra + self.inter_weight * inter
-        return self.reduce(losses, torch.ones_like(losses, dtype=torch.bool), losses.shape)
+        return self.reduce(losses)
 
     def draw(self, n: int, size: int, like: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Of each anchor which of its cluster is the positive, ``[n]`` from 0 to 1; and rows of a bank of ``size``
         among which are the negatives."""
         options = {"generator": generator, "device": like.device}
-        wanted = number_of(1 / self.pool, self.negatives)
+        wanted = ceil_of_share(1 / self.pool, self.num_negatives)
         return torch.rand(n, **options), torch.randperm(size, **options)[:wanted]
 
     def _inter(
@@ -138,8 +147,8 @@ class InterCLRLoss(ContrastiveLoss):
         first, end = torch.searchsorted(ordered, own), torch.searchsorted(ordered, own, right=True)
         place = first + (which * (end - first)).long()
         positives = self.unit(bank[order[place]])
-        hardest = number_of(self.pool, len(drawn))
-        return _contrast(
+        hardest = ceil_of_share(self.pool, len(drawn))
+        return _info_nce(
             (row_dot(q, positives) - self.margin) * scale,
             topk_logsumexp(
                 q,
@@ -153,5 +162,5 @@ class InterCLRLoss(ContrastiveLoss):
         )
 
 
-def _contrast(positives: Tensor, logsumexp: Tensor) -> Tensor:
+def _info_nce(positives: Tensor, logsumexp: Tensor) -> Tensor:
     return logaddexp(logsumexp, positives) - positives

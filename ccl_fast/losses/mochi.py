@@ -1,14 +1,13 @@
 """InfoNCE against a queue and against mixtures of the hardest rows in it."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_count, check_matrix, check_same, check_tensor
-from ccl_fast.errors import ArgumentError
-from ccl_fast.losses.contrast import ContrastiveLoss
-from ccl_fast.losses.infonce import check_pairs
+from ccl_fast.checks import check_count
+from ccl_fast.losses.base import CommonOptions, Loss
+from ccl_fast.losses.batch import check_queries, check_some
 from ccl_fast.ops import edge_similarity, logaddexp, row_dot, streaming_logsumexp, streaming_topk
 
 
@@ -22,7 +21,7 @@ class Mixing(NamedTuple):
     beta: Tensor  # [n, s'], of the anchor
 
 
-class MoCHiLoss(ContrastiveLoss):
+class MoCHiLoss(Loss):
     r"""InfoNCE whose negatives are a queue and, of each anchor, synthetic rows mixed from the hardest of the queue.
 
     .. math::
@@ -41,48 +40,54 @@ class MoCHiLoss(ContrastiveLoss):
     n (N + s + s') numbers. Without mixtures it is InfoNCE against the queue. A second derivative raises.
 
     Kalantidis et al., "Hard Negative Mixing for Contrastive Learning" (arXiv:2010.01028), on MoCo v2, with the
-    defaults of its MoCHi (1024, 1024, 128). It starts to mix after some epochs: until then set ``synthetic`` and
-    ``with_query``, which are attributes, to 0. This project's reading: mixtures are constants, and a and b are drawn
-    independently, so they may be the same.
+    defaults of its MoCHi (1024, 1024, 128). It starts to mix after some epochs: until then set ``num_synthetic``
+    and ``num_with_query``, which are attributes, to 0. This project's reading: mixtures are constants, and a and b are
+    drawn independently, so they may be the same.
 
     Args:
-        hardest: N, at least 1; of a shorter queue all.
-        synthetic: s, mixtures of two negatives, at least 0.
-        with_query: s', mixtures of a negative with the anchor, at least 0.
         temperature: T, > 0; the initial value if learnable.
-        learnable_temperature, normalize, reduction, backend: as in `CCLLoss`. Mixtures have length 1 in any case.
+        num_hardest: N, at least 1; of a shorter queue all.
+        num_synthetic: s, mixtures of two negatives, at least 0.
+        num_with_query: s', mixtures of a negative with the anchor, at least 0.
+        learnable_temperature, normalize, reduction, backend: as in `Loss`. Mixtures have length 1 in any case.
+            (It runs on one process.)
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.losses import MoCHiLoss
+        >>> loss_fn = MoCHiLoss(temperature=0.2, num_hardest=16, num_synthetic=8, num_with_query=4)
+        >>> loss_fn(torch.randn(8, 16), torch.randn(8, 16), negatives=torch.randn(64, 16)).shape
+        torch.Size([])
     """
+
+    unsupported = ("process_group", "exchange")
 
     def __init__(
         self,
-        hardest: int = 1024,
-        synthetic: int = 1024,
-        with_query: int = 128,
         temperature: float = 0.2,
-        learnable_temperature: bool = False,
-        normalize: bool = True,
-        reduction: str = "mean",
-        backend: str = "auto",
+        *,
+        num_hardest: int = 1024,
+        num_synthetic: int = 1024,
+        num_with_query: int = 128,
+        **common: Unpack[CommonOptions],
     ):
-        super().__init__(temperature, learnable_temperature, normalize, reduction, backend)
-        check_count("hardest", hardest)
-        check_count("synthetic", synthetic, least=0)
-        check_count("with_query", with_query, least=0)
-        self.hardest, self.synthetic, self.with_query = hardest, synthetic, with_query
+        super().__init__(temperature, **common)
+        check_count("num_hardest", num_hardest)
+        check_count("num_synthetic", num_synthetic, least=0)
+        check_count("num_with_query", num_with_query, least=0)
+        self.num_hardest, self.num_synthetic, self.num_with_query = num_hardest, num_synthetic, num_with_query
 
-    def extra_repr(self) -> str:
-        own = f"hardest={self.hardest}, synthetic={self.synthetic}, with_query={self.with_query}"
-        return f"{own}, {super().extra_repr()}"
-
-    def forward(self, queries: Tensor, keys: Tensor, queue: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def forward(
+        self, queries: Tensor, keys: Tensor, *, negatives: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
         """
         Args:
             queries: ``[n, d]``, the anchors; float64, float32, bfloat16 or float16.
             keys: ``[n, d]``; row i is the positive of query i. (MoCo gives them no gradient: detach them.)
-            queue: ``[m, d]`` embeddings of earlier batches, at least one; no gradient flows to them.
+            negatives: ``[m, d]``, the queue: embeddings of earlier batches, at least one; no gradient flows to them.
             generator: of what is mixed, on the queries' device; None is torch's own.
 
         Returns:
@@ -91,29 +96,30 @@ class MoCHiLoss(ContrastiveLoss):
         Raises:
             ValueError: an argument has the wrong type, shape, dtype, device or value.
         """
-        check_queue(queries, keys, queue)
+        check_queries(queries, keys, negatives, required=("keys", "negatives"))
+        check_some("negatives", negatives)
         scale = 1.0 / self.temperature
-        q, negatives = self.unit(queries), self.unit(queue.detach())
+        q, negatives = self.unit(queries), self.unit(negatives.detach())
         positives = row_dot(q, self.unit(keys)) * scale
         logsumexp = logaddexp(streaming_logsumexp(q, negatives, scale=scale, backend=self.backend), positives)
-        if self.synthetic + self.with_query:
+        if self.num_synthetic + self.num_with_query:
             mixed = self._similarity_of_mixtures(q, negatives, generator)
             logsumexp = logaddexp(logsumexp, (mixed * scale).logsumexp(1))
         losses = logsumexp - positives
-        return self.reduce(losses, torch.ones_like(losses, dtype=torch.bool), losses.shape)
+        return self.reduce(losses)
 
     def draw(self, n: int, hardest: int, like: Tensor, generator: torch.Generator | None) -> Mixing:
         """What to mix for n anchors with lists of ``hardest`` negatives."""
         options = {"generator": generator, "device": like.device}
-        first, second = torch.randint(hardest, (2, n, self.synthetic), **options)
-        alpha = torch.rand(n, self.synthetic, dtype=like.dtype, **options)
-        other = torch.randint(hardest, (n, self.with_query), **options)
-        beta = torch.rand(n, self.with_query, dtype=like.dtype, **options) / 2
+        first, second = torch.randint(hardest, (2, n, self.num_synthetic), **options)
+        alpha = torch.rand(n, self.num_synthetic, dtype=like.dtype, **options)
+        other = torch.randint(hardest, (n, self.num_with_query), **options)
+        beta = torch.rand(n, self.num_with_query, dtype=like.dtype, **options) / 2
         return Mixing(first, second, alpha, other, beta)
 
     def _similarity_of_mixtures(self, q: Tensor, negatives: Tensor, generator: torch.Generator | None) -> Tensor:
         """<q_i, h> of all mixtures of each anchor, [n, s + s']."""
-        n, hardest = len(q), min(self.hardest, len(negatives))
+        n, hardest = len(q), min(self.num_hardest, len(negatives))
         hard = streaming_topk(q, negatives, topk=hardest)[1]
         similarity = edge_similarity(
             q, negatives, torch.arange(n + 1, device=q.device) * hardest, hard.flatten()
@@ -125,7 +131,7 @@ class MoCHiLoss(ContrastiveLoss):
         of_two = _mixed(
             alpha,
             (similarity.gather(1, first), similarity.gather(1, second)),
-            (square[a], square[b], _pair_similarity(negatives, a, b)),
+            (square[a], square[b], _similarity_at(negatives, a, b)),
         )
         near, constant = similarity.gather(1, other), q.detach()
         of_query = _mixed(
@@ -143,18 +149,9 @@ def _mixed(weight: Tensor, similarity: tuple[Tensor, Tensor], products: tuple[Te
     return (weight * similarity[0] + (1 - weight) * similarity[1]) * square.clamp(min=1e-12).rsqrt()
 
 
-def _pair_similarity(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def _similarity_at(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """<x_a, x_b> of index pairs of any shape, by the row of a."""
     ordered, order = a.flatten().sort()
     rows = torch.searchsorted(ordered, torch.arange(len(x) + 1, device=x.device))
     found = edge_similarity(x, x, rows, b.flatten()[order])
     return torch.empty_like(found).index_copy_(0, order, found).view(a.shape)
-
-
-def check_queue(queries: Tensor, keys: Tensor, queue: Tensor) -> None:
-    check_tensor("keys", keys)
-    check_pairs(queries, keys)
-    check_matrix("queue", queue, columns=queries.shape[1])
-    check_same("queue", queue, "queries", queries)
-    if len(queue) == 0:
-        raise ArgumentError("queue: expected at least one row, got none")

@@ -1,12 +1,13 @@
 """Contrast with clusters as proxies of all their members."""
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from ccl_fast.checks import check_choice, check_ids, check_tensor
-from ccl_fast.losses.contrast import ContrastiveLoss
-from ccl_fast.losses.infonce import check_pairs
+from ccl_fast.checks import check_choice
+from ccl_fast.losses.base import CommonOptions, Loss
+from ccl_fast.losses.batch import check_ids, check_queries
 from ccl_fast.ops import row_dot, streaming_logsumexp
 from ccl_fast.ops.ids import consecutive_ids, separate_unassigned
 from ccl_fast.ops.logsumexp.distributed import Exchange
@@ -15,8 +16,8 @@ from ccl_fast.ops.precision import accumulation_dtype
 FORMS = ("node", "cluster")
 
 
-class PamCLoss(ContrastiveLoss):
-    r"""All negatives at the cost of the clusters: each stands for its members by their mean.
+class PamCLoss(Loss):
+    r"""InfoNCE with all negatives at the cost of the clusters, each of which stands for its members by their mean.
 
     With unit queries q, unit keys k (row i of both is one sample), :math:`n_a` the size of cluster a and
     :math:`\bar q_a, \bar k_a` the means of its queries and keys (not scaled to unit length again):
@@ -38,40 +39,39 @@ class PamCLoss(ContrastiveLoss):
     Args:
         temperature: T, > 0; the initial value if learnable.
         form: "node" (each anchor against the clusters) or "cluster" (one sum for all anchors).
-        learnable_temperature, normalize, reduction, backend, process_group: as in `CCLLoss`. Of several processes the
-            ids and the clusters' sums travel, which every process holds, no rows.
+        learnable_temperature, normalize, reduction, backend, process_group: as in `Loss`. Of several processes the
+            ids and the clusters' sums travel, which every process holds, no rows: there is no exchange to choose.
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.losses import PamCLoss
+        >>> loss = PamCLoss(temperature=0.2)(torch.randn(8, 16), torch.randn(8, 16), torch.arange(8) % 3)
+        >>> loss.shape
+        torch.Size([])
     """
+
+    unsupported = ("exchange",)
 
     def __init__(
         self,
         temperature: float = 0.1,
+        *,
         form: str = "node",
-        learnable_temperature: bool = False,
-        normalize: bool = True,
-        reduction: str = "mean",
-        backend: str = "auto",
-        process_group: ProcessGroup | str | None = None,
+        **common: Unpack[CommonOptions],
     ):
         check_choice("form", form, FORMS)
-        super().__init__(temperature, learnable_temperature, normalize, reduction, backend, process_group)
+        super().__init__(temperature, **common)
         self.form = form
-
-    def extra_repr(self) -> str:
-        return f"form={self.form!r}, {super().extra_repr()}"
-
-    @property
-    def settings(self) -> dict:
-        return super().settings | {"form": self.form}
 
     def forward(self, queries: Tensor, keys: Tensor, cluster_ids: Tensor) -> Tensor:
         """
         Args:
             queries: ``[n, d]``, the anchors; float64, float32, bfloat16, float16.
             keys: ``[n, d]``; row i is the positive of query i.
-            cluster_ids: ``[n]``, int32 or int64, any values; below 0 is unassigned: a cluster of its own.
+            cluster_ids: ``[n]``, integers; -1 is unassigned: a cluster of its own.
 
         Returns:
             The loss, float32 (float64 for float64 embeddings). In the form "cluster" a batch of a single cluster has
@@ -79,18 +79,18 @@ class PamCLoss(ContrastiveLoss):
 
         Raises:
             ValueError: an argument has the wrong type, shape, dtype, device or value.
+            IndexError: a cluster id is below -1 (on a GPU: an assertion on the device).
         """
 
         def check() -> tuple[int, int]:
-            check_tensor("keys", keys)
-            check_pairs(queries, keys)
+            check_queries(queries, keys, required=("keys",))
             check_ids("cluster_ids", cluster_ids, queries)
             return len(queries), 1
 
-        n, exchange, first = self.meet(check, {"queries": queries, "keys": keys})
+        n, exchange, first = self.join_processes(check, {"queries": queries, "keys": keys})
         scale = 1.0 / self.shared(self.temperature, exchange)
         q, k = self.unit(queries), self.unit(keys)
-        ids = separate_unassigned(cluster_ids, first)
+        ids = separate_unassigned(cluster_ids.long(), first)
         if exchange is not None:
             ids = exchange.peers.gather(ids, exchange.counts)
         # The number of clusters decides how much is computed, so the host must know it.

@@ -1,16 +1,18 @@
 """Supervised contrast on subclasses of equal size and on the classes that they make up."""
 
-from torch import Tensor
-from torch.distributed import ProcessGroup
+from typing import Unpack
 
-from ccl_fast.checks import check_ids, check_not_negative
-from ccl_fast.losses.contrast import ContrastiveLoss
+from torch import Tensor
+
+from ccl_fast.checks import check_not_negative
+from ccl_fast.losses.base import CommonOptions, Loss
+from ccl_fast.losses.batch import check_ids
 from ccl_fast.ops import logaddexp, same_id_similarity, streaming_logsumexp
 from ccl_fast.ops.ids import joint_ids, separate_unassigned
 from ccl_fast.ops.logsumexp.distributed import Wanted, global_contrast, global_same_id_similarity
 
 
-class SBCLLoss(ContrastiveLoss):
+class SBCLLoss(Loss):
     r"""SupCon on subclasses, plus SupCon on classes among the rows of other subclasses.
 
     With z unit embeddings of all views, :math:`s_{ij} = \langle z_i, z_j \rangle / T`, A(i) all other rows, M(i) those
@@ -32,41 +34,38 @@ class SBCLLoss(ContrastiveLoss):
     Args:
         temperature: T, > 0; the initial value if learnable.
         class_weight: beta, >= 0; the default is that of the authors' code.
-        learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `CCLLoss`.
+        learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `Loss`.
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.losses import SBCLLoss
+        >>> labels, cluster_ids = torch.arange(8) % 2, torch.arange(8) % 4
+        >>> loss = SBCLLoss(temperature=0.1)(torch.randn(8, 2, 16), labels, cluster_ids)
+        >>> loss.shape
+        torch.Size([])
     """
 
     def __init__(
         self,
         temperature: float = 0.1,
+        *,
         class_weight: float = 0.25,
-        learnable_temperature: bool = False,
-        normalize: bool = True,
-        reduction: str = "mean",
-        backend: str = "auto",
-        process_group: ProcessGroup | str | None = None,
-        exchange: str = "all-gather",
+        **common: Unpack[CommonOptions],
     ):
-        super().__init__(temperature, learnable_temperature, normalize, reduction, backend, process_group, exchange)
+        super().__init__(temperature, **common)
         check_not_negative("class_weight", class_weight)
         self.class_weight = class_weight
 
-    def extra_repr(self) -> str:
-        return f"class_weight={self.class_weight}, {super().extra_repr()}"
-
-    @property
-    def settings(self) -> dict:
-        return super().settings | {"class_weight": self.class_weight}
-
-    def forward(self, embeddings: Tensor, labels: Tensor, subclass_ids: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, labels: Tensor, cluster_ids: Tensor) -> Tensor:
         """
         Args:
             embeddings: ``[n, d]`` (one row per view) or ``[n, views, d]``; float64, float32, bfloat16, float16.
-            labels: ``[n]`` int32 or int64: the classes; -1 is unlabelled, a class of its own.
-            subclass_ids: ``[n]`` int32 or int64: the subclasses, within each class: the same number in two classes is
-                two subclasses. Below 0: a subclass of its own.
+            labels: ``[n]``, integers: the classes; -1 is unlabelled, a class of its own.
+            cluster_ids: ``[n]``, integers: the subclasses, found within each class: the same number in two classes is
+                two subclasses. -1: a subclass of its own.
 
         Returns:
             The loss, float32 (float64 for float64 embeddings). With reduction "none" a loss per row: ``[n]`` or
@@ -74,15 +73,15 @@ class SBCLLoss(ContrastiveLoss):
 
         Raises:
             ValueError: an argument has the wrong type, shape, dtype, device or value.
-            IndexError: a label is below -1 (on a GPU: an assertion on the device).
+            IndexError: a label or a cluster id is below -1 (on a GPU: an assertion on the device).
         """
         z, classes, shape, exchange = self.prepare(
-            embeddings, labels, "labels", check=lambda: check_ids("subclass_ids", subclass_ids, embeddings)
+            embeddings, labels, "labels", check=lambda: check_ids("cluster_ids", cluster_ids, embeddings)
         )
         views = 1 if embeddings.ndim == 2 else embeddings.shape[1]
         scale = 1.0 / self.shared(self.temperature, exchange)
         if exchange is None:
-            subclasses = joint_ids(classes, separate_unassigned(subclass_ids).repeat_interleave(views))
+            subclasses = joint_ids(classes, separate_unassigned(cluster_ids.long()).repeat_interleave(views))
             outside, inside = streaming_logsumexp(
                 z, scale=scale, q_ids=subclasses, candidates="other_id", return_same=True, backend=self.backend
             )
@@ -92,7 +91,7 @@ class SBCLLoss(ContrastiveLoss):
             peers, counts = exchange.peers, exchange.counts
             # Rows before those of this process: no sample of another one gets a number from here on to its last.
             first = sum(counts[: peers.rank])
-            subclasses = separate_unassigned(subclass_ids, first).repeat_interleave(views)
+            subclasses = separate_unassigned(cluster_ids.long(), first).repeat_interleave(views)
             subclasses = joint_ids(peers.gather(classes, counts), peers.gather(subclasses, counts))
             found = global_contrast(
                 z, subclasses.split(counts)[peers.rank], scale=scale, wanted=Wanted(True, True, True),

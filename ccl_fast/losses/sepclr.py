@@ -1,18 +1,20 @@
 """Contrastive analysis: what two data sets share apart from what only one of them has."""
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from ccl_fast.checks import check_floating, check_not_negative, check_same, check_tensor, check_vector
 from ccl_fast.errors import ArgumentError
-from ccl_fast.losses.contrast import ContrastiveLoss
+from ccl_fast.losses.base import CommonOptions, Loss
+from ccl_fast.losses.batch import product_dtype
 from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
 
-class SepCLRLoss(ContrastiveLoss):
+class SepCLRLoss(Loss):
     r"""Separates common features, of a background and a target set, from salient ones, of the target set alone.
 
     With c the common features (of unit length) and s the salient ones (in Euclidean space) of two views of each sample,
@@ -48,22 +50,31 @@ class SepCLRLoss(ContrastiveLoss):
         learnable_temperature: make log tau a parameter (``log_temperature``).
         normalize: scale common features to unit length; if not, they are used as they come.
         backend: of the streaming log-sum-exp: "auto", "triton", "blocked" or "reference".
+        reduction: "mean" alone, as the loss is no sum over samples. (It runs on one process.)
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.losses import SepCLRLoss
+        >>> common, salient = torch.randn(8, 2, 16), torch.randn(8, 2, 4)
+        >>> SepCLRLoss()(common, salient=salient, is_target=torch.arange(8) < 4).shape
+        torch.Size([])
     """
+
+    unsupported = ("reduction", "process_group", "exchange")
 
     def __init__(
         self,
         temperature: float = 0.5,
+        *,
         salient_weight: float = 1000.0,
         background_weight: float = 1000.0,
         independence_weight: float = 10.0,
-        learnable_temperature: bool = False,
-        normalize: bool = True,
-        backend: str = "auto",
+        **common: Unpack[CommonOptions],
     ):
-        super().__init__(temperature, learnable_temperature, normalize, backend=backend)
+        super().__init__(temperature, **common)
         weights = {
             "salient_weight": salient_weight,
             "background_weight": background_weight,
@@ -74,14 +85,10 @@ class SepCLRLoss(ContrastiveLoss):
         self.salient_weight, self.background_weight = salient_weight, background_weight
         self.independence_weight = independence_weight
 
-    def extra_repr(self) -> str:
-        own = f"salient_weight={self.salient_weight}, background_weight={self.background_weight}"
-        return f"{own}, independence_weight={self.independence_weight}, {super().extra_repr()}"
-
-    def forward(self, common: Tensor, salient: Tensor, is_target: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, *, salient: Tensor, is_target: Tensor) -> Tensor:
         """
         Args:
-            common: ``[n, 2, d]``: common features of two views of each sample; float64, float32, bfloat16, float16.
+            embeddings: ``[n, 2, d]``: common features of two views of each sample; float64, float32, bfloat16, float16.
             salient: ``[n, 2, e]``: salient features of the same views.
             is_target: ``[n]``, bool: which samples are of the target set; the others are background.
 
@@ -91,11 +98,11 @@ class SepCLRLoss(ContrastiveLoss):
         Raises:
             ValueError: an argument has the wrong type, shape, dtype or device.
         """
-        _check(common, salient, is_target)
+        _check(embeddings, salient, is_target)
         weight = 0.5 / self.temperature
         of_background = ~is_target[:, None]
-        c = [self.unit(view) for view in (common[:, 0], common[:, 1])]
-        s = [view.to(self.product_dtype(view)) for view in (salient[:, 0], salient[:, 1])]
+        c = [self.unit(view) for view in (embeddings[:, 0], embeddings[:, 1])]
+        s = [view.to(product_dtype(view)) for view in (salient[:, 0], salient[:, 1])]
         at_point = [view.masked_fill(of_background, 0.0) for view in s]
 
         everywhere = torch.ones_like(is_target)
@@ -144,16 +151,16 @@ def _mean(x: Tensor, where: Tensor) -> Tensor:
     return x.masked_fill(~where, 0.0).sum() / where.sum().clamp(min=1)
 
 
-def _check(common: Tensor, salient: Tensor, is_target: Tensor) -> None:
-    for name, x in (("common", common), ("salient", salient)):
+def _check(embeddings: Tensor, salient: Tensor, is_target: Tensor) -> None:
+    for name, x in (("embeddings", embeddings), ("salient", salient)):
         check_tensor(name, x)
         if x.ndim != 3 or x.shape[1] != 2:
             raise ArgumentError(f"{name}: expected shape [n, 2, d], got {list(x.shape)}")
         check_floating(name, x)
-    check_same("salient", salient, "common", common)
-    if len(salient) != len(common):
-        raise ArgumentError(f"salient: expected {len(common)} samples (those of common), got {len(salient)}")
-    check_vector("is_target", is_target, len(common))
+    check_same("salient", salient, "embeddings", embeddings)
+    if len(salient) != len(embeddings):
+        raise ArgumentError(f"salient: expected {len(embeddings)} samples (those of embeddings), got {len(salient)}")
+    check_vector("is_target", is_target, len(embeddings))
     if is_target.dtype != torch.bool:
         raise ArgumentError(f"is_target: expected bool, got {is_target.dtype}")
-    check_same("is_target", is_target, "common", common, dtype=False)
+    check_same("is_target", is_target, "embeddings", embeddings, dtype=False)

@@ -1,9 +1,11 @@
 """Supervised contrastive learning."""
 
+from typing import Unpack
+
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from ccl_fast.checks import check_choice
+from ccl_fast.losses.base import CommonOptions
 from ccl_fast.losses.ccl import CCLLoss
 
 FORMS = ("outside", "inside")
@@ -24,10 +26,17 @@ class SupConLoss(CCLLoss):
     Args:
         temperature: T, > 0; the initial value if learnable.
         form: "outside" (the paper's L_out) or "inside" (L_in) of the logarithm.
-        learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `CCLLoss`.
+        learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `Loss`.
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast import SupConLoss
+        >>> loss = SupConLoss(temperature=0.1)(torch.randn(8, 2, 16), torch.arange(8) % 3)
+        >>> loss.shape
+        torch.Size([])
     """
 
     _ids_name = "labels"
@@ -35,33 +44,25 @@ class SupConLoss(CCLLoss):
     def __init__(
         self,
         temperature: float = 0.1,
+        *,
         form: str = "outside",
-        learnable_temperature: bool = False,
-        normalize: bool = True,
-        reduction: str = "mean",
-        backend: str = "auto",
-        process_group: ProcessGroup | str | None = None,
-        exchange: str = "all-gather",
+        **common: Unpack[CommonOptions],
     ):
         check_choice("form", form, FORMS)
-        super().__init__(
-            temperature=temperature,
-            form="joint" if form == "outside" else form,
-            learnable_temperature=learnable_temperature,
-            normalize=normalize,
-            reduction=reduction,
-            backend=backend,
-            process_group=process_group,
-            exchange=exchange,
-        )
+        super().__init__(temperature, form="joint" if form == "outside" else form, **common)
+        self.form = form
 
     def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
         """
         Args:
             embeddings: ``[n, d]`` (one row per view) or ``[n, views, d]``.
-            labels: ``[n]`` int32 or int64, -1 for unlabelled; None (with [n, views, d]) is NT-Xent.
+            labels: ``[n]``, integers, -1 for unlabelled; None (with [n, views, d]) is NT-Xent.
 
         Returns:
             The loss, float32 (float64 for float64 embeddings).
+
+        Raises:
+            ValueError: an argument has the wrong type, shape, dtype, device or value.
+            IndexError: a label is below -1 (on a GPU: an assertion on the device).
         """
         return super().forward(embeddings, labels)

@@ -1,20 +1,20 @@
 """Contrast of cluster assignments between views."""
 
-from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from ccl_fast.checks import check_count, check_floating, check_matrix, check_positive, check_same
+from ccl_fast.checks import check_count, check_floating, check_matrix, check_positive, check_same, check_tensor
 from ccl_fast.errors import ArgumentError
-from ccl_fast.losses.contrast import ContrastiveLoss
+from ccl_fast.losses.base import CommonOptions, Loss
+from ccl_fast.losses.batch import check_some
 from ccl_fast.ops import swapped_prediction
 from ccl_fast.ops.transport.sinkhorn import column_potentials
 
 
-class SwAVLoss(ContrastiveLoss):
-    r"""Predict the assignment of one view to prototypes from the other views of the same image.
+class SwAVLoss(Loss):
+    r"""Predicts the assignment of one view to prototypes from the other views of the same image.
 
     With z unit embeddings of V views, c unit prototypes, :math:`s_{ik} = \langle z_i, c_k \rangle`, and for each of
     the G global views its assignments q: the plan of Sinkhorn's algorithm on :math:`s / \epsilon`, in which all
@@ -39,49 +39,47 @@ class SwAVLoss(ContrastiveLoss):
         normalize: scale embeddings and prototypes to unit length; if not, they are used as they come.
         reduction: "mean", "sum", or "none" (a loss per image, ``[n]``).
         backend: of the streaming log-sum-exp: "auto", "triton", "blocked" or "reference".
-        process_group: as in `CCLLoss`: images, and queues, are those of all processes, each of which passes its part
+        process_group: as in `Loss`: images, and the queue, are those of all processes, each of which passes its part
             and the same prototypes. No rows travel, only the plan's sums over columns. The prototypes' gradient is
             whole on every process, as that of a learnable temperature.
+        exchange: without a choice, as no rows travel.
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.losses import SwAVLoss
+        >>> prototypes = torch.nn.Parameter(torch.randn(5, 16))
+        >>> SwAVLoss(temperature=0.1)(torch.randn(8, 2, 16), prototypes).backward()
+        >>> prototypes.grad.shape
+        torch.Size([5, 16])
     """
+
+    unsupported = ("exchange",)
 
     def __init__(
         self,
         temperature: float = 0.1,
+        *,
         epsilon: float = 0.05,
         iterations: int = 3,
         global_views: int = 2,
-        learnable_temperature: bool = False,
-        normalize: bool = True,
-        reduction: str = "mean",
-        backend: str = "auto",
-        process_group: ProcessGroup | str | None = None,
+        **common: Unpack[CommonOptions],
     ):
-        super().__init__(temperature, learnable_temperature, normalize, reduction, backend, process_group)
+        super().__init__(temperature, **common)
         check_positive("epsilon", epsilon)
         check_count("iterations", iterations)
         check_count("global_views", global_views)
         self.epsilon, self.iterations, self.global_views = epsilon, iterations, global_views
 
-    def extra_repr(self) -> str:
-        own = f"epsilon={self.epsilon}, iterations={self.iterations}, global_views={self.global_views}"
-        return f"{own}, {super().extra_repr()}"
-
-    @property
-    def settings(self) -> dict:
-        own = ("epsilon", "iterations", "global_views")
-        return super().settings | {name: getattr(self, name) for name in own}
-
-    def forward(self, views: Sequence[Tensor], prototypes: Tensor, queues: Sequence[Tensor] | None = None) -> Tensor:
+    def forward(self, embeddings: Tensor, prototypes: Tensor, *, queue: Tensor | None = None) -> Tensor:
         """
         Args:
-            views: V tensors ``[n, d]``: embeddings (not scores), row i of each from image i, the global views first;
-                float64, float32, bfloat16 or float16. (Of embeddings [n, views, d]: ``embeddings.unbind(1)``.)
+            embeddings: ``[n, views, d]`` (not scores), the global views first; float64, float32, bfloat16 or float16.
             prototypes: ``[k, d]``, such as an nn.Parameter; they get a gradient.
-            queues: for each global view ``[m, d]`` embeddings of earlier batches, which take part in Sinkhorn's
-                algorithm (of few images alone an equal partition is no good assignment). They get no gradient.
+            queue: ``[m, global views, d]`` embeddings of earlier batches, which take part in Sinkhorn's algorithm (of
+                few images alone an equal partition is no good assignment). They get no gradient.
 
         Returns:
             The loss, float32 (float64 for float64 embeddings).
@@ -89,17 +87,17 @@ class SwAVLoss(ContrastiveLoss):
         Raises:
             ValueError: an argument has the wrong type, shape, dtype, device or value.
         """
-        _, exchange, _ = self.meet(
-            lambda: self._check(views, prototypes, queues),
-            {"views": views, "queues": queues},
+        _, exchange, _ = self.join_processes(
+            lambda: self._check(embeddings, prototypes, queue),
+            {"embeddings": embeddings, "queue": queue},
             lambda: {"prototypes": prototypes},
         )
-        z = torch.stack([self.unit(view) for view in views])
+        z = torch.stack([self.unit(view) for view in embeddings.unbind(1)])
         centers = self.unit(self.shared(prototypes, exchange)).to(z.dtype)
         peers = None if exchange is None else exchange.peers
         potentials = []
         for g, own in enumerate(z[: self.global_views].detach()):
-            pool = own if queues is None else torch.cat((own, self.unit(queues[g].detach())))
+            pool = own if queue is None else torch.cat((own, self.unit(queue[:, g].detach())))
             plan = {"scale": 1.0 / self.epsilon, "iterations": self.iterations, "backend": self.backend}
             potentials.append(column_potentials(pool, centers.detach(), **plan, peers=peers))
         losses = swapped_prediction(
@@ -110,34 +108,28 @@ class SwAVLoss(ContrastiveLoss):
             plan_scale=1.0 / self.epsilon,
             backend=self.backend,
         )
-        losses = losses / (self.global_views * (len(views) - 1))
-        return self.reduce(losses, torch.ones_like(losses, dtype=torch.bool), losses.shape, exchange)
+        losses = losses / (self.global_views * (len(z) - 1))
+        return self.reduce(losses, exchange=exchange)
 
-    def _check(self, views: Sequence[Tensor], prototypes: Tensor, queues: Sequence[Tensor] | None) -> tuple[int, int]:
+    def _check(self, embeddings: Tensor, prototypes: Tensor, queue: Tensor | None) -> tuple[int, int]:
         """Numbers of images, and of rows of each in a view."""
-        if isinstance(views, Tensor) or len(views) < max(2, self.global_views):
-            got = "a tensor" if isinstance(views, Tensor) else f"{len(views)}"
-            raise ArgumentError(
-                f"views: expected a sequence of at least {max(2, self.global_views)} tensors, got {got}"
-            )
-        check_matrix("views[0]", views[0])
-        check_floating("views[0]", views[0])
-        n, d = views[0].shape
-        for i, view in enumerate(views[1:], start=1):
-            check_matrix(f"views[{i}]", view, columns=d)
-            check_same(f"views[{i}]", view, "views[0]", views[0])
-            if len(view) != n:
-                raise ArgumentError(f"views[{i}]: expected {n} rows (those of views[0]), got {len(view)}")
+        check_tensor("embeddings", embeddings)
+        check_floating("embeddings", embeddings)
+        least = max(2, self.global_views)
+        if embeddings.ndim != 3 or embeddings.shape[1] < least:
+            expected = f"shape [n, views, d] with at least {least} views"
+            raise ArgumentError(f"embeddings: expected {expected}, got {list(embeddings.shape)}")
+        n, _, d = embeddings.shape
         check_matrix("prototypes", prototypes, columns=d)
         check_floating("prototypes", prototypes)
-        check_same("prototypes", prototypes, "views[0]", views[0], dtype=False)
-        if len(prototypes) == 0:
-            raise ArgumentError("prototypes: expected at least one row, got none")
-        if queues is not None:
-            if isinstance(queues, Tensor) or len(queues) != self.global_views:
-                got = "a tensor" if isinstance(queues, Tensor) else f"{len(queues)}"
-                raise ArgumentError(f"queues: expected {self.global_views} tensors, one per global view, got {got}")
-            for i, queue in enumerate(queues):
-                check_matrix(f"queues[{i}]", queue, columns=d)
-                check_same(f"queues[{i}]", queue, "views[0]", views[0])
+        check_same("prototypes", prototypes, "embeddings", embeddings, dtype=False)
+        check_some("prototypes", prototypes)
+        if queue is not None:
+            check_tensor("queue", queue)
+            if queue.ndim != 3 or queue.shape[1:] != (self.global_views, d):
+                raise ArgumentError(
+                    f"queue: expected shape [m, {self.global_views}, {d}] (of the global views), "
+                    f"got {list(queue.shape)}"
+                )
+            check_same("queue", queue, "embeddings", embeddings)
         return n, 1

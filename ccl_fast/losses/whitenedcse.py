@@ -1,16 +1,18 @@
 """Contrast of one sample's embeddings, each whitened in channel groups of its own."""
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 
 from ccl_fast.checks import check_count, check_floating, check_matrix, check_positive, check_same, check_tensor
 from ccl_fast.errors import ArgumentError
-from ccl_fast.losses.contrast import ContrastiveLoss
+from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.ops import row_dot, streaming_logsumexp
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
 
-class WhitenedCSELoss(ContrastiveLoss):
+class WhitenedCSELoss(Loss):
     r"""InfoNCE with several positives, which differ by the groups of channels in which they are whitened.
 
     With h the whitened embeddings (`shuffled_group_whitening`) of V views, of unit length after the head:
@@ -27,37 +29,41 @@ class WhitenedCSELoss(ContrastiveLoss):
     and tanh), which adds the positives' terms up instead of their mean.
 
     Args:
-        groups: of channels; they divide d.
         temperature: T, > 0; the initial value if learnable.
+        groups: of channels; they divide d.
         eps: added to the eigenvalues of the covariances, > 0.
         head: applied to the whitened rows ``[n, d]`` of each view; None for none.
-        learnable_temperature, normalize, reduction, backend: as in `CCLLoss`.
+        learnable_temperature, normalize, reduction, backend: as in `Loss`. (It runs on one process.)
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.losses import WhitenedCSELoss
+        >>> sentences = torch.randn(32, 3, 16)  # three passes with dropout
+        >>> WhitenedCSELoss(temperature=0.05, groups=4)(sentences).shape
+        torch.Size([])
     """
+
+    unsupported = ("process_group", "exchange")
 
     def __init__(
         self,
-        groups: int = 128,
         temperature: float = 0.05,
+        *,
+        groups: int = 128,
         eps: float = 1e-5,
         head: nn.Module | None = None,
-        learnable_temperature: bool = False,
-        normalize: bool = True,
-        reduction: str = "mean",
-        backend: str = "auto",
+        **common: Unpack[CommonOptions],
     ):
-        super().__init__(temperature, learnable_temperature, normalize, reduction, backend)
+        super().__init__(temperature, **common)
         check_count("groups", groups)
         check_positive("eps", eps)
         self.groups, self.eps, self.head = groups, eps, head
 
-    def extra_repr(self) -> str:
-        return f"groups={self.groups}, eps={self.eps}, {super().extra_repr()}"
-
     def forward(
-        self, embeddings: Tensor, shuffles: Tensor | None = None, generator: torch.Generator | None = None
+        self, embeddings: Tensor, *, shuffles: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
         """
         Args:
@@ -88,22 +94,22 @@ class WhitenedCSELoss(ContrastiveLoss):
         for keys in positives:
             logsumexp = streaming_logsumexp(anchors, keys, scale=scale, backend=self.backend)
             losses = losses + (logsumexp - row_dot(anchors, keys) * scale) / (views - 1)
-        return self.reduce(losses, torch.ones_like(losses, dtype=torch.bool), losses.shape)
+        return self.reduce(losses)
 
     def _embed(self, x: Tensor, shuffle: Tensor) -> Tensor:
-        x = shuffled_group_whitening(x, self.groups, shuffle, eps=self.eps)
+        x = shuffled_group_whitening(x, groups=self.groups, shuffle=shuffle, eps=self.eps)
         return self.unit(x if self.head is None else self.head(x))
 
 
 def shuffled_group_whitening(
     x: Tensor,
+    *,
     groups: int,
     shuffle: Tensor | None = None,
-    *,
     generator: torch.Generator | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    r"""Channels divided at random into groups, each of which is whitened.
+    r"""Whiten channels in groups, into which they are divided at random.
 
     In each group, of the columns X of x (in the order of the shuffle) with mean :math:`\mu`,
 
@@ -130,6 +136,13 @@ def shuffled_group_whitening(
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.losses import shuffled_group_whitening
+        >>> white = shuffled_group_whitening(torch.randn(100, 16), groups=4)
+        >>> torch.allclose(white.var(0, correction=0), torch.ones(16), atol=1e-3)
+        True
     """
     check_matrix("x", x)
     check_floating("x", x)

@@ -93,6 +93,9 @@ class Columns(FeatureDetector):
         model: see :class:`FeatureDetector`.
 
     Example:
+        >>> import torch
+        >>> from ccl_fast.ood import Columns, Ensemble, Mahalanobis, NearestNeighbor
+        >>> encoder_features, layer_statistics = torch.randn(600, 128), torch.randn(600, 8)
         >>> features = torch.cat([encoder_features, layer_statistics], 1)
         >>> parts = [Columns(NearestNeighbor(), slice(128)), Columns(Mahalanobis(), slice(128, None))]
         >>> detector = Ensemble(parts).fit_features(features)

@@ -79,4 +79,4 @@ class CooperativeCCL(nn.Module):
         return self.of_other_clusters(embeddings, of.all_ids)
 
     def _of_clusters(self, embeddings: Tensor, of: Clustering) -> Tensor:
-        return self.clusters(embeddings, of.ids, of.centers, of.temperatures)
+        return self.clusters(embeddings, of.ids, of.centers, center_temperature=of.temperatures)

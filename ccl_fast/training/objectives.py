@@ -52,7 +52,8 @@ class Objective:
     @property
     def is_distributed(self) -> bool:
         """Whether several processes can share a batch."""
-        return "process_group" in inspect.signature(self.loss).parameters
+        options, unsupported = inspect.signature(self.loss).parameters, getattr(self.loss, "unsupported", ())
+        return "process_group" in options and "process_group" not in unsupported
 
     def make_loss(self, temperature: float, process_group: str | None) -> nn.Module:
         return self.loss(temperature=temperature, **({"process_group": process_group} if self.is_distributed else {}))
@@ -65,7 +66,7 @@ def _mean(value: Callable[[nn.Module, Tensor, Clustering | Tensor], Tensor]) -> 
 
 def _protonce(loss: ProtoNCELoss, z: Tensor, targets: Sequence[Clustering]) -> Tensor:
     ids, centers, temperatures, *_ = zip(*targets, strict=True)
-    return loss(z, ids, centers, None if temperatures[0] is None else temperatures)
+    return loss(z, ids, centers, center_temperature=None if temperatures[0] is None else temperatures)
 
 
 def _deepcluster(loss: DeepClusterV2Loss, z: Tensor, targets: Sequence[Clustering]) -> Tensor:
@@ -133,7 +134,7 @@ OBJECTIVES = {
     "swav": Objective(
         "SwAV",
         SwAVLoss,
-        _mean(lambda loss, z, prototypes: loss(z.unbind(1), prototypes)),
+        _mean(lambda loss, z, prototypes: loss(z, prototypes)),
         "prototypes",
         min_clusters=2,
     ),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ccl_fast.clustering import KMeans, align_clusters, concentration
 from ccl_fast.errors import ArgumentError
-from ccl_fast.evaluation import cluster_quality
+from ccl_fast.metrics import cluster_quality
 from ccl_fast.ops import kmeans_assign
 from ccl_fast.ops.normalize import normalize_rows as unit
 from ccl_fast.training.cooperation import LABELS, Clustering

@@ -1,17 +1,19 @@
 """Contrast along the edges of a graph."""
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
 from ccl_fast.checks import check_count, check_floating, check_matrix, check_same, check_tensor
 from ccl_fast.errors import ArgumentError
-from ccl_fast.losses.contrast import ContrastiveLoss
+from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.ops import edge_similarity, streaming_logsumexp
 
 LAYOUTS = (torch.sparse_coo, torch.sparse_csr)
 
 
-class SCGCLoss(ContrastiveLoss):
+class SCGCLoss(Loss):
     r"""Influence augmented contrast: each node against all others, its positives weighted by a sparse matrix.
 
     With z unit embeddings of n nodes and :math:`\gamma_{ij} \ge 0` the influence of node j on node i,
@@ -29,23 +31,25 @@ class SCGCLoss(ContrastiveLoss):
 
     Args:
         temperature: T, > 0; the initial value if learnable.
-        learnable_temperature, normalize, reduction, backend: as in `CCLLoss`.
+        learnable_temperature, normalize, reduction, backend: as in `Loss`. (It runs on one process.)
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.losses import SCGCLoss, influence_matrix
+        >>> path = torch.tensor([[0.0, 1, 0], [1, 0, 1], [0, 1, 0]]).to_sparse()
+        >>> SCGCLoss()(torch.randn(3, 16), influence=influence_matrix(path)).shape
+        torch.Size([])
     """
 
-    def __init__(
-        self,
-        temperature: float = 1.0,
-        learnable_temperature: bool = False,
-        normalize: bool = True,
-        reduction: str = "mean",
-        backend: str = "auto",
-    ):
-        super().__init__(temperature, learnable_temperature, normalize, reduction, backend)
+    unsupported = ("process_group", "exchange")
 
-    def forward(self, embeddings: Tensor, influence: Tensor) -> Tensor:
+    def __init__(self, temperature: float = 1.0, **common: Unpack[CommonOptions]):
+        super().__init__(temperature, **common)
+
+    def forward(self, embeddings: Tensor, *, influence: Tensor) -> Tensor:
         """
         Args:
             embeddings: ``[n, d]``, one row per node; float64, float32, bfloat16, float16.
@@ -72,11 +76,11 @@ class SCGCLoss(ContrastiveLoss):
         weights = weights.to(logits.dtype).masked_fill(rows == columns, 0.0)
         positives, has_positive = _weighted_logsumexp(logits, weights, rows, len(z))
         losses = streaming_logsumexp(z, scale=scale, backend=self.backend) - positives
-        return self.reduce(losses, has_positive, losses.shape)
+        return self.reduce(losses, has_positive)
 
 
-def influence_matrix(adjacency: Tensor, hops: int = 2, cumulative: bool = True) -> Tensor:
-    r"""The influence of nodes on each other within some hops: the sum of powers of the normalised adjacency.
+def influence_matrix(adjacency: Tensor, *, hops: int = 2, cumulative: bool = True) -> Tensor:
+    r"""Sum up the influence of nodes on each other within some hops: powers of the normalised adjacency.
 
     .. math::
         \gamma = \sum_{r = 1}^{R} \hat A^r, \qquad \hat A = D^{-1/2} (A + I) D^{-1/2}, \qquad
@@ -97,6 +101,13 @@ def influence_matrix(adjacency: Tensor, hops: int = 2, cumulative: bool = True) 
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype or value.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.losses import influence_matrix
+        >>> path = torch.tensor([[0.0, 1, 0], [1, 0, 1], [0, 1, 0]]).to_sparse()
+        >>> influence_matrix(path, hops=1).to_dense()[0]
+        tensor([0.5000, 0.4082, 0.0000])
     """
     check_graph("adjacency", adjacency)
     if adjacency.dtype not in (torch.float32, torch.float64):

@@ -1,16 +1,19 @@
 """Contrast of a graph's nodes with a low-rank view of the graph."""
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 
-from ccl_fast.checks import check_count, check_floating, check_integer, check_matrix, check_same, check_tensor
+from ccl_fast.checks import check_count, check_floating, check_matrix, check_same, check_tensor
 from ccl_fast.errors import ArgumentError
-from ccl_fast.losses.contrast import ContrastiveLoss
+from ccl_fast.losses.base import CommonOptions, Loss
+from ccl_fast.losses.batch import check_integers, check_queries
 from ccl_fast.ops import row_dot, streaming_logsumexp
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
 
-class LightGCLLoss(ContrastiveLoss):
+class LightGCLLoss(Loss):
     r"""InfoNCE of the nodes of a batch B against all nodes of another view of the graph.
 
     With e the nodes' embeddings in the graph and g those in its view, both of unit length:
@@ -22,34 +25,37 @@ class LightGCLLoss(ContrastiveLoss):
     and of several layers, the losses are added: one call for each. Memory is linear in N.
 
     Cai, Huang, Xia, Ren, "LightGCL: Simple Yet Effective Graph Contrastive Learning for Recommendation"
-    (arXiv:2302.08191). The authors' code takes the view's rows as anchors and the graph's as keys (swap the first two
-    arguments), sums the layers before one contrast, leaves embeddings as they are (``normalize=False``), and cuts
-    positives' logits, and with them their gradient, off at 5 and -5: unit vectors at T = 0.2 are within.
+    (arXiv:2302.08191). The authors' code takes the view's rows as queries and the graph's as keys, sums the layers
+    before one contrast, leaves embeddings as they are (``normalize=False``), and cuts positives' logits, and with them
+    their gradient, off at 5 and -5: unit vectors at T = 0.2 are within.
 
     Args:
         temperature: T, > 0; the initial value if learnable.
-        learnable_temperature, normalize, reduction, backend: as in `CCLLoss`.
+        learnable_temperature, normalize, reduction, backend: as in `Loss`. (It runs on one process.)
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.losses import LightGCLLoss, SVDView
+        >>> users, items = torch.randn(8, 16), torch.randn(6, 16)
+        >>> of_users = SVDView(torch.rand(8, 6), rank=2)(items)
+        >>> LightGCLLoss(temperature=0.2)(users, of_users, nodes=torch.tensor([0, 3, 3])).shape
+        torch.Size([])
     """
 
-    def __init__(
-        self,
-        temperature: float = 0.2,
-        learnable_temperature: bool = False,
-        normalize: bool = True,
-        reduction: str = "mean",
-        backend: str = "auto",
-    ):
-        super().__init__(temperature, learnable_temperature, normalize, reduction, backend)
+    unsupported = ("process_group", "exchange")
 
-    def forward(self, embeddings: Tensor, view: Tensor, nodes: Tensor | None = None) -> Tensor:
+    def __init__(self, temperature: float = 0.2, **common: Unpack[CommonOptions]):
+        super().__init__(temperature, **common)
+
+    def forward(self, queries: Tensor, keys: Tensor, *, nodes: Tensor | None = None) -> Tensor:
         """
         Args:
-            embeddings: ``[n, d]`` of all nodes; float64, float32, bfloat16, float16.
-            view: ``[n, d]``, the same nodes' in the view.
-            nodes: ``[b]``, int32 or int64: the batch, rows of the above (one may come several times); None for all.
+            queries: ``[n, d]``, e of all nodes; float64, float32, bfloat16, float16.
+            keys: ``[n, d]``, g of the same nodes.
+            nodes: ``[b]``, integers: the batch, rows of the above (one may come several times); None for all.
 
         Returns:
             The loss, float32 (float64 for float64 embeddings). With reduction "none" a loss per node of the batch,
@@ -59,26 +65,19 @@ class LightGCLLoss(ContrastiveLoss):
             ValueError: an argument has the wrong type, shape, dtype or device.
             IndexError: a node is not among the rows (on a GPU an assertion on the device).
         """
-        check_matrix("embeddings", embeddings)
-        check_floating("embeddings", embeddings)
-        check_matrix("view", view, columns=embeddings.shape[1])
-        check_same("view", view, "embeddings", embeddings)
-        if view.shape != embeddings.shape:
-            raise ArgumentError(
-                f"view: expected shape {list(embeddings.shape)} (that of embeddings), got {list(view.shape)}"
-            )
-        keys = positives = self.unit(view)
+        check_queries(queries, keys, required=("keys",))
+        keys = positives = self.unit(keys)
         if nodes is not None:
-            _check_nodes(nodes, embeddings)
-            embeddings, positives = embeddings.index_select(0, nodes), keys.index_select(0, nodes)
-        anchors, scale = self.unit(embeddings), 1.0 / self.temperature
+            _check_nodes(nodes, queries)
+            queries, positives = (x.index_select(0, nodes.long()) for x in (queries, keys))
+        anchors, scale = self.unit(queries), 1.0 / self.temperature
         losses = streaming_logsumexp(anchors, keys, scale=scale, backend=self.backend)
         losses = losses - row_dot(anchors, positives) * scale
-        return self.reduce(losses, torch.ones_like(losses, dtype=torch.bool), losses.shape)
+        return self.reduce(losses)
 
 
 class SVDView(nn.Module):
-    r"""Propagation through the largest singular values of a sparse adjacency matrix, which is never rebuilt.
+    r"""Propagates through the largest singular values of a sparse adjacency matrix, which is never rebuilt.
 
     .. math::
         A \approx U \operatorname{diag}(s) V^\top, \qquad G = U (s \odot (V^\top E))
@@ -98,9 +97,16 @@ class SVDView(nn.Module):
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype or value.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.losses import SVDView
+        >>> view = SVDView(torch.rand(8, 6), rank=2)  # of users and items
+        >>> view(torch.randn(6, 16)).shape, view(torch.randn(8, 16), transposed=True).shape
+        (torch.Size([8, 16]), torch.Size([6, 16]))
     """
 
-    def __init__(self, adjacency: Tensor, rank: int = 5, iterations: int = 2):
+    def __init__(self, adjacency: Tensor, *, rank: int = 5, iterations: int = 2):
         super().__init__()
         check_matrix("adjacency", adjacency)
         if adjacency.dtype not in (torch.float32, torch.float64):
@@ -116,10 +122,7 @@ class SVDView(nn.Module):
         for name, factor in (("u", u), ("s", s), ("v", v)):
             self.register_buffer(name, factor)
 
-    def extra_repr(self) -> str:
-        return f"{len(self.u)}, {len(self.v)}, rank={len(self.s)}"
-
-    def forward(self, embeddings: Tensor, transposed: bool = False) -> Tensor:
+    def forward(self, embeddings: Tensor, *, transposed: bool = False) -> Tensor:
         """
         Args:
             embeddings: ``[n, d]`` of the columns, or with ``transposed`` ``[m, d]`` of the rows; any floating dtype.
@@ -143,9 +146,8 @@ class SVDView(nn.Module):
             return (to.to(wide) @ spectrum).to(embeddings.dtype)
 
 
-def _check_nodes(nodes: Tensor, embeddings: Tensor) -> None:
+def _check_nodes(nodes: Tensor, queries: Tensor) -> None:
     check_tensor("nodes", nodes)
     if nodes.ndim != 1:
         raise ArgumentError(f"nodes: expected shape [b], got {list(nodes.shape)}")
-    check_integer("nodes", nodes)
-    check_same("nodes", nodes, "embeddings", embeddings, dtype=False)
+    check_integers("nodes", nodes, queries)

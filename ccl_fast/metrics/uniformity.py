@@ -4,15 +4,16 @@ import math
 
 from torch import Tensor
 
-from ccl_fast.checks import check_floating, check_ids, check_matrix, check_positive
+from ccl_fast.checks import check_floating, check_matrix, check_positive
 from ccl_fast.errors import ArgumentError
+from ccl_fast.losses.batch import check_ids
 from ccl_fast.ops import same_id_similarity, streaming_logsumexp
 from ccl_fast.ops.ids import separate_unassigned
 from ccl_fast.ops.normalize import normalize_embeddings
 
 
 def uniformity(embeddings: Tensor, *, t: float = 2.0, backend: str = "auto") -> Tensor:
-    r"""Logarithm of the mean Gaussian potential of all pairs of different rows: the lower, the more uniform.
+    r"""Measure the logarithm of the mean Gaussian potential of all pairs of rows: the lower, the more uniform.
 
     .. math::
         \log \frac{1}{n (n - 1)} \sum_{i \ne j} e^{-t |z_i - z_j|^2}, \qquad
@@ -35,6 +36,12 @@ def uniformity(embeddings: Tensor, *, t: float = 2.0, backend: str = "auto") -> 
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype or value.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.metrics import uniformity
+        >>> uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), t=2.0)
+        tensor(-8.)
     """
     check_matrix("embeddings", embeddings)
     check_floating("embeddings", embeddings)
@@ -47,7 +54,7 @@ def uniformity(embeddings: Tensor, *, t: float = 2.0, backend: str = "auto") -> 
 
 
 def tolerance(embeddings: Tensor, labels: Tensor) -> Tensor:
-    r"""Mean similarity of two different rows of the same class: the higher, the more tolerant of near samples.
+    r"""Measure the mean similarity of two rows of the same class: the higher, the more tolerant of near samples.
 
     .. math::
         \frac{1}{|P|} \sum_{(i, j) \in P} \langle z_i, z_j \rangle, \qquad P = \{(i, j): i \ne j,\ y_i = y_j\}
@@ -57,18 +64,25 @@ def tolerance(embeddings: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         embeddings: ``[n, d]``; float64, float32, bfloat16, float16.
-        labels: ``[n]``, int32 or int64; below 0 is unlabelled, in no pair.
+        labels: ``[n]``, integers; -1 is unlabelled, in no pair.
 
     Returns:
         A number, float32 (float64 for float64 embeddings); 0 if no class has two rows.
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype or device.
+        IndexError: a label is below -1 (on a GPU: an assertion on the device).
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.metrics import tolerance
+        >>> tolerance(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 0, 1]))
+        tensor(1.)
     """
     check_matrix("embeddings", embeddings)
     check_floating("embeddings", embeddings)
     check_ids("labels", labels, embeddings)
-    similarity, count = same_id_similarity(_unit(embeddings), separate_unassigned(labels))
+    similarity, count = same_id_similarity(_unit(embeddings), separate_unassigned(labels.long()))
     return similarity.sum() / count.sum().clamp(min=1)
 
 

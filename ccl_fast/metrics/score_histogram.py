@@ -6,8 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_tensor
-from ccl_fast.losses.infonce import check_pairs
+from ccl_fast.losses.batch import check_queries
 from ccl_fast.ops import row_dot, similarity_histogram
 from ccl_fast.ops.normalize import normalize_embeddings
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
@@ -29,13 +28,13 @@ class ScoreHistogram(NamedTuple):
 def score_histogram(
     queries: Tensor,
     keys: Tensor,
-    negatives: Tensor | None = None,
     *,
+    negatives: Tensor | None = None,
     bins: int = 100,
     range: tuple[float, float] = (-1.0, 1.0),
     normalize: bool = True,
 ) -> ScoreHistogram:
-    r"""Histograms, means and variances of the scores of positive and of negative pairs, to watch a training.
+    r"""Count and average the scores of positive and of negative pairs, to watch a training.
 
     The score of a pair is :math:`\langle q_i, k_j \rangle`, a cosine with ``normalize``. Positives are the pairs
     i = j; negatives the pairs :math:`i \ne j`, or all pairs of a query and a row of ``negatives``. The moments are
@@ -63,9 +62,15 @@ def score_histogram(
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.metrics import score_histogram
+        >>> scores = score_histogram(torch.eye(4), torch.eye(4), bins=10)
+        >>> scores.positive_mean, scores.negative_mean
+        (tensor(1.), tensor(0.))
     """
-    check_tensor("keys", keys)
-    check_pairs(queries, keys, negatives)
+    check_queries(queries, keys, negatives, required=("keys",))
     wide = accumulation_dtype(queries)
 
     def rows(x: Tensor) -> Tensor:

@@ -1,0 +1,304 @@
+"""What every loss is: a module of a temperature, its own options, and the options that all have in common."""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from ccl_fast.checks import check_choice, check_positive
+from ccl_fast.distributed import EXCHANGES, check_process_group
+from ccl_fast.errors import ArgumentError
+from ccl_fast.losses import processes
+from ccl_fast.losses.batch import Batch, check_batch, product_dtype
+from ccl_fast.ops import streaming_logsumexp
+from ccl_fast.ops.backends import check_backend
+from ccl_fast.ops.ids import separate_unassigned
+from ccl_fast.ops.logsumexp.distributed import Exchange
+from ccl_fast.ops.normalize import normalize_embeddings
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class CommonOptions(TypedDict, total=False):
+    """Options of every loss, besides the temperature: see `Loss`."""
+
+    learnable_temperature: bool
+    normalize: bool
+    reduction: str
+    backend: str
+    process_group: ProcessGroup | str | None
+    exchange: str
+
+
+class Loss(nn.Module):
+    """Base of all losses: the temperature as a parameter or a constant, the common options, the reduction.
+
+    A loss is built as ``Loss(temperature, *, own options, common options)`` and called as
+    ``loss(embeddings, ids, centers, *, ...)`` or ``loss(queries, keys, ids, centers, *, ...)``, as far as it has such.
+    One that cannot honour an option refuses all of its values but the default.
+
+    Args:
+        temperature: T, > 0; the initial value if learnable. It may be set later (``loss.temperature = 0.1``), as a
+            schedule does.
+        learnable_temperature: make log T a parameter (``log_temperature``).
+        normalize: scale embeddings, and what they are compared with, to unit length; if not, they are used as they
+            come.
+        reduction: "mean", "sum", or "none" (a loss per anchor).
+        backend: of the streaming log-sum-exp: "auto", "triton", "blocked" or "reference".
+        process_group: the batch is that of all processes of this torch.distributed group ("world": the default group),
+            each of which passes its part, of any size, with ids that mean the same everywhere, and the same centres.
+            Every process returns the loss of the whole batch ("none": of its own rows). Its gradients are those of
+            that loss times the number of processes, for its own embeddings: averaged over processes, as
+            DistributedDataParallel does, they make the gradient of the model that one process would find. That of a
+            learnable temperature is whole on every process. None: this process's batch alone.
+        exchange: how rows travel between processes: "all-gather" (every process holds the embeddings of all, once),
+            or "ring" (three parts at a time).
+
+    Attributes:
+        unsupported: names of the arguments above that this loss cannot honour.
+
+    Raises:
+        ValueError: an argument has the wrong type or value, or one that this loss cannot honour.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.losses import InfoNCELoss, Loss
+        >>> loss_fn = InfoNCELoss(0.07, learnable_temperature=True)
+        >>> isinstance(loss_fn, Loss), [name for name, _ in loss_fn.named_parameters()]
+        (True, ['log_temperature'])
+    """
+
+    unsupported: tuple[str, ...] = ()
+    _own_options: tuple[str, ...] = ()  # names of a loss's arguments that are not common ones
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        *,
+        learnable_temperature: bool = False,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+        process_group: ProcessGroup | str | None = None,
+        exchange: str = "all-gather",
+    ):
+        super().__init__()
+        given = {
+            "temperature": temperature,
+            "learnable_temperature": learnable_temperature,
+            "normalize": normalize,
+            "reduction": reduction,
+            "backend": backend,
+            "process_group": process_group,
+            "exchange": exchange,
+        }
+        for name in self.unsupported:
+            self._check_supported(name, given[name])
+        check_positive("temperature", temperature)
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_backend("streaming_logsumexp", backend)
+        check_choice("exchange", exchange, EXCHANGES)
+        if process_group is not None:
+            check_process_group(process_group)
+        self.normalize, self.reduction, self.backend = normalize, reduction, backend
+        self.process_group, self.exchange = process_group, exchange
+        self._temperature = temperature
+        if learnable_temperature:
+            # Its logarithm is learned: it stays positive whatever the optimiser does.
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+
+    def __init_subclass__(cls, **options):
+        """Spells the common options out in the signature of an ``__init__`` that takes them as ``**common``."""
+        super().__init_subclass__(**options)
+        if "__init__" not in cls.__dict__:
+            return
+        signature = inspect.signature(cls.__init__)
+        *own, last = signature.parameters.values()
+        if last.kind is not inspect.Parameter.VAR_KEYWORD:
+            return
+        common = [p for name, p in _COMMON.items() if name not in signature.parameters]
+        cls.__init__.__signature__ = signature.replace(parameters=[*own, *common])
+        cls._own_options = tuple(p.name for p in own if p.name not in ("self", "temperature"))
+
+    @property
+    def temperature(self) -> float | Tensor:
+        return self.log_temperature.exp() if hasattr(self, "log_temperature") else self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        """Set it, as a schedule does; of a learnable temperature it is where learning goes on."""
+        if "temperature" in self.unsupported:
+            self._check_supported("temperature", value)
+        check_positive("temperature", value)
+        self._temperature = value
+        if hasattr(self, "log_temperature"):
+            nn.init.constant_(self.log_temperature, math.log(value))
+
+    def extra_repr(self) -> str:
+        own = {name: getattr(self, name, None) for name in self._own_options}
+        shown = {name: value for name, value in own.items() if isinstance(value, bool | int | float | str)}
+        common = {
+            "temperature": round(float(torch.as_tensor(self.temperature).detach()), 6),
+            "normalize": self.normalize,
+            "reduction": self.reduction,
+            "backend": self.backend,
+        }
+        if self.process_group is not None:
+            common["exchange"] = self.exchange
+        shown |= {name: value for name, value in common.items() if name not in self.unsupported}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+    @property
+    def settings(self) -> dict:
+        """What must be the same on every process, besides what `forward` is given."""
+        names = ("temperature", "normalize", "reduction", "backend", "exchange", *self._own_options)
+        return {name: getattr(self, name, None) for name in names}
+
+    # ---- the batch ----
+
+    def prepare(
+        self,
+        embeddings: Tensor,
+        ids: Tensor | None,
+        ids_name: str,
+        centers: Tensor | None = None,
+        center_temperature: float | Tensor | None = None,
+        check: Callable[[], object] = lambda: None,
+    ) -> Batch:
+        """Flatten views into rows, give each unassigned sample an id of its own, normalise; join other processes.
+
+        Args:
+            check: of further arguments.
+        """
+
+        def check_all() -> tuple[int, int]:
+            counts = check_batch(embeddings, ids, ids_name, centers, center_temperature)
+            check()
+            return counts
+
+        n, exchange, first = self.join_processes(
+            check_all,
+            {"embeddings": embeddings},
+            lambda: {
+                ids_name: None if ids is None else "given",
+                "centers": centers,
+                "center_temperature": center_temperature,
+            },
+        )
+        if ids is None:
+            row_ids = torch.arange(first, first + n, device=embeddings.device)
+        else:
+            row_ids = separate_unassigned(ids.long(), first)
+        shape = embeddings.shape[:-1]
+        if embeddings.ndim == 3:
+            row_ids = row_ids.repeat_interleave(embeddings.shape[1])
+        return Batch(self.unit(embeddings.flatten(0, -2)), row_ids, shape, exchange)
+
+    def join_processes(
+        self, check: Callable[[], tuple[int, int]], rows: dict, same: Callable[[], dict] = dict
+    ) -> tuple[int, Exchange | None, int]:
+        """Check the arguments of `forward`, and join the other processes: how many samples are here, how rows travel
+        (None: there are no others), and the number of the first sample among those of all processes.
+
+        Args:
+            check: of this process's arguments; it returns the number of samples, and of rows of each.
+            rows: arguments whose number of rows is each process's own; all else of them must be the same on every one.
+                The first are those that are contrasted.
+            same: further arguments that must be the same; called after the check.
+
+        Raises:
+            ValueError: they are not, or the check of another process has failed.
+        """
+        if self.process_group is None:
+            return check()[0], None, 0
+        return processes.join(self, check, rows, same)
+
+    def shared(self, x: float | Tensor | None, exchange: Exchange | None) -> float | Tensor | None:
+        """A parameter that is used in all rows of the batch: each process has the whole of its gradient."""
+        if exchange is None or not (isinstance(x, Tensor) and x.requires_grad):
+            return x
+        return processes.share_gradient(x, exchange.peers, self.reduction != "none")
+
+    def unit(self, x: Tensor) -> Tensor:
+        """Rows of unit length (if `normalize`), in the dtype of the matrix products."""
+        dtype = product_dtype(x)
+        if not self.normalize:
+            return x.to(dtype)
+        return normalize_embeddings(x).to(dtype)
+
+    # ---- sums over rows ----
+
+    def logsumexp_over_rows(
+        self, z: Tensor, ids: Tensor | None, candidates: str, scale: float | Tensor, exchange: Exchange | None
+    ) -> Tensor:
+        """Log-sum-exp of every row over those other rows, of all processes, that are ``candidates`` by ids."""
+        if exchange is None:
+            return streaming_logsumexp(z, scale=scale, q_ids=ids, candidates=candidates, backend=self.backend)
+        return processes.logsumexp_over_rows(z, ids, candidates, scale, exchange, self.backend)
+
+    def both_directions(
+        self,
+        queries: Tensor,
+        keys: Tensor | None,
+        losses: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        symmetric: bool,
+    ) -> Tensor:
+        """Losses of two views, or of two towers, ``[n, 2]``; of one direction of two towers ``[n]``.
+
+        Args:
+            queries: ``[n, 2, d]`` without keys, else ``[n, d]``.
+            losses: of anchors and their positives against keys, which are None for two views: there the anchors, all
+                first views before all second ones, are keys of each other.
+            symmetric: keys of two towers are anchors too.
+        """
+        if keys is None:
+            z = self.unit(queries.transpose(0, 1).flatten(0, 1))
+            return losses(z, z.roll(len(queries), dims=0), None).view(2, -1).T
+        q, k = self.unit(queries), self.unit(keys)
+        rows = losses(q, k, k)
+        return torch.stack((rows, losses(k, q, q)), dim=1) if symmetric else rows
+
+    # ---- the result ----
+
+    def reduce(
+        self,
+        losses: Tensor,
+        has_positive: Tensor | None = None,
+        shape: torch.Size | None = None,
+        exchange: Exchange | None = None,
+    ) -> Tensor:
+        """The losses ``[...]`` reduced; under "none" as they are, or in a shape.
+
+        Anchors without a positive (None: there are no such) contribute 0 and do not count in the mean; none at all
+        gives 0. Of several processes each returns the sum or mean over all rows. The gradient is that of its own rows'
+        part, times the number of processes, so that the mean of all processes' gradients is the gradient.
+        """
+        shape = losses.shape if shape is None else shape
+        losses = losses.flatten()
+        if has_positive is None:
+            has_positive = torch.ones_like(losses, dtype=torch.bool)
+        losses = losses.masked_fill(~has_positive, 0.0)
+        if self.reduction == "none":
+            return losses.view(shape)
+        total, count = losses.sum(), has_positive.sum()
+        if exchange is None:
+            return total if self.reduction == "sum" else total / count.clamp(min=1)
+        return processes.reduce(total, count, self.reduction == "mean", exchange.peers)
+
+    def _check_supported(self, name: str, value) -> None:
+        default = inspect.signature(type(self)).parameters[name].default
+        if value != default:
+            raise ArgumentError(
+                f"{name}: expected {default!r}, the only value that {type(self).__name__} can honour, got {value!r}"
+            )
+
+
+_COMMON = {
+    name: parameter
+    for name, parameter in inspect.signature(Loss.__init__).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+}

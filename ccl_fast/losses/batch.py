@@ -1,0 +1,152 @@
+"""What losses are given: embeddings with their views, queries and keys, ids, and checks of them."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ccl_fast.checks import check_floating, check_matrix, check_positive, check_same, check_tensor, check_vector
+from ccl_fast.errors import ArgumentError
+from ccl_fast.ops.logsumexp.distributed import Exchange
+
+
+class Batch(NamedTuple):
+    """One row per view. Rows with one id are positives of each other."""
+
+    z: Tensor  # [n, d]
+    ids: Tensor  # [n] int64; an unassigned sample has an id (< 0) of its own
+    shape: torch.Size  # of the result under reduction="none": [n] or [n, views]
+    exchange: Exchange | None  # with the other processes' rows, if there are any
+
+    @property
+    def assigned(self) -> Tensor:
+        return self.ids >= 0
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """That the matrix products shall have: autocast's, or that of x."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def ceil_of_share(share: float, total: int) -> int:
+    """How many a share is, rounded up; 0.07 * 100 is a little more than 7."""
+    return math.ceil(round(share * total, 9))
+
+
+# ---- checks ----
+
+
+def check_batch(
+    embeddings: Tensor,
+    ids: Tensor | None,
+    ids_name: str,
+    centers: Tensor | None = None,
+    center_temperature: float | Tensor | None = None,
+    at: str = "",
+) -> tuple[int, int]:
+    """Numbers of samples, and of rows of each; ``at`` is what names of several clusterings end with."""
+    check_tensor("embeddings", embeddings)
+    check_floating("embeddings", embeddings)
+    if embeddings.ndim not in (2, 3):
+        raise ArgumentError(f"embeddings: expected shape [n, d] or [n, views, d], got {list(embeddings.shape)}")
+    if embeddings.ndim == 2 and ids is None:
+        raise ArgumentError(
+            f"{ids_name}: expected integers [n] with embeddings [n, d], got None "
+            "(without ids the views of a sample must be told apart: embeddings [n, views, d])"
+        )
+    if centers is not None:
+        if ids is None:
+            raise ArgumentError(f"{ids_name}: expected integers [n] with centers, got None")
+        check_centers(centers, embeddings, center_temperature, at)
+    if ids is not None:
+        check_ids(f"{ids_name}{at}", ids, embeddings, None if centers is None else len(centers))
+    return embeddings.shape[0], embeddings.shape[1] if embeddings.ndim == 3 else 1
+
+
+def check_centers(
+    centers: Tensor, embeddings: Tensor, center_temperature: float | Tensor | None = None, at: str = ""
+) -> None:
+    """Centres [k, d] of the embeddings, and a temperature of all, or of each of them."""
+    check_matrix(f"centers{at}", centers, columns=embeddings.shape[-1])
+    check_floating(f"centers{at}", centers)
+    check_same(f"centers{at}", centers, "embeddings", embeddings, dtype=False)
+    name = f"center_temperature{at}"
+    check_center_temperature(center_temperature, name)
+    if isinstance(center_temperature, Tensor):
+        check_same(name, center_temperature, "embeddings", embeddings, dtype=False)
+        if center_temperature.ndim == 1:
+            check_vector(name, center_temperature, len(centers))
+
+
+def check_center_temperature(value: float | Tensor | None, name: str = "center_temperature") -> None:
+    if isinstance(value, Tensor):
+        if not value.is_floating_point() or value.ndim > 1:
+            raise ArgumentError(f"{name}: expected floating point of shape [k], got {value.dtype} {list(value.shape)}")
+        if value.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((value > 0).all()):
+            raise ArgumentError(f"{name}: expected positive numbers, got a smallest of {value.min():g}")
+    elif value is not None:
+        check_positive(name, value)
+
+
+def check_queries(
+    queries: Tensor, keys: Tensor | None, negatives: Tensor | None = None, *, required: tuple[str, ...] = ()
+) -> tuple[int, int]:
+    """Queries [n, d] with keys [n, d], or two views [n, 2, d] without; further keys [m, d].
+
+    Args:
+        required: which of "keys" and "negatives" may not be None.
+
+    Returns:
+        Numbers of samples, and of rows of each.
+    """
+    if keys is None and "keys" not in required:
+        if not isinstance(queries, Tensor) or queries.ndim != 3 or queries.shape[1] != 2:
+            got = list(queries.shape) if isinstance(queries, Tensor) else type(queries).__name__
+            raise ArgumentError(f"queries: expected shape [n, 2, d] without keys, got {got}")
+    else:
+        check_tensor("keys", keys)
+        check_matrix("queries", queries)
+        check_matrix("keys", keys, columns=queries.shape[1])
+        check_same("keys", keys, "queries", queries)
+        if keys.shape != queries.shape:
+            raise ArgumentError(f"keys: expected shape {list(queries.shape)} (that of queries), got {list(keys.shape)}")
+    check_floating("queries", queries)
+    if negatives is not None or "negatives" in required:
+        check_matrix("negatives", negatives, columns=queries.shape[-1])
+        check_same("negatives", negatives, "queries", queries)
+    return len(queries), 2
+
+
+def check_some(name: str, x: Tensor) -> None:
+    if len(x) == 0:
+        raise ArgumentError(f"{name}: expected at least one row, got none")
+
+
+def check_ids(name: str, ids: Tensor, rows: Tensor, number: int | None = None, of: str = "centers") -> None:
+    """Ids [n] of rows [n, ...], of any integer dtype: -1 <= ids < number (None: however large)."""
+    check_vector(name, ids, len(rows))
+    check_integers(name, ids, rows)
+    check_id_range(name, ids, number, of)
+
+
+def check_integers(name: str, x: Tensor, rows: Tensor) -> None:
+    """Of any integer dtype, where the rows are."""
+    if x.dtype == torch.bool or x.is_floating_point() or x.is_complex():
+        raise ArgumentError(f"{name}: expected integers, got {x.dtype}")
+    check_same(name, x, "the embeddings", rows, dtype=False)
+
+
+def check_id_range(name: str, ids: Tensor, number: int | None, of: str = "centers") -> None:
+    """-1 <= ids < number: an IndexError on a CPU; on a GPU an assertion on the device, as torch's own indexing."""
+    expected = "at least -1" if number is None else f"from -1 to {number - 1} (there are {number} {of})"
+    ids = ids.long()
+    if torch.compiler.is_compiling() or ids.device.type != "cpu":
+        inside = ids >= -1 if number is None else (ids >= -1) & (ids < number)
+        torch._assert_async(inside.all(), f"{name}: expected ids {expected}")
+    elif ids.numel():
+        low, high = (int(x) for x in ids.aminmax())
+        if low < -1 or (number is not None and high >= number):
+            raise IndexError(f"{name}: expected ids {expected}, got {low} to {high}")

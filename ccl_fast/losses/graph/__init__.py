@@ -1,0 +1,6 @@
+"""Contrastive losses on the nodes of a graph."""
+
+from ccl_fast.losses.graph.lightgcl import LightGCLLoss, SVDView
+from ccl_fast.losses.graph.scgc import SCGCLoss, influence_matrix
+
+__all__ = ["LightGCLLoss", "SCGCLoss", "SVDView", "influence_matrix"]

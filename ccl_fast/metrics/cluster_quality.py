@@ -1,0 +1,67 @@
+"""How clusters compare with classes."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from ccl_fast.checks import check_tensor
+from ccl_fast.errors import ArgumentError, packages_of_training
+
+
+def cluster_quality(cluster_ids: Tensor, labels: Tensor) -> dict[str, float]:
+    r"""Compare clusters with classes.
+
+    With :math:`n_{kc}` the samples of cluster k and class c, :math:`n_k, n_c` their sums, n all:
+
+    .. math::
+        \text{nmi} = \frac{2 I}{H_k + H_c}, \quad I = \sum_{kc} \frac{n_{kc}}{n} \log \frac{n\, n_{kc}}{n_k n_c}, \qquad
+        \text{accuracy} = \max_\pi \frac{1}{n} \sum_k n_{k \pi(k)}, \qquad
+        \text{same class} = \frac{\sum_{kc} n_{kc} (n_{kc} - 1) / (n_k - 1)}{\sum_{k: n_k > 1} n_k}
+
+    Args:
+        cluster_ids: cluster of every sample, integers ``[n]`` of any values, at least one.
+        labels: class of every sample, likewise.
+
+    Returns:
+        ``{"nmi", "accuracy", "same_class"}``, all in [0, 1]: normalised mutual information (arithmetic mean of the
+        entropies; needs torchmetrics); the share of samples in the class that their cluster stands for, where every
+        class has at most one cluster and every cluster one class, chosen so that the share is largest (Hungarian
+        method); and the share of a sample's cluster-mates that are of its class, mean over the samples that have some
+        (1 if none has).
+
+    Raises:
+        ValueError: an argument has the wrong type or shape.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.metrics import cluster_quality
+        >>> cluster_quality(torch.tensor([1, 1, 0, 0]), torch.tensor([5, 5, 7, 7]))
+        {'nmi': 1.0, 'accuracy': 1.0, 'same_class': 1.0}
+    """
+    from scipy.optimize import linear_sum_assignment  # takes long to import
+
+    with packages_of_training():
+        from torchmetrics.functional.clustering import normalized_mutual_info_score
+
+    for name, x in (("cluster_ids", cluster_ids), ("labels", labels)):
+        check_tensor(name, x)
+        if x.ndim != 1 or x.shape != cluster_ids.shape or not len(x):
+            raise ArgumentError(f"{name}: expected shape [n] with n of at least 1, got {list(x.shape)}")
+    # Whatever their numbers.
+    ids, classes = (x.cpu().unique(return_inverse=True)[1] for x in (cluster_ids, labels))
+    with warnings.catch_warnings():  # torchmetrics builds a sparse tensor, of which torch warns
+        warnings.filterwarnings("ignore", message="Sparse invariant checks")
+        nmi = normalized_mutual_info_score(ids, classes).item()
+    together = torch.zeros(int(ids.max()) + 1, int(classes.max()) + 1, dtype=torch.int64)
+    together.index_put_((ids, classes), torch.ones_like(ids), accumulate=True)
+    rows, columns = linear_sum_assignment(together.numpy(), maximize=True)
+    sizes, mates = together.sum(1, keepdim=True), (together * (together - 1)).double()
+    same = (mates / (sizes - 1).clamp(min=1)).sum() / sizes[sizes > 1].sum() if (sizes > 1).any() else torch.ones(())
+    return {
+        "nmi": nmi,
+        "accuracy": together.numpy()[rows, columns].sum().item() / len(ids),
+        "same_class": same.item(),
+    }
