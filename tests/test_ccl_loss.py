@@ -242,7 +242,7 @@ def test_center_temperature_may_be_learned(form, backend):
     z, ids, centers = batch(8, 2, 5, 3, seed=10)
     for shape in ((), (3,)):
         value = torch.full(shape, 0.2, dtype=torch.float64).requires_grad_()
-        actual = differentiate(CCLLoss(form=form, backend=backend)(z, ids, centers, value), [value])
+        actual = differentiate(CCLLoss(form=form, backend=backend)(z, ids, centers, center_temperature=value), [value])
         expected = differentiate(ccl(z, ids, centers, form=form, center_temperature=value), [value])
         assert_matches(actual, expected)
 
