@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +207,12 @@ def test_a_run_that_overwrites_leaves_no_result_of_the_old_one_beside_its_argume
 def test_of_two_runs_one_gets_the_folder(tmp_path, monkeypatch):
     from ccl_fast.commands import run_folder
 
+    class Noon(datetime):  # both within one second
+        @classmethod
+        def now(cls):
+            return cls(2026, 1, 1, 12)
+
+    monkeypatch.setattr(run_folder, "datetime", Noon)
     monkeypatch.chdir(tmp_path)
     first, second = (run_folder.default_folder("train") for _ in range(2))
     run_folder.claim(first, overwrite=False, resume=False)
