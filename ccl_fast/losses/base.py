@@ -240,6 +240,29 @@ class Loss(nn.Module):
             return streaming_logsumexp(z, scale=scale, q_ids=ids, candidates=candidates, backend=self.backend)
         return processes.logsumexp_over_rows(z, ids, candidates, scale, exchange, self.backend)
 
+    def logsumexp_among(
+        self,
+        anchors: Tensor,
+        keys: Tensor | None,
+        sample_ids: Tensor,
+        candidates: str,
+        scale: float | Tensor,
+        exchange: Exchange | None,
+    ) -> Tensor:
+        """Log-sum-exp of every anchor over those keys that are ``candidates`` by the samples' ids ``[n]``; without
+        keys, of both views of every sample over the other rows, as `both_directions` has them."""
+        if keys is None:
+            return self.logsumexp_over_rows(anchors, sample_ids.repeat(2), candidates, scale, exchange)
+        return streaming_logsumexp(
+            anchors,
+            keys,
+            scale=scale,
+            q_ids=sample_ids,
+            k_ids=sample_ids,
+            candidates=candidates,
+            backend=self.backend,
+        )
+
     def both_directions(
         self,
         queries: Tensor,

@@ -10,7 +10,7 @@ from ccl_fast.distributed import outside_of_graphs
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_ids, check_queries
 from ccl_fast.losses.processes import check_views_only
-from ccl_fast.ops import row_dot, streaming_logsumexp
+from ccl_fast.ops import row_dot
 from ccl_fast.ops.ids import joint_ids, separate_unassigned
 from ccl_fast.ops.logsumexp.distributed import Exchange
 
@@ -87,11 +87,7 @@ class MCLLoss(Loss):
         scale = 1.0 / self.shared(self.temperature, exchange)
 
         def losses(anchors: Tensor, positives: Tensor, keys: Tensor | None) -> Tensor:
-            if keys is None:
-                logsumexp = self.logsumexp_over_rows(anchors, ids.repeat(2), "same_id", scale, exchange)
-            else:
-                among = {"q_ids": ids, "k_ids": ids, "candidates": "same_id"}
-                logsumexp = streaming_logsumexp(anchors, keys, scale=scale, backend=self.backend, **among)
+            logsumexp = self.logsumexp_among(anchors, keys, ids, "same_id", scale, exchange)
             return logsumexp - row_dot(anchors, positives) * scale
 
         return self.reduce(self.both_directions(queries, keys, losses, self.symmetric), exchange=exchange)

@@ -7,7 +7,7 @@ from torch import Tensor
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_ids, check_queries
 from ccl_fast.losses.processes import check_views_only
-from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
+from ccl_fast.ops import logaddexp, row_dot
 from ccl_fast.ops.ids import separate_unassigned
 
 
@@ -76,11 +76,7 @@ class MEOWLoss(Loss):
         scale = 1.0 / self.shared(self.temperature, exchange)
 
         def losses(anchors: Tensor, positives: Tensor, keys: Tensor | None) -> Tensor:
-            if keys is None:
-                negatives = self.logsumexp_over_rows(anchors, ids.repeat(2), "other_id", scale, exchange)
-            else:
-                among = {"q_ids": ids, "k_ids": ids, "candidates": "other_id"}
-                negatives = streaming_logsumexp(anchors, keys, scale=scale, backend=self.backend, **among)
+            negatives = self.logsumexp_among(anchors, keys, ids, "other_id", scale, exchange)
             logits = row_dot(anchors, positives) * scale
             return logaddexp(negatives, logits) - logits
 
