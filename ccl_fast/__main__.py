@@ -3,6 +3,7 @@
 So that `torchrun -m ccl_fast train ...` trains on several processes.
 """
 
+import os
 import platform
 import sys
 
@@ -41,6 +42,12 @@ def _name(dtype: torch.dtype) -> str:
 
 def command() -> int:
     """``ccl-fast``; without its packages a line that says what to install, and 1."""
+    for number in (0, 1, 2):
+        # Where the caller has closed one, the next file that is opened would get its number, and what is printed.
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     try:
         with packages_of_training():
             from ccl_fast.commands.command_line import main as run_command

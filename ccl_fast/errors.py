@@ -22,9 +22,18 @@ class PeerError(RuntimeError):
         )
 
 
+class ReaderError(RuntimeError):
+    """A process that reads images has ended, or has not answered in time."""
+
+
+def first_line(error: Exception) -> str:
+    """Return what went wrong in one line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def first_sentence(error: Exception) -> str:
-    """Gloo adds advice."""
-    return (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
+    """Return what went wrong without the advice that Gloo adds."""
+    return first_line(error).split(". ")[0]
 
 
 class MissingPackages(ModuleNotFoundError):

@@ -92,7 +92,8 @@ def test_a_seed_killed_before_its_first_checkpoint_is_begun_again(two_seeds, tmp
     shutil.copytree(two_seeds, folder)
     for name in ("report.json", "report.html", "ccl.pt", "simclr.pt", "metrics.jsonl"):
         (folder / "seed5" / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "seed5" / "checkpoints")
+    for name in ("checkpoints", "tensorboard"):
+        shutil.rmtree(folder / "seed5" / name)
     before = json.loads((two_seeds / "comparison.json").read_text())["results"]
     assert main(["compare", f"--output={folder}", "--seeds=[3,5]", "--resume", *OPTIONS]) == 0
     assert json.loads((folder / "comparison.json").read_text())["results"] == before

@@ -214,12 +214,16 @@ def test_of_two_runs_one_gets_the_folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr(run_folder, "datetime", Noon)
     monkeypatch.chdir(tmp_path)
-    first, second = (run_folder.default_folder("train") for _ in range(2))
-    run_folder.claim(first, overwrite=False, resume=False)
-    (first / "config.yaml").write_text("")
-    with pytest.raises(FileExistsError):
-        run_folder.claim(second, overwrite=False, resume=False)
-    assert run_folder.default_folder("train") != first
+    first, second = (run_folder.RunFolder(None, overwrite=False, resume=False) for _ in range(2))
+    assert first.reserve() == second.reserve()
+    with first, second:
+        first.claim()
+        with pytest.raises(FileExistsError, match=r"^output: expected a folder that no other run is writing to"):
+            second.claim()
+        (first.path / "config.yaml").write_text("")
+    with pytest.raises(FileExistsError, match=r"^output: expected a folder that does not exist yet"):
+        second.claim()
+    assert run_folder.default_folder("train") != first.path
 
 
 @pytest.mark.parametrize(

@@ -10,23 +10,30 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import docstring_parser
-from jsonargparse import ActionYesNo, ArgumentParser
+import yaml
+from jsonargparse import ActionYesNo, ArgumentParser, get_loader, set_loader
 from torch import nn
 from torch.utils.data import Dataset
 
 from ccl_fast.commands.compare_objectives import SET_BY_COMPARE, compare
 from ccl_fast.commands.evaluate_run import evaluate
+from ccl_fast.commands.output import lasting_output
+from ccl_fast.commands.plain_yaml import without_aliases
 from ccl_fast.commands.score_images import score
 from ccl_fast.commands.train_models import train
-from ccl_fast.errors import ArgumentError, PeerError
+from ccl_fast.errors import ArgumentError, PeerError, ReaderError
 from ccl_fast.training.checkpoint import CheckpointError
 from ccl_fast.training.interruption import Interrupted
 
 COMMANDS = {"train": train, "compare": compare, "evaluate": evaluate, "score": score}
 # What Python can give and a command line cannot.
 PYTHON_ONLY = (Dataset, nn.Module)
+
+_load_yaml = get_loader("yaml")
+set_loader("yaml", lambda text: _load_yaml(without_aliases(text)), exceptions=(yaml.YAMLError,))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,14 +43,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 2 for wrong arguments and files, 1 if the loss diverges or another process is lost, 128 + signal
         if stopped by one.
     """
+    with lasting_output():
+        return _run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
     parser = ArgumentParser(prog="ccl-fast", description="Cluster-aware contrastive learning.")
     subcommands = parser.add_subcommands()
     for name, function in COMMANDS.items():
         subcommands.add_subcommand(name, _parser(function), help=_summary(function))
-    parsed = parser.parse_args([_with_underscores(a) for a in (sys.argv[1:] if arguments is None else arguments)])
+    parsed = parser.parse_args([_with_underscores(argument) for argument in arguments])
     options = parsed[parsed.subcommand].as_dict()
     del options["config"]
     try:
+        for name, value in options.items():
+            _check_text(name, value)
         COMMANDS[parsed.subcommand](**options)
     except KeyboardInterrupt:
         print(f"ccl-fast {parsed.subcommand}: interrupted", file=sys.stderr)
@@ -52,11 +66,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if _speaks_for_all():
             print(f"ccl-fast {parsed.subcommand}: {interrupted}", file=sys.stderr)
         return interrupted.code
-    except (ArgumentError, CheckpointError, OSError, FloatingPointError, PeerError) as error:
+    except (ArgumentError, CheckpointError, OSError, FloatingPointError, PeerError, ReaderError) as error:
         if _speaks_for_all() or isinstance(error, PeerError):
             print(f"ccl-fast {parsed.subcommand}: error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError | PeerError) else 2
+        return 1 if isinstance(error, FloatingPointError | PeerError | ReaderError) else 2
     return 0
+
+
+def _check_text(name: str, value: object) -> None:
+    """Check that no text has a NUL, with which no path can be used."""
+    if isinstance(value, list):
+        for item in value:
+            _check_text(name, item)
+    elif isinstance(value, str | Path) and "\0" in str(value):
+        raise ArgumentError(f"{name}: expected text without NUL, got {value!r}")
 
 
 def _speaks_for_all() -> bool:

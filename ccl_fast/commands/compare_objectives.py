@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from ccl_fast.commands.run_folder import check_free, clear, default_folder, is_empty
+from ccl_fast.commands.run_folder import check_free, clear, default_folder, held, is_empty
 from ccl_fast.commands.train_models import train
 from ccl_fast.errors import ArgumentError
 from ccl_fast.evaluation import DEFAULT, GROUPS
@@ -60,12 +60,15 @@ def compare(
     folder = default_folder("compare") if output is None else Path(output)
     _check_folder(folder, resume=resume, overwrite=overwrite)
     origins = _origins(warmup_from, seeds)
-    if overwrite:  # all at once: a comparison that is stopped and resumed takes no result of an earlier one
-        _clear_all(folder, seeds)
-    reports = [_report_of_seed(folder / f"seed{seed}", seed, origins[seed], options, resume=resume) for seed in seeds]
-    comparison = _describe(seeds, reports)
-    text = json.dumps(comparison, indent=2, allow_nan=False) + "\n"
-    write_atomically(folder / COMPARISON, lambda file: file.write(text.encode()))
+    with held(folder):
+        if overwrite:  # all at once: a comparison that is stopped and resumed takes no result of an earlier one
+            _clear_all(folder, seeds)
+        reports = [
+            _report_of_seed(folder / f"seed{seed}", seed, origins[seed], options, resume=resume) for seed in seeds
+        ]
+        comparison = _describe(seeds, reports)
+        text = json.dumps(comparison, indent=2, allow_nan=False) + "\n"
+        write_atomically(folder / COMPARISON, lambda file: file.write(text.encode()))
     print(format_comparison(comparison))
     print(f"written to {folder}")
     return comparison
@@ -118,14 +121,18 @@ def _report_of_seed(folder: Path, seed: int, origin: Path | None, options: dict,
     if resume and (folder / "report.json").exists():
         return _finished(folder / "report.json", options)
     started = resume and (folder / CHECKPOINTS / LAST).exists()
-    again = resume and not started and folder.exists() and not is_empty(folder)  # killed before a checkpoint
-    how = {"overwrite": again, "resume": started, "warmup_from": origin}
-    return train(output=folder, seed=seed, baseline=True, **how, **options)
+    return train(output=folder, seed=seed, baseline=True, resume=started, warmup_from=origin, **options)
 
 
 def _finished(path: Path, options: dict) -> dict:
     """Return the report of a seed that is done, by a run with these options."""
-    report = json.loads(path.read_text())
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"output: expected the report of a run in {path}, got something else ({error})") from error
+    parts = ("arguments", "environment", "titles", "results")
+    if not isinstance(report, dict) or not all(isinstance(report.get(part), dict) for part in parts):
+        raise ArgumentError(f"output: expected the report of a run in {path}, got one without {' or '.join(parts)}")
     for name, value in fixed_on_resume(Config(**options).plain()).items():
         if name not in report["arguments"]:
             raise ArgumentError(f"output: expected a comparison of this version of ccl_fast, got one without {name}")

@@ -81,4 +81,5 @@ def _reading(config: Config) -> dict:
         "strict": config.strict,
         "workers": config.workers,
         "memory": config.image_memory,
+        "max_pixels": config.max_pixels,
     }

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-import yaml
+from filelock import FileLock, Timeout
 
+from ccl_fast.commands.plain_yaml import read_yaml
 from ccl_fast.errors import ArgumentError
+from ccl_fast.files import is_unfinished
 from ccl_fast.training.checkpoint import CHECKPOINTS, LAST, PREVIOUS
 from ccl_fast.training.config import FIELDS
 from ccl_fast.training.objectives import OBJECTIVES
 from ccl_fast.training.progress import EVENTS, METRICS
 
-CONFIG, EVALUATION = "config.yaml", "evaluation"
+CONFIG, EVALUATION, LOCK = "config.yaml", "evaluation", ".lock"
 # All that a run writes, but for TensorBoard's names; results first, so that none is ever beside a later configuration.
 FILES = (
     *(f"{name}.{kind}" for name in ("report", f"{EVALUATION}/evaluation") for kind in ("json", "html")),
@@ -49,22 +52,91 @@ def check_free(folder: Path, *, overwrite: bool, resume: bool) -> None:
     if not (overwrite or resume):
         expected = "a folder that does not exist yet, or overwrite or resume"
         raise FileExistsError(f"output: expected {expected}, got {str(folder)!r}")
-    if overwrite and not _is_ours(folder):
+    if overwrite and not _is_config(folder / CONFIG):
         expected = f"the folder of a run to overwrite, with its {CONFIG}"
         raise ArgumentError(f"output: expected {expected}, got {str(folder)!r}")
 
 
-def claim(folder: Path, *, overwrite: bool, resume: bool) -> None:
-    """Make the folder for a new run, or take over one that is there; of two runs that try, one gets it."""
-    if overwrite:
-        clear(folder)
-    folder.mkdir(parents=True, exist_ok=overwrite or resume or is_empty(folder))
+class RunFolder:
+    """The folder that a run writes to, in a ``with``: held against every other run from when it is there.
+
+    Args:
+        path: the folder; None: a fresh one under ``runs``.
+        overwrite: a run that is in it is to be dropped.
+        resume: a run that is in it is to be gone on with.
+    """
+
+    def __init__(self, path: str | Path | None, *, overwrite: bool, resume: bool):
+        self.path = None if path is None else Path(path)
+        self.overwrite, self.resume = overwrite, resume
+        self._holding = ExitStack()
+        self._is_held = False
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._holding.close()
+
+    def reserve(self) -> Path:
+        """Return the path, which the run may have; nothing is written but the lock in a folder that is there.
+
+        Raises: as `check_free` and `held`.
+        """
+        self.path = self.path or default_folder("train")
+        self._check()
+        if self.path.exists():
+            self._hold()
+        return self.path
+
+    def claim(self) -> None:
+        """Make the folder, or drop from it what the run does not go on with; raises as `reserve`."""
+        if not self._is_held:
+            self._hold()
+        if self.resume:
+            drop_unfinished(self.path)
+        else:
+            clear(self.path)
+
+    def _check(self) -> None:
+        check_free(self.path, overwrite=self.overwrite, resume=self.resume)
+
+    def _hold(self) -> None:
+        self._holding.enter_context(held(self.path))
+        self._is_held = True
+        self._check()  # another run may just have been in it
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder, made if need be, against every other run; a folder that is left empty is removed.
+
+    The system lets go of it when the process ends, however that ends.
+
+    Raises:
+        FileExistsError: another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        expected = "a folder that no other run is writing to"
+        raise FileExistsError(f"output: expected {expected}, got {str(folder)!r}") from None
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+        with suppress(OSError):  # something is in it
+            folder.rmdir()
 
 
 def clear(folder: Path) -> None:
     """Drop what a run has written into the folder, and nothing else."""
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
+    drop_unfinished(folder)
     for events in folder.glob(f"{EVENTS}/*/events.out.tfevents.*"):
         events.unlink()
     for inside in (*folder.glob(f"{EVENTS}/*"), *(folder / name for name in (EVENTS, CHECKPOINTS, EVALUATION))):
@@ -72,13 +144,28 @@ def clear(folder: Path) -> None:
             inside.rmdir()
 
 
+def drop_unfinished(folder: Path) -> None:
+    """Drop what killed runs were writing."""
+    for place in (folder, *(folder / name for name in (CHECKPOINTS, EVALUATION))):
+        for path in [path for path in place.glob(".*") if is_unfinished(path)]:
+            path.unlink(missing_ok=True)
+
+
 def is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())
+    """Tell whether nothing is in the folder, or only what a run leaves that was killed before its first checkpoint."""
+
+    def is_nothing(path: Path) -> bool:
+        if path.name == CHECKPOINTS:
+            return path.is_dir() and all(map(is_unfinished, path.iterdir()))
+        return is_unfinished(path) or path.name == LOCK or (path.name == CONFIG and _is_config(path))
+
+    return folder.is_dir() and all(map(is_nothing, folder.iterdir()))
 
 
-def _is_ours(folder: Path) -> bool:
+def _is_config(path: Path) -> bool:
+    """Tell whether the file has the arguments of a run."""
     try:
-        config = yaml.safe_load((folder / CONFIG).read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+        config = read_yaml(path.read_text())
+    except (OSError, ValueError):
         return False
     return isinstance(config, dict) and FIELDS.keys() <= config.keys()

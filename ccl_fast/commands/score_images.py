@@ -21,6 +21,8 @@ from ccl_fast.models import embed_layers
 from ccl_fast.training.processes import check_alone, find_device
 
 COLUMNS = ("image", "score", "outlier", "cluster")
+# Of a cell that begins so, spreadsheets make a formula.
+FORMULA = tuple("=+-@\t\r")
 
 
 def score(
@@ -67,8 +69,8 @@ def score(
     """
     check_alone("score")
     output = Path(output)
-    if output.is_dir():
-        raise ArgumentError(f"output: expected a file, got the folder {str(output)!r}")
+    if output.exists() and not output.is_file():
+        raise ArgumentError(f"output: expected a regular file, got something else, {str(output)!r}")
     if output.exists() and not overwrite:
         raise FileExistsError(f"output: expected a file that does not exist yet, or overwrite, got {str(output)!r}")
     where = find_device(device)
@@ -82,7 +84,14 @@ def score(
     if detector not in names:
         raise ArgumentError(f"detector: expected one of {', '.join(names)}, got {detector!r}")
     split = read_split(trained.config)
-    scored, paths = load_folder(images, split.train.shape, strict=strict, workers=workers, argument="images")
+    scored, paths = load_folder(
+        images,
+        split.train.shape,
+        strict=strict,
+        workers=workers,
+        max_pixels=trained.config.max_pixels,
+        argument="images",
+    )
     model = trained.model(objective, split.train.shape, where)
     scores, is_outlier, nearest = _score(model, split, scored.to(where), detector, clusters=clusters, seed=seed)
     _write_table(output, paths, scores, is_outlier, nearest)
@@ -106,12 +115,17 @@ def _score(
     return scores, scores > cut, kmeans.predict(of_new["encoder" if level == "layers" else level])
 
 
+def _cell(path: str) -> str:
+    """Return a path that no spreadsheet takes for a formula."""
+    return f"./{path}" if path.startswith(FORMULA) else path
+
+
 def _write_table(path: Path, images: Sequence[str], scores: Tensor, is_outlier: Tensor, nearest: Tensor) -> None:
     """Write a row for every image, most outlying first."""
     rows = io.StringIO()
     writer = csv.writer(rows)
     writer.writerow(COLUMNS)
     for i in torch.argsort(scores, descending=True, stable=True).tolist():
-        writer.writerow([images[i], f"{scores[i].item():.6g}", int(is_outlier[i]), nearest[i].item()])
+        writer.writerow([_cell(str(images[i])), f"{scores[i].item():.6g}", int(is_outlier[i]), nearest[i].item()])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(rows.getvalue().encode("utf-8", "surrogateescape")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from lightning.fabric import Fabric
 
 from ccl_fast.commands.image_sets import ImageSets, load_image_sets, read_split
 from ccl_fast.commands.report import describe, write_report
-from ccl_fast.commands.run_folder import CONFIG, check_free, claim, default_folder
+from ccl_fast.commands.run_folder import CONFIG, RunFolder, clear
 from ccl_fast.data import Images
 from ccl_fast.errors import ArgumentError
 from ccl_fast.evaluation import evaluate_model
@@ -66,23 +66,24 @@ def train(config: Config) -> dict | None:
     _check_shared(config.objective)
     start = time.perf_counter()
     plan = config.resolved()
-    with launched(plan.device, plan.precision, plan.timeout) as (fabric, processes):
-        device = fabric.device
-        folder = processes.first(lambda: _free_folder(plan), patient=True)
-        images, sets = _read(plan, processes, device)
-        check_sizes(len(images), plan, processes.size)
-        # Before anything is written: its errors are those of arguments.
-        warm_up = Run(replace(plan, objective=BASELINE), images, fabric, processes)
-        progress = _open_progress(config, folder, images, sets, processes)
-        processes.first(lambda: claim(folder, overwrite=plan.overwrite, resume=plan.resume))
-        _print_taken_over(plan, progress)
-        with _dropped_without_checkpoint(folder, processes), closing(progress):
-            processes.first(lambda: _write_config(folder, config))
-            _train_stages(plan, warm_up, progress)
-    if not processes.is_first:
-        return None
-    fabric = fabric if processes.size == 1 else alone(device, plan.precision)  # the others have left
-    return _write_results(config, folder, sets, progress, fabric, start)
+    with RunFolder(plan.output, overwrite=plan.overwrite, resume=plan.resume) as run_folder:
+        with launched(plan.device, plan.precision, plan.timeout) as (fabric, processes):
+            device = fabric.device
+            folder = processes.first(run_folder.reserve, patient=True)
+            images, sets = _read(plan, processes, device)
+            check_sizes(len(images), plan, processes.size)
+            # Before anything is written: its errors are those of arguments.
+            warm_up = Run(replace(plan, objective=BASELINE), images, fabric, processes)
+            progress = _open_progress(config, folder, images, sets, processes)
+            processes.first(run_folder.claim)
+            _print_taken_over(plan, progress)
+            with _dropped_without_checkpoint(folder, processes), closing(progress):
+                processes.first(lambda: _write_config(folder, config))
+                _train_stages(plan, warm_up, progress)
+        if not processes.is_first:
+            return None
+        fabric = fabric if processes.size == 1 else alone(device, plan.precision)  # the others have left
+        return _write_results(config, folder, sets, progress, fabric, start)
 
 
 def _check_shared(objective: str) -> None:
@@ -91,13 +92,6 @@ def _check_shared(objective: str) -> None:
         shared = ", ".join(name for name, of in OBJECTIVES.items() if of.is_distributed)
         expected = f"one whose batches processes can share ({shared})"
         raise ArgumentError(f"objective: expected {expected}, got {objective!r} on {launched_size()} processes")
-
-
-def _free_folder(plan: Config) -> Path:
-    """Return the output folder, which the run may have."""
-    folder = default_folder("train") if plan.output is None else Path(plan.output)
-    check_free(folder, overwrite=plan.overwrite, resume=plan.resume)
-    return folder
 
 
 def _read(plan: Config, processes: Processes, device: torch.device) -> tuple[Images, ImageSets | None]:
@@ -156,10 +150,8 @@ def _dropped_without_checkpoint(folder: Path, processes: Processes) -> Iterator[
     try:
         yield
     except BaseException:
-        if processes.is_first and not (folder / CHECKPOINTS).exists():
-            (folder / CONFIG).unlink(missing_ok=True)
-            with suppress(OSError):  # somebody else's files are in it
-                folder.rmdir()
+        if processes.is_first and not (folder / CHECKPOINTS / checkpoint.LAST).exists():
+            clear(folder)
         raise
 
 
@@ -179,7 +171,7 @@ def _write_results(
     plan, models, evaluations = config.resolved(), {}, {}
     for name in plan.objectives:
         run = Run(replace(plan, objective=name), sets.train, fabric)
-        run.load_state_dict(progress.finished[name])
+        progress.load(run, progress.finished[name])
         models[name] = run.result
         evaluations[name] = evaluate_model(
             run.result, sets.train, sets.test, sets.near, sets.far, clusters=plan.clusters[0], seed=plan.seed

@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import yaml
 from torch import nn
 
+from ccl_fast.commands.plain_yaml import read_yaml
 from ccl_fast.commands.run_folder import CONFIG
-from ccl_fast.errors import ArgumentError
+from ccl_fast.errors import ArgumentError, first_line
 from ccl_fast.models import Model
+from ccl_fast.training.checkpoint import check_finite, read_tensors
 from ccl_fast.training.config import FIELDS, Config, as_list
 from ccl_fast.training.objectives import OBJECTIVES
 
@@ -57,21 +58,21 @@ class TrainedRun:
         model = Model(self.config.backbone, shape, self.config.embedding_dim, stem=self.config.stem)
         path = self.folder / f"{objective}.pt"
         try:
-            model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
-        except Exception as error:  # whatever a damaged file makes torch say
-            raise ArgumentError(
-                f"run: expected weights of this run, got {path} ({str(error).splitlines()[0]})"
-            ) from error
+            weights = read_tensors(path)
+            check_finite(weights)
+            model.load_state_dict(weights)
+        except Exception as error:  # whatever a damaged or foreign file makes torch say
+            raise ArgumentError(f"run: expected weights of this run, got {path} ({first_line(error)})") from error
         return model.to(device).eval()
 
 
 def _read(path: Path) -> Config:
     """Read the configuration of a run."""
     try:
-        arguments = yaml.safe_load(path.read_text())
-    except (ValueError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise ArgumentError(f"run: expected the arguments of a run in {path}, got something else ({reason})") from error
+        arguments = read_yaml(path.read_text())
+    except ValueError as error:
+        got = f"something else ({first_line(error)})"
+        raise ArgumentError(f"run: expected the arguments of a run in {path}, got {got}") from error
     if not isinstance(arguments, dict) or arguments.keys() != FIELDS.keys():
         names = arguments.keys() if isinstance(arguments, dict) else set()
         missing, unknown = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
+from ccl_fast.checks import check_count
 from ccl_fast.data.checks import check_loading, check_shape
 from ccl_fast.data.images import Images
 from ccl_fast.data.loading import load
@@ -22,7 +24,10 @@ from ccl_fast.data.reading import BATCH, progress_bar, read
 from ccl_fast.data.source import Sampled, Source, reason
 from ccl_fast.errors import ArgumentError
 
+MAX_PIXELS = 90_000_000  # of an image, by default: where Pillow begins to warn
 N_NAMED = 3  # of the files that were skipped
+# Of Pillow's, those that IMG_EXTENSIONS name: for others, whatever a file is called, it may start a program.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 
 
 def load_folder(
@@ -33,6 +38,7 @@ def load_folder(
     strict: bool = False,
     workers: int = 0,
     memory: float = 4.0,
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[Images, list[Path]]:
     """All images below a folder, brought to a shape: grey or RGB, shorter side resized, centre cropped.
 
@@ -48,6 +54,7 @@ def load_folder(
         strict: a file that cannot be read is an error; of images on demand, when it is used.
         workers: processes that read; 0: this one does.
         memory: GiB that the decoded images may take; if they take more, they are read on demand.
+        max_pixels: a file of more pixels than that counts as one that cannot be read: a small file can hold gigabytes.
 
     Returns:
         The images, and the path of each. Their classes are the subfolders of ``path``, or None where there are none.
@@ -58,8 +65,9 @@ def load_folder(
         OSError: a file cannot be read, and ``strict``; images on demand raise it when a file cannot be read any more.
     """
     check_loading(seed=0, workers=workers, memory=memory, limit=None, strict=strict, download=False)
+    check_count("max_pixels", max_pixels)
     check_shape("shape", shape)
-    [source] = open_folders([Path(path)], argument, strict=strict, workers=workers)
+    [source] = open_folders([Path(path)], argument, strict=strict, workers=workers, max_pixels=max_pixels)
     rows = torch.arange(len(source))
     images, rows = read(source, rows, tuple(shape), workers=workers, memory=memory, verify=not strict)
     report_skipped(source)
@@ -140,7 +148,9 @@ class FolderSource(Source):
             tqdm.write(f"{self.argument}: another image replaces a file that cannot be read; {error}", sys.stderr)
 
 
-def open_folders(folders: Sequence[Path], argument: str, *, strict: bool, workers: int) -> list[FolderSource]:
+def open_folders(
+    folders: Sequence[Path], argument: str, *, strict: bool, workers: int, max_pixels: int
+) -> list[FolderSource]:
     """The images below each folder; their classes are the subfolders by name, if all images lie in subfolders.
 
     Raises:
@@ -154,7 +164,7 @@ def open_folders(folders: Sequence[Path], argument: str, *, strict: bool, worker
     numbers = {name: i for i, name in enumerate(sorted({name for of_one in names for name in of_one}))}
     sources = []
     for folder, paths, of_one in zip(folders, files, names, strict=True):
-        headers = _headers(paths, workers=workers)
+        headers = _headers(paths, workers=workers, max_pixels=max_pixels)
         errors = [header for header in headers if isinstance(header, Exception)]
         if errors and strict:
             raise errors[0]
@@ -215,25 +225,28 @@ def _subfolder(path: Path, folder: Path) -> str:
     return next(iter(path.relative_to(folder).parts[:-1]), "")
 
 
-def _headers(paths: Sequence[Path], *, workers: int) -> list[tuple[int, int, int] | Exception]:
+def _headers(paths: Sequence[Path], *, workers: int, max_pixels: int) -> list[tuple[int, int, int] | Exception]:
     """The shape of every image, or why its header cannot be read."""
     headers = []
     with progress_bar(len(paths), "checking") as bar:
-        for batch in load(_Headers(paths), torch.arange(len(paths)).split(BATCH), list, workers=workers):
+        for batch in load(_Headers(paths, max_pixels), torch.arange(len(paths)).split(BATCH), list, workers=workers):
             headers += batch
             bar.update(len(batch))
     return headers
 
 
 class _Headers(Dataset):
-    def __init__(self, paths: Sequence[Path]):
+    def __init__(self, paths: Sequence[Path], max_pixels: int):
         self.paths = paths
+        self.max_pixels = max_pixels
 
     def __getitem__(self, i: int) -> tuple[int, int, int]:
         path = self.paths[i]
         try:
             with pillow_silenced(), _open(path) as image:
                 shape = native_shape(image)
+                if shape[1] * shape[2] > self.max_pixels:
+                    raise ValueError(f"{shape[1]} x {shape[2]} pixels, more than max_pixels = {self.max_pixels}")
                 image.verify()
         except Exception as error:  # Pillow's plugins raise whatever a broken file makes them
             raise _unreadable(path, reason(error)) from error
@@ -241,8 +254,10 @@ class _Headers(Dataset):
 
 
 def _open(path: Path) -> Image.Image:
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait for ever
+        raise ValueError("no regular file")
     try:
-        return Image.open(path)
+        return Image.open(path, formats=FORMATS)
     except UnidentifiedImageError:  # its message is the path
         what = "a file of another kind" if path.stat().st_size else "an empty file"
         raise ValueError(what) from None

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import active_children
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 import torch
@@ -11,7 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from ccl_fast.data.pixels import fit
 from ccl_fast.data.source import Source
-from ccl_fast.errors import ArgumentError
+from ccl_fast.errors import ArgumentError, ReaderError, first_line
+
+# Seconds in which a process must have read a batch.
+TIMEOUT = 600
 
 
 class Batch(NamedTuple):
@@ -41,17 +48,53 @@ def load_images(
 def load(
     dataset: Dataset, batches: Sequence[Tensor], collate: Callable, *, workers: int = 0, pin_memory: bool = False
 ) -> Iterator:
-    """``collate`` of each batch's items, in order. An item that raises OSError or ArgumentError is that error."""
-    return iter(
-        DataLoader(
-            _Attempts(dataset),
-            batch_sampler=[rows.tolist() for rows in batches],
-            collate_fn=collate,
-            num_workers=workers,
-            pin_memory=pin_memory,
-            generator=torch.Generator(),  # else a seed is drawn from the global one, which is the caller's
-        )
+    """Yield ``collate`` of each batch's items, in order. An item that raises OSError or ArgumentError is that error.
+
+    Raises:
+        ReaderError: a process has ended, or has not read a batch in ``TIMEOUT`` seconds.
+    """
+    before = active_children()
+    loader = DataLoader(
+        _Attempts(dataset),
+        batch_sampler=[rows.tolist() for rows in batches],
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # else a seed is drawn from the global one, which is the caller's
     )
+    if not workers:
+        return iter(loader)
+    loaded = iter(loader)
+    return _watched(loaded, [child for child in active_children() if child not in before])
+
+
+def _watched(loaded: Iterator, readers: Sequence[BaseProcess]) -> Iterator:
+    """Yield what is loaded; a reader that takes too long is killed, so that nothing waits for it."""
+
+    def kill() -> None:
+        for reader in readers:
+            reader.kill()
+
+    try:
+        while True:
+            alarm = threading.Timer(TIMEOUT, kill)
+            alarm.start()
+            try:
+                batch = next(loaded)
+            except StopIteration:
+                return
+            finally:
+                alarm.cancel()
+            yield batch
+    except (RuntimeError, OSError, EOFError) as error:  # whatever the queue says, and the DataLoader of the queue
+        if not wait([reader.sentinel for reader in readers], timeout=1):
+            raise
+        raise ReaderError(
+            f"a process that reads images has ended, or was stopped after {TIMEOUT} seconds without a batch "
+            f"({first_line(error)})"
+        ) from error
+    finally:
+        del loaded  # the traceback of an error would keep it, and its processes, alive
 
 
 class _Attempts(Dataset):

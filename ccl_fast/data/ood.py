@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
+from ccl_fast.checks import check_count
 from ccl_fast.data.checks import check_loading
-from ccl_fast.data.folder import report_skipped
+from ccl_fast.data.folder import MAX_PIXELS, report_skipped
 from ccl_fast.data.images import Images
 from ccl_fast.data.made import made_names, make
 from ccl_fast.data.named import folded, names
@@ -34,6 +35,7 @@ def load_ood(
     strict: bool = False,
     workers: int = 0,
     memory: float = 4.0,
+    max_pixels: int = MAX_PIXELS,
 ) -> dict[str, Images]:
     """OOD images for a split, brought to the shape of its images.
 
@@ -51,6 +53,7 @@ def load_ood(
             replaced, as in ``load_split``.
         workers: processes that read; 0: this one does.
         memory: GiB that the decoded images of a set may take; if they take more, they are read on demand.
+        max_pixels: a file of more pixels than that counts as one that cannot be read: a small file can hold gigabytes.
 
     Returns:
         The sets, in the order of ``sets``, by their names as they were given. Those kept in memory are on the CPU,
@@ -62,6 +65,7 @@ def load_ood(
         OSError: a file cannot be read, or a download failed.
     """
     check_loading(seed=seed, workers=workers, memory=memory, limit=limit, strict=strict, download=download)
+    check_count("max_pixels", max_pixels)
     loaded = {}
     for name, data in _by_name(sets, argument).items():
         given = canonical(data) if isinstance(data, str) else None
@@ -79,6 +83,7 @@ def load_ood(
                 download=download,
                 strict=strict,
                 workers=workers,
+                max_pixels=max_pixels,
                 also=(HELD_OUT, *made_names),
             )
             rows = limited(torch.arange(len(source)), limit, seed)

@@ -43,6 +43,7 @@ def open_parts(
     download: bool,
     strict: bool,
     workers: int,
+    max_pixels: int,
 ) -> Opened:
     """Data in its parts; as ``load_split`` says."""
     if isinstance(data, tuple):
@@ -55,7 +56,9 @@ def open_parts(
         train, test = (open_named(place, p, argument, root=root, download=download) for p in ("train", "test"))
         return Opened(place, train, test, DIGITS_IN_CLASSES if place == DIGITS else None)
     if isinstance(place, Path):
-        train, *test = open_folders(split_folders(place), argument, strict=strict, workers=workers)
+        train, *test = open_folders(
+            split_folders(place), argument, strict=strict, workers=workers, max_pixels=max_pixels
+        )
         return Opened(place.absolute().name, train, test[0] if test else None)
     return Opened(type(place).__name__, Source(place, argument), None)
 
@@ -68,6 +71,7 @@ def open_test(
     download: bool,
     strict: bool,
     workers: int,
+    max_pixels: int,
     also: Sequence[str] = (),
 ) -> Source:
     """The part to test on of a named data set that has one; else all of the data. ``also``: names to suggest."""
@@ -76,7 +80,7 @@ def open_test(
         parts = (open_named(place, part, argument, root=root, download=download) for part in ("test", "train"))
         return next(part for part in parts if part is not None)
     if isinstance(place, Path):
-        return open_folders([place], argument, strict=strict, workers=workers)[0]
+        return open_folders([place], argument, strict=strict, workers=workers, max_pixels=max_pixels)[0]
     return Source(place, argument)
 
 

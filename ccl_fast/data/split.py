@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from ccl_fast.checks import check_count, check_fraction
 from ccl_fast.data.checks import check_in_classes, check_loading
-from ccl_fast.data.folder import report_skipped
+from ccl_fast.data.folder import MAX_PIXELS, report_skipped
 from ccl_fast.data.images import Images
 from ccl_fast.data.opening import Opened, open_parts
 from ccl_fast.data.reading import limited, read, read_classes
@@ -52,6 +52,7 @@ def load_split(
     strict: bool = False,
     workers: int = 0,
     memory: float = 4.0,
+    max_pixels: int = MAX_PIXELS,
 ) -> Split:
     """Load a data set and split it.
 
@@ -88,6 +89,7 @@ def load_split(
         workers: processes that read; 0: this one does.
         memory: GiB that the decoded images of a part may take; if they take more, they are read on demand, and only
             their files' headers are checked before.
+        max_pixels: a file of more pixels than that counts as one that cannot be read: a small file can hold gigabytes.
 
     Returns:
         The split; images of data sets kept in memory are on the CPU.
@@ -98,12 +100,15 @@ def load_split(
         OSError: a file cannot be read, or the download failed; images on demand raise it when they are used.
     """
     check_loading(seed=seed, workers=workers, memory=memory, limit=limit, strict=strict, download=download)
+    check_count("max_pixels", max_pixels)
     check_fraction("test_fraction", test_fraction)
     if image_size is not None:
         check_count("image_size", image_size)
     if in_classes is not None:
         check_in_classes(in_classes)
-    opened = open_parts(data, "data", root=root, download=download, strict=strict, workers=workers)
+    opened = open_parts(
+        data, "data", root=root, download=download, strict=strict, workers=workers, max_pixels=max_pixels
+    )
     in_classes = opened.in_classes if in_classes is None else in_classes
     parts = _parts(opened, in_classes, test_fraction, seed, workers)
     shape = _shape(opened, image_size, of_all=isinstance(data, str | Path))

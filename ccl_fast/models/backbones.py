@@ -8,7 +8,7 @@ import difflib
 import torch
 from torch import nn
 
-from ccl_fast.errors import ArgumentError, packages_of_training
+from ccl_fast.errors import ArgumentError, first_line, packages_of_training
 
 # Up to this many pixels a side, a ResNet's first layers would leave too little of an image.
 SMALL_IMAGE = 64
@@ -54,7 +54,9 @@ def _copied(module: nn.Module) -> nn.Module:
         return copy.deepcopy(module)
     except Exception as error:  # the module may be anybody's
         expected = "a module that copy.deepcopy can copy"
-        raise ArgumentError(f"backbone: expected {expected}, got {type(module).__name__} ({_line(error)})") from error
+        raise ArgumentError(
+            f"backbone: expected {expected}, got {type(module).__name__} ({first_line(error)})"
+        ) from error
 
 
 def _check_stem(stem: str, is_resnet: bool, name: str) -> None:
@@ -106,7 +108,7 @@ def _torchvision(name: str, shape: tuple[int, int, int], stem: str) -> nn.Module
         built = models.get_model(name, weights=None, **special)
     except (ValueError, RuntimeError, AssertionError) as error:
         raise ArgumentError(
-            f"backbone: expected one for images of {list(shape)}, got {name!r} ({_line(error)})"
+            f"backbone: expected one for images of {list(shape)}, got {name!r} ({first_line(error)})"
         ) from error
     if not _remove_classifier(built):
         raise ArgumentError(f"backbone: expected a classifier that ends in a linear layer, got {name!r}")
@@ -145,7 +147,7 @@ def _width(built: nn.Module, shape: tuple[int, int, int], name: object) -> int:
             features = built.eval()(torch.zeros(2, *shape, device=device))
     except Exception as error:  # the network may be anybody's
         expected = f"backbone: expected a network for images [n, {', '.join(map(str, shape))}]"
-        raise ArgumentError(f"{expected}, got {described} ({_line(error)})") from error
+        raise ArgumentError(f"{expected}, got {described} ({first_line(error)})") from error
     finally:
         for module in training:
             module.training = True
@@ -157,7 +159,3 @@ def _width(built: nn.Module, shape: tuple[int, int, int], name: object) -> int:
     if len(features) != 2:
         raise ArgumentError(f"backbone: expected features of 2 images, got {list(features.shape)} of {described}")
     return features.shape[1]
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -7,7 +7,9 @@ import zipfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from ccl_fast.errors import first_line
 from ccl_fast.files import write_atomically
 
 # The folder of a run's checkpoints, in the run's own, and their names.
@@ -45,16 +47,40 @@ def load(folder: Path, which: str = "last") -> dict:
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch does not check the sums that its archives carry
-            damaged = archive.testzip()
-        if damaged:
-            raise CheckpointError(f"the checkpoint {path} is damaged (in {damaged}){_advice(folder, which)}")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
+        state = read_tensors(path)
     except Exception as error:  # whatever a damaged file makes zipfile and torch say
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"the checkpoint {path} cannot be read ({reason}){_advice(folder, which)}") from error
+        reason = f"({first_line(error)}){_advice(folder, which)}"
+        raise CheckpointError(f"the checkpoint {path} cannot be read {reason}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"the checkpoint {path} is none of a training run{_advice(folder, which)}")
+    return state
+
+
+def read_tensors(path: Path) -> object:
+    """Read a file of torch.save's that holds tensors and plain values and nothing else, onto the CPU.
+
+    Raises:
+        ValueError: a part of it does not have its check sum.
+        Exception: whatever else a damaged or foreign file makes zipfile and torch say.
+    """
+    with zipfile.ZipFile(path) as archive:  # torch does not check the sums that its archives carry
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"damaged in {damaged}")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def check_finite(state: object) -> None:
+    """Check that no tensor of a state has a NaN or an infinity.
+
+    Raises:
+        ValueError: one has.
+    """
+    if isinstance(state, dict | list | tuple):
+        for value in state.values() if isinstance(state, dict) else state:
+            check_finite(value)
+    elif isinstance(state, Tensor) and state.is_floating_point() and not state.isfinite().all():
+        raise ValueError("values that are not finite")
 
 
 def _advice(folder: Path, which: str) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ccl_fast import checks
+from ccl_fast.data.folder import MAX_PIXELS
 from ccl_fast.errors import ArgumentError
 from ccl_fast.training.cooperation import LABELS, NEGATIVES
 from ccl_fast.training.objectives import BASELINE, OBJECTIVES, OPTIONS
@@ -170,6 +171,11 @@ class Config:
         False,
         "stop at an unreadable image of a folder; by default they are skipped and counted.",
         checks.check_flag,
+    )
+    max_pixels: int = option(
+        MAX_PIXELS,
+        "a file of more pixels than that counts as an unreadable one: a small file can hold gigabytes.",
+        at_least(1),
     )
     workers: int = option(0, "processes that read images.", at_least(0), may_differ=True)
     image_memory: float = option(

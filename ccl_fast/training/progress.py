@@ -13,10 +13,10 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from ccl_fast.data import Images
-from ccl_fast.errors import ArgumentError, PeerError
+from ccl_fast.errors import ArgumentError, PeerError, ReaderError, first_line
 from ccl_fast.files import write_atomically
 from ccl_fast.training import checkpoint
-from ccl_fast.training.checkpoint import CHECKPOINTS, CheckpointError
+from ccl_fast.training.checkpoint import CHECKPOINTS, CheckpointError, check_finite
 from ccl_fast.training.config import fixed_by_warm_up, warmup_length
 from ccl_fast.training.interruption import Interrupted, Interruption
 from ccl_fast.training.loop import Run
@@ -27,8 +27,16 @@ WARM_UP = "warm-up"
 # What is in a run's folder beside its checkpoints.
 METRICS, EVENTS = "metrics.jsonl", "tensorboard"
 FINGERPRINTED = 100
-# Of the state that a checkpoint keeps.
-KEYS = {"arguments", "images", "finished", "stage", "run", "lines", "seconds"}
+# The state that a checkpoint keeps.
+STATE = {
+    "arguments": dict,
+    "images": list,
+    "finished": dict,
+    "stage": str,
+    "run": dict,
+    "lines": list,
+    "seconds": float,
+}
 # Of a line of the log: which epoch it is of.
 NO_SCALARS = {"stage", "objective", "epoch", "step"}
 
@@ -96,7 +104,7 @@ class Progress:
 
     def _check(self, state: dict, folder: Path, whose: str, shared: Callable[[dict], dict]) -> None:
         """Check that the state is of a run with the same images and those arguments that are to be shared."""
-        if not state.keys() >= KEYS:
+        if not _is_state(state):
             raise CheckpointError(f"the checkpoint in {folder / CHECKPOINTS} is none of a training run")
         ours, theirs = shared(self.arguments), shared(state["arguments"])
         if ours.keys() != theirs.keys():
@@ -110,6 +118,17 @@ class Progress:
                 raise ArgumentError(f"{name}: expected {expected}, got {ours[name]!r}")
         if state["images"] != self.images:
             raise ArgumentError(f"data: expected the training images of {whose}, got others, or others in number")
+
+    def load(self, run: Run, state: dict) -> None:
+        """Set a run to a state that a checkpoint has."""
+        try:
+            check_finite(state)
+            run.load_state_dict(state)
+        except Exception as error:  # whatever a foreign state makes torch say
+            reason = f"({first_line(error)})"
+            raise CheckpointError(
+                f"the checkpoint in {self.folder / CHECKPOINTS} does not fit this run {reason}"
+            ) from error
 
     def save(self, stage: str, run: Run) -> Path:
         return self.processes.first(lambda: self._save(stage, run))
@@ -173,9 +192,9 @@ def advance(run: Run, stage: str, epochs: int, progress: Progress, interruption:
     if stage in progress.finished:
         return
     if progress.under_way and progress.under_way[0] == stage:
-        run.load_state_dict(progress.under_way[1])
+        progress.load(run, progress.under_way[1])
     elif stage != WARM_UP:
-        run.load_state_dict(progress.finished[WARM_UP])
+        progress.load(run, progress.finished[WARM_UP])
 
     def stop_if_asked() -> None:
         # A signal may reach one process alone, or all of them at different steps: they stop after the same one.
@@ -193,11 +212,21 @@ def advance(run: Run, stage: str, epochs: int, progress: Progress, interruption:
                 after_step=stop_if_asked,
                 after_epoch=lambda: progress.end_epoch(stage, run, epochs),
             )
-    except (FloatingPointError, PeerError) as error:
+    except (FloatingPointError, PeerError, ReaderError) as error:
         last = progress.folder / CHECKPOINTS / checkpoint.LAST
         good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
+        if last.exists() and not isinstance(error, FloatingPointError):
+            good += "; the same command with resume goes on from it"
         raise type(error)(f"{error}; {good}") from error
     progress.finished[stage] = _end_of(stage, run.state_dict())
+
+
+def _is_state(state: dict) -> bool:
+    """Tell whether a checkpoint's state has what is read of it here; the rest is `Run`'s to read."""
+    if not all(isinstance(state.get(name), kind) for name, kind in STATE.items()):
+        return False
+    lines_are_lines = all(isinstance(line, dict) and {"stage", "epoch"} <= line.keys() for line in state["lines"])
+    return lines_are_lines and isinstance(state["run"].get("losses"), list)
 
 
 def _end_of(stage: str, state: dict) -> dict:
