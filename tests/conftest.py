@@ -53,7 +53,7 @@ def kmeans_device():
     with pytest.MonkeyPatch.context() as patch:
         real = torch.cuda.is_available() and extension.module is not None
         if not real and shutil.which("c++"):
-            import emulated
+            from tests.kernels import emulated
 
             patch.setattr(extension, "module", emulated.build())
         yield torch.device("cuda" if real else "cpu")

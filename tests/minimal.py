@@ -1,6 +1,6 @@
 """Imports fail as if only what `pip install ccl-fast` brings were installed: no extras.
 
-    python -m pytest -p minimal tests/test_ccl_loss.py  # with tests/ on the path: as `make test-minimal` does
+    python -m pytest -p tests.minimal tests/losses/test_ccl.py  # as `make test-minimal` does
 
 What the tests themselves are made of stays: pytest, hypothesis, scikit-learn (an oracle), what builds the emulation.
 """
@@ -9,10 +9,11 @@ import contextlib
 import importlib.metadata
 import sys
 import tomllib
-from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests import ROOT
 
 TOOLS = ("pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "scikit-learn", "pybind11", "cmake", "ninja")
 
@@ -49,7 +50,7 @@ class Absent:
 
 def install(tools=()) -> None:
     """Of what is imported from now on."""
-    project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
+    project = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())["project"]
     sys.meta_path.insert(0, Absent(required([*project["dependencies"], *tools])))
 
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from logsumexp_cases import Case, evaluate
-from tolerance import assert_as_accurate
 
 from benchmarks.cases import Size
 from benchmarks.harvest.build import use_emulation
@@ -18,6 +16,8 @@ from benchmarks.kmeans_correctness import truth
 from ccl_fast import streaming_logsumexp
 from ccl_fast.kernels import extension
 from ccl_fast.ops.kmeans.assign import prepare_rows
+from tests.ops.logsumexp_cases import Case, evaluate
+from tests.tolerance import assert_as_accurate
 
 FILE = "smoke.jsonl"
 WIDTHS = (128, 64, 256, 768)

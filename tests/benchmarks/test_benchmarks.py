@@ -4,15 +4,11 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # benchmarks is a folder of the repository, not an installed package
-
-from benchmarks import (  # noqa: E402
+from benchmarks import (
     distributed,
     kmeans,
     kmeans_cases,
@@ -22,10 +18,11 @@ from benchmarks import (  # noqa: E402
     readme,
     scaling,
 )
-from benchmarks.cases import CASES, Size  # noqa: E402
-from benchmarks.contenders import CONTENDERS  # noqa: E402
-from benchmarks.correctness import is_wrong, relative_error  # noqa: E402
-from benchmarks.memory import bar, peak_on_cpu  # noqa: E402
+from benchmarks.cases import CASES, Size
+from benchmarks.contenders import CONTENDERS
+from benchmarks.correctness import is_wrong, relative_error
+from benchmarks.memory import bar, peak_on_cpu
+from tests import ROOT
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,17 +1,13 @@
 """The certificate's arithmetic in torch counts what the kernels count, and its run writes what it says."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from kmeans_cases import crowded, gaussian
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks is a folder of the repository
 
 from benchmarks import certificate
 from ccl_fast.ops.kmeans.assign import kmeans_assign
+from tests.ops.kmeans_cases import crowded, gaussian
 
 
 def some_crowded(n, k, d):

@@ -8,17 +8,14 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # benchmarks is a folder of the repository, not an installed package
-
-from benchmarks import commits  # noqa: E402
-from benchmarks.commits import CompareError  # noqa: E402
+from benchmarks import commits
+from benchmarks.commits import CompareError
+from tests import ROOT
 
 FILES = {
     "ccl_fast/__init__.py": """

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.harvest import __main__ as command  # noqa: E402
-from benchmarks.harvest import device_tests, launches, losses, plan, report  # noqa: E402
-from benchmarks.harvest.run import RESULTS, Harvest, read_lines  # noqa: E402
+from benchmarks.harvest import __main__ as command
+from benchmarks.harvest import device_tests, launches, losses, plan, report
+from benchmarks.harvest.run import RESULTS, Harvest, read_lines
+from tests import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|overflow|invalid value) encountered:RuntimeWarning")
 STAGES = {"environment", "wheels", "build", "warm", "smoke", "losses", "launches", "kmeans"}
@@ -177,7 +175,7 @@ def test_a_stage_whose_device_is_lost_goes_on_after_its_lines(tmp_path, monkeypa
 
 def test_the_tests_of_the_device_are_those_that_run_kernels():
     files = device_tests.files()
-    assert "tests/test_streaming_logsumexp_triton.py" in files and "tests/test_kmeans_kernels.py" in files
+    assert "tests/ops/test_streaming_logsumexp_triton.py" in files and "tests/ops/test_kmeans_kernels.py" in files
     builds = ("test_triton_offline", "test_emulation", "test_cuda_build", "test_harvest")
     assert not any(name in file for name in builds for file in files)
 

@@ -1,17 +1,12 @@
 """What becomes of a harvested folder, and of the prediction beside it."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import readme  # noqa: E402
-from benchmarks.harvest import plan, prediction, report  # noqa: E402
-from benchmarks.harvest.importing import ImportRefused, import_folders  # noqa: E402
+from benchmarks import readme
+from benchmarks.harvest import plan, prediction, report
+from benchmarks.harvest.importing import ImportRefused, import_folders
 
 MACHINE = {
     "device": "made up for a test",

@@ -2,19 +2,16 @@
 
 import json
 import re
-import sys
 from itertools import combinations, pairwise
-from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 matplotlib = pytest.importorskip("matplotlib")  # the extra "train"
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # benchmarks is a folder of the repository, not an installed package
 
 from benchmarks import plots  # noqa: E402
+from tests import ROOT  # noqa: E402
 
 MACHINE = {"device": "a CPU", "threads": 3, "torch": "2.15", "commit": "0123456789ab", "date": "2026-11-21T04:31:39"}
 RUNS_OUT, OUT = "× runs out of memory beyond", "not started: its arrays would take 24 GiB, over 60% of the 20 GiB free"

@@ -2,9 +2,7 @@
 """The benchmark of a training step: who is timed computes the right gradient, and every row says what it must."""
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ import torch
 for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "matplotlib", "lightning", "kornia"):
     pytest.importorskip(extra)  # gradient caching needs the extra "train"
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks is a folder of the repository
 
 from benchmarks import training
 from benchmarks.timing import host_clock

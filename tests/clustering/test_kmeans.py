@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from kmeans_cases import blobs
 from sklearn.cluster import KMeans as Oracle
 from sklearn.cluster import kmeans_plusplus
 from torch.nn import functional as F
@@ -14,6 +13,7 @@ from ccl_fast.clustering import KMeans
 from ccl_fast.clustering.data import Data
 from ccl_fast.clustering.lloyd import LateFlag
 from ccl_fast.clustering.seeding import MAX_CANDIDATES, k_means_plus_plus, plus_plus_rows
+from tests.ops.kmeans_cases import blobs
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -5,13 +5,13 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from kmeans_cases import blobs
-from processes import run
 
 from ccl_fast.clustering import KMeans, concentration, shards
 from ccl_fast.errors import PeerError
 from ccl_fast.ops.kmeans import update_blocked
 from ccl_fast.ops.kmeans.update import sum_by_cluster
+from tests.ops.kmeans_cases import blobs
+from tests.processes import run
 
 pytestmark = pytest.mark.xdist_group("processes")
 

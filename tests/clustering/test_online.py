@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from loss_oracle import unit
 
 from ccl_fast.clustering import OnlineClusters
 from ccl_fast.losses import InterCLRLoss
+from tests.oracles.losses import unit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

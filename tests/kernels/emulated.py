@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).parents[1]
+from tests import ROOT
 
 
 @cache
@@ -45,7 +45,11 @@ def compiled_by_nvcc(name: str, architectures: str = "") -> Path:
 
 def compiled(name: str, *options: str) -> Path:
     """Where the extension module `name` lies, which is built by CMake with these options if it is not there yet."""
-    sources = [ROOT / "CMakeLists.txt", ROOT / "tests" / "emulation_selftest.cu", *sorted((ROOT / "csrc").glob("*"))]
+    sources = [
+        ROOT / "CMakeLists.txt",
+        ROOT / "tests" / "kernels" / "emulation_selftest.cu",
+        *sorted((ROOT / "csrc").glob("*")),
+    ]
     key = hashlib.sha256(repr((sys.version, options)).encode())
     for source in sources:
         key.update(source.name.encode() + source.read_bytes())

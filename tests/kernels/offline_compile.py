@@ -1,6 +1,6 @@
 """Compile the Triton kernels for GPUs that are not there, and read what the machine code needs and its inner loop does.
 
-`python tests/offline_compile.py` (`make launch-table`) prints a line of JSON for every shipped launch and architecture.
+`make launch-table` prints a line of JSON for every shipped launch and architecture.
 """
 
 import json

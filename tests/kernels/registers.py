@@ -1,6 +1,6 @@
 """What each kernel of the CUDA extension needs of a GPU, read from the machine code; needs no GPU.
 
-`python tests/registers.py` (`make registers`) prints a table of the installed extension, or if there is none builds it.
+`make registers` prints a table of the installed extension, or if there is none builds it.
 Shared memory is what the code itself reserves (1024 bytes are the system's); what a launch adds is not in it.
 """
 
@@ -11,7 +11,8 @@ import sysconfig
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-import emulated
+from tests import ROOT
+from tests.kernels import emulated
 
 NAME = "_cuda" + sysconfig.get_config_var("EXT_SUFFIX")
 
@@ -72,11 +73,11 @@ def _demangled(names: list[str]) -> list[str]:
 
 
 def main() -> None:
-    package = emulated.ROOT / "ccl_fast" / NAME
+    package = ROOT / "ccl_fast" / NAME
     module = package if package.exists() else emulated.compiled_by_nvcc("_cuda")
     rows = [tuple(field.name for field in fields(Usage)), *map(astuple, usage(module))]
     width = max(len(row[0]) for row in rows)
-    print(f"{module.relative_to(emulated.ROOT)}: bytes, but for the registers")
+    print(f"{module.relative_to(ROOT)}: bytes, but for the registers")
     for name, *numbers in rows:
         print(f"{name:{width}}", *(f"{number:>12}" for number in numbers))
 

@@ -7,11 +7,11 @@ import sys
 import tarfile
 from pathlib import Path
 
-import emulated
 import pytest
-import registers
 
-ROOT = emulated.ROOT
+from tests import ROOT
+from tests.kernels import emulated, registers
+
 setup = emulated.load(ROOT / "setup.py")
 
 

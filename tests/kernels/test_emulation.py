@@ -5,11 +5,12 @@ On a machine with a GPU and nvcc the first half also runs on the GPU.
 
 import shutil
 
-import emulated
 import numpy as np
 import pytest
 import torch
-from tensor_cores import truncated_sum
+
+from tests.kernels import emulated
+from tests.oracles.tensor_cores import truncated_sum
 
 SCHEDULES = [0, -1, 1, 2, 3]
 NONE, SHUFFLE, RETURN, BARRIER, OTHER_BARRIER, WHOLE_WARP = range(6)  # as in emulation_selftest.cu

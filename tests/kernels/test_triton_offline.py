@@ -8,11 +8,12 @@ other architectures one of each element, are not marked slow.
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import pytest
 import triton
-from offline_compile import audit, planned, ptx, shipped
+
+from tests import ROOT
+from tests.kernels.offline_compile import audit, planned, ptx, shipped
 
 # The compilers that the table was read with. What another makes of registers and loops is reported, and no failure.
 CALIBRATED = ("3.8",)
@@ -49,7 +50,7 @@ MAX_SPILLS = {
     ("forward_triangle", 1024, True): 3,
 }
 # Triton keeps there what it has compiled, by the source, the launch, the target and its own version.
-CACHE = Path(__file__).parents[1] / "build" / "triton"
+CACHE = ROOT / "build" / "triton"
 
 
 @pytest.fixture(scope="module")

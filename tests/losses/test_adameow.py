@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from loss_oracle import assert_matches, batch, call, differentiate, infonce, largest, learnable, reduced, unit
 
 from ccl_fast.losses import AdaMEOWLoss, MEOWLoss, PairWeights
+from tests.oracles.losses import assert_matches, batch, call, differentiate, infonce, largest, learnable, reduced, unit
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 IDS = torch.tensor([3, 0, -1, 3, 0, 3, 1, -1, 0])  # none of cluster 2

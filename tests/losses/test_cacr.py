@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from loss_oracle import as_rows, assert_matches, batch, differentiate, reduced, unit
 
 from ccl_fast.losses import CACRLoss
+from tests.oracles.losses import as_rows, assert_matches, batch, differentiate, reduced, unit
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 LABELS = torch.tensor([4, 0, -1, 4, 1, 0, 4, -1, 3])  # classes of 3 and 2 samples; two unlabelled, two alone

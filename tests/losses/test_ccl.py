@@ -6,7 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_oracle import (
+
+from ccl_fast import CCLLoss, InfoNCELoss, SupConLoss
+from ccl_fast.losses import CCLLoss as CCLLossOfLosses
+from ccl_fast.ops.logsumexp import blocked
+from tests.oracles.losses import (
     assert_matches,
     batch,
     ccl,
@@ -17,10 +21,6 @@ from loss_oracle import (
     learnable,
     supcon,
 )
-
-from ccl_fast import CCLLoss, InfoNCELoss, SupConLoss
-from ccl_fast.losses import CCLLoss as CCLLossOfLosses
-from ccl_fast.ops.logsumexp import blocked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FORMS = ("joint", "split", "inside")

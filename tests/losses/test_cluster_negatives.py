@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from loss_oracle import assert_matches, batch, call, differentiate, infonce, largest, learnable, reduced, unit
 
 from ccl_fast import InfoNCELoss
 from ccl_fast.losses import CenterNegativesLoss, MCLLoss, MEOWLoss
+from tests.oracles.losses import assert_matches, batch, call, differentiate, infonce, largest, learnable, reduced, unit
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 IDS = torch.tensor([4, 0, -1, 4, 0, 4, 2, -1, 0])

@@ -7,35 +7,6 @@ import pickle
 
 import pytest
 import torch
-from loss_oracle import (
-    assert_matches,
-    batch,
-    call,
-    ccl,
-    differentiate,
-    evaluate,
-    evaluate_oracle,
-    infonce,
-    learnable,
-    supcon,
-)
-from test_adameow_loss import adameow
-from test_cluster_negatives import center_negatives, definition
-from test_feature_transformation import seeded, transformed
-from test_hard_contrastive_loss import hard_contrastive
-from test_interclr_loss import interclr
-from test_lightgcl_loss import lightgcl
-from test_mlcd_loss import mlcd
-from test_mochi_loss import mochi
-from test_pamc_loss import pamc
-from test_prototype_losses import deepcluster, protonce
-from test_sbcl_loss import sbcl
-from test_scgc_loss import graph, scgc
-from test_sepclr_loss import WEIGHTS as SEPARATION
-from test_sepclr_loss import sepclr
-from test_swav_loss import swav
-from test_whitenedcse_loss import permutations, whitenedcse
-from tolerance import assert_as_accurate
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -61,6 +32,35 @@ from ccl_fast.losses import (
     WhitenedCSELoss,
 )
 from ccl_fast.ops.logsumexp import blocked
+from tests.losses.test_adameow import adameow
+from tests.losses.test_cluster_negatives import center_negatives, definition
+from tests.losses.test_feature_transformation import seeded, transformed
+from tests.losses.test_hard_contrastive import hard_contrastive
+from tests.losses.test_interclr import interclr
+from tests.losses.test_lightgcl import lightgcl
+from tests.losses.test_mlcd import mlcd
+from tests.losses.test_mochi import mochi
+from tests.losses.test_pamc import pamc
+from tests.losses.test_prototypes import deepcluster, protonce
+from tests.losses.test_sbcl import sbcl
+from tests.losses.test_scgc import graph, scgc
+from tests.losses.test_sepclr import WEIGHTS as SEPARATION
+from tests.losses.test_sepclr import sepclr
+from tests.losses.test_swav import swav
+from tests.losses.test_whitenedcse import permutations, whitenedcse
+from tests.oracles.losses import (
+    assert_matches,
+    batch,
+    call,
+    ccl,
+    differentiate,
+    evaluate,
+    evaluate_oracle,
+    infonce,
+    learnable,
+    supcon,
+)
+from tests.tolerance import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LOSSES = (CCLLoss, SupConLoss, InfoNCELoss)

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 import torch.distributed as dist
-from processes import ProcessFailure, run
-from tolerance import FLOOR
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +14,8 @@ from ccl_fast import CCLLoss, InfoNCELoss, SupConLoss
 from ccl_fast.errors import PeerError
 from ccl_fast.ops.logsumexp import blocked
 from ccl_fast.training.gradient_cache import cached_backward
+from tests.processes import ProcessFailure, run
+from tests.tolerance import FLOOR
 
 pytestmark = pytest.mark.xdist_group("processes")
 LOSSES = {"ccl": CCLLoss, "supcon": SupConLoss, "infonce": InfoNCELoss}

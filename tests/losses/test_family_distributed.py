@@ -7,8 +7,6 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from loss_oracle import assert_matches, call, learnable, unit
-from processes import run
 
 from ccl_fast.distributed import Peers
 from ccl_fast.losses import (
@@ -24,6 +22,8 @@ from ccl_fast.losses import (
 )
 from ccl_fast.ops.logsumexp import blocked
 from ccl_fast.ops.transport.sinkhorn import column_potentials
+from tests.oracles.losses import assert_matches, call, learnable, unit
+from tests.processes import run
 
 pytestmark = pytest.mark.xdist_group("processes")
 CLUSTERS = (4, 9)

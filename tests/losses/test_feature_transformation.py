@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from loss_oracle import assert_matches, batch, call, differentiate, infonce, learnable, reduced, unit
 
 from ccl_fast.losses import (
     FeatureTransformationLoss,
@@ -11,6 +10,7 @@ from ccl_fast.losses import (
 )
 from ccl_fast.losses.feature_transformation import symmetric_beta as symmetric_beta_on
 from ccl_fast.metrics import score_histogram
+from tests.oracles.losses import assert_matches, batch, call, differentiate, infonce, learnable, reduced, unit
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 per_dimension = pytest.mark.parametrize("per_dimension", (False, True))

@@ -6,9 +6,9 @@ from fractions import Fraction
 
 import pytest
 import torch
-from loss_oracle import assert_matches, batch, call, differentiate, infonce, learnable, reduced, unit
 
 from ccl_fast.losses import HardContrastiveLoss
+from tests.oracles.losses import assert_matches, batch, call, differentiate, infonce, learnable, reduced, unit
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 # Whether two towers come, whether both are anchors, and how many extra negatives.

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_oracle import assert_matches, batch, call, differentiate, infonce, largest, learnable
 from torch.nn import functional as F
 
 from ccl_fast import InfoNCELoss
 from ccl_fast.ops.logsumexp import blocked
+from tests.oracles.losses import assert_matches, batch, call, differentiate, infonce, largest, learnable
 
 # The uses of forward: which tensors it gets, and whether both towers are anchors.
 USES = {

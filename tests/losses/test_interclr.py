@@ -5,9 +5,9 @@ from fractions import Fraction
 
 import pytest
 import torch
-from loss_oracle import assert_matches, batch, call, differentiate, largest, learnable, reduced, unit
 
 from ccl_fast.losses import InterCLRLoss, MoCHiLoss
+from tests.oracles.losses import assert_matches, batch, call, differentiate, largest, learnable, reduced, unit
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 SIZES = {"num_negatives": 4, "pool": 0.25}

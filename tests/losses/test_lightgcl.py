@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from loss_oracle import assert_matches, batch, call, differentiate, infonce, learnable, reduced, unit
 
 from ccl_fast.losses import LightGCLLoss, SVDView
+from tests.oracles.losses import assert_matches, batch, call, differentiate, infonce, learnable, reduced, unit
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 NODES = torch.tensor([6, 0, 3, 3, 8])

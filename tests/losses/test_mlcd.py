@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from loss_oracle import assert_matches, batch, call, differentiate, largest, learnable, reduced, unit
 
 from ccl_fast.losses import MLCDLoss, nearest_centers
 from ccl_fast.losses.mlcd import draw_prototypes
+from tests.oracles.losses import assert_matches, batch, call, differentiate, largest, learnable, reduced, unit
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 LABELS = torch.tensor(

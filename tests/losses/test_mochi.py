@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from loss_oracle import assert_matches, batch, call, differentiate, infonce, largest, learnable, reduced, unit
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ccl_fast.losses import MoCHiLoss
+from tests.oracles.losses import assert_matches, batch, call, differentiate, infonce, largest, learnable, reduced, unit
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 SIZES = {"num_hardest": 4, "num_synthetic": 6, "num_with_query": 5}

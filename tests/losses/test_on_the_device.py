@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from loss_oracle import assert_matches, evaluate
-from pairs_oracle import pairs
-from test_loss_contract import Bound, every_use, views
 from torch.utils._pytree import tree_map_only
 
 from ccl_fast import ops
+from tests.losses.test_contract import Bound, every_use, views
+from tests.oracles.losses import assert_matches, evaluate
+from tests.oracles.pairs import pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

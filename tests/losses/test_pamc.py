@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from loss_oracle import assert_matches, batch, differentiate, infonce, learnable, reduced, unit
 
 from ccl_fast.losses import PamCLoss
+from tests.oracles.losses import assert_matches, batch, differentiate, infonce, learnable, reduced, unit
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 FORMS = ("node", "cluster")

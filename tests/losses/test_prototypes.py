@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from loss_oracle import (
+from torch.nn import functional as F
+
+from ccl_fast import InfoNCELoss
+from ccl_fast.clustering import concentration
+from ccl_fast.losses import DeepClusterV2Loss, ProtoNCELoss
+from tests.oracles.losses import (
     assert_matches,
     batch,
     call,
@@ -13,11 +18,6 @@ from loss_oracle import (
     reduced,
     unit,
 )
-from torch.nn import functional as F
-
-from ccl_fast import InfoNCELoss
-from ccl_fast.clustering import concentration
-from ccl_fast.losses import DeepClusterV2Loss, ProtoNCELoss
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 SIZES = (3, 1, 13)  # centres of each clustering: more than rows, too

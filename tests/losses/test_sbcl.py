@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from loss_oracle import (
+
+from ccl_fast import SupConLoss
+from ccl_fast.losses import SBCLLoss
+from tests.oracles.losses import (
     as_rows,
     assert_matches,
     batch,
@@ -13,9 +16,6 @@ from loss_oracle import (
     reduced,
     supcon,
 )
-
-from ccl_fast import SupConLoss
-from ccl_fast.losses import SBCLLoss
 
 # A head class of two subclasses, a tail class, a single sample, unlabelled ones, one without subclass.
 LABELS = torch.tensor([0, 0, 0, 0, 0, 1, 1, 2, -1, -1, 0])

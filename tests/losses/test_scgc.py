@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from loss_oracle import (
+
+from ccl_fast.losses import SCGCLoss, influence_matrix
+from tests.oracles.losses import (
     assert_matches,
     batch,
     call,
@@ -13,8 +15,6 @@ from loss_oracle import (
     supcon,
     unit,
 )
-
-from ccl_fast.losses import SCGCLoss, influence_matrix
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "several_tiles"),

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from loss_oracle import assert_matches, batch, call, differentiate, learnable, unit
 
 from ccl_fast.losses import SepCLRLoss
 from ccl_fast.metrics import uniformity
+from tests.oracles.losses import assert_matches, batch, call, differentiate, learnable, unit
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 TARGET = torch.tensor([True, False, True, True, False, False, True, False, True])

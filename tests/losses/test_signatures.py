@@ -1,13 +1,13 @@
 """One rule for the arguments of every loss: how it is built, how it is called, and what it refuses."""
 
 import inspect
-from pathlib import Path
 
 import pytest
 
 import ccl_fast.losses
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses import Loss
+from tests import ROOT
 
 
 def losses_of_the_library():
@@ -132,7 +132,7 @@ def test_signatures_are_these(name):
 
 @every_name
 def test_the_table_of_the_docs_has_it(name):
-    assert f"\n| `{name}` | " in (Path(__file__).parents[1] / "docs" / "objectives.md").read_text()
+    assert f"\n| `{name}` | " in (ROOT / "docs" / "objectives.md").read_text()
 
 
 def test_the_rule_finds_who_breaks_it():

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_oracle import assert_matches, batch, differentiate, evaluate, evaluate_oracle, learnable, supcon
 
 from ccl_fast import SupConLoss
 from ccl_fast.ops.logsumexp import blocked
+from tests.oracles.losses import assert_matches, batch, differentiate, evaluate, evaluate_oracle, learnable, supcon
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FORMS = ("outside", "inside")

@@ -2,16 +2,15 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from loss_oracle import assert_matches, call, differentiate, learnable, reduced, unit
 
 from ccl_fast.losses import SwAVLoss
+from tests import ROOT
+from tests.oracles.losses import assert_matches, call, differentiate, learnable, reduced, unit
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
-ROOT = Path(__file__).parent.parent
 
 
 def inputs(n=9, k=5, views=2, d=6, dtype=torch.float64, seed=0):

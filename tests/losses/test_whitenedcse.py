@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from loss_oracle import assert_matches, batch, call, differentiate, infonce, learnable, reduced, unit
 from torch import nn
 
 from ccl_fast.losses import WhitenedCSELoss, shuffled_group_whitening
+from tests.oracles.losses import assert_matches, batch, call, differentiate, infonce, learnable, reduced, unit
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 EPS = 1e-5

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from loss_oracle import assert_matches, batch, differentiate, unit
 
 from ccl_fast.metrics import tolerance, uniformity
+from tests.oracles.losses import assert_matches, batch, differentiate, unit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LABELS = torch.tensor([0, 3, -1, 0, 3, 0, 2, -1, 3])

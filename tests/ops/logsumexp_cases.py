@@ -3,10 +3,10 @@
 from dataclasses import dataclass, replace
 
 import torch
-from tolerance import assert_as_accurate
 from torch import Tensor
 
 from ccl_fast import streaming_logsumexp
+from tests.tolerance import assert_as_accurate
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
-from loss_oracle import assert_matches
 
 from ccl_fast.ops import edge_similarity
+from tests.oracles.losses import assert_matches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

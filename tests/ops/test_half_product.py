@@ -7,8 +7,6 @@ import weakref
 
 import pytest
 import torch
-from pairs_oracle import every_choice, pairs
-from tolerance import assert_as_accurate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,6 +14,8 @@ from ccl_fast import ops
 from ccl_fast.ops.rowwise import blocks, half_product, histogram, softmax, topk
 from ccl_fast.ops.rowwise.half_product import Weights, columns_of, factor, multiplies_halves, product
 from ccl_fast.ops.transport import swapped_prediction
+from tests.oracles.pairs import every_choice, pairs
+from tests.tolerance import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 halves = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))

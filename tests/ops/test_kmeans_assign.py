@@ -8,7 +8,12 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from kmeans_cases import (
+
+from ccl_fast.kernels import extension
+from ccl_fast.ops import matmul
+from ccl_fast.ops.kmeans import assign_blocked as blocked
+from ccl_fast.ops.kmeans.assign import METRICS, kmeans_assign
+from tests.ops.kmeans_cases import (
     DTYPES,
     HALF,
     Undecided,
@@ -19,11 +24,6 @@ from kmeans_cases import (
     hostile_cases,
     make_hostile,
 )
-
-from ccl_fast.kernels import extension
-from ccl_fast.ops import matmul
-from ccl_fast.ops.kmeans import assign_blocked as blocked
-from ccl_fast.ops.kmeans.assign import METRICS, kmeans_assign
 
 pytestmark = pytest.mark.usefixtures("kmeans_device")
 

@@ -6,7 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kmeans_cases import (
+from torch import Tensor
+
+from ccl_fast.kernels import extension
+from ccl_fast.kernels.extension import address
+from ccl_fast.ops.kmeans import assign_cuda, distance
+from ccl_fast.ops.kmeans.assign import METRICS, kmeans_assign
+from ccl_fast.ops.kmeans.update import kmeans_update
+from tests.ops.kmeans_cases import (
     HALF,
     assert_exact,
     crowded,
@@ -15,14 +22,7 @@ from kmeans_cases import (
     make_hostile,
     nearest,
 )
-from tensor_cores import truncated_sum
-from torch import Tensor
-
-from ccl_fast.kernels import extension
-from ccl_fast.kernels.extension import address
-from ccl_fast.ops.kmeans import assign_cuda, distance
-from ccl_fast.ops.kmeans.assign import METRICS, kmeans_assign
-from ccl_fast.ops.kmeans.update import kmeans_update
+from tests.oracles.tensor_cores import truncated_sum
 
 DTYPES = (torch.float32, *HALF)
 UNIT = 2.0**-24  # unit roundoff of float32

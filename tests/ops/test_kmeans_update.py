@@ -5,8 +5,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from kmeans_cases import DTYPES, HALF
-from tolerance import assert_as_accurate
 from torch import Tensor
 
 from ccl_fast.ops.backends import BACKENDS
@@ -14,6 +12,8 @@ from ccl_fast.ops.kmeans import distance_blocked
 from ccl_fast.ops.kmeans.assign import METRICS
 from ccl_fast.ops.kmeans.distance import center_distance
 from ccl_fast.ops.kmeans.update import kmeans_update
+from tests.ops.kmeans_cases import DTYPES, HALF
+from tests.tolerance import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("kmeans_device")
 

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from tolerance import assert_as_accurate
 
 from ccl_fast import streaming_logsumexp
 from ccl_fast.ops import logaddexp, same_id_similarity
@@ -16,6 +15,7 @@ from ccl_fast.ops.same_id_similarity import (
     mutual_similarity_gradient,
     same_id_similarity_gradient,
 )
+from tests.tolerance import assert_as_accurate
 
 # Of Triton's interpreter.
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|overflow|invalid value) encountered:RuntimeWarning")

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from loss_oracle import assert_matches
-from pairs_oracle import every_choice, every_size, pairs
 
 from ccl_fast.ops import expected_similarity, streaming_logsumexp, topk_logsumexp
+from tests.oracles.losses import assert_matches
+from tests.oracles.pairs import every_choice, every_size, pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tolerance import assert_as_accurate
 
 from ccl_fast.ops import row_dot, same_id_similarity
 from ccl_fast.ops.ids import consecutive_ids
+from tests.tolerance import assert_as_accurate
 
 
 def dense(z, ids):

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from loss_oracle import unit
-from pairs_oracle import every_choice, every_size, pairs
 
 from ccl_fast.ops import similarity_histogram
+from tests.oracles.losses import unit
+from tests.oracles.pairs import every_choice, every_size, pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 tiny = pytest.mark.usefixtures("several_tiles")

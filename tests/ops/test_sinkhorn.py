@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from loss_oracle import unit
-from tolerance import assert_as_accurate
 
 from ccl_fast.ops import plan_average, sinkhorn
+from tests.oracles.losses import unit
+from tests.tolerance import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 SIZES = ((13, 5), (5, 13), (7, 7), (1, 4), (6, 1))

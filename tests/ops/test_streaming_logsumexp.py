@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logsumexp_cases import Case, assert_agrees, evaluate
 
 from ccl_fast import streaming_logsumexp
 from ccl_fast.ops import matmul
 from ccl_fast.ops.logsumexp import blocked
+from tests.ops.logsumexp_cases import Case, assert_agrees, evaluate
 
 RELATIONS = [
     {},

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from logsumexp_cases import Case, assert_agrees, evaluate
-from test_streaming_logsumexp import RELATIONS
-from tolerance import assert_as_accurate
 
 from ccl_fast import CCLLoss, streaming_logsumexp
 from ccl_fast.kernels import launch as launches
 from ccl_fast.kernels.launch import architecture_of, launch_on
 from ccl_fast.ops.logsumexp import triton as launcher
+from tests.ops.logsumexp_cases import Case, assert_agrees, evaluate
+from tests.ops.test_streaming_logsumexp import RELATIONS
+from tests.tolerance import assert_as_accurate
 
 pytestmark = [
     # NumPy, which the interpreter computes with, reports what IEEE arithmetic defines: log2(0), exp2 of large numbers.

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from loss_oracle import assert_matches, unit
 
 from ccl_fast.ops import sinkhorn, swapped_prediction
+from tests.oracles.losses import assert_matches, unit
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 SIZES = ((2, 2, 9, 5), (4, 2, 5, 9), (3, 1, 7, 3), (3, 3, 1, 4), (2, 2, 6, 1), (2, 0, 4, 3))  # views, plans, n, k

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from pairs_oracle import every_choice, every_size, pairs
 
 from ccl_fast.ops import streaming_topk
+from tests.oracles.pairs import every_choice, every_size, pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 

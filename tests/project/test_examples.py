@@ -2,14 +2,15 @@
 
 import importlib.util
 import warnings
-from pathlib import Path
 
 import pytest
 
 for extra in ("mlxtend", "torchmetrics", "lightning", "kornia"):
     pytest.importorskip(extra)  # the extra "train"
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from tests import ROOT  # noqa: E402
+
+EXAMPLES = ROOT / "examples"
 
 
 def run(name, **options):

@@ -2,18 +2,18 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
+from tests import ROOT
+
 HINT = 'try: pip install "ccl-fast[train]"'
 
 
 def without_extras(code: str, *arguments: str) -> subprocess.CompletedProcess:
     """Runs code in a new process, which finds no package of the extras."""
-    code = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import minimal; minimal.install()\n{code}"
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=TESTS.parent)
+    code = f"import sys; from tests import minimal; minimal.install()\n{code}"
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
 
 
 def test_everything_public_imports_and_the_metrics_work_without_extras():
@@ -74,4 +74,4 @@ def test_the_command_says_what_to_install_in_one_line(arguments):
 
 
 def test_the_installed_command_is_the_one_that_says_so():
-    assert 'ccl-fast = "ccl_fast.__main__:command"' in (TESTS.parent / "pyproject.toml").read_text()
+    assert 'ccl-fast = "ccl_fast.__main__:command"' in (ROOT / "pyproject.toml").read_text()

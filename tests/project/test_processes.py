@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from processes import ProcessFailure, run
 
 from ccl_fast.ops.logsumexp import blocked
+from tests.processes import ProcessFailure, run
 
 pytestmark = pytest.mark.xdist_group("processes")
 

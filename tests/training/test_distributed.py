@@ -24,8 +24,6 @@ from torch.utils.data import Dataset, TensorDataset
 for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "lightning", "kornia", "tensorboard"):
     pytest.importorskip(extra)  # the extra "train"
 
-from processes import run as run_in_processes
-
 from ccl_fast import CCLLoss
 from ccl_fast.commands import train
 from ccl_fast.commands.command_line import main
@@ -34,6 +32,7 @@ from ccl_fast.training import cached_backward, checkpoint
 from ccl_fast.training.config import Config
 from ccl_fast.training.loop import Run
 from ccl_fast.training.processes import launched
+from tests.processes import run as run_in_processes
 
 pytestmark = pytest.mark.xdist_group("test_training")
 

@@ -17,14 +17,13 @@ import yaml
 for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "lightning", "kornia", "tensorboard"):
     pytest.importorskip(extra)  # the extra "train"
 
-from noise import Noise
-
 from ccl_fast.commands import train
 from ccl_fast.commands.command_line import main
 from ccl_fast.errors import ArgumentError
 from ccl_fast.training import checkpoint
 from ccl_fast.training.checkpoint import CheckpointError
 from ccl_fast.training.interruption import Interruption
+from tests.data.noise import Noise
 
 pytestmark = pytest.mark.xdist_group("test_resume")  # one process has the runs that all tests share
 

@@ -7,7 +7,6 @@ import inspect
 import json
 import shutil
 from datetime import datetime
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "li
     pytest.importorskip(extra)  # the extra "train"
 
 from lightning.fabric import Fabric
-from noise import Noise
 
 import ccl_fast
 from ccl_fast.commands import train
@@ -28,10 +26,11 @@ from ccl_fast.models import Model, embed
 from ccl_fast.ood import NearestNeighbor, auroc
 from ccl_fast.training.config import FIELDS, Config
 from ccl_fast.training.loop import Run
+from tests import ROOT
+from tests.data.noise import Noise
 
 pytestmark = pytest.mark.xdist_group("test_training")  # one process has the runs that all tests share
 
-ROOT = Path(__file__).parents[1]
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 # 400 images of two classes, a few seconds.
 TINY = {"epochs": 2, "warmup_epochs": 1, "clusters": 4, "in_classes": [0, 7], "batch_size": 100, "limit": 400}
