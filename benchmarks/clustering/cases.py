@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Size
-from benchmarks.timing import Step
+from benchmarks.harness.contender import Size
+from benchmarks.harness.timing import Step
 
 ITERATIONS = 10
 # Standard deviation of the blobs' centres; that of a blob is 1. They overlap, so that no run rests within ITERATIONS.

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import Contender
-from benchmarks.kmeans_cases import KMeansCase, Outcome, Rows, Run
+from benchmarks.clustering.cases import CASES, KMeansCase, Outcome, Rows, Run
+from benchmarks.harness.contender import Contender
 from ccl_fast.clustering import KMeans
 from ccl_fast.ops.kmeans.assign import prepare_rows
 from ccl_fast.ops.kmeans.update import kmeans_update
@@ -257,3 +257,8 @@ CONTENDERS = {
         ),
     )
 }
+
+
+def find(case: str, contender: str) -> tuple[KMeansCase, KMeansContender]:
+    """For the process that measures memory."""
+    return CASES[case], CONTENDERS[contender]

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Size
-from benchmarks.correctness import ROWS
-from benchmarks.kmeans_cases import CASES, Rows
-from benchmarks.kmeans_contenders import KMeansContender
+from benchmarks.clustering.cases import CASES, Rows
+from benchmarks.clustering.contenders import KMeansContender
+from benchmarks.harness.contender import Size
+from benchmarks.losses.correctness import ROWS
 from ccl_fast.ops.kmeans.assign import prepare_rows
 from ccl_fast.ops.kmeans.distance import center_distance
 from ccl_fast.ops.kmeans.update import kmeans_update

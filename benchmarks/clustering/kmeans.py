@@ -5,17 +5,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import Size
-from benchmarks.ceilings import product_rate
-from benchmarks.correctness import is_wrong
-from benchmarks.gpu import Run
-from benchmarks.kmeans_cases import CASES, KMeansCase, Outcome, Rows
-from benchmarks.kmeans_contenders import CONTENDERS, KMeansContender
-from benchmarks.kmeans_correctness import Truth, inertia, relative_error, truth
-from benchmarks.measure import compare_with_ours, failure_noted, record
-from benchmarks.memory import peak_on_cpu, peak_on_gpu
-from benchmarks.results import ResultsFile, Row, table
-from benchmarks.timing import Clock, Step, host_clock, interleave
+from benchmarks.clustering.cases import CASES, KMeansCase, Outcome, Rows
+from benchmarks.clustering.contenders import CONTENDERS, KMeansContender, find
+from benchmarks.clustering.correctness import Truth, inertia, relative_error, truth
+from benchmarks.harness.budget import Run
+from benchmarks.harness.ceilings import product_rate
+from benchmarks.harness.contender import Size
+from benchmarks.harness.measure import compare_with_ours, failure_noted, record
+from benchmarks.harness.memory import peak_on_cpu, peak_on_gpu
+from benchmarks.harness.results import ResultsFile, Row, table
+from benchmarks.harness.timing import Clock, Step, host_clock, interleave
+from benchmarks.losses.correctness import is_wrong
 
 CPU = torch.device("cpu")
 SIZES = (Size(100_000, 128, clusters=1000), Size(50_000, 512, clusters=4000))
@@ -124,7 +124,7 @@ def run_cpu(quick: bool, directory: Path) -> str:
             rows, _ = problem.measure(case, host_clock, QUICK_SECONDS if quick else CPU_SECONDS, case.contenders, {})
             for row in rows:
                 if row.p50 is not None and not quick:
-                    row.peak_bytes = peak_on_cpu(case, row.contender, size)
+                    row.peak_bytes = peak_on_cpu(find, case.name, row.contender, size)
             file.add(rows)
             all_rows += rows
     return f"{table(all_rows, COLUMNS)}\n\n{file.path}"

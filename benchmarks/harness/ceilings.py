@@ -2,30 +2,22 @@
 
 import subprocess
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from benchmarks.cases import Inputs, Size, Work
-from benchmarks.contenders import MEMORY_SHARE, free_memory
-from benchmarks.timing import Clock, Step, interleave, percentiles
+from benchmarks.harness.timing import Clock, Step, interleave, percentiles
 
 EXPONENTIALS_PER_CYCLE = 16  # of a multiprocessor's special-function units
 # On a CPU: exponentials of so many numbers, which stay in the cache, so many times.
 CACHED, EXP_CALLS = 1 << 18, 16
 
 
-def two_products(inputs: Inputs, size: Size) -> Step | None:
-    """The yardstick: z z' twice into one preallocated N x N array; None where that array does not fit."""
-    z = inputs.embeddings.detach().reshape(size.n, size.d)
-    if size.n**2 * z.element_size() > MEMORY_SHARE * free_memory(z.device):
-        return None
-    out = z.new_empty(size.n, size.n)
+class Work(NamedTuple):
+    """What the method cannot do without, by arithmetic."""
 
-    def step():
-        torch.mm(z, z.T, out=out)
-        torch.mm(z, z.T, out=out)
-
-    return step
+    flops: float  # of matrix products
+    exponentials: float
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,15 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import torch
 
-from benchmarks import kmeans_cases, kmeans_contenders
-from benchmarks.cases import CASES, Case, Size
-from benchmarks.contenders import CONTENDERS, Contender
-from benchmarks.kmeans_cases import KMeansCase
-from benchmarks.timing import Step
+from benchmarks.harness.contender import Contender, Size
+from benchmarks.harness.timing import Step
 
 WARM_UP_ROWS, WARM_UP_CLUSTERS = 512, 128
 
@@ -35,16 +34,19 @@ def peak_on_gpu(step: Step) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def peak_on_cpu(case: Case | KMeansCase, contender: str, size: Size) -> int | None:
-    """The growth of the resident size in a process of its own; None if that process died."""
+def peak_on_cpu(find: Callable, case: str, contender: str, size: Size) -> int | None:
+    """The growth of the resident size in a process of its own; None if that process died.
+
+    `find`, a function at the top of a module, gives case and contender by their names, by which all three travel.
+    """
     dtype = str(size.dtype).removeprefix("torch.")
-    arguments = (case.name, contender, *map(str, (size.n, size.d, size.clusters)), dtype)
-    command = [sys.executable, "-m", "benchmarks.memory", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    arguments = (find.__module__, find.__name__, case, contender, *map(str, (size.n, size.d, size.clusters)), dtype)
+    command = [sys.executable, "-m", "benchmarks.harness.memory", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     return json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else None
 
 
-def _peak_of_this_process(case: Case | KMeansCase, contender: Contender, size: Size) -> int:
+def _peak_of_this_process(case, contender: Contender, size: Size) -> int:
     device, run = torch.device("cpu"), contender.build(case)
     small = replace(size, n=min(size.n, WARM_UP_ROWS), clusters=min(size.clusters, WARM_UP_CLUSTERS))
     case.step(run, case.inputs(small, device))()  # libraries load, threads start
@@ -69,6 +71,8 @@ def status(field: str) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("module")
+    parser.add_argument("find")
     parser.add_argument("case")
     parser.add_argument("contender")
     parser.add_argument("n", type=int)
@@ -76,14 +80,5 @@ if __name__ == "__main__":
     parser.add_argument("clusters", type=int)
     parser.add_argument("dtype")
     a = parser.parse_args()
-    size = Size(a.n, a.d, getattr(torch, a.dtype), a.clusters)
-    if a.case in CASES:
-        case, contender = CASES[a.case], CONTENDERS[a.contender]
-    elif a.case in kmeans_cases.CASES:
-        case, contender = kmeans_cases.CASES[a.case], kmeans_contenders.CONTENDERS[a.contender]
-    else:
-        from benchmarks.objectives import OBJECTIVES  # it imports this module
-
-        case = OBJECTIVES[a.case]
-        contender = case.contenders[a.contender]
-    print(_peak_of_this_process(case, contender, size))
+    found = getattr(import_module(a.module), a.find)(a.case, a.contender)
+    print(_peak_of_this_process(*found, Size(a.n, a.d, getattr(torch, a.dtype), a.clusters)))

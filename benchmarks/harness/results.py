@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-DIRECTORY = Path(__file__).parent / "results"
+DIRECTORY = Path(__file__).parents[1] / "results"
 PACKAGES = (
     "triton",
     "pytorch-metric-learning",

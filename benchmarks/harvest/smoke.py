@@ -7,12 +7,12 @@ from functools import partial
 
 import torch
 
-from benchmarks.cases import Size
+from benchmarks.clustering.cases import CASES
+from benchmarks.clustering.correctness import truth
+from benchmarks.harness.contender import Size
 from benchmarks.harvest.build import use_emulation
 from benchmarks.harvest.losses import take_the_path_of_large_batches
 from benchmarks.harvest.run import Harvest
-from benchmarks.kmeans_cases import CASES
-from benchmarks.kmeans_correctness import truth
 from ccl_fast import streaming_logsumexp
 from ccl_fast.kernels import extension
 from ccl_fast.ops.kmeans.assign import prepare_rows

@@ -7,31 +7,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Step
+from benchmarks.harness.ceilings import Work
+from benchmarks.harness.contender import Size
+from benchmarks.harness.timing import Step
 from ccl_fast import CCLLoss, InfoNCELoss
 
 TEMPERATURE = 0.1
-
-
-@dataclass(frozen=True)
-class Size:
-    n: int  # rows: one per view
-    d: int
-    dtype: torch.dtype = torch.float32
-    clusters: int = 128
 
 
 class Inputs(NamedTuple):
     embeddings: Tensor  # [n, d], or [n / 2, 2, d] without ids; a leaf that requires a gradient
     cluster_ids: Tensor | None  # [n]
     centers: Tensor | None  # [clusters, d]
-
-
-class Work(NamedTuple):
-    """What the method cannot do without, by arithmetic."""
-
-    flops: float  # of matrix products
-    exponentials: float
 
 
 @dataclass(frozen=True)

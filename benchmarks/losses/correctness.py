@@ -6,8 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, Inputs, Size
-from benchmarks.contenders import Contender, Loss
+from benchmarks.harness.contender import Contender, Size
+from benchmarks.losses.cases import Case, Inputs
+from benchmarks.losses.contenders import Loss
 
 ROWS = 2048
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}

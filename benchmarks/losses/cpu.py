@@ -4,13 +4,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import CASES, Size
-from benchmarks.ceilings import measure_ceilings
-from benchmarks.contenders import CONTENDERS
-from benchmarks.measure import measure
-from benchmarks.memory import bar, peak_on_cpu
-from benchmarks.results import ResultsFile, Row, table
-from benchmarks.timing import host_clock
+from benchmarks.harness.ceilings import measure_ceilings
+from benchmarks.harness.contender import Size
+from benchmarks.harness.memory import bar, peak_on_cpu
+from benchmarks.harness.results import ResultsFile, Row, table
+from benchmarks.harness.timing import host_clock
+from benchmarks.losses.cases import CASES
+from benchmarks.losses.contenders import CONTENDERS, find
+from benchmarks.losses.measure import measure
 
 CPU = torch.device("cpu")
 # Compiling inside the measured process would count the compiler's memory.
@@ -39,7 +40,7 @@ def run_cpu(quick: bool, directory: Path) -> str:
         rows, _ = measure(case, size, CPU, host_clock, seconds, contenders, ceilings=ceilings)
         for row in rows:
             if row.p50 is not None and not quick and row.contender not in NO_MEMORY:
-                row.peak_bytes = peak_on_cpu(case, row.contender, size)
+                row.peak_bytes = peak_on_cpu(find, case.name, row.contender, size)
         file.add(rows)
         all_rows += rows
     return f"{table(all_rows)}\n\n{ceilings}\n{file.path}"
@@ -56,7 +57,7 @@ def run_memory(directory: Path) -> str:
                 row = Row(case.name, name, size.n, size.d, "float32")
                 row.note = CONTENDERS[name].obstacle(size, CPU) or ""
                 if not row.note:
-                    row.peak_bytes = peak_on_cpu(case, name, size)
+                    row.peak_bytes = peak_on_cpu(find, case.name, name, size)
                     row.note = "the process died" if row.peak_bytes is None else _verdict(row, size)
                 file.add([row])
                 all_rows.append(row)

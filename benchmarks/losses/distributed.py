@@ -17,12 +17,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from benchmarks.cases import TEMPERATURE, Size
-from benchmarks.contenders import CONTENDERS as ALONE
-from benchmarks.contenders import Contender
-from benchmarks.measure import compare_with_ours, record
-from benchmarks.results import ResultsFile, Row, table
-from benchmarks.timing import host_clock, interleave, latency_clock
+from benchmarks.harness.contender import Contender, Size
+from benchmarks.harness.measure import compare_with_ours, record
+from benchmarks.harness.results import ResultsFile, Row, table
+from benchmarks.harness.timing import host_clock, interleave, latency_clock
+from benchmarks.losses.cases import TEMPERATURE
+from benchmarks.losses.contenders import CONTENDERS as ALONE
 from ccl_fast import CCLLoss
 
 CPU = torch.device("cpu")

@@ -3,19 +3,19 @@
 A dry run walks the same path on CPU tensors of tiny sizes, where the losses take the backend "blocked".
 """
 
-import time
 from pathlib import Path
 
 import torch
 
-from benchmarks.cases import CASES, Case, Size
-from benchmarks.ceilings import Ceilings, measure_ceilings
-from benchmarks.measure import measure
-from benchmarks.memory import peak_on_gpu
-from benchmarks.results import ResultsFile, Row, table
-from benchmarks.timing import DeviceClock, host_clock, latency_clock
+from benchmarks.harness.budget import Run
+from benchmarks.harness.ceilings import Ceilings, measure_ceilings
+from benchmarks.harness.contender import Size
+from benchmarks.harness.memory import peak_on_gpu
+from benchmarks.harness.results import Row, table
+from benchmarks.harness.timing import host_clock, latency_clock
+from benchmarks.losses.cases import CASES, Case
+from benchmarks.losses.measure import measure
 
-SECONDS = 150.0
 SECONDS_PER_SIZE = 4.0
 CALLS = 6  # of a step at least: warm-up, three rounds, memory, one to spare
 
@@ -34,32 +34,6 @@ CASES_AND_CONTENDERS = (
 def run_gpu(dry_run: bool, directory: Path) -> str:
     """All rows, written as soon as they are measured; the table."""
     return _LossRun("gpu", torch.device("cpu" if dry_run else "cuda"), directory).table()
-
-
-class Run:
-    """Rows of one device within a time budget: what would not fit into the time left is not started."""
-
-    def __init__(self, what: str, device: torch.device, directory: Path):
-        self.deadline = time.monotonic() + SECONDS
-        self.device, self.on_gpu = device, device.type == "cuda"
-        self.clock = DeviceClock(device) if self.on_gpu else host_clock
-        self.file = ResultsFile(what if self.on_gpu else f"{what}-dry-run", device, directory)
-        self.rows: list[Row] = []
-        # Seconds for each unit of work in the last measurement with this key: predicts the next.
-        self.pace: dict[tuple, float] = {}
-
-    def skip(self, keys: dict[str, tuple], work: float) -> dict[str, str]:
-        """Contenders, each with the key of its pace, for which the time left is too short; with the reason."""
-        remaining, skip = self.deadline - time.monotonic(), {}
-        for name, key in keys.items():
-            expected = work * self.pace.get(key, 0.0)
-            if expected > remaining or remaining < 0:
-                skip[name] = f"not started: about {expected:.0f} s, {max(0, remaining):.0f} s are left"
-        return skip
-
-    def add(self, rows: list[Row]) -> None:
-        self.file.add(rows)
-        self.rows += rows
 
 
 class _LossRun(Run):

@@ -1,7 +1,7 @@
 """The family of objectives: time and peak memory of a forward and backward against the dense form of each.
 
 The dense form is the module itself with `backend="reference"`, or where it has no backend what is written in
-`objectives_dense`: the whole matrix of similarities, in eager mode.
+`tests/oracles/matrices.py`: the whole matrix of similarities, in eager mode.
 """
 
 from collections.abc import Callable
@@ -12,16 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import objectives_dense as dense
-from benchmarks.cases import Size
-from benchmarks.contenders import Contender
-from benchmarks.correctness import TOLERANCE
-from benchmarks.gpu import Run
-from benchmarks.measure import compare_with_ours, failure_noted, record
-from benchmarks.memory import forget_peak, peak_on_cpu, peak_on_gpu, status
-from benchmarks.results import ResultsFile, Row, table
-from benchmarks.timing import Clock, Step, host_clock, interleave
+from benchmarks.harness.budget import Run
+from benchmarks.harness.contender import Contender, Size
+from benchmarks.harness.measure import compare_with_ours, failure_noted, record
+from benchmarks.harness.memory import forget_peak, peak_on_cpu, peak_on_gpu, status
+from benchmarks.harness.results import ResultsFile, Row, table
+from benchmarks.harness.timing import Clock, Step, host_clock, interleave
+from benchmarks.losses.correctness import TOLERANCE
 from ccl_fast import losses
+from tests.oracles import matrices as dense
 
 CPU = torch.device("cpu")
 SECONDS, QUICK_SECONDS = 4.0, 0.5
@@ -148,7 +147,7 @@ LIGHTLY_SWAV = Contender(
 
 
 def _written(name: str, call: Callable, dense: Callable, arrays=None, **options) -> dict[str, Contender]:
-    """Ours, and its dense form in `objectives_dense`: both of a module and inputs."""
+    """Ours, and its dense form in `tests/oracles/matrices.py`: both of a module and inputs."""
 
     def build(function: Callable) -> Callable[[Objective], Loss]:
         def make(_: Objective) -> Loss:
@@ -320,6 +319,11 @@ OBJECTIVES = {
 }  # fmt: skip
 
 
+def find(case: str, contender: str) -> tuple[Objective, Contender]:
+    """For the process that measures memory."""
+    return OBJECTIVES[case], OBJECTIVES[case].contenders[contender]
+
+
 def run_cpu(quick: bool, directory: Path) -> str:
     file, all_rows = ResultsFile("cpu-objectives", CPU, directory), []
     for objective in OBJECTIVES.values():
@@ -327,7 +331,7 @@ def run_cpu(quick: bool, directory: Path) -> str:
             size = Size(n, 128, clusters=objective.clusters)
             rows, steps = _measure(objective, size, CPU, host_clock, QUICK_SECONDS if quick else SECONDS)
             for name in steps if not quick else ():
-                rows[name].peak_bytes = peak_on_cpu(objective, name, size)
+                rows[name].peak_bytes = peak_on_cpu(find, objective.name, name, size)
             file.add(list(rows.values()))
             all_rows += rows.values()
     if not quick:

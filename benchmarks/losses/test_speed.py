@@ -8,9 +8,10 @@ contender is checked against float64 before it is timed.
 import pytest
 import torch
 
-from benchmarks.cases import CASES, Size
-from benchmarks.contenders import CONTENDERS
-from benchmarks.correctness import is_wrong, relative_error
+from benchmarks.harness.contender import Size
+from benchmarks.losses.cases import CASES
+from benchmarks.losses.contenders import CONTENDERS
+from benchmarks.losses.correctness import is_wrong, relative_error
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAIRS = [(case, contender) for case in CASES for contender in CASES[case].contenders]

@@ -6,10 +6,10 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks import natural
-from benchmarks.kmeans_cases import ITERATIONS
+from benchmarks.clustering.cases import ITERATIONS
+from benchmarks.training import natural
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 SCALING, OBJECTIVES, BENCHMARKS, NATURAL = (
     README.parent / "docs" / name for name in ("scaling.md", "objectives.md", "benchmarks.md", "natural-images.md")
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.results import DIRECTORY, ResultsFile
+from benchmarks.harness.results import DIRECTORY, ResultsFile
 
 BASELINE = "simclr"
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import CASES, Size
-from benchmarks.contenders import CONTENDERS
-from benchmarks.measure import compare_with_ours, record
-from benchmarks.results import DIRECTORY, ResultsFile, Row, table
-from benchmarks.timing import Clock, DeviceClock, Step, host_clock, interleave
+from benchmarks.harness.contender import Size
+from benchmarks.harness.measure import compare_with_ours, record
+from benchmarks.harness.results import DIRECTORY, ResultsFile, Row, table
+from benchmarks.harness.timing import Clock, DeviceClock, Step, host_clock, interleave
+from benchmarks.losses.cases import CASES
+from benchmarks.losses.contenders import CONTENDERS
 from ccl_fast.data import Views
 from ccl_fast.models import Model
 

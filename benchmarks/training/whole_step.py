@@ -19,14 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.cases import CASES, Inputs, Size
-from benchmarks.contenders import CONTENDERS as LOSSES
-from benchmarks.contenders import Contender
-from benchmarks.gpu import Run
-from benchmarks.measure import compare_with_ours, failure_noted, record
-from benchmarks.memory import forget_peak, peak_on_gpu, status
-from benchmarks.results import ResultsFile, Row, table
-from benchmarks.timing import Clock, Step, host_clock, interleave, paired_ratio, percentiles
+from benchmarks.harness.budget import Run
+from benchmarks.harness.contender import Contender, Size
+from benchmarks.harness.measure import compare_with_ours, failure_noted, record
+from benchmarks.harness.memory import forget_peak, peak_on_gpu, status
+from benchmarks.harness.results import ResultsFile, Row, table
+from benchmarks.harness.timing import Clock, Step, host_clock, interleave, paired_ratio, percentiles
+from benchmarks.losses.cases import CASES, Inputs
+from benchmarks.losses.contenders import CONTENDERS as LOSSES
 from ccl_fast.models import Model
 
 CPU = torch.device("cpu")
@@ -305,8 +305,8 @@ def _peak_on_gpu(training: Training, what: str) -> int:
 def _peak_on_cpu(training: Training, what: str) -> int | None:
     """Of the same in a process of its own, with the network `ON_CPU`; None if that process died."""
     arguments = (training.contender.name, str(len(training.batch.inputs.cluster_ids)), what)
-    command = [sys.executable, "-m", "benchmarks.training", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    command = [sys.executable, "-m", "benchmarks.training.whole_step", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     return json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else None
 
 

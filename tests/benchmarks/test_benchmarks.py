@@ -8,20 +8,17 @@ import sys
 import pytest
 import torch
 
-from benchmarks import (
-    distributed,
-    kmeans,
-    kmeans_cases,
-    kmeans_contenders,
-    kmeans_correctness,
-    objectives,
-    readme,
-    scaling,
-)
-from benchmarks.cases import CASES, Size
-from benchmarks.contenders import CONTENDERS
-from benchmarks.correctness import is_wrong, relative_error
-from benchmarks.memory import bar, peak_on_cpu
+from benchmarks.clustering import cases as kmeans_cases
+from benchmarks.clustering import contenders as kmeans_contenders
+from benchmarks.clustering import correctness as kmeans_correctness
+from benchmarks.clustering import kmeans
+from benchmarks.harness.contender import Size
+from benchmarks.harness.memory import bar, peak_on_cpu
+from benchmarks.losses import distributed, objectives
+from benchmarks.losses.cases import CASES
+from benchmarks.losses.contenders import CONTENDERS, find
+from benchmarks.losses.correctness import is_wrong, relative_error
+from benchmarks.pages import readme, scaling
 from tests import ROOT
 
 
@@ -142,7 +139,7 @@ def test_the_plan_in_the_docs_is_what_the_command_prints():
 
 
 def test_the_plan_counts_what_the_losses_send():
-    """The bytes of `test_losses_distributed.test_bytes_sent`, for embeddings of two bytes."""
+    """The bytes of `tests/losses/test_distributed.py`, for embeddings of two bytes."""
     step = scaling.Step(rows=600, processes=2, width=128, tflops=100, gbytes=10)
     assert step.own == 300
     assert step.gather_bytes == 300 * (2 * 128 + 8) + 300 * 4.5 * 4
@@ -153,7 +150,7 @@ def test_the_plan_counts_what_the_losses_send():
 def test_peak_memory_is_linear_and_within_the_bar():
     """One forward and backward at N = 32,768 in a process of its own: an N x N array alone would be 4 GiB."""
     size = Size(32_768, 128)
-    peak = peak_on_cpu(CASES["ccl"], "ours", size)
+    peak = peak_on_cpu(find, "ccl", "ours", size)
     assert peak is not None and 0 < peak <= bar(size), f"{peak / 2**20:.0f} MiB above the inputs"
 
 

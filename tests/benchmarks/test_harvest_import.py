@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from benchmarks import readme
 from benchmarks.harvest import plan, prediction, report
 from benchmarks.harvest.importing import ImportRefused, import_folders
+from benchmarks.pages import readme
 
 MACHINE = {
     "device": "made up for a test",

@@ -9,7 +9,8 @@ import pytest
 for extra in ("torchmetrics", "lightning", "kornia", "tensorboard", "jsonargparse", "scipy"):
     pytest.importorskip(extra)
 
-from benchmarks import natural, readme
+from benchmarks.pages import readme
+from benchmarks.training import natural
 from ccl_fast.training.config import FIELDS
 from ccl_fast.training.objectives import OPTIONS
 

@@ -10,7 +10,7 @@ import pytest
 
 matplotlib = pytest.importorskip("matplotlib")  # the extra "train"
 
-from benchmarks import plots  # noqa: E402
+from benchmarks.pages import plots  # noqa: E402
 from tests import ROOT  # noqa: E402
 
 MACHINE = {"device": "a CPU", "threads": 3, "torch": "2.15", "commit": "0123456789ab", "date": "2026-11-21T04:31:39"}

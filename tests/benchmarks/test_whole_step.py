@@ -11,9 +11,19 @@ for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "ma
     pytest.importorskip(extra)  # gradient caching needs the extra "train"
 
 
-from benchmarks import training
-from benchmarks.timing import host_clock
-from benchmarks.training import CONTENDERS, CPU, DRY, ON_CPU, ON_GPU, TOLERANCE, VIEWS, Training, relative_error
+from benchmarks.harness.timing import host_clock
+from benchmarks.training import whole_step as training
+from benchmarks.training.whole_step import (
+    CONTENDERS,
+    CPU,
+    DRY,
+    ON_CPU,
+    ON_GPU,
+    TOLERANCE,
+    VIEWS,
+    Training,
+    relative_error,
+)
 
 
 def encoder_gradient(model: torch.nn.Module) -> torch.Tensor:

@@ -171,7 +171,7 @@ def test_memory_is_linear():
     """One forward and backward in a process of its own, where a single n x k array would take 640 MiB."""
     code = """
 import torch
-from benchmarks.memory import forget_peak, status
+from benchmarks.harness.memory import forget_peak, status
 from ccl_fast.losses import SwAVLoss
 
 def step(n, k, d=16):
