@@ -54,15 +54,16 @@ def tiny(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def plain_results(tmp_path_factory):
-    """The results of a small run of nothing but the arguments given, trained once."""
+def trained(**given) -> Run:
+    """A run through all its epochs, without what `train` does around it; two classes of digits unless told otherwise."""
+    plan = Config(**SMALL | given).resolved()
+    digits = load_split("digits", in_classes=plan.in_classes, seed=0, limit=plan.limit)
+    run = Run(plan, digits.train, Fabric(accelerator="cpu", devices=1))
+    run.advance(plan.epochs, name="")
+    return run
 
-    @functools.cache
-    def results(**given):
-        return train(tmp_path_factory.mktemp("plain") / "run", **SMALL | given)["results"]
 
-    return results
+plain = functools.cache(trained)  # for who compares with it, trained once
 
 
 def test_writes_report_picture_and_weights(tiny):
@@ -157,9 +158,9 @@ def test_same_seed_same_numbers_and_each_objective_alone_equals_its_half(tiny, t
         assert f"{both['results'][objective][both['default']]['near']['auroc']:.3f}" in capsys.readouterr().out
 
 
-def test_another_seed_other_numbers(tmp_path):
-    first, second = (train(str(tmp_path / str(s)), "simclr", **TINY | {"epochs": 1}, seed=s) for s in (1, 2))
-    assert first["losses"] != second["losses"]
+def test_another_seed_other_numbers():
+    first, second = (trained(objective="simclr", epochs=1, seed=seed) for seed in (1, 2))
+    assert first.losses != second.losses
 
 
 def test_an_existing_folder_is_refused_and_overwritten_on_demand(tiny, tmp_path, capsys):
@@ -353,13 +354,12 @@ def assert_equal(ours, theirs):
         assert ours == theirs
 
 
-def test_micro_batches_train_and_a_whole_one_changes_nothing(tiny, tmp_path):
+def test_micro_batches_train_and_a_whole_one_changes_nothing(tiny):
     both = json.loads((tiny / "report.json").read_text())
-    whole = train(str(tmp_path / "whole"), baseline=False, **TINY, micro_batch=100)
-    assert whole["losses"]["ccl"] == both["losses"]["ccl"]
-    small = train(str(tmp_path / "small"), baseline=False, **TINY, micro_batch=32)
-    assert small["losses"]["ccl"] != both["losses"]["ccl"]  # BatchNorm sees micro-batches
-    assert small["losses"]["ccl"] == pytest.approx(both["losses"]["ccl"], rel=0.05)
+    assert trained(**TINY, micro_batch=100).losses == both["losses"]["ccl"]
+    small = trained(**TINY, micro_batch=32)
+    assert small.losses != both["losses"]["ccl"]  # BatchNorm sees micro-batches
+    assert small.losses == pytest.approx(both["losses"]["ccl"], rel=0.05)
 
 
 def test_bfloat16_trains_almost_alike(tiny, tmp_path):
@@ -398,26 +398,25 @@ def test_embeddings_are_those_of_evaluation_mode():
     ],
     ids=str,
 )
-def test_every_switch_changes_what_is_learned_and_is_repeatable(switch, plain_results, tmp_path):
-    first, again = (train(tmp_path / name, **SMALL | switch) for name in ("first", "again"))
-    assert first["losses"] == again["losses"] and first["results"] == again["results"]
-    assert first["results"] != plain_results(**{n: switch[n] for n in ("limit", "batch_size", "epochs") if n in switch})
-    assert first["arguments"][next(iter(switch))] == next(iter(switch.values()))
+def test_every_switch_changes_what_is_learned_and_is_repeatable(switch):
+    first, again = trained(**switch), trained(**switch)
+    assert_equal(first.state_dict(), again.state_dict())
+    without = plain(**{n: switch[n] for n in ("limit", "batch_size", "epochs", "warmup_epochs") if n in switch})
+    assert not embed(first.result, first.images)["head"].equal(embed(without.result, without.images)["head"])
+    assert first.config.plain()[next(iter(switch))] == next(iter(switch.values()))
 
 
 @pytest.mark.parametrize("switch", ["channels_last", "fused_optimizer"])
-def test_switches_of_speed_change_nothing_but_rounding(switch, tmp_path):
-    base = TINY | {"limit": 200, "baseline": False, "far_ood": []}
-    plain, switched = (train(tmp_path / str(on), **base, **{switch: on}) for on in (False, True))
-    assert switched["losses"]["ccl"] == pytest.approx(plain["losses"]["ccl"], rel=2e-3)
+def test_switches_of_speed_change_nothing_but_rounding(switch):
+    assert trained(epochs=2, **{switch: True}).losses == pytest.approx(plain(epochs=2).losses, rel=2e-3)
 
 
 def test_a_compiled_network_trains_the_same_and_leaves_ordinary_weights(tmp_path):
     backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 20), torch.nn.BatchNorm1d(20))
-    base = TINY | {"limit": 200, "baseline": False, "far_ood": [], "batch_size": 100, "backbone": backbone}
-    plain, compiled = (train(tmp_path / str(on), **base, compile_model=on) for on in (False, True))
-    assert compiled["losses"]["ccl"] == pytest.approx(plain["losses"]["ccl"], rel=2e-3)
-    Model(backbone).load_state_dict(torch.load(tmp_path / "True" / "ccl.pt", weights_only=True))
+    base = {"epochs": 2, "backbone": backbone}
+    compiled = train(tmp_path / "run", **SMALL | base, compile_model=True)
+    assert compiled["losses"]["ccl"] == pytest.approx(trained(**base).losses, rel=2e-3)
+    Model(backbone).load_state_dict(torch.load(tmp_path / "run" / "ccl.pt", weights_only=True))
 
 
 @pytest.mark.parametrize(
