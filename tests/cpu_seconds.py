@@ -1,6 +1,6 @@
 """CPU seconds of tests and files, all processes that they start included: what a busy machine does not change.
 
-    python -m pytest -n 0 -p tests.cpu_seconds tests/training
+python -m pytest -n 0 -p tests.cpu_seconds tests/training
 """
 
 import collections

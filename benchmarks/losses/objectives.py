@@ -203,6 +203,20 @@ def _shuffles(x: Inputs) -> tuple[Tensor]:
     return (torch.stack([torch.randperm(d, generator=_generator(x), device=x.embeddings.device) for _ in range(2)]),)
 
 
+def _dense_mochi(loss: losses.MoCHiLoss, x: Inputs) -> Tensor:
+    like = torch.zeros((), device=x.embeddings.device)  # the same draws for every dtype
+    mixing = loss.draw(len(x.embeddings), min(loss.num_hardest, len(x.centers)), like, _generator(x))
+    of = {name: getattr(loss, name) for name in ("num_hardest", "temperature")}
+    return dense.mochi(*x.embeddings.unbind(1), x.centers, mixing, **of)
+
+
+def _dense_interclr(loss: losses.InterCLRLoss, x: Inputs) -> Tensor:
+    """With the bank as the queue too."""
+    drawn = loss.draw(len(x.embeddings), len(x.centers), x.embeddings, _generator(x))
+    of = {name: getattr(loss, name) for name in ("temperature", "inter_weight", "pool", "margin")}
+    return dense.interclr(*x.embeddings.unbind(1), x.centers, x.centers, *x.more, *drawn, **of)
+
+
 def _mixtures(size: Size) -> int:
     """Bytes of some arrays n x s x d."""
     return 6 * (size.n // 2) * 1024 * size.d * 4
@@ -241,7 +255,9 @@ OBJECTIVES = {
             _written(
                 "MLCDLoss",
                 lambda loss, x: loss(x.embeddings[:, 0], x.more[0], x.centers),
-                lambda loss, x: dense.mlcd(x.embeddings[:, 0], x.centers, x.more[0], loss.temperature),
+                lambda loss, x: dense.mlcd(
+                    x.embeddings[:, 0], x.more[0], x.centers, temperature=loss.temperature
+                ),
                 sample=1,
             ),
             learns_centers=True,
@@ -253,7 +269,9 @@ OBJECTIVES = {
             _written(
                 "HardContrastiveLoss",
                 lambda loss, x: loss(x.embeddings),
-                lambda loss, x: dense.hard_contrastive(x.embeddings, loss.alpha, loss.temperature),
+                lambda loss, x: dense.hard_contrastive(
+                    x.embeddings, alpha=loss.alpha, temperature=loss.temperature
+                ),
             ),
         ),
         Objective(
@@ -261,7 +279,7 @@ OBJECTIVES = {
             _written(
                 "CACRLoss",
                 lambda loss, x: loss(x.embeddings),
-                lambda loss, x: dense.cacr(x.embeddings, loss.t_negative),
+                lambda loss, x: dense.cacr_of_two_views(x.embeddings, loss.t_negative),
             ),
         ),
         Objective(
@@ -269,7 +287,7 @@ OBJECTIVES = {
             _written(
                 "MoCHiLoss",
                 lambda loss, x: loss(*x.embeddings.unbind(1), negatives=x.centers, generator=_generator(x)),
-                lambda loss, x: dense.mochi(loss, *x.embeddings.unbind(1), x.centers, _generator(x)),
+                _dense_mochi,
                 arrays=_mixtures,
             ),
             clusters=16_384,
@@ -294,7 +312,7 @@ OBJECTIVES = {
                     indices=x.more[1],
                     generator=_generator(x),
                 ),
-                lambda loss, x: dense.interclr(loss, *x.embeddings.unbind(1), x.centers, *x.more, _generator(x)),
+                _dense_interclr,
             ),
             more=_bank,
             clusters=16_384,

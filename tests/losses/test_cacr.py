@@ -5,6 +5,7 @@ import torch
 
 from ccl_fast.losses import CACRLoss
 from tests.oracles.losses import as_rows, assert_matches, batch, differentiate, reduced, unit
+from tests.oracles.matrices import cacr_of_two_views
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 LABELS = torch.tensor([4, 0, -1, 4, 1, 0, 4, -1, 3])  # classes of 3 and 2 samples; two unlabelled, two alone
@@ -93,6 +94,11 @@ def test_half_precision_distances_are_computed_in_float32(labels, dtype):
         torch.testing.assert_close(loss_fn(z.float(), labels), expected)
     rounded = torch.nn.functional.normalize(z.float(), dim=2).to(dtype)[:1]
     torch.testing.assert_close(CACRLoss()(z[:1]), cacr(rounded, normalize=False).float())
+
+
+def test_the_matrix_of_two_views_says_the_same():
+    z = views(count=2)
+    torch.testing.assert_close(cacr_of_two_views(z, 3.0), cacr(z, t_negative=3.0))
 
 
 def test_uniform_weights_are_alignment_and_the_mean_distance():

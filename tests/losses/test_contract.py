@@ -35,11 +35,7 @@ from ccl_fast.ops.logsumexp import blocked
 from tests.losses.test_adameow import adameow
 from tests.losses.test_cluster_negatives import center_negatives, definition
 from tests.losses.test_feature_transformation import seeded, transformed
-from tests.losses.test_hard_contrastive import hard_contrastive
-from tests.losses.test_interclr import interclr
 from tests.losses.test_lightgcl import lightgcl
-from tests.losses.test_mlcd import mlcd
-from tests.losses.test_mochi import mochi
 from tests.losses.test_pamc import pamc
 from tests.losses.test_prototypes import deepcluster, protonce
 from tests.losses.test_sbcl import sbcl
@@ -60,6 +56,7 @@ from tests.oracles.losses import (
     learnable,
     supcon,
 )
+from tests.oracles.matrices import hard_contrastive, interclr, mlcd, mochi
 from tests.tolerance import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -184,13 +181,13 @@ USES = {
     ),
     "mlcd": Use(
         functools.partial(MLCDLoss, temperature=0.1),
-        mlcd,
+        lambda *arguments, sample, **options: mlcd(*arguments, **options),
         lambda z: (z[:, 0], torch.stack((ASSIGNED, (ASSIGNED + 1) % 3), dim=1)[: len(z)], CENTERS.to(z.dtype)),
         sample=1,
     ),
     "mochi": Use(
         functools.partial(MoCHi, temperature=0.1),
-        lambda *arguments, **options: mochi(*arguments, MoCHi.mixing, **options),
+        lambda *arguments, num_synthetic, num_with_query, **options: mochi(*arguments, MoCHi.mixing, **options),
         queued,
         num_hardest=3,
         num_synthetic=4,

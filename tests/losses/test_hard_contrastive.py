@@ -2,13 +2,13 @@
 
 import itertools
 import math
-from fractions import Fraction
 
 import pytest
 import torch
 
 from ccl_fast.losses import HardContrastiveLoss
-from tests.oracles.losses import assert_matches, batch, call, differentiate, infonce, learnable, reduced, unit
+from tests.oracles.losses import assert_matches, batch, call, differentiate, infonce, learnable, unit
+from tests.oracles.matrices import hard_contrastive
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 # Whether two towers come, whether both are anchors, and how many extra negatives.
@@ -21,28 +21,6 @@ USES = {
     "one direction": (True, False, 0),
 }
 every_use = pytest.mark.parametrize("use", USES)
-
-
-def hard_contrastive(
-    queries, keys=None, negatives=None, *, alpha=0.0819, temperature=0.1, symmetric=True, normalize=True,
-    reduction="mean",
-):  # fmt: skip
-    scaled = unit if normalize else torch.Tensor.double
-    pairs = scaled(queries.double() if keys is None else torch.stack((queries, keys), dim=1).double())
-    extra = [] if negatives is None else list(scaled(negatives.double()))
-    n, losses = len(pairs), []
-    for i in range(n):
-        for side in (0, 1) if symmetric else (0,):
-            seen = (0, 1) if keys is None else (1 - side,)
-            rows = [pairs[j, view] for j in range(n) if j != i for view in seen] + extra
-            kept = []
-            if rows:
-                similarity = torch.stack(rows) @ pairs[i, side]
-                rank = max(1, math.ceil(Fraction(str(alpha)) * len(rows)))
-                kept = [similarity[similarity >= similarity.sort(descending=True).values[rank - 1]]]
-            logits = torch.cat([(pairs[i, side] @ pairs[i, 1 - side])[None], *kept]) / temperature
-            losses.append(-logits.log_softmax(0)[0])
-    return reduced(losses, [True] * len(losses), (n, 2) if symmetric else (n,), reduction, queries)
 
 
 def tensors(use, n=9, dtype=torch.float64):

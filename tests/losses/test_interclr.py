@@ -1,38 +1,16 @@
 """InterCLRLoss against its definition; what it draws."""
 
 import math
-from fractions import Fraction
 
 import pytest
 import torch
 
 from ccl_fast.losses import InterCLRLoss, MoCHiLoss
-from tests.oracles.losses import assert_matches, batch, call, differentiate, largest, learnable, reduced, unit
+from tests.oracles.losses import assert_matches, batch, call, differentiate, largest, learnable
+from tests.oracles.matrices import interclr
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 SIZES = {"num_negatives": 4, "pool": 0.25}
-
-
-def interclr(
-    queries, keys, queue, bank, labels, indices, which, drawn, *, temperature=0.1, inter_weight=0.25, num_negatives=4,
-    pool=0.25, margin=-0.5, normalize=True, reduction="mean",
-):  # fmt: skip
-    scaled = unit if normalize else torch.Tensor.double
-    q, k, queue, bank = (scaled(x.double()) for x in (queries, keys, queue, bank))
-    labels = [("own", i) if c < 0 else c for i, c in enumerate(labels.tolist())]
-    among = drawn.tolist()
-    losses = []
-    for i in range(len(q)):
-        intra = -(torch.stack([k[i], *queue]) @ q[i] / temperature).log_softmax(0)[0]
-        own = labels[int(indices[i])]
-        members = [j for j, c in enumerate(labels) if c == own]
-        positive = bank[members[int(float(which[i]) * len(members))]] @ q[i] - margin
-        others = bank[[j for j in among if labels[j] != own]] @ q[i]
-        rank = math.ceil(Fraction(str(pool)) * len(among))
-        kept = others.sort(descending=True).values[:rank]
-        inter = -(torch.cat([positive[None], kept]) / temperature).log_softmax(0)[0]
-        losses.append((1 - inter_weight) * intra + inter_weight * inter)
-    return reduced(losses, [True] * len(losses), (len(losses),), reduction, queries)
 
 
 def tensors(n=9, m=7, size=41, dtype=torch.float64, seed=0):
@@ -51,6 +29,7 @@ def check(arguments, *, temperature=0.1, tolerance=1e-10, backend="auto", **opti
     draw = module.draw(len(leaves[0]), len(arguments[3]), value, torch.Generator().manual_seed(3))
     exact = [x.detach().double().requires_grad_() for x in leaves]
     log_temperature = torch.tensor(temperature, dtype=torch.float64).log().requires_grad_()
+    del options["num_negatives"]  # as many as have been drawn
     expected = interclr(*exact, *rest, *draw, temperature=log_temperature.exp(), **options)
     actual = differentiate(value, [*leaves, *module.parameters()])
     assert_matches(actual, differentiate(expected, [*exact, log_temperature]), tolerance)

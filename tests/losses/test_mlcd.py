@@ -5,28 +5,13 @@ import torch
 
 from ccl_fast.losses import MLCDLoss, nearest_centers
 from ccl_fast.losses.mlcd import draw_prototypes
-from tests.oracles.losses import assert_matches, batch, call, differentiate, largest, learnable, reduced, unit
+from tests.oracles.losses import assert_matches, batch, call, differentiate, largest, learnable, unit
+from tests.oracles.matrices import mlcd
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 LABELS = torch.tensor(
     [[0, 3, 7], [7, 0, 1], [-1, -1, -1], [2, -1, 5], [3, 7, 0], [4, 4 + 1, 6], [-1, -1, 2], [0, 1, 2], [7, 6, 5]]
 )
-
-
-def mlcd(embeddings, labels, centers, among=None, *, temperature=0.1, sample=1, normalize=True, reduction="mean"):
-    scaled = unit if normalize else torch.Tensor.double
-    scores = scaled(embeddings.double()) @ scaled(centers.double()).T / temperature
-    among = range(len(centers)) if among is None else among.tolist()
-    losses, counted = [], []
-    for row, own in zip(scores, labels.tolist(), strict=True):
-        positives = [j for j in own if j >= 0]
-        negatives = [j for j in among if j not in positives]
-        one = row.new_ones(1)
-        losses.append(
-            torch.cat((one, (-row[positives]).exp())).sum().log() + torch.cat((one, row[negatives].exp())).sum().log()
-        )
-        counted.append(bool(positives))
-    return reduced(losses, counted, (len(losses),), reduction, embeddings)
 
 
 def tensors(n=9, k=8, dtype=torch.float64, seed=0):

@@ -6,31 +6,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ccl_fast.losses import MoCHiLoss
-from tests.oracles.losses import assert_matches, batch, call, differentiate, infonce, largest, learnable, reduced, unit
+from tests.oracles.losses import assert_matches, batch, call, differentiate, infonce, largest, learnable
+from tests.oracles.matrices import mochi
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 SIZES = {"num_hardest": 4, "num_synthetic": 6, "num_with_query": 5}
-
-
-def mochi(
-    queries, keys, queue, mixing, *, temperature=0.1, num_hardest=4, num_synthetic=6, num_with_query=5, normalize=True,
-    reduction="mean",
-):  # fmt: skip
-    scaled = unit if normalize else torch.Tensor.double
-    q, k, queue = (scaled(x.double()) for x in (queries, keys, queue.detach()))
-    losses = []
-    for i in range(len(q)):
-        near = queue[(queue @ q[i].detach()).argsort(descending=True)[:num_hardest]]
-        mixtures = []
-        for j in range(num_synthetic):
-            a, b, weight = near[mixing.first[i, j]], near[mixing.second[i, j]], mixing.alpha[i, j].double()
-            mixtures.append(unit(weight * a + (1 - weight) * b))
-        for j in range(num_with_query):
-            weight = mixing.beta[i, j].double()
-            mixtures.append(unit(weight * q[i].detach() + (1 - weight) * near[mixing.other[i, j]]))
-        logits = torch.stack([k[i], *queue, *mixtures]) @ q[i] / temperature
-        losses.append(-logits.log_softmax(0)[0])
-    return reduced(losses, [True] * len(losses), (len(losses),), reduction, queries)
 
 
 def tensors(n=9, m=14, dtype=torch.float64, seed=0):
@@ -48,6 +28,7 @@ def check(queries, keys, queue, *, temperature=0.1, tolerance=1e-10, backend="au
     mixing = module.draw(len(queries), min(module.num_hardest, len(queue)), like, torch.Generator().manual_seed(3))
     exact = [x.detach().double().requires_grad_() for x in leaves]
     log_temperature = torch.tensor(temperature, dtype=torch.float64).log().requires_grad_()
+    del options["num_synthetic"], options["num_with_query"]  # as many as have been drawn
     expected = mochi(*exact, queue, mixing, temperature=log_temperature.exp(), **options)
     actual = differentiate(value, [*leaves, *module.parameters()])
     assert_matches(actual, differentiate(expected, [*exact, log_temperature]), tolerance)

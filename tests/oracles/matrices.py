@@ -1,82 +1,150 @@
-"""Objectives that have no dense backend, written as one would without the library: whole matrices of similarities."""
+"""Losses that have no dense backend, by whole matrices of similarities: in float64 the tests' truth, in the embeddings'
+dtype the dense form of the benchmarks."""
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+
+from tests.oracles.losses import unit
 
 
-def unit(x: Tensor) -> Tensor:
-    return normalize(x, dim=-1)
+def scaled(x: Tensor, like: Tensor, normalize: bool) -> Tensor:
+    return unit(x.to(like.dtype)) if normalize else x.to(like.dtype)
 
 
 def contrast(positives: Tensor, negatives: Tensor) -> Tensor:
     """InfoNCE of logits [n] against logits [n, m]."""
-    return (torch.cat((positives[:, None], negatives), 1).logsumexp(1) - positives).mean()
+    return torch.cat((positives[:, None], negatives), 1).logsumexp(1) - positives
 
 
-def without_own_sample(x: Tensor, views: int) -> Tensor:
-    """Similarities [rows, rows], a sample's views one after another, of rows of different samples alone."""
-    sample = torch.arange(len(x), device=x.device) // views
-    return x.masked_fill(sample[:, None] == sample, -torch.inf)
+def hardest(similarity: Tensor, share: float, total: int) -> Tensor:
+    """Without those below the row's most similar ones, that share of so many, rounded up; equal ones stay together."""
+    count = min(max(1, math.ceil(Fraction(str(share)) * total)), similarity.shape[1])
+    return similarity.masked_fill(similarity < similarity.topk(count).values[:, -1:], -torch.inf)
 
 
-def hard_contrastive(embeddings: Tensor, alpha: float, temperature: float) -> Tensor:
-    rows = unit(embeddings).flatten(0, 1)
-    x = rows @ rows.T
-    positives = x.diagonal(1)[::2].repeat_interleave(2)
-    negatives = without_own_sample(x, 2)
-    kept = math.ceil(alpha * (len(x) - 2))
-    negatives = negatives.masked_fill(negatives < negatives.topk(kept).values[:, -1:], -torch.inf)
-    return contrast(positives / temperature, negatives / temperature)
+def over_rows(losses: Tensor, reduction: str, counted: Tensor | None = None) -> Tensor:
+    """The reduction of losses over those that count; 0 without any."""
+    if counted is not None:
+        losses = losses.where(counted, 0.0)
+    if reduction == "none":
+        return losses
+    number = len(losses) if counted is None else counted.sum()
+    return losses.sum() / max(number, 1) if reduction == "mean" else losses.sum()
 
 
-def cacr(embeddings: Tensor, t_negative: float) -> Tensor:
-    """Of two views: the one positive has the weight 1."""
+def hard_contrastive(
+    queries: Tensor,
+    keys: Tensor | None = None,
+    negatives: Tensor | None = None,
+    *,
+    alpha: float = 0.0819,
+    temperature: float | Tensor = 0.1,
+    symmetric: bool = True,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    pairs = scaled(queries if keys is None else torch.stack((queries, keys), 1), queries, normalize)
+    n, sides = len(pairs), 2 if symmetric else 1
+    anchors = pairs[:, :sides].flatten(0, 1)
+    x = (anchors @ pairs.flatten(0, 1).T / temperature).view(n, sides, n, 2)
+    own = torch.arange(n, device=x.device)
+    side = torch.arange(sides, device=x.device)
+    positives = x[own[:, None], side, own[:, None], 1 - side].flatten()
+    absent = (own[:, None] == own)[:, None, :, None]
+    if keys is not None:  # the other tower's rows alone
+        absent = absent | (side[:, None] == torch.arange(2, device=x.device))[None, :, None]
+    x = x.masked_fill(absent, -torch.inf).flatten(2).flatten(0, 1)
+    total = (n - 1) * (2 if keys is None else 1)
+    if negatives is not None:
+        extra = anchors @ scaled(negatives, queries, normalize).T / temperature
+        x, total = torch.cat((x, extra), 1), total + len(negatives)
+    losses = over_rows(contrast(positives, hardest(x, alpha, total)), reduction)
+    return losses.view(n, sides) if symmetric and reduction == "none" else losses
+
+
+def cacr_of_two_views(embeddings: Tensor, t_negative: float) -> Tensor:
+    """The one positive has the weight 1."""
     rows = unit(embeddings).flatten(0, 1)
     distance = 2 - 2 * rows @ rows.T
-    weights = without_own_sample(-t_negative * distance, 2).softmax(1)
+    sample = torch.arange(len(rows), device=rows.device) // 2
+    weights = (-t_negative * distance).masked_fill(sample[:, None] == sample, -torch.inf).softmax(1)
     return distance.diagonal(1)[::2].mean() - (weights * distance).sum(1).mean()
 
 
-def mlcd(embeddings: Tensor, centers: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    s = unit(embeddings) @ unit(centers).T / temperature
-    is_label = torch.zeros_like(s, dtype=torch.bool).scatter_(1, labels, True)
-    zero = s.new_zeros(len(s), 1)
-    negatives = torch.cat((zero, s.masked_fill(is_label, -torch.inf)), 1).logsumexp(1)
+def mlcd(
+    embeddings: Tensor,
+    labels: Tensor,
+    centers: Tensor,
+    among: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.1,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Labels [n, m], -1 for none; `among` which centres may be negatives."""
+    s = scaled(embeddings, embeddings, normalize) @ scaled(centers, embeddings, normalize).T / temperature
+    n, k = s.shape
+    at = torch.where(labels < 0, k, labels.long())
+    is_label = torch.zeros(n, k + 1, dtype=torch.bool, device=s.device).scatter_(1, at, True)[:, :k]
+    absent = is_label
+    if among is not None:
+        absent = absent | torch.ones(k, dtype=torch.bool, device=s.device).index_fill_(0, among, False)
+    zero = s.new_zeros(n, 1)
+    negatives = torch.cat((zero, s.masked_fill(absent, -torch.inf)), 1).logsumexp(1)
     positives = torch.cat((zero, -s.masked_fill(~is_label, torch.inf)), 1).logsumexp(1)
-    return (negatives + positives).mean()
+    return over_rows(negatives + positives, reduction, is_label.any(1))
 
 
-def mochi(module, queries: Tensor, keys: Tensor, queue: Tensor, generator: torch.Generator) -> Tensor:
-    """With all mixtures built, [n, s, d]."""
-    q, k, u = unit(queries), unit(keys), unit(queue)
-    hardest = min(module.num_hardest, len(u))
-    order = (q.detach() @ u.T).topk(hardest).indices
-    like = torch.zeros((), device=q.device)
-    drawn = module.draw(len(q), hardest, like, generator)
-    first, second, other = (u[order.gather(1, x)] for x in (drawn.first, drawn.second, drawn.other))
-    alpha, beta = drawn.alpha[..., None].to(q.dtype), drawn.beta[..., None].to(q.dtype)
+def mochi(
+    queries: Tensor,
+    keys: Tensor,
+    queue: Tensor,
+    mixing,
+    *,
+    num_hardest: int,
+    temperature: float | Tensor = 0.1,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """With all mixtures built, [n, s, d], of what `MoCHiLoss.draw` has drawn."""
+    q, k, u = (scaled(x, queries, normalize) for x in (queries, keys, queue.detach()))
+    order = (q.detach() @ u.T).topk(min(num_hardest, len(u))).indices
+    first, second, other = (u[order.gather(1, x)] for x in (mixing.first, mixing.second, mixing.other))
+    alpha, beta = mixing.alpha[..., None].to(q.dtype), mixing.beta[..., None].to(q.dtype)
     of_two = unit(alpha * first + (1 - alpha) * second)
     of_query = unit(beta * q.detach()[:, None] + (1 - beta) * other)
-    logits = [q @ u.T, (of_two @ q[:, :, None])[..., 0], (of_query @ q[:, :, None])[..., 0]]
-    return contrast((q * k).sum(1) / module.temperature, torch.cat(logits, 1) / module.temperature)
+    logits = torch.cat([q @ u.T, (of_two @ q[:, :, None])[..., 0], (of_query @ q[:, :, None])[..., 0]], 1)
+    return over_rows(contrast((q * k).sum(1) / temperature, logits / temperature), reduction)
 
 
 def interclr(
-    module, queries: Tensor, keys: Tensor, bank: Tensor, labels: Tensor, indices: Tensor, generator: torch.Generator
+    queries: Tensor,
+    keys: Tensor,
+    queue: Tensor,
+    bank: Tensor,
+    labels: Tensor,
+    indices: Tensor,
+    which: Tensor,
+    drawn: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    inter_weight: float = 0.25,
+    pool: float,
+    margin: float = -0.5,
+    normalize: bool = True,
+    reduction: str = "mean",
 ) -> Tensor:
-    """With the bank as the queue too."""
-    q, k, b = unit(queries), unit(keys), unit(bank)
-    intra = contrast((q * k).sum(1) / module.temperature, q @ b.T / module.temperature)
-    which, drawn = module.draw(len(q), len(b), q, generator)
-    order = labels.sort(stable=True).indices
-    ordered, own = labels[order].contiguous(), labels[indices]
+    """`which` and `drawn` as `InterCLRLoss.draw` has drawn them; rows of the bank without a label are alone."""
+    q, k, u, b = (scaled(x, queries, normalize) for x in (queries, keys, queue, bank))
+    labels = torch.where(labels < 0, len(b) + torch.arange(len(b), device=b.device), labels)
+    intra = contrast((q * k).sum(1) / temperature, q @ u.T / temperature)
+    ordered, order = labels.sort(stable=True)
+    own = labels[indices]
     first, end = torch.searchsorted(ordered, own), torch.searchsorted(ordered, own, right=True)
-    positives = b[order[first + (which * (end - first)).long()]]
-    negatives = (q @ b[drawn].T).masked_fill(own[:, None] == labels[drawn], -torch.inf)
-    kept = math.ceil(module.pool * len(drawn))
-    negatives = negatives.masked_fill(negatives < negatives.topk(kept).values[:, -1:], -torch.inf)
-    inter = contrast(((q * positives).sum(1) - module.margin) / module.temperature, negatives / module.temperature)
-    return (1 - module.inter_weight) * intra + module.inter_weight * inter
+    positives = b[order[first + (which.double() * (end - first)).long()]]
+    others = (q @ b[drawn].T / temperature).masked_fill(own[:, None] == labels[drawn], -torch.inf)
+    inter = contrast(((q * positives).sum(1) - margin) / temperature, hardest(others, pool, len(drawn)))
+    return over_rows((1 - inter_weight) * intra + inter_weight * inter, reduction)

@@ -55,7 +55,7 @@ def tiny(tmp_path_factory):
 
 
 def trained(**given) -> Run:
-    """A run through all its epochs, without what `train` does around it; two classes of digits unless told otherwise."""
+    """A run through all its epochs, without what `train` does around it."""
     plan = Config(**SMALL | given).resolved()
     digits = load_split("digits", in_classes=plan.in_classes, seed=0, limit=plan.limit)
     run = Run(plan, digits.train, Fabric(accelerator="cpu", devices=1))
