@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tests.oracles.losses import unit
 
@@ -114,8 +115,8 @@ def mochi(
     order = (q.detach() @ u.T).topk(min(num_hardest, len(u))).indices
     first, second, other = (u[order.gather(1, x)] for x in (mixing.first, mixing.second, mixing.other))
     alpha, beta = mixing.alpha[..., None].to(q.dtype), mixing.beta[..., None].to(q.dtype)
-    of_two = unit(alpha * first + (1 - alpha) * second)
-    of_query = unit(beta * q.detach()[:, None] + (1 - beta) * other)
+    of_two = functional.normalize(alpha * first + (1 - alpha) * second, dim=2)
+    of_query = functional.normalize(beta * q.detach()[:, None] + (1 - beta) * other, dim=2)
     logits = torch.cat([q @ u.T, (of_two @ q[:, :, None])[..., 0], (of_query @ q[:, :, None])[..., 0]], 1)
     return over_rows(contrast((q * k).sum(1) / temperature, logits / temperature), reduction)
 
