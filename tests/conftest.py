@@ -89,6 +89,13 @@ def several_tiles(monkeypatch):
     monkeypatch.setattr("ccl_fast.ops.rowwise.blocks.MIN_ROWS", 1)
 
 
+@pytest.fixture(params=("aot_eager", pytest.param("inductor", marks=pytest.mark.slow)))
+def compiler(request) -> str:
+    """Of torch.compile. The first follows an operator as far as the second, whose C++ takes seconds to compile."""
+    torch.compiler.reset()
+    return request.param
+
+
 @pytest.fixture(params=("reference", "blocked"))
 def backend(request) -> str:
     """Of the log-sum-exp, where a module asks for no others."""

@@ -87,10 +87,10 @@ def test_autocast_rounds_the_rows():
     assert torch.equal(actual, edge_similarity(q.bfloat16(), k.bfloat16(), crow, cols))
 
 
-def test_compiles_as_one_graph():
+def test_compiles_as_one_graph(compiler):
     crow, cols, _ = graph(7, 5, 20)
     q, k = points(7, 5)
-    compiled = torch.compile(lambda q, k: edge_similarity(q, k, crow, cols) * 2, fullgraph=True)
+    compiled = torch.compile(lambda q, k: edge_similarity(q, k, crow, cols) * 2, fullgraph=True, backend=compiler)
     for a, e in zip(evaluate(compiled(q, k), q, k), evaluate(edge_similarity(q, k, crow, cols) * 2, q, k), strict=True):
         torch.testing.assert_close(a, e)
 

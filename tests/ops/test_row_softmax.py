@@ -142,7 +142,7 @@ def test_autocast_rounds_the_rows_and_nothing_else(operator, backward_inside):
 
 
 @pytest.mark.parametrize("operator", (expected_similarity, topk_logsumexp))
-def test_compiles_as_one_graph(operator):
+def test_compiles_as_one_graph(operator, compiler):
     given, options = pairs(9, None), {"topk": 3} if operator is topk_logsumexp else {}
 
     def value_and_gradient(q):
@@ -151,7 +151,7 @@ def test_compiles_as_one_graph(operator):
         return gradient
 
     expected = value_and_gradient(given.q)
-    compiled = torch.compile(lambda q: operator(q, scale=2.0, **options), fullgraph=True)
+    compiled = torch.compile(lambda q: operator(q, scale=2.0, **options), fullgraph=True, backend=compiler)
     q = given.q.detach().requires_grad_()
     (actual,) = torch.autograd.grad(compiled(q).sum(), q)
     torch.testing.assert_close(actual, expected)

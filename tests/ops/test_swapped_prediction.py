@@ -77,9 +77,9 @@ def test_the_potentials_of_sinkhorn_make_its_plan(scale, backend):
     torch.testing.assert_close((u[:, None] + v), (u_dense[:, None] + v_dense))
 
 
-def test_compiles_as_one_graph():
+def test_compiles_as_one_graph(compiler):
     z, centers, potentials = given(2, 2, 9, 5)
-    compiled = torch.compile(swapped_prediction, fullgraph=True)
+    compiled = torch.compile(swapped_prediction, fullgraph=True, backend=compiler)
     assert_matches(
         evaluate(compiled, z, centers, potentials), evaluate(swapped_prediction, z, centers, potentials), 1e-12
     )

@@ -75,10 +75,10 @@ def test_no_gradient_flows():
     assert not streaming_topk(given.q.requires_grad_(), given.k, topk=3)[0].requires_grad
 
 
-def test_compiles_as_one_graph():
+def test_compiles_as_one_graph(compiler):
     given = pairs(9, 30)
     expected = streaming_topk(given.q, given.k, topk=3)
-    actual = torch.compile(streaming_topk, fullgraph=True)(given.q, given.k, topk=3)
+    actual = torch.compile(streaming_topk, fullgraph=True, backend=compiler)(given.q, given.k, topk=3)
     assert all(map(torch.equal, actual, expected))
 
 

@@ -411,7 +411,8 @@ def test_switches_of_speed_change_nothing_but_rounding(switch):
     assert trained(epochs=2, **{switch: True}).losses == pytest.approx(plain(epochs=2).losses, rel=2e-3)
 
 
-def test_a_compiled_network_trains_the_same_and_leaves_ordinary_weights(tmp_path):
+def test_a_compiled_network_trains_the_same_and_leaves_ordinary_weights(compiler, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiler))
     backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 20), torch.nn.BatchNorm1d(20))
     base = {"epochs": 2, "backbone": backbone}
     compiled = train(tmp_path / "run", **SMALL | base, compile_model=True)
