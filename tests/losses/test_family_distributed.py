@@ -178,7 +178,12 @@ def compiled_and_not(use):
     return found
 
 
-@pytest.mark.parametrize("use", SEVERAL)
+# One with prototypes, one of two towers, one with a plan that needs the rows of all; tests/losses/test_contract.py
+# compiles every loss in one process.
+COMPILED = {"protonce", "pamc", "swav"}
+
+
+@pytest.mark.parametrize("use", [pytest.param(x, marks=() if x in COMPILED else pytest.mark.slow) for x in SEVERAL])
 def test_compiled(use):
     for plain, compiled in run(compiled_and_not, 2, use):
         assert_matches(compiled, plain)
