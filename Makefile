@@ -27,7 +27,7 @@ test-all: test
 
 # The losses' and k-means' tests as if no extra were installed.
 test-minimal: $(INSTALLED)
-	PYTHONPATH=tests $(PYTEST) -p minimal -m "not slow" tests/test_minimal.py tests/test_*loss*.py tests/test_kmeans*.py
+	$(PYTEST) -p tests.minimal -m "not slow" tests/project/test_minimal.py tests/losses tests/*/test_kmeans*.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -47,11 +47,11 @@ gpu-dry-run: $(INSTALLED)
 
 # What every shipped launch configuration needs (registers, spills, shared memory) and what its inner loop does.
 launch-table: $(INSTALLED)
-	$(BIN)/python tests/offline_compile.py
+	$(BIN)/python -m tests.kernels.offline_compile
 
 # Registers, spills and shared memory of every kernel of the CUDA extension; needs nvcc where it is not installed.
 registers: $(INSTALLED)
-	$(BIN)/python tests/registers.py
+	$(BIN)/python -m tests.kernels.registers
 
 # The site, in build/site; a warning is an error. It reads the sources and imports none of them.
 docs: $(DOCUMENTED)

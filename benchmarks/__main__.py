@@ -1,7 +1,7 @@
 """python -m benchmarks cpu [--quick] | memory | gpu [--dry-run] | import FOLDER... | predict [FOLDER] | readme FILE |
-natural FOLDER... | plots FILE... | compare A B | scaling
+natural FOLDER... | plots FILE... | scaling
 
-cpu, gpu and compare take --only PART.
+cpu and gpu take --only PART.
 """
 
 import argparse
@@ -9,17 +9,20 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import commits, cpu, distributed, gpu, kmeans, natural, objectives, scaling, step, training
-from benchmarks.readme import update
-from benchmarks.results import DIRECTORY
+from benchmarks.clustering import kmeans
+from benchmarks.harness.results import DIRECTORY
+from benchmarks.losses import cpu, distributed, gpu, objectives
+from benchmarks.pages import scaling
+from benchmarks.pages.readme import update
+from benchmarks.training import natural, parts, whole_step
 
 # Each with its run_cpu and its run_gpu.
 PARTS = {
     "losses": (cpu.run_cpu, gpu.run_gpu),
     "objectives": (objectives.run_cpu, objectives.run_gpu),
     "kmeans": (kmeans.run_cpu, kmeans.run_gpu),
-    "training": (training.run_cpu, training.run_gpu),
-    "step": (step.run_cpu, step.run_gpu),
+    "training": (whole_step.run_cpu, whole_step.run_gpu),
+    "step": (parts.run_cpu, parts.run_gpu),
     "distributed": (distributed.run_cpu, distributed.run_gpu),
 }
 
@@ -44,15 +47,6 @@ def main() -> None:
     images.add_argument("--commit", help="that they were run at (the present one)")
     plots = what.add_parser("plots", help="time and memory against N, D and K from results files, as SVG")
     plots.add_argument("files", type=Path, nargs="+")
-    compare = what.add_parser("compare", help="two commits in turns; refused while tests of either fail")
-    compare.add_argument("a", help='a commit, or "." for the working tree with its changes')
-    compare.add_argument("b", help="the other")
-    compare.add_argument("--only", choices=commits.PARTS, help="this part alone")
-    compare.add_argument("--case", action="append", default=[], help="this case alone; may be repeated")
-    compare.add_argument("--n", action="append", default=[], type=int, help="this number of rows; may be repeated")
-    compare.add_argument("--seconds", type=float, default=8.0, help="for each case and size")
-    compare.add_argument("--tests", nargs="+", default=[], help="what pytest gets instead of the part's tests")
-    compare.add_argument("--save", action="store_true", help="write a results file too")
     harvest = what.add_parser("import", help="results files and tables from what benchmarks/harvest.sh left")
     harvest.add_argument("folders", type=Path, nargs="+", help="that of the first call, and that of the second")
     harvest.add_argument("--commit", help="that was measured, if the folder does not name it")
@@ -78,16 +72,11 @@ def main() -> None:
     elif a.what == "readme":
         update(a.file)
     elif a.what == "plots":
-        from benchmarks.plots import draw  # matplotlib is not everywhere
+        from benchmarks.pages.plots import draw  # matplotlib is not everywhere
 
         try:
             print("\n".join(map(str, draw(a.files, a.output))))
         except ValueError as error:
-            parser.exit(1, f"{error}\n")
-    elif a.what == "compare":
-        try:
-            print(commits.compare(a.a, a.b, a.only, a.case, a.n, a.seconds, a.tests, a.output if a.save else None))
-        except commits.CompareError as error:
             parser.exit(1, f"{error}\n")
     elif a.what == "memory":
         print(cpu.run_memory(a.output))

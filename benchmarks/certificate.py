@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Size
-from benchmarks.kmeans_cases import CASES
-from benchmarks.results import DIRECTORY, ResultsFile, Row, table
+from benchmarks.clustering.cases import CASES
+from benchmarks.harness.contender import Size
+from benchmarks.harness.results import DIRECTORY, ResultsFile, Row, table
 from ccl_fast.ops.kmeans.assign import prepare_rows
 from ccl_fast.ops.kmeans.update import kmeans_update
 

@@ -53,7 +53,7 @@ def kmeans_device():
     with pytest.MonkeyPatch.context() as patch:
         real = torch.cuda.is_available() and extension.module is not None
         if not real and shutil.which("c++"):
-            import emulated
+            from tests.kernels import emulated
 
             patch.setattr(extension, "module", emulated.build())
         yield torch.device("cuda" if real else "cpu")
@@ -87,6 +87,13 @@ def several_tiles(monkeypatch):
     monkeypatch.setattr("ccl_fast.ops.logsumexp.blocked.BLOCK", 4)
     monkeypatch.setattr("ccl_fast.ops.rowwise.blocks.CPU_ELEMENTS", 40)
     monkeypatch.setattr("ccl_fast.ops.rowwise.blocks.MIN_ROWS", 1)
+
+
+@pytest.fixture(params=("aot_eager", pytest.param("inductor", marks=pytest.mark.slow)))
+def compiler(request) -> str:
+    """Of torch.compile. The first follows an operator as far as the second, whose C++ takes seconds to compile."""
+    torch.compiler.reset()
+    return request.param
 
 
 @pytest.fixture(params=("reference", "blocked"))

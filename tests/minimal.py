@@ -1,6 +1,6 @@
 """Imports fail as if only what `pip install ccl-fast` brings were installed: no extras.
 
-    python -m pytest -p minimal tests/test_ccl_loss.py  # with tests/ on the path: as `make test-minimal` does
+    python -m pytest -p tests.minimal tests/losses/test_ccl.py  # as `make test-minimal` does
 
 What the tests themselves are made of stays: pytest, hypothesis, scikit-learn (an oracle), what builds the emulation.
 """
@@ -9,10 +9,11 @@ import contextlib
 import importlib.metadata
 import sys
 import tomllib
-from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests import ROOT
 
 TOOLS = ("pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "scikit-learn", "pybind11", "cmake", "ninja")
 
@@ -32,25 +33,28 @@ def required(names) -> set[str]:
 
 
 class Absent:
-    """An import hook for which all modules of other distributions than the allowed are not installed."""
+    """A finder of modules that does not find these: they are as if not installed, also for who looks first."""
 
-    def __init__(self, allowed: set[str]):
-        installed = importlib.metadata.packages_distributions()
-        self.names = {
-            name
-            for name, distributions in installed.items()
-            if name != "ccl_fast" and allowed.isdisjoint(map(canonicalize_name, distributions))
-        }
+    def __init__(self, finder, names: set[str]):
+        self.finder, self.names = finder, names
+
+    def __getattr__(self, name: str):
+        return getattr(self.finder, name)
 
     def find_spec(self, name: str, path=None, target=None):
-        if name.partition(".")[0] in self.names:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return None if name.partition(".")[0] in self.names else self.finder.find_spec(name, path, target)
 
 
 def install(tools=()) -> None:
     """Of what is imported from now on."""
-    project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
-    sys.meta_path.insert(0, Absent(required([*project["dependencies"], *tools])))
+    project = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())["project"]
+    allowed = required([*project["dependencies"], *tools])
+    names = {
+        name
+        for name, distributions in importlib.metadata.packages_distributions().items()
+        if name != "ccl_fast" and allowed.isdisjoint(map(canonicalize_name, distributions))
+    }
+    sys.meta_path[:] = [Absent(finder, names) for finder in sys.meta_path]
 
 
 def pytest_configure() -> None:

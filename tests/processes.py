@@ -13,10 +13,10 @@ While the function runs, the default group has just the processes asked for, so 
 one thread, and its generator the seed 0. Arguments and results travel by pickle, the arguments to every process alike:
 what differs, a function takes by its rank. An exception in a process fails the test with that process's traceback.
 
-Starting a process takes seconds (it imports torch), so the processes stay, and every call makes a group of its own:
-what one call leaves undone does not reach the next, and a constant of the package that it leaves changed is an error.
-After a failure all processes are killed, and the next call starts new ones. Time limits count from when all processes
-are ready, however busy the machine.
+The processes stay, and every call makes a group of its own: what one call leaves undone does not reach the next, and a
+constant of the package that it leaves changed is an error. After a failure all processes are killed, and the next call
+starts new ones, which is cheap: they are forks of a server that has imported torch, and the modules of tests that are
+collected and use this. Time limits count from when all processes are ready, however busy the machine.
 
 Modules that use this share the processes of one pytest process by
 
@@ -27,6 +27,7 @@ import atexit
 import contextlib
 import datetime
 import multiprocessing
+import os
 import pickle
 import sys
 import tempfile
@@ -77,7 +78,8 @@ class _Pool:
         if not all(process.is_alive() for process, _ in self.workers):
             self.kill()
         self.folder = self.folder or tempfile.TemporaryDirectory(prefix="ccl_fast_processes_")
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed", *_users()])  # heeded before the first process alone
         known = len(self.workers)
         while len(self.workers) < processes:
             here, there = context.Pipe()
@@ -124,16 +126,21 @@ class _Pool:
             self.folder = None
 
 
+def _users() -> list[str]:
+    """The modules of tests that have imported `run`."""
+    tests = [(name, vars(module)) for name, module in sys.modules.items() if name.startswith("tests.")]
+    return [name for name, content in tests if name != __name__ and run in content.values()]
+
+
 _pool = _Pool()
 atexit.register(_pool.kill)
 
 
 def _work(connection: Connection) -> None:
-    import os
+    import torch
 
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine's own name need not resolve
-    import torch
 
     torch.set_num_threads(1)
     connection.send_bytes(READY)

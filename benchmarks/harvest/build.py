@@ -5,10 +5,9 @@ import subprocess
 import sys
 import time
 
-import emulated
-
 from benchmarks.harvest import ROOT
 from benchmarks.harvest.run import Harvest
+from tests.kernels import emulated
 
 
 def run(harvest: Harvest) -> None:

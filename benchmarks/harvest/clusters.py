@@ -9,12 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Size
+from benchmarks.clustering.cases import CASES
+from benchmarks.harness.contender import Size
 from benchmarks.harvest import plan
 from benchmarks.harvest.build import use_emulation
 from benchmarks.harvest.plan import Clustering
 from benchmarks.harvest.run import Harvest
-from benchmarks.kmeans_cases import CASES
 from ccl_fast.kernels import extension
 from ccl_fast.ops.kmeans.assign import prepare_rows
 from ccl_fast.ops.kmeans.update import sum_by_cluster

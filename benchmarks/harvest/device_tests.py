@@ -16,7 +16,7 @@ FIRST = ROOT / "build" / "harvest" / "first"  # where harvest.sh leaves what the
 FIXTURES = re.compile(r"\b(kernel_device|kmeans_device)\b")  # by which a test says that it runs kernels
 PROCESSES, DRY_PROCESSES = 14, 2
 # Of a dry run: two quick ones.
-DRY = ["tests/test_streaming_logsumexp_triton.py", "-k", "broadcast_gradient or wide_and_negative"]
+DRY = ["tests/ops/test_streaming_logsumexp_triton.py", "-k", "broadcast_gradient or wide_and_negative"]
 ENDING = 6.0  # seconds that pytest has to write its reports once it is told to end
 
 
@@ -36,7 +36,7 @@ def files() -> list[str]:
     """Without the offline compiles and the builds of the emulation, which need no device."""
     return [
         str(path.relative_to(ROOT))
-        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
         if FIXTURES.search(path.read_text())
     ]
 

@@ -28,7 +28,7 @@ class _Sizes:
 def run(harvest: Harvest) -> None:
     with (harvest.out / "env.txt").open("w") as file:
         file.write(_versions())
-    from benchmarks.results import machine
+    from benchmarks.harness.results import machine
 
     harvest.line(case="machine", **machine(harvest.device))
     sizes = _Sizes(8192, 2**32, 0, 4096, 1024) if not harvest.dry_run else _Sizes(64, 2**16, 2, 16, 16)
@@ -69,7 +69,7 @@ def _ceilings(harvest: Harvest, sizes: _Sizes) -> None:
     """A line for each, by its name in `prediction.ASSUMED`: per second, and the clock under load in Hz."""
     import torch
 
-    from benchmarks.ceilings import clock_under_load, copy_rate, product_rate
+    from benchmarks.harness.ceilings import clock_under_load, copy_rate, product_rate
     from benchmarks.harvest.prediction import ASSUMED
 
     device, clock = harvest.device, harvest.clock

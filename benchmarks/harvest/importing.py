@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-from benchmarks import readme
+from benchmarks.harness.results import new_file
 from benchmarks.harvest import plan, prediction
 from benchmarks.harvest.report import faults
 from benchmarks.harvest.run import RESULTS, read_lines
-from benchmarks.results import new_file
+from benchmarks.pages import readme
 
 # Results files by the stages whose lines they have.
 FILES = {"gpu": ("losses", "large"), "gpu-kmeans": ("kmeans",), "gpu-launches": ("launches", "best_launches")}

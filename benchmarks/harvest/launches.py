@@ -3,12 +3,12 @@
 import contextlib
 from collections.abc import Iterable
 
-from benchmarks.correctness import TOLERANCE
+from benchmarks.harness.timing import Step
 from benchmarks.harvest import plan
 from benchmarks.harvest.losses import Work, take_the_path_of_large_batches
 from benchmarks.harvest.plan import Problem
 from benchmarks.harvest.run import Harvest, read_lines
-from benchmarks.timing import Step
+from benchmarks.losses.correctness import TOLERANCE
 from ccl_fast.kernels import launch as table
 
 SECONDS = 2.0  # for each kernel and D

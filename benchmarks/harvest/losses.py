@@ -5,12 +5,12 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from benchmarks.correctness import TOLERANCE
+from benchmarks.harness.memory import peak_on_gpu
+from benchmarks.harness.timing import Step
 from benchmarks.harvest import plan, rivals
 from benchmarks.harvest.plan import Problem
 from benchmarks.harvest.run import Harvest
-from benchmarks.memory import peak_on_gpu
-from benchmarks.timing import Step
+from benchmarks.losses.correctness import TOLERANCE
 from ccl_fast import streaming_logsumexp
 from ccl_fast.ops.logsumexp import triton as triton_kernels
 
@@ -136,8 +136,9 @@ def relative_error(z: Tensor, ids: Tensor | None, weights: Tensor, out: tuple[Te
 
 def _measure_products(harvest: Harvest, problem: Problem) -> None:
     """The yardstick: z z' twice, where the matrix fits."""
-    from benchmarks.cases import Inputs, Size
-    from benchmarks.ceilings import two_products
+    from benchmarks.harness.contender import Size
+    from benchmarks.losses.cases import Inputs
+    from benchmarks.losses.measure import two_products
 
     def timed() -> dict:
         z = Work(harvest, problem).inputs[0]

@@ -2,11 +2,10 @@
 
 from dataclasses import fields
 
-import offline_compile
-
 from benchmarks.harvest import plan
 from benchmarks.harvest.prediction import Counts, kernels, name_of
 from ccl_fast.kernels.launch import launch_on
+from tests.kernels import offline_compile
 
 ARCHITECTURE = 90
 

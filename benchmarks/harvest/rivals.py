@@ -4,12 +4,14 @@ from dataclasses import asdict
 
 import torch
 
-from benchmarks import kmeans, kmeans_cases
-from benchmarks.cases import CASES, Size
+from benchmarks.clustering import cases as kmeans_cases
+from benchmarks.clustering import kmeans
+from benchmarks.harness.contender import Size
+from benchmarks.harness.results import Row
 from benchmarks.harvest import plan
 from benchmarks.harvest.run import Harvest
-from benchmarks.measure import measure
-from benchmarks.results import Row
+from benchmarks.losses.cases import CASES
+from benchmarks.losses.measure import measure
 
 SECONDS = 2.0  # for each size
 DRY_CLUSTERS = Size(512, 16, torch.float16, clusters=8)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # some stages do without torch, whose import takes seconds
     import torch
 
-    from benchmarks.timing import Clock, Step
+    from benchmarks.harness.timing import Clock, Step
 
 RESULTS = "results.jsonl"
 
@@ -120,14 +120,14 @@ class Harvest:
     @cached_property
     def clock(self) -> Clock:
         """Of the device's time alone."""
-        from benchmarks.timing import DeviceClock, host_clock
+        from benchmarks.harness.timing import DeviceClock, host_clock
 
         return host_clock if self.dry_run else DeviceClock(self.device)
 
     @cached_property
     def latency(self) -> Clock:
         """Of what a caller waits."""
-        from benchmarks.timing import host_clock, latency_clock
+        from benchmarks.harness.timing import host_clock, latency_clock
 
         return host_clock if self.dry_run else latency_clock
 
@@ -166,7 +166,7 @@ class Harvest:
 
     def times(self, steps: dict[str, Step], clock: Clock, seconds: float) -> dict[str, dict]:
         """20th, 50th and 80th percentile of each in seconds, taken in turns."""
-        from benchmarks.timing import interleave, percentiles
+        from benchmarks.harness.timing import interleave, percentiles
 
         for step in steps.values():
             clock(step)

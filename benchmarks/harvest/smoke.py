@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from logsumexp_cases import Case, evaluate
-from tolerance import assert_as_accurate
 
-from benchmarks.cases import Size
+from benchmarks.clustering.cases import CASES
+from benchmarks.clustering.correctness import truth
+from benchmarks.harness.contender import Size
 from benchmarks.harvest.build import use_emulation
 from benchmarks.harvest.losses import take_the_path_of_large_batches
 from benchmarks.harvest.run import Harvest
-from benchmarks.kmeans_cases import CASES
-from benchmarks.kmeans_correctness import truth
 from ccl_fast import streaming_logsumexp
 from ccl_fast.kernels import extension
 from ccl_fast.ops.kmeans.assign import prepare_rows
+from tests.ops.logsumexp_cases import Case, evaluate
+from tests.tolerance import assert_as_accurate
 
 FILE = "smoke.jsonl"
 WIDTHS = (128, 64, 256, 768)

@@ -37,9 +37,9 @@ class Entry(NamedTuple):
 
 # By kernel, bytes per element, and whether there are cluster ids, which take registers. Where block_d is less than the
 # padded D the products loop over chunks of it; a kernel whose list ends is not for larger D. Every entry is compiled
-# for ARCHITECTURES in tests/test_triton_offline.py, which names the versions of Triton: no spills but for the few that
-# it lists, tensor cores, shared memory that fits, and bounds on the inner loop. sm_89 and sm_120 are compiled nowhere.
-# Chosen by these readings; not yet by timing on a GPU.
+# for ARCHITECTURES in tests/kernels/test_triton_offline.py, which names the versions of Triton: no spills but for the
+# few that it lists, tensor cores, shared memory that fits, and bounds on the inner loop. sm_89 and sm_120 are
+# compiled nowhere. Chosen by these readings; not yet by timing on a GPU.
 ANY = 1 << 30
 ARCHITECTURES = (80, 86, 90, 100)
 TABLE: dict[tuple[str, int, bool], list[Entry]] = {

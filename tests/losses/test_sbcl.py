@@ -1,0 +1,118 @@
+"""SBCLLoss against its definition, and SupCon."""
+
+import pytest
+import torch
+
+from ccl_fast import SupConLoss
+from ccl_fast.losses import SBCLLoss
+from tests.oracles.losses import (
+    as_rows,
+    assert_matches,
+    batch,
+    evaluate,
+    evaluate_oracle,
+    largest,
+    learnable,
+    reduced,
+    supcon,
+)
+
+# A head class of two subclasses, a tail class, a single sample, unlabelled ones, one without subclass.
+LABELS = torch.tensor([0, 0, 0, 0, 0, 1, 1, 2, -1, -1, 0])
+SUBCLASSES = torch.tensor([0, 1, 0, 1, 0, 0, 0, 0, 0, 0, -1])
+
+pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
+
+
+def sbcl(embeddings, labels, subclasses, *, temperature=0.1, class_weight=0.25, normalize=True, reduction="mean"):
+    z, classes, shape = as_rows(embeddings, labels, normalize)
+    _, within, _ = as_rows(embeddings, subclasses, normalize)
+    losses, counted = [], []
+    for i in range(len(z)):
+        others = [j for j in range(len(z)) if j != i]
+        mates = [j for j in others if classes[j] == classes[i]]
+        own = [j for j in mates if within[j] == within[i]]
+        outside, rest = [j for j in others if j not in own], [j for j in mates if j not in own]
+        s, loss = z @ z[i] / temperature, 0.0 * z.sum()
+        if own:
+            loss = loss - (s[own] - s[others].logsumexp(0)).mean()
+        if rest:
+            loss = loss - class_weight * (s[rest] - s[outside].logsumexp(0)).mean()
+        losses.append(loss)
+        counted.append(bool(mates))
+    return reduced(losses, counted, shape, reduction, embeddings)
+
+
+@pytest.mark.parametrize("views", (0, 1, 2, 3))
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+def test_the_definition(views, reduction, backend):
+    z = batch(11, views, 6, 1)[0]
+    actual = evaluate(learnable(SBCLLoss, reduction=reduction, backend=backend), z, LABELS, SUBCLASSES)
+    assert_matches(actual, evaluate_oracle(sbcl, z, LABELS, SUBCLASSES, reduction=reduction))
+
+
+@pytest.mark.parametrize("options", (
+    {"temperature": 0.01}, {"temperature": 1.0}, {"normalize": False, "temperature": 0.5}, {"class_weight": 0},
+    {"class_weight": 3.0},
+))  # fmt: skip
+def test_options(options, backend):
+    z = batch(11, 2, 6, 1)[0]
+    actual = evaluate(learnable(SBCLLoss, backend=backend, **options), z, LABELS, SUBCLASSES)
+    assert_matches(actual, evaluate_oracle(sbcl, z, LABELS, SUBCLASSES, **options))
+
+
+@pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 0.005)))
+def test_dtypes(dtype, tolerance):
+    z = batch(11, 2, 6, 1, dtype=dtype)[0]
+    actual = evaluate(learnable(SBCLLoss), z, LABELS, SUBCLASSES)
+    assert actual[0].dtype == torch.float32 and actual[1].dtype == dtype
+    assert_matches(actual, evaluate_oracle(sbcl, z, LABELS, SUBCLASSES), tolerance)
+
+
+@pytest.mark.parametrize("views", (0, 2))
+def test_subclasses_that_are_classes_make_it_supcon(views, backend):
+    z = batch(11, views, 6, 1)[0]
+    actual = evaluate(learnable(SBCLLoss, backend=backend), z, LABELS, LABELS.clamp(min=0))
+    assert_matches(actual, evaluate(learnable(SupConLoss, backend=backend), z, LABELS))
+    assert_matches(actual, evaluate_oracle(supcon, z, LABELS))
+
+
+def test_subclasses_of_one_sample_without_other_views():
+    # No subclass has a positive: SupCon on the classes, times the weight.
+    z = batch(11, 0, 6, 1)[0]
+    actual = evaluate(learnable(SBCLLoss, class_weight=1), z, LABELS, torch.arange(11))
+    assert_matches(actual, evaluate_oracle(supcon, z, LABELS))
+
+
+def test_no_positives_at_all():
+    z = batch(5, 0, 6, 1)[0]
+    results = evaluate(learnable(SBCLLoss), z, torch.arange(5), torch.zeros(5, dtype=torch.int64))
+    assert all(largest(x) == 0 for x in results)
+
+
+def test_all_rows_of_one_subclass(backend):
+    z, zeros = batch(5, 0, 6, 1)[0], torch.zeros(5, dtype=torch.int64)
+    actual = evaluate(learnable(SBCLLoss, backend=backend), z, zeros, zeros)
+    assert_matches(actual, evaluate_oracle(supcon, z, zeros))
+
+
+def test_empty_batch_is_zero_with_a_graph():
+    z, none = torch.zeros(0, 2, 6, requires_grad=True), torch.zeros(0, dtype=torch.int64)
+    loss = SBCLLoss()(z, none, none)
+    loss.backward()
+    assert loss == 0 and z.grad is not None
+
+
+def test_errors():
+    z = batch(11, 2, 6, 1)[0]
+    with pytest.raises(ValueError, match="class_weight: expected a number >= 0, got -1"):
+        SBCLLoss(class_weight=-1)
+    for arguments, error, message in (
+        ((z, LABELS[:3], SUBCLASSES), ValueError, r"labels: expected shape \[11\], got \[3\]"),
+        ((z, LABELS, SUBCLASSES[:3]), ValueError, r"cluster_ids: expected shape \[11\], got \[3\]"),
+        ((z, LABELS, SUBCLASSES.float()), ValueError, "cluster_ids: expected integers"),
+        ((z, LABELS - 1, SUBCLASSES), IndexError, "labels: expected ids at least -1"),
+        ((z, LABELS, SUBCLASSES - 2), IndexError, "cluster_ids: expected ids at least -1"),
+    ):
+        with pytest.raises(error, match=message):
+            SBCLLoss()(*arguments)

