@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from numbers import Integral, Real
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from ccl_fast.errors import ArgumentError
 
-CANDIDATES = ("all", "other_id", "same_id")
+# Which keys count for a row.
+Candidates = Literal["all", "other_id", "same_id"]
+CANDIDATES: tuple[Candidates, ...] = get_args(Candidates)
 
 
 def check_tensor(name: str, x) -> None:
@@ -65,6 +68,11 @@ def check_finite(name: str, x: Tensor) -> None:
         raise ArgumentError(f"{name}: expected finite values, got NaN or Inf")
 
 
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Stop the program on the device if a condition does not hold; the host does not wait."""
+    torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage] - it has no public name
+
+
 def check_candidates(q, k, q_ids, k_ids, candidates) -> None:
     """Rows [n, d], keys [m, d] (None: the rows) and which of these are a row's candidates."""
     check_matrix("q", q)
@@ -80,7 +88,7 @@ def check_candidates(q, k, q_ids, k_ids, candidates) -> None:
         check_ids("q_ids", q_ids, q)
         if (k_ids is None) != (k is None):
             raise ArgumentError("k_ids: expected integers [m] exactly when k and q_ids are given")
-        if k_ids is not None:
+        if k is not None and k_ids is not None:
             check_ids("k_ids", k_ids, k)
 
 
@@ -132,6 +140,6 @@ def check_flag(name: str, value) -> None:
         raise ArgumentError(f"{name}: expected True or False, got {value!r}")
 
 
-def check_number(name: str, value, expected: str, inside: Callable[[float], bool]) -> None:
+def check_number(name: str, value, expected: str, inside: Callable[[Any], bool]) -> None:
     if isinstance(value, bool) or not isinstance(value, Real) or not inside(value):
         raise ArgumentError(f"{name}: expected {expected}, got {value!r}")

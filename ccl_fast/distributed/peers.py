@@ -10,7 +10,7 @@ import contextlib
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,8 @@ from ccl_fast.errors import ArgumentError, PeerError
 # What talks to other processes, torch.compile leaves as it is: its graphs end before. (As torch.compiler.disable, which
 # would import the compiler together with this package.)
 outside_of_graphs = torch._disable_dynamo
-EXCHANGES = ("all-gather", "ring")
+ExchangeWay = Literal["all-gather", "ring"]
+EXCHANGES: tuple[ExchangeWay, ...] = get_args(ExchangeWay)
 WORLD = "world"
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -20,6 +20,10 @@ from ccl_fast.ops.kmeans import (
     update_reference,
 )
 from ccl_fast.ops.logsumexp import blocked, reference, triton
+
+# What may be asked for: of the streaming log-sum-exp and all that stands on it, and of the steps of k-means.
+ContrastBackend = Literal["auto", "triton", "blocked", "reference"]
+KMeansBackend = Literal["auto", "cuda", "blocked", "reference"]
 
 
 class Backend(NamedTuple):

@@ -19,7 +19,7 @@ def sum_by_cluster(
     partial_weight = torch.empty(pieces, dtype=torch.float64, device=x.device)
     sums = torch.empty(count, d, dtype=torch.float64, device=x.device)
     total_weight = torch.empty(count, dtype=torch.float64, device=x.device)
-    extension.module.kmeans_update(
+    extension.compiled().kmeans_update(
         address(x), extension.dtype_code(x.dtype), count, d, address(order), address(offsets), address(piece_offsets),
         pieces, address(weights), address(partial), address(partial_weight), address(sums), address(total_weight),
         *extension.where(x),

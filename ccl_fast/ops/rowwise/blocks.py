@@ -71,6 +71,7 @@ class RowBlocks:
         if self.is_self:
             x[:, rows].fill_diagonal_(nothing)
         if self.candidates != "all":
+            assert self.q_ids is not None and self.k_ids is not None
             same = self.q_ids[rows, None] == self.k_ids
             x.masked_fill_(same if self.candidates == "other_id" else ~same, nothing)
         if self.excluded is not None and x.shape[1]:
@@ -92,10 +93,10 @@ class RowBlocks:
         to_k = self.k.new_zeros(k_columns.shape, dtype=dtype) if need_k else None
         for rows in self:
             w = Weights(weights(rows), self.q.dtype)
-            if need_q:
+            if to_q is not None:
                 to_q[rows] = w.sums_of_keys(k_columns)
-            if need_k:
+            if to_k is not None:
                 to_k += w.sums_of_queries(q_columns[:, rows])
         if self.is_self:
-            return (to_q.add_(to_k.T) if need_q else None), None
-        return to_q, to_k.T.contiguous() if need_k else None
+            return (None if to_q is None or to_k is None else to_q.add_(to_k.T)), None
+        return to_q, None if to_k is None else to_k.T.contiguous()

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_candidates, check_count
+from ccl_fast.checks import Candidates, check_candidates, check_count
 from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, without_autocast
 from ccl_fast.ops.rowwise.blocks import RowBlocks
 
@@ -20,7 +20,7 @@ def streaming_topk(
     topk: int,
     q_ids: Tensor | None = None,
     k_ids: Tensor | None = None,
-    candidates: str = "all",
+    candidates: Candidates = "all",
 ) -> tuple[Tensor, Tensor]:
     r"""The ``topk`` largest similarities :math:`\langle q_i, k_j \rangle` of every row over its candidates A(i), and
     whose they are.
