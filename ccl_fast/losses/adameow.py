@@ -79,8 +79,15 @@ class AdaMEOWLoss(MEOWLoss):
             ids, of_sample = cluster_ids.long().repeat(views), samples.repeat(views)
             logits = row_dot(anchors, positives) * scale
             anchors, keys = self._with_weights(anchors, anchors if keys is None else keys, ids, weights)
-            among = {"q_ids": of_sample, "k_ids": of_sample, "candidates": "other_id"}
-            negatives = streaming_logsumexp(anchors, keys, scale=scale, backend=self.backend, **among)
+            negatives = streaming_logsumexp(
+                anchors,
+                keys,
+                scale=scale,
+                q_ids=of_sample,
+                k_ids=of_sample,
+                candidates="other_id",
+                backend=self.backend,
+            )
             return logaddexp(negatives, logits) - logits
 
         return self.reduce(self.both_directions(queries, keys, losses, self.symmetric))

@@ -59,8 +59,15 @@ class CenterNegativesLoss(Loss):
         among_rows = self.logsumexp_over_rows(z, None, "all", scale, batch.exchange)
         keys = self.unit(centers.detach().to(torch.promote_types(centers.dtype, torch.float32))).to(z.dtype)
         number = torch.arange(len(keys), device=keys.device)
-        among = {"q_ids": batch.ids.to(number.dtype), "k_ids": number, "candidates": "other_id"}
-        among_centers = streaming_logsumexp(z, keys, scale=scale, backend=self.backend, **among)
+        among_centers = streaming_logsumexp(
+            z,
+            keys,
+            scale=scale,
+            q_ids=batch.ids.to(number.dtype),
+            k_ids=number,
+            candidates="other_id",
+            backend=self.backend,
+        )
         positive = row_dot(rows[:, 0], rows[:, 1]).repeat_interleave(2) * scale
         losses = logaddexp(among_rows, among_centers) - positive
         return self.reduce(losses, shape=batch.shape, exchange=batch.exchange)

@@ -59,5 +59,6 @@ class DeepClusterV2Loss(Loss):
             {"embeddings": embeddings},
             lambda: {"centers": centers},
         )
-        terms = list(center_cross_entropies(self, embeddings, cluster_ids, centers, None, exchange))
-        return sum(self.reduce(*term, embeddings.shape[:-1], exchange) for term in terms) / len(terms)
+        terms = center_cross_entropies(self, embeddings, cluster_ids, centers, None, exchange)
+        first, *others = (self.reduce(*term, embeddings.shape[:-1], exchange) for term in terms)
+        return sum(others, first) / len(cluster_ids)

@@ -87,18 +87,19 @@ class HardContrastiveLoss(Loss):
         n = len(anchors) // views
         negatives = views * max(n - 1, 0)
         ids = torch.arange(n, device=anchors.device).repeat(views)
-        among = {"q_ids": ids}
+        key_ids = None if keys is None else ids
         if extra is not None:
             negatives += len(extra)
             keys = torch.cat((anchors if keys is None else keys, extra))
-            among |= {"k": keys, "k_ids": torch.cat((ids, ids.new_full((len(extra),), -1)))}
-        elif keys is not None:
-            among |= {"k": keys, "k_ids": ids}
-        among |= {"scale": scale, "candidates": "other_id"}
+            key_ids = torch.cat((ids, ids.new_full((len(extra),), -1)))
         if self.alpha == 1:
-            logsumexp = streaming_logsumexp(anchors, **among, backend=self.backend)
+            logsumexp = streaming_logsumexp(
+                anchors, keys, scale=scale, q_ids=ids, k_ids=key_ids, candidates="other_id", backend=self.backend
+            )
         else:
             kept = max(ceil_of_share(self.alpha, negatives), 1)
-            logsumexp = topk_logsumexp(anchors, **among, topk=kept)
+            logsumexp = topk_logsumexp(
+                anchors, keys, scale=scale, topk=kept, q_ids=ids, k_ids=key_ids, candidates="other_id"
+            )
         logits = row_dot(anchors, positives) * scale
         return logaddexp(logsumexp, logits) - logits

@@ -80,7 +80,7 @@ class InfoNCELoss(Loss):
         """Of every anchor, and their shape; all is checked."""
         scale = 1.0 / self.shared(self.temperature, exchange)
         one_way = keys is not None and not self.symmetric
-        if one_way and exchange is None:
+        if keys is not None and one_way and exchange is None:
             anchors, positives = self.unit(queries), self.unit(keys)
             logsumexp = streaming_logsumexp(anchors, positives, scale=scale, backend=self.backend)
             shape = queries.shape[:1]

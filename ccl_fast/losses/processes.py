@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import Candidates
 from ccl_fast.distributed import Peers, outside_of_graphs
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.batch import Batch, product_dtype
 from ccl_fast.ops import logaddexp
-from ccl_fast.ops.backends import choose_backend
+from ccl_fast.ops.backends import ContrastBackend, choose_backend
 from ccl_fast.ops.logsumexp.distributed import Exchange, Wanted, global_contrast
 
 if TYPE_CHECKING:
@@ -41,7 +42,12 @@ def share_gradient(x: Tensor, peers: Peers, mean: bool) -> Tensor:
 
 
 def logsumexp_over_rows(
-    z: Tensor, ids: Tensor | None, candidates: str, scale: float | Tensor, exchange: Exchange, backend: str
+    z: Tensor,
+    ids: Tensor | None,
+    candidates: Candidates,
+    scale: float | Tensor,
+    exchange: Exchange,
+    backend: ContrastBackend,
 ) -> Tensor:
     """As `Loss.logsumexp_over_rows`, of the rows of all processes."""
     over = "same" if candidates == "same_id" else "other"
@@ -50,7 +56,7 @@ def logsumexp_over_rows(
 
 
 def logsumexp_with_positives(
-    batch: Batch, scale: float | Tensor, inside: bool, backend: str
+    batch: Batch, scale: float | Tensor, inside: bool, backend: ContrastBackend
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `ccl.logsumexp_with_positives`, of the rows of all processes."""
     wanted = Wanted(same=True, other=True) if inside else Wanted(other=True, similarity=True)

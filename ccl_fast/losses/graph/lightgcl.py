@@ -106,6 +106,10 @@ class SVDView(nn.Module):
         (torch.Size([8, 16]), torch.Size([6, 16]))
     """
 
+    u: Tensor
+    s: Tensor
+    v: Tensor
+
     def __init__(self, adjacency: Tensor, *, rank: int = 5, iterations: int = 2):
         super().__init__()
         check_matrix("adjacency", adjacency)
