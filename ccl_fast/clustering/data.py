@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ccl_fast.checks import check_finite
 from ccl_fast.clustering.shards import Whole
-from ccl_fast.ops.kmeans.assign import Rows, prepare_rows
+from ccl_fast.ops.backends import KMeansBackend
+from ccl_fast.ops.kmeans.assign import Metric, Rows, prepare_rows
 from ccl_fast.ops.kmeans.distance import center_distance
 from ccl_fast.ops.kmeans.update import sum_by_cluster
 from ccl_fast.ops.normalize import normalize_rows
@@ -55,13 +56,15 @@ class Data:
         self,
         x: Tensor,
         weights: Tensor | None,
-        metric: str,
+        metric: Metric,
         batch_size: int | None,
         device: torch.device,
-        backend: str,
+        backend: KMeansBackend,
         shards: Whole | None = None,
     ):
-        self.x, self.metric, self.device, self.backend = x, metric, device, backend
+        self.x, self.device = x, device
+        self.metric: Metric = metric
+        self.backend: KMeansBackend = backend
         self.problems, self.n, self.d = x.shape
         self.shards = shards or Whole(self.n)
         self.dtype = accumulation_dtype(x)
@@ -120,7 +123,11 @@ class Data:
     def inertia(self, centers: Tensor, labels: Tensor) -> Tensor:
         """Return the weighted sum of the distances, float64 [problems]."""
         distance = self.distance(centers, labels).double()
-        weighted = distance if self.weights is None else distance * self.weights * self._weight_unit
+        weighted = (
+            distance
+            if self.weights is None or self._weight_unit is None
+            else distance * self.weights * self._weight_unit
+        )
         return self.shards.sum(weighted.sum(1))[0]
 
     def take(self, rows: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def open_shards(process_group: ProcessGroup | str | None) -> Whole | Shards:
 
 def digest(x: Tensor) -> str:
     """Return in words what must be alike where x must be."""
-    entries = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    entries = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
     return f"{x.dtype} {list(x.shape)} with checksum {zlib.crc32(entries):08x}"
 
 
@@ -37,7 +37,7 @@ class Whole:
     wide = False  # whether sums are float64 from their first row
     shows_progress = True
 
-    def __init__(self, total: int | None = None):
+    def __init__(self, total: int = 0):
         self.total = total  # rows of all processes
 
     def together(self) -> contextlib.AbstractContextManager:

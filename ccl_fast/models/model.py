@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ccl_fast.models.backbones import build_backbone
+from ccl_fast.models.backbones import Stem, build_backbone
 from ccl_fast.models.layers import LayerStatistics
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Model(nn.Module):
         shape: tuple[int, int, int] = (1, 28, 28),
         dim: int = 64,
         *,
-        stem: str = "auto",
+        stem: Stem = "auto",
         seed: int = 0,
     ):
         super().__init__()
