@@ -129,6 +129,11 @@ class _Colors(nn.Module):
         grey: probability that it loses its colour.
     """
 
+    luma: Tensor
+    onto_luma: Tensor
+    onto_chroma: Tensor
+    turned_chroma: Tensor
+
     def __init__(self, strength: float, hue: float, jitter: float, grey: float):
         super().__init__()
         self.strength, self.hue, self.jitter, self.grey = strength, hue, jitter, grey

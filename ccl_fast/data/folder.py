@@ -61,7 +61,8 @@ def load_folder(
     check_shape("shape", shape)
     [source] = open_folders([Path(path)], argument, strict=strict, workers=workers)
     rows = torch.arange(len(source))
-    images, rows = read(source, rows, tuple(shape), workers=workers, memory=memory, verify=not strict)
+    channels, height, width = shape
+    images, rows = read(source, rows, (channels, height, width), workers=workers, memory=memory, verify=not strict)
     report_skipped(source)
     if not len(images):
         raise ArgumentError(f"{argument}: expected images in {path}, got none that can be read; {source.skipped[0]}")
@@ -99,6 +100,8 @@ class FolderSource(Source):
         strict: a file that cannot be read is an error; else it is skipped.
         skipped: why files were skipped so far.
     """
+
+    items: Files
 
     def __init__(
         self,
@@ -163,10 +166,10 @@ def open_folders(folders: Sequence[Path], argument: str, *, strict: bool, worker
                 f"{argument}: expected images in {folder.absolute()}, got {len(paths)} files that cannot be read; "
                 f"{errors[0]}"
             )
-        kept = [i for i, header in enumerate(headers) if not isinstance(header, Exception)]
+        kept = {i: header for i, header in enumerate(headers) if not isinstance(header, Exception)}
         targets = None if "" in numbers else [numbers[of_one[i]] for i in kept]
         images = Files([paths[i] for i in kept], targets)
-        sources.append(FolderSource(images, [headers[i] for i in kept], argument, strict=strict, skipped=errors))
+        sources.append(FolderSource(images, list(kept.values()), argument, strict=strict, skipped=errors))
     return sources
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ccl_fast.data.loading import Batch, load_images
+from ccl_fast.data.pixels import shape_of
 from ccl_fast.data.source import Source
 
 TRIES = 100  # images that are looked at for one that can be read
@@ -78,7 +79,7 @@ class InMemory(Images):
     def __init__(self, pixels: Tensor, classes: Tensor | None = None):
         self.pixels = pixels
         self.classes = classes
-        self.shape = tuple(pixels.shape[1:])
+        self.shape = shape_of(pixels)
         self.device = pixels.device
 
     def __len__(self) -> int:

@@ -53,6 +53,7 @@ def open_parts(
     place = _place(data, argument)
     if isinstance(place, str):
         train, test = (open_named(place, p, argument, root=root, download=download) for p in ("train", "test"))
+        assert train is not None  # every set has a part to train on
         return Opened(place, train, test, DIGITS_IN_CLASSES if place == DIGITS else None)
     if isinstance(place, Path):
         train, *test = open_folders(split_folders(place), argument, strict=strict, workers=workers)

@@ -135,6 +135,7 @@ def _parts(
     test_classes = read_classes(test, workers=workers)
     if test_classes is None:
         raise ArgumentError(f"in_classes: expected None for data without classes to test on, got {in_classes!r}")
+    assert in_classes is not None and classes is not None
     chosen = torch.tensor(in_classes)
     in_test = torch.isin(test_classes, chosen)
     return [
@@ -149,15 +150,14 @@ def _split(
     """Rows to train on, to test on (their share of every class), and of the other classes."""
     if classes is None:
         classes = torch.zeros(n, dtype=torch.int64)
-    if in_classes is None:
-        in_classes = classes.unique().tolist()
+    chosen: Sequence[int] = classes.unique().tolist() if in_classes is None else in_classes
     generator = torch.Generator().manual_seed(seed)
-    of_classes = [(classes == c).nonzero()[:, 0] for c in in_classes]
+    of_classes = [(classes == c).nonzero()[:, 0] for c in chosen]
     of_classes = [rows[torch.randperm(len(rows), generator=generator)] for rows in of_classes]
     n_test = _shares([len(rows) for rows in of_classes], test_fraction, generator)
     train = torch.cat([rows[n:] for rows, n in zip(of_classes, n_test, strict=True)])
     test = torch.cat([rows[:n] for rows, n in zip(of_classes, n_test, strict=True)])
-    held_out = ~torch.isin(classes, torch.tensor(in_classes))
+    held_out = ~torch.isin(classes, torch.tensor(chosen))
     return train, test, held_out.nonzero()[:, 0]
 
 

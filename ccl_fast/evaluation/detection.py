@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -146,7 +146,7 @@ def evaluate_model(
     )
 
 
-def _metrics(scores: dict[str, Tensor], near: Sequence[str], far: Sequence[str]) -> dict[str, dict[str, float]]:
+def _metrics(scores: dict[str, Tensor], near: Collection[str], far: Collection[str]) -> dict[str, dict[str, float]]:
     by_set = {}
     for name in (*near, *far):
         is_ood = torch.arange(len(scores["test"]) + len(scores[name])) >= len(scores["test"])

@@ -72,7 +72,7 @@ def write_page(path: Path, report: dict, evaluations: Mapping[str, Evaluation], 
         OSError: it could not be written.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files(__package__).joinpath("page.html").read_text("utf-8"))
+    template = environment.from_string(files("ccl_fast.evaluation").joinpath("page.html").read_text("utf-8"))
     page = template.render(_content(report, evaluations, images)).encode(errors="replace")
     write_atomically(path, lambda file: file.write(page))
 
@@ -205,7 +205,7 @@ def _overview(report: dict, objectives: Sequence[str], group: str) -> dict:
         objective: {detector: by_set[group]["auroc"] for detector, by_set in report["results"][objective].items()}
         for objective in objectives
     }
-    best = {objective: max(of_objective, key=of_objective.get) for objective, of_objective in values.items()}
+    best = {objective: max(of_objective, key=of_objective.__getitem__) for objective, of_objective in values.items()}
     titles, colors = report["titles"], _colors(objectives)
     words = ", ".join(
         f"{titles[o]} {values[o][report['default']]:.3f}, at best {values[o][best[o]]:.3f}" for o in objectives
