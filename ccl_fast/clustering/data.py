@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ccl_fast.checks import check_finite
 from ccl_fast.clustering.shards import Whole
-from ccl_fast.ops.backends import KMeansBackend
 from ccl_fast.ops.kmeans.assign import Metric, Rows, prepare_rows
 from ccl_fast.ops.kmeans.distance import center_distance
 from ccl_fast.ops.kmeans.update import sum_by_cluster
 from ccl_fast.ops.normalize import normalize_rows
 from ccl_fast.ops.precision import accumulation_dtype
+
+if TYPE_CHECKING:
+    from ccl_fast.ops.backends import KMeansBackend
 
 # Entries of a block whose moments are taken at once: on a CPU it should stay in the cache.
 CPU_ENTRIES, DEVICE_ENTRIES = 1 << 18, 1 << 26

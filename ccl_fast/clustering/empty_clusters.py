@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ccl_fast.clustering.data import Data, Sweep
+if TYPE_CHECKING:
+    from ccl_fast.clustering.data import Data, Sweep
 
 Policy = Literal["split", "farthest", "keep", "error"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)

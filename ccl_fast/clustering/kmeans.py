@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from numbers import Integral, Real
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from ccl_fast.checks import check_choice, check_count, check_finite
 from ccl_fast.clustering import empty_clusters
@@ -21,6 +20,9 @@ from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.backends import KMeansBackend, check_backend
 from ccl_fast.ops.kmeans.assign import METRICS, Metric
 from ccl_fast.ops.normalize import normalize_rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Init = Literal["k-means++", "random"]
 SEEDINGS = {"k-means++": k_means_plus_plus, "random": random_rows}

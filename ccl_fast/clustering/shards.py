@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from ccl_fast.distributed import Peers
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Random numbers that are drawn at once, for all rows, before those of other processes are thrown away.
 DRAWN = 1 << 20

@@ -73,6 +73,7 @@ def clear(folder: Path) -> None:
 
 
 def is_empty(folder: Path) -> bool:
+    """Tell whether a path is a folder with nothing in it."""
     return folder.is_dir() and not any(folder.iterdir())
 
 

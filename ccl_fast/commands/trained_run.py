@@ -7,13 +7,12 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch import nn
 
 from ccl_fast.commands.run_folder import CONFIG
 from ccl_fast.errors import ArgumentError
 from ccl_fast.models import Model
 from ccl_fast.training.config import FIELDS, Config, as_list
-from ccl_fast.training.objectives import OBJECTIVES
+from ccl_fast.training.objectives import OBJECTIVES, ObjectiveName
 
 
 class TrainedRun:
@@ -40,7 +39,9 @@ class TrainedRun:
                 raise ArgumentError(
                     f"{name}: expected the one that the run was trained with, as no file can keep {kept}"
                 )
-        self.objectives = [objective for objective in OBJECTIVES if (self.folder / f"{objective}.pt").exists()]
+        self.objectives: list[ObjectiveName] = [
+            objective for objective in OBJECTIVES if (self.folder / f"{objective}.pt").exists()
+        ]
         if not self.objectives:
             raise ArgumentError(
                 f"run: expected a finished run (with <objective>.pt), got {str(folder)!r}; "
@@ -52,7 +53,7 @@ class TrainedRun:
         """The number of clusters that detectors get: of several the first."""
         return as_list(self.config.clusters)[0]
 
-    def model(self, objective: str, shape: tuple[int, int, int], device: torch.device) -> nn.Module:
+    def model(self, objective: str, shape: tuple[int, int, int], device: torch.device) -> Model:
         """Return the model of an objective, in evaluation mode."""
         model = Model(self.config.backbone, shape, self.config.embedding_dim, stem=self.config.stem)
         path = self.folder / f"{objective}.pt"

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -15,12 +16,14 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from ccl_fast.data.checks import check_loading, check_shape
-from ccl_fast.data.images import Images
 from ccl_fast.data.loading import load
 from ccl_fast.data.pixels import native_shape, pillow_silenced
 from ccl_fast.data.reading import BATCH, progress_bar, read
 from ccl_fast.data.source import Sampled, Source, reason
 from ccl_fast.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from ccl_fast.data.images import Images
 
 N_NAMED = 3  # of the files that were skipped
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ccl_fast.data.loading import Batch, load_images
 from ccl_fast.data.pixels import shape_of
-from ccl_fast.data.source import Source
+
+if TYPE_CHECKING:
+    from ccl_fast.data.source import Source
 
 TRIES = 100  # images that are looked at for one that can be read
 

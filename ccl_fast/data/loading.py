@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ccl_fast.data.pixels import fit
-from ccl_fast.data.source import Source
 from ccl_fast.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from ccl_fast.data.source import Source
 
 
 class Batch(NamedTuple):
-    """What could be read of a batch: its rows and classes, pixels uint8 [b, c, h, w], and where in the batch they were
-    asked for, in order; and why the others could not, in order."""
+    """What could be read of a batch, and why the rest could not, in order.
+
+    Of what could: rows and classes, pixels uint8 [b, c, h, w], and where in the batch they were asked for.
+    """
 
     rows: list[int]
     pixels: Tensor

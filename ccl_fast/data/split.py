@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ccl_fast.checks import check_count, check_fraction
 from ccl_fast.data.checks import check_in_classes, check_loading
 from ccl_fast.data.folder import report_skipped
-from ccl_fast.data.images import Images
 from ccl_fast.data.opening import Opened, open_parts
 from ccl_fast.data.reading import limited, read, read_classes
-from ccl_fast.data.source import Source
 from ccl_fast.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
+    from ccl_fast.data.images import Images
+    from ccl_fast.data.source import Source
 
 DEFAULT_SIZE = 224
 SMALL_SHARE = 10  # images of a class to test on; from here on rounding leaves it its share

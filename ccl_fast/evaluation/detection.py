@@ -6,16 +6,19 @@ import itertools
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ccl_fast.clustering import KMeans
-from ccl_fast.data import Images
 from ccl_fast.evaluation.knn import knn_accuracy
 from ccl_fast.models import Model, embed_layers
 from ccl_fast.ood import Columns, CosineNorm, Ensemble, Mahalanobis, NearestCenter, NearestNeighbor, ood_metrics
-from ccl_fast.ood.detector import FeatureDetector
+
+if TYPE_CHECKING:
+    from ccl_fast.data import Images
+    from ccl_fast.ood.detector import FeatureDetector
 
 # The detector to quote; the pictures show its scores.
 DEFAULT = "layers/ensemble"

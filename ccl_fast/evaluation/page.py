@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from jinja2 import Environment, StrictUndefined
@@ -17,14 +17,18 @@ from markupsafe import Markup
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ccl_fast.data import Images
 from ccl_fast.evaluation import pictures
 from ccl_fast.evaluation.detection import GROUPS, Evaluation
 from ccl_fast.evaluation.pictures import OodSet
 from ccl_fast.files import write_atomically
 
+if TYPE_CHECKING:
+    from ccl_fast.data import Images
+
 
 class Metric(NamedTuple):
+    """How a metric is named, and how it is read."""
+
     name: str
     title: str
     positive: str

@@ -16,12 +16,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Outline
@@ -29,6 +28,9 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # name: (on a light page, on a dark one). Any two of c0 to c7 differ to the colour-blind too, and all from the page.
 COLORS = {
@@ -284,8 +286,10 @@ class Points:
 def sample(
     train: Tensor, ids: Tensor, centers: Tensor, near: Sequence[Tensor], far: Sequence[Tensor], seed: int = 0
 ) -> Points:
-    """Take 1,000 training images, 120 images of near and 120 of far sets, so that t-SNE takes seconds; and the centres
-    that have images, of more than ``MAX_DRAWN`` those that have most."""
+    """Take 1,000 training images, 120 images of near and 120 of far sets, so that t-SNE takes seconds.
+
+    And the centres that have images, of more than ``MAX_DRAWN`` those that have most.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def some(x: Tensor, n: int) -> Tensor:

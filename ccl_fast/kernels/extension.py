@@ -47,11 +47,13 @@ def compiled() -> ModuleType:
 
 
 def dtype_code(dtype: torch.dtype) -> int:
+    """The extension's number of a dtype."""
     names = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
     return getattr(compiled(), names[dtype])
 
 
 def metric_code(metric: str) -> int:
+    """The extension's number of a metric."""
     return compiled().COSINE if metric == "cosine" else compiled().EUCLIDEAN
 
 

@@ -22,8 +22,11 @@ class Launch(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """Serves D padded to at most `limit`. The base launch fits the 99 KB of shared memory that a block has on sm_86,
-    sm_89 and sm_120; an architecture with more room, or another way to multiply, may have a launch of its own."""
+    """Serves D padded to at most `limit`.
+
+    The base launch fits the 99 KB of shared memory that a block has on sm_86, sm_89 and sm_120; an architecture with
+    more room, or another way to multiply, may have a launch of its own.
+    """
 
     limit: int
     base: Launch
@@ -117,6 +120,7 @@ def launch(kernel: str, dtype: torch.dtype, d: int, ids: bool, device: torch.dev
 
 
 def takes(kernel: str, dtype: torch.dtype, d: int, ids: bool, device: torch.device) -> bool:
+    """Tell whether a kernel takes that D."""
     return launch_on(architecture_of(device), kernel, dtype.itemsize, d, ids) is not None
 
 

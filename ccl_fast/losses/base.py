@@ -205,8 +205,10 @@ class Loss(nn.Module):
     def join_processes(
         self, check: Callable[[], tuple[int, int]], rows: dict, same: Callable[[], dict] = dict
     ) -> tuple[int, Exchange | None, int]:
-        """Check the arguments of `forward`, and join the other processes: how many samples are here, how rows travel
-        (None: there are no others), and the number of the first sample among those of all processes.
+        """Check the arguments of `forward`, and join the other processes.
+
+        Returns how many samples are here, how rows travel (None: there are no others), and the number of the first
+        sample among those of all processes.
 
         Args:
             check: of this process's arguments; it returns the number of samples, and of rows of each.
@@ -262,8 +264,10 @@ class Loss(nn.Module):
         scale: float | Tensor,
         exchange: Exchange | None,
     ) -> Tensor:
-        """Log-sum-exp of every anchor over those keys that are ``candidates`` by the samples' ids ``[n]``; without
-        keys, of both views of every sample over the other rows, as `both_directions` has them."""
+        """Log-sum-exp of every anchor over those keys that are ``candidates`` by the samples' ids ``[n]``.
+
+        Without keys, of both views of every sample over the other rows, as `both_directions` has them.
+        """
         if keys is None:
             return self.logsumexp_over_rows(anchors, sample_ids.repeat(2), candidates, scale, exchange)
         return streaming_logsumexp(

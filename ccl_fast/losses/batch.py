@@ -90,6 +90,7 @@ def check_centers(
 
 
 def check_center_temperature(value: float | Tensor | None, name: str = "center_temperature") -> None:
+    """Check a temperature of the centres: positive, of all, or ``[k]`` of each of them."""
     if isinstance(value, Tensor):
         if not value.is_floating_point() or value.ndim > 1:
             raise ArgumentError(f"{name}: expected floating point of shape [k], got {value.dtype} {list(value.shape)}")
@@ -131,6 +132,7 @@ def check_queries(
 
 
 def check_some(name: str, x: Tensor) -> None:
+    """Check that there is a row."""
     if len(x) == 0:
         raise ArgumentError(f"{name}: expected at least one row, got none")
 

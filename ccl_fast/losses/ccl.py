@@ -107,7 +107,8 @@ class CCLLoss(Loss):
         *,
         center_temperature: float | Tensor | None = None,
     ) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             embeddings: ``[n, d]`` (one row per view) or ``[n, views, d]``; float64, float32, bfloat16, float16.
             cluster_ids: ``[n]``, integers. -1 is unassigned: its only positives are its own views (it has
@@ -181,8 +182,10 @@ class _ToCenters(NamedTuple):
 def logsumexp_with_positives(
     batch: Batch, scale: float | Tensor, *, inside: bool, backend: ContrastBackend
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of every row, over all other rows: log-sum-exp of the logits, and what the positives bring, which is their
-    log-sum-exp (``inside`` the logarithm), or else the sum of their logits; then their number comes third."""
+    """Of every row, over all other rows: log-sum-exp of the logits, and what the positives bring.
+
+    That is their log-sum-exp (``inside`` the logarithm), or else the sum of their logits; then their number is third.
+    """
     if batch.exchange is not None:
         return processes.logsumexp_with_positives(batch, scale, inside, backend)
     if inside:

@@ -35,7 +35,8 @@ class CenterNegativesLoss(Loss):
     """
 
     def forward(self, embeddings: Tensor, cluster_ids: Tensor, centers: Tensor) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             embeddings: ``[n, 2, d]``; float64, float32, bfloat16 or float16.
             cluster_ids: ``[n]``, integers, rows of the centres; -1 is unassigned, held against all centres.

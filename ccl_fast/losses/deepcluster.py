@@ -41,7 +41,8 @@ class DeepClusterV2Loss(Loss):
     unsupported = ("exchange",)
 
     def forward(self, embeddings: Tensor, cluster_ids: Sequence[Tensor], centers: Sequence[Tensor]) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             embeddings: ``[n, d]`` or ``[n, views, d]``; float64, float32, bfloat16, float16.
             cluster_ids: H tensors ``[n]``, integers; -1 is unassigned.

@@ -60,7 +60,8 @@ class HardContrastiveLoss(Loss):
         self.alpha, self.symmetric = alpha, symmetric
 
     def forward(self, queries: Tensor, keys: Tensor | None = None, *, negatives: Tensor | None = None) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             queries: ``[n, d]``, or ``[n, 2, d]`` (two views) without ``keys``; float64, float32, bfloat16, float16.
             keys: ``[n, d]``; row i is the positive of query i.

@@ -68,7 +68,8 @@ class PamCLoss(Loss):
         self.form = form
 
     def forward(self, queries: Tensor, keys: Tensor, cluster_ids: Tensor) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             queries: ``[n, d]``, the anchors; float64, float32, bfloat16, float16.
             keys: ``[n, d]``; row i is the positive of query i.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @outside_of_graphs
 def join(loss: "Loss", check: Callable, rows: dict, same: Callable) -> tuple[int, Exchange, int]:
     """As `Loss.join_processes`, of several processes."""
+    assert loss.process_group is not None
     peers = Peers(loss.process_group)
     try:
         samples, each = check()
@@ -31,7 +32,7 @@ def join(loss: "Loss", check: Callable, rows: dict, same: Callable) -> tuple[int
     except Exception as error:
         peers.agree(0, error)
         raise
-    counts = peers.agree(samples, **described)
+    counts = peers.agree(samples, None, **described)
     return samples, Exchange(peers, [each * count for count in counts], loss.exchange), sum(counts[: peers.rank])
 
 
@@ -59,6 +60,7 @@ def logsumexp_with_positives(
     batch: Batch, scale: float | Tensor, inside: bool, backend: ContrastBackend
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `ccl.logsumexp_with_positives`, of the rows of all processes."""
+    assert batch.exchange is not None
     wanted = Wanted(same=True, other=True) if inside else Wanted(other=True, similarity=True)
     found = global_contrast(batch.z, batch.ids, scale=scale, wanted=wanted, exchange=batch.exchange, backend=backend)
     if inside:

@@ -86,7 +86,8 @@ class SepCLRLoss(Loss):
         self.independence_weight = independence_weight
 
     def forward(self, embeddings: Tensor, *, salient: Tensor, is_target: Tensor) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             embeddings: ``[n, 2, d]``: common features of two views of each sample; float64, float32, bfloat16, float16.
             salient: ``[n, 2, e]``: salient features of the same views.

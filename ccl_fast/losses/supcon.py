@@ -54,7 +54,8 @@ class SupConLoss(CCLLoss):
         self.form = form
 
     def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             embeddings: ``[n, d]`` (one row per view) or ``[n, views, d]``.
             labels: ``[n]``, integers, -1 for unlabelled; None (with [n, views, d]) is NT-Xent.

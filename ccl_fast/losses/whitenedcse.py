@@ -65,7 +65,8 @@ class WhitenedCSELoss(Loss):
     def forward(
         self, embeddings: Tensor, *, shuffles: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             embeddings: ``[n, views, d]``, at least two views, the first being the anchor; float64, float32, bfloat16,
                 float16. Of a single pass ``x[:, None].expand(-1, 3, -1)``.

@@ -120,8 +120,10 @@ def _check(scores: Tensor, is_ood: Tensor) -> None:
 
 
 def _curve(scores: Tensor, is_ood: Tensor, positive: Positive) -> tuple[Tensor, Tensor]:
-    """How many of the positive class and how many others are beyond a threshold at each distinct score, as float64;
-    the threshold that catches least comes first."""
+    """Count those of the positive class and the others beyond a threshold at each distinct score, as float64.
+
+    The threshold that catches least comes first.
+    """
     check_choice("positive", positive, POSITIVES)
     _check(scores, is_ood)
     scores, is_positive = (-scores, is_ood) if positive == "ood" else (scores, ~is_ood)

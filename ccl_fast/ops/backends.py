@@ -27,6 +27,8 @@ KMeansBackend = Literal["auto", "cuda", "blocked", "reference"]
 
 
 class Backend(NamedTuple):
+    """A module that implements an operator, and where it runs."""
+
     module: ModuleType  # what it has to define is said beside the operator
     # Why it cannot run on a device and dtype; none of them: it can.
     obstacles: Callable[[torch.device, torch.dtype], list[str]] = lambda device, dtype: []
@@ -59,6 +61,7 @@ BACKENDS: dict[str, dict[str, Backend]] = {
 
 
 def check_backend(operator: str, requested: str) -> None:
+    """Check that an operator has the backend."""
     check_choice("backend", requested, ("auto", *BACKENDS[operator]))
 
 
@@ -82,4 +85,5 @@ def choose_backend(operator: str, requested: str, device: torch.device, dtype: t
 
 
 def chosen_module(operator: str, requested: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The module of the backend that `choose_backend` chooses."""
     return BACKENDS[operator][choose_backend(operator, requested, device, dtype)].module

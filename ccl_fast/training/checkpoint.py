@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -12,6 +13,7 @@ from ccl_fast.files import write_atomically
 
 # The folder of a run's checkpoints, in the run's own, and their names.
 CHECKPOINTS, LAST, PREVIOUS = "checkpoints", "last.ckpt", "previous.ckpt"
+Which = Literal["last", "previous"]
 
 
 class CheckpointError(Exception):
@@ -35,7 +37,7 @@ def save(folder: Path, state: dict) -> Path:
     return last
 
 
-def load(folder: Path, which: str = "last") -> dict:
+def load(folder: Path, which: Which = "last") -> dict:
     """Load folder/<which>.ckpt, on the CPU; it may hold tensors and plain values and nothing else.
 
     Raises:
@@ -57,7 +59,7 @@ def load(folder: Path, which: str = "last") -> dict:
         raise CheckpointError(f"the checkpoint {path} cannot be read ({reason}){_advice(folder, which)}") from error
 
 
-def _advice(folder: Path, which: str) -> str:
+def _advice(folder: Path, which: Which) -> str:
     if which == "last" and (folder / PREVIOUS).exists():
         return f"; the one before it is {folder / PREVIOUS}: resume_from=previous"
     return ""

@@ -50,7 +50,8 @@ class SCGCLoss(Loss):
         super().__init__(temperature, **common)
 
     def forward(self, embeddings: Tensor, *, influence: Tensor) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             embeddings: ``[n, d]``, one row per node; float64, float32, bfloat16, float16.
             influence: ``[n, n]`` sparse, CSR or COO, floating point; row i holds the weights, >= 0, of the positives
@@ -129,7 +130,7 @@ def influence_matrix(adjacency: Tensor, *, hops: int = 2, cumulative: bool = Tru
 
 
 def check_graph(name: str, x: Tensor, nodes: int | None = None) -> None:
-    """A square sparse matrix of weights >= 0. (On a GPU the device tells of a wrong weight, later.)"""
+    """Check a square sparse matrix of weights >= 0; on a GPU the device tells of a wrong weight, later."""
     check_tensor(name, x)
     if x.layout not in LAYOUTS:
         raise ArgumentError(f"{name}: expected a sparse tensor, CSR or COO, got layout {x.layout}")

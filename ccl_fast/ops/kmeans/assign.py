@@ -19,8 +19,11 @@ class Rows(Protocol):
     """Rows [problems, rows, d], prepared once by a backend and then compared with many sets of centres."""
 
     def nearest(self, centers: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels int64 [problems, rows] for centers [problems, k, d]; and int64 [2]: how many rows the fast product
-        left in doubt, and how many of them were re-checked, that is compared with all centres again."""
+        """Labels int64 [problems, rows] for centers [problems, k, d], and two numbers, int64 [2].
+
+        These are how many rows the fast product left in doubt, and how many of them were re-checked, that is compared
+        with all centres again.
+        """
         ...
 
 

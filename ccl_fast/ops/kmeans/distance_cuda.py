@@ -9,6 +9,7 @@ from ccl_fast.kernels.extension import address
 
 
 def center_distance(x: Tensor, centers: Tensor, labels: Tensor, metric: str) -> Tensor:
+    """As `distance.center_distance`."""
     if len(x) > extension.MAX_PROBLEMS:
         raise ArgumentError(f"x: expected at most {extension.MAX_PROBLEMS} problems, got {len(x)}")
     x, centers, labels = x.contiguous(), centers.contiguous(), labels.contiguous()

@@ -11,6 +11,7 @@ from ccl_fast.ops.kmeans.update_blocked import PIECE_ROWS, segments
 def sum_by_cluster(
     x: Tensor, clusters: Tensor, count: int, weights: Tensor | None, wide: bool
 ) -> tuple[Tensor, Tensor]:
+    """As `update.sum_by_cluster` says of a backend."""
     x, d = x.contiguous(), x.shape[1]
     weights = None if weights is None else weights.contiguous()
     order, offsets, piece_offsets = segments(clusters, count)

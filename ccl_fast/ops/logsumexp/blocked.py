@@ -138,6 +138,7 @@ def _blocks(n: int, block: int, ids: Tensor | None, most_groups: int) -> list[sl
 
 
 def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exps over the same id and over the others, and whether all logits are bounded."""
     bounded = bounded_on_cpu(q, k, scale, key_bias)
     problem = _Problem(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, bounded)
     of_rows, _ = _logsumexps(problem, want_same, want_other)
@@ -252,8 +253,10 @@ def backward(
 
 
 def mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k) -> tuple[Tensor, Tensor]:
-    """Of two blocks of rows that are anchors of each other: the gradient of q, from its own sums and from those of k,
-    in accumulation precision, and half the products' share of the gradient of the scale: the other half is k's.
+    """Of two blocks of rows that are anchors of each other: gradients of q, and of half the scale.
+
+    That of q is from its own sums and from those of k, in accumulation precision; of the products' share of the
+    gradient of the scale it is half: the other half is k's.
 
     ``of_q``, ``of_k``: (same, other, grad_same, grad_other), with the log-sum-exps over all blocks.
     """
@@ -293,8 +296,10 @@ def _weighted_sums(
 
 
 def _anchors(problem: _Problem, of_anchors, order: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
-    """(R, C) of the module's notation for both kinds; R = inf, nothing, without candidates. Unshifted, C holds
-    exp(-R)."""
+    """(R, C) of the module's notation for both kinds; R = inf, nothing, without candidates.
+
+    Unshifted, C holds exp(-R).
+    """
     *lses, grad_same, grad_other = of_anchors
     n, anchors = max(map(len, lses)), {}
     for name, lse, grad in zip(("same", "other"), lses, (grad_same, grad_other), strict=True):

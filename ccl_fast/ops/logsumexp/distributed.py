@@ -60,8 +60,9 @@ def global_contrast(
     exchange: Exchange,
     backend: ContrastBackend,
 ) -> dict[str, Tensor]:
-    """What is wanted of the rows of this process: "same", "other", "similarity", "count", float32 [n] each (float64 for
-    float64).
+    """What is wanted of the rows of this process, by name: "same", "other", "similarity", "count".
+
+    Each is float32 [n] (float64 for float64).
 
     The gradient of z holds what the other processes' rows owe to it: it is that of the sum, over all processes, of
     whatever they make of these numbers. That of the scale is the own rows' share.

@@ -255,7 +255,7 @@ torch.library.register_autograd("ccl_fast::streaming_logsumexp_backward", _doubl
 
 
 class _Eager(torch.autograd.Function):
-    """The same without torch.library. (With a ``setup_context`` torch would bind signatures at every call.)"""
+    """The same without torch.library; with a ``setup_context`` torch would bind signatures at every call."""
 
     @staticmethod
     def forward(ctx, *inputs):

@@ -27,8 +27,10 @@ KEYS_OF_A_PART = 1024
 
 
 class Anchors(NamedTuple):
-    """What the kernels read of rows that are anchors: (reference, weight) over the same id and over the others, see
-    `kernels.prepare_anchors`; None where not wanted."""
+    """What the kernels read of rows that are anchors: (reference, weight) over the same id and over the others.
+
+    See `kernels.prepare_anchors`; None where not wanted.
+    """
 
     ref_same: Tensor | None = None
     weight_same: Tensor | None = None
@@ -58,6 +60,7 @@ def obstacles(device: torch.device, dtype: torch.dtype) -> list[str]:
 
 
 def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exps over the same id and over the others, and whether all logits are bounded."""
     kernels, launch = _kernels()
     is_self = k is None
     n, m = q.shape[0], (q if is_self else k).shape[0]
@@ -139,8 +142,10 @@ def mutual_forward(
 
 
 def mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k) -> tuple[Tensor, Tensor]:
-    """Of two blocks of rows that are anchors of each other: the gradient of q, from its own sums and from those of k,
-    in accumulation precision, and half the products' share of the gradient of the scale: the other half is k's.
+    """Of two blocks of rows that are anchors of each other: gradients of q, and of half the scale.
+
+    That of q is from its own sums and from those of k, in accumulation precision; of the products' share of the
+    gradient of the scale it is half: the other half is k's.
 
     ``of_q``, ``of_k``: (same, other, grad_same, grad_other), with the log-sum-exps over all blocks.
     """
@@ -336,8 +341,10 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """The same rows, contiguous and 16 elements or a multiple apart, as wide loads and asynchronous copies need them;
-    with zeros at the end if D is no such multiple."""
+    """The same rows, contiguous and 16 elements or a multiple apart; with zeros at the end if D is no such multiple.
+
+    Wide loads and asynchronous copies need them so.
+    """
     missing = -x.shape[1] % 16
     if missing == 0 and x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.stride(0) <= MAX_STRIDE:
         return x
@@ -416,8 +423,10 @@ def _memory(device: torch.device) -> int:
 
 
 def _triangle_chunk(blocks: int, across: int, device: torch.device) -> int:
-    """Column blocks a program of the triangle takes, a multiple of the `across` of its diagonal: few enough programs to
-    amortise their rows, some waves of them."""
+    """Column blocks a program of the triangle takes, a multiple of the `across` of its diagonal.
+
+    Few enough programs to amortise their rows, some waves of them.
+    """
     chunk = max(4, blocks * (blocks + 1) // 2 // across // (_processors(device) * 16))
     return _blocks(chunk, across) * across
 

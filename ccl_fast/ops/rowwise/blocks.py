@@ -40,6 +40,7 @@ def device_memory(device: torch.device) -> int:
 
 
 def blocks_of(rows: int, size: int) -> Iterator[slice]:
+    """Slices of at most ``size`` rows, one after the other."""
     return (slice(i, min(i + size, rows)) for i in range(0, rows, size))
 
 
@@ -84,8 +85,10 @@ class RowBlocks:
     def gradients(
         self, weights: Callable[[slice], Tensor], need_q: bool, need_k: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Given, by rows, the derivatives W of something by the similarities: W k for q, W^T q for k; of rows against
-        themselves the sum of both, for q."""
+        """Given, by rows, the derivatives W of something by the similarities: W k for q, W^T q for k.
+
+        Of rows against themselves the sum of both, for q.
+        """
         need_k = need_q if self.is_self else need_k
         dtype = accumulation_dtype(self.q)
         q_columns, k_columns = columns_of(self.q), columns_of(self.k)

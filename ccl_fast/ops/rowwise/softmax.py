@@ -155,8 +155,10 @@ def _op(
     topk: int,
     with_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row's softmax over its candidates, or over the ``topk`` (if not 0) most similar of them: the log-sum-exp,
-    the mean similarity (empty if not wanted) and the least similarity of the ``topk`` (empty if all)."""
+    """Of each row's softmax over its candidates, or over the ``topk`` (if not 0) most similar of them.
+
+    The log-sum-exp, the mean similarity (empty if not wanted) and the least similarity of the ``topk`` (empty if all).
+    """
     with without_autocast(q.device):
         blocks = RowBlocks(q, k, q_ids, k_ids, candidates, excluded)
         logsumexp, mean, threshold = (scale.new_empty(size) for size in _sizes(q, topk, with_mean))

@@ -22,11 +22,11 @@ def streaming_topk(
     k_ids: Tensor | None = None,
     candidates: Candidates = "all",
 ) -> tuple[Tensor, Tensor]:
-    r"""The ``topk`` largest similarities :math:`\langle q_i, k_j \rangle` of every row over its candidates A(i), and
-    whose they are.
+    r"""The ``topk`` largest similarities :math:`\langle q_i, k_j \rangle` of every row, and whose they are.
 
-    Some rows are computed at a time against all keys: memory is linear in n and m, besides the result. No gradient
-    flows; `edge_similarity` gives differentiable similarities of the pairs that were found.
+    Of a row over its candidates A(i). Some rows are computed at a time against all keys: memory is linear in n and m,
+    besides the result. No gradient flows; `edge_similarity` gives differentiable similarities of the pairs that were
+    found.
 
     Args:
         q, k, q_ids, k_ids, candidates: as in `streaming_logsumexp`.
