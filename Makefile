@@ -29,9 +29,11 @@ test-all: test
 test-minimal: $(INSTALLED)
 	$(PYTEST) -p tests.minimal -m "not slow" tests/project/test_minimal.py tests/losses tests/*/test_kmeans*.py
 
+# Without the network: pyright would ask whether there is a newer one.
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks cpu

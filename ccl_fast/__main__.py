@@ -17,6 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def main() -> None:
+    """Print which backends of which operators run on which device, and why the others do not."""
     print(f"ccl_fast {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     for device in devices:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from numbers import Integral, Real
+from typing import Any, Literal, TypeGuard, get_args
 
 import numpy as np
 import torch
@@ -10,15 +11,19 @@ from torch import Tensor
 
 from ccl_fast.errors import ArgumentError
 
-CANDIDATES = ("all", "other_id", "same_id")
+# Which keys count for a row.
+Candidates = Literal["all", "other_id", "same_id"]
+CANDIDATES: tuple[Candidates, ...] = get_args(Candidates)
 
 
 def check_tensor(name: str, x) -> None:
+    """Check that x is a tensor."""
     if not isinstance(x, Tensor):
         raise ArgumentError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
 
 
 def check_matrix(name: str, x, columns: int | None = None) -> None:
+    """Check that x is a tensor of two dimensions, of so many columns if that is told."""
     check_tensor(name, x)
     if x.ndim != 2 or (columns is not None and x.shape[1] != columns):
         expected = "[rows, d]" if columns is None else f"[rows, {columns}]"
@@ -26,22 +31,26 @@ def check_matrix(name: str, x, columns: int | None = None) -> None:
 
 
 def check_vector(name: str, x, length: int) -> None:
+    """Check that x is a tensor of one dimension and that length."""
     check_tensor(name, x)
     if x.shape != (length,):
         raise ArgumentError(f"{name}: expected shape [{length}], got {list(x.shape)}")
 
 
 def check_floating(name: str, x: Tensor) -> None:
+    """Check that x is floating point, of 16 bits at least."""
     if not x.is_floating_point() or x.element_size() < 2:
         raise ArgumentError(f"{name}: expected float64, float32, bfloat16 or float16, got {x.dtype}")
 
 
 def check_integer(name: str, x: Tensor) -> None:
+    """Check that x is int32 or int64."""
     if x.dtype not in (torch.int32, torch.int64):
         raise ArgumentError(f"{name}: expected int32 or int64, got {x.dtype}")
 
 
 def check_same(name: str, x: Tensor, other_name: str, other: Tensor, dtype: bool = True) -> None:
+    """Check that x is on the device of another tensor and, unless ``dtype`` is False, of its dtype."""
     if x.device != other.device:
         raise ArgumentError(f"{name}: expected device {other.device} (that of {other_name}), got {x.device}")
     if dtype and x.dtype != other.dtype:
@@ -49,12 +58,14 @@ def check_same(name: str, x: Tensor, other_name: str, other: Tensor, dtype: bool
 
 
 def check_ids(name: str, ids, rows: Tensor) -> None:
+    """Check that ids are integers, one for each row, where the rows are."""
     check_vector(name, ids, rows.shape[0])
     check_integer(name, ids)
     check_same(name, ids, "the embeddings", rows, dtype=False)
 
 
 def check_choice(name: str, value, choices: tuple) -> None:
+    """Check that a value is one of the choices."""
     if value not in choices:
         raise ArgumentError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
@@ -63,6 +74,11 @@ def check_finite(name: str, x: Tensor) -> None:
     """Waits for the device. The sum, which is quicker, tells unless finite values overflow it."""
     if not x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite() and not x.isfinite().all():
         raise ArgumentError(f"{name}: expected finite values, got NaN or Inf")
+
+
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Stop the program on the device if a condition does not hold; the host does not wait."""
+    torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage] - it has no public name
 
 
 def check_candidates(q, k, q_ids, k_ids, candidates) -> None:
@@ -80,7 +96,7 @@ def check_candidates(q, k, q_ids, k_ids, candidates) -> None:
         check_ids("q_ids", q_ids, q)
         if (k_ids is None) != (k is None):
             raise ArgumentError("k_ids: expected integers [m] exactly when k and q_ids are given")
-        if k_ids is not None:
+        if k is not None and k_ids is not None:
             check_ids("k_ids", k_ids, k)
 
 
@@ -94,6 +110,7 @@ def check_logits(q: Tensor, k: Tensor | None, scale, key_bias) -> None:
 
 
 def check_scale(name: str, scale) -> None:
+    """Check that a scale is a number or a tensor of one element."""
     if isinstance(scale, bool) or not isinstance(scale, Tensor | int | float):
         raise ArgumentError(f"{name}: expected a number or a tensor of one element, got {scale!r}")
     if isinstance(scale, Tensor) and scale.numel() != 1:
@@ -101,37 +118,44 @@ def check_scale(name: str, scale) -> None:
 
 
 def check_count(name: str, value, least: int = 1) -> None:
+    """Check that a value is an integer of at least that much."""
     if not is_integer(value) or value < least:
         expected = "a positive integer" if least == 1 else f"an integer >= {least}"
         raise ArgumentError(f"{name}: expected {expected}, got {value!r}")
 
 
-def is_integer(value) -> bool:
+def is_integer(value) -> TypeGuard[int]:
     """Tell whether a value is a whole number, and none of True and False."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_positive(name: str, value) -> None:
+    """Check that a value is a number above 0, and finite."""
     check_number(name, value, "a positive number", lambda x: 0 < x < math.inf)
 
 
 def check_not_negative(name: str, value) -> None:
+    """Check that a value is a number of at least 0, and finite."""
     check_number(name, value, "a number >= 0", lambda x: 0 <= x < math.inf)
 
 
 def check_share(name: str, value) -> None:
+    """Check that a value is a number above 0 and at most 1."""
     check_number(name, value, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
 
 
 def check_fraction(name: str, value) -> None:
+    """Check that a value is a number above 0 and below 1."""
     check_number(name, value, "a number between 0 and 1", lambda x: 0 < x < 1)
 
 
 def check_flag(name: str, value) -> None:
+    """Check that a value is True or False."""
     if not isinstance(value, bool | np.bool_):
         raise ArgumentError(f"{name}: expected True or False, got {value!r}")
 
 
-def check_number(name: str, value, expected: str, inside: Callable[[float], bool]) -> None:
+def check_number(name: str, value, expected: str, inside: Callable[[Any], bool]) -> None:
+    """Check that a value is a number, and ``inside`` what is expected."""
     if isinstance(value, bool) or not isinstance(value, Real) or not inside(value):
         raise ArgumentError(f"{name}: expected {expected}, got {value!r}")

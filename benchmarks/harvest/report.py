@@ -43,16 +43,20 @@ def faults(folder: Path, stages: tuple[str, ...]) -> list[str]:
     """A sentence for each thing that is not as it should be."""
     found = [f"{name} is not there" for name in FILES if not (folder / name).exists()]
     state = statuses(folder)
-    for stage in stages:
-        if not re.match("ok|skipped after", state.get(stage, "")):
-            found.append(f"stage {stage}: {state.get(stage, 'not run')}")
+    found += [
+        f"stage {stage}: {state.get(stage, 'not run')}"
+        for stage in stages
+        if not re.match("ok|skipped after", state.get(stage, ""))
+    ]
     lines, smoke = read_lines(folder / RESULTS), read_lines(folder / "smoke.jsonl")
     found += [f"smoke: {_named(line)}: {line['note']}" for line in smoke if not line.get("ok")]
     for stage in stages:
         of_stage = [line for line in lines if line["stage"] == stage]
-        for key in KEYS.get(stage, list)():
-            if not any(key.items() <= line.items() for line in of_stage):
-                found.append(f"{stage}: no line of {_named(key)}")
+        found += [
+            f"{stage}: no line of {_named(key)}"
+            for key in KEYS.get(stage, list)()
+            if not any(key.items() <= line.items() for line in of_stage)
+        ]
     found += [f"{line['stage']}: {_named(line)}: {line['note']}" for line in lines if _is_fault(line)]
     return found + [f"test {name}" for name in failures(folder / "junit.xml")]
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from ccl_fast.checks import check_choice, check_finite, check_floating, check_ids, check_matrix
 from ccl_fast.clustering.shards import digest, open_shards
 from ccl_fast.errors import ArgumentError
-from ccl_fast.ops.kmeans.assign import METRICS
+from ccl_fast.ops.kmeans.assign import METRICS, Metric
 from ccl_fast.ops.kmeans.distance import center_distance
 from ccl_fast.ops.kmeans.update import sum_by_cluster
 from ccl_fast.ops.precision import accumulation_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # The share of clusters at either end whose concentration is clipped.
 CLIPPED_SHARE = 0.1
@@ -24,7 +28,7 @@ def concentration(
     cluster_ids: Tensor,
     centers: Tensor,
     *,
-    metric: str = "cosine",
+    metric: Metric = "cosine",
     smoothing: float = 10.0,
     mean: float | None = None,
     process_group: ProcessGroup | str | None = None,

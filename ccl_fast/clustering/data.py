@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ccl_fast.checks import check_finite
 from ccl_fast.clustering.shards import Whole
-from ccl_fast.ops.kmeans.assign import Rows, prepare_rows
+from ccl_fast.ops.kmeans.assign import Metric, Rows, prepare_rows
 from ccl_fast.ops.kmeans.distance import center_distance
 from ccl_fast.ops.kmeans.update import sum_by_cluster
 from ccl_fast.ops.normalize import normalize_rows
 from ccl_fast.ops.precision import accumulation_dtype
+
+if TYPE_CHECKING:
+    from ccl_fast.ops.backends import KMeansBackend
 
 # Entries of a block whose moments are taken at once: on a CPU it should stay in the cache.
 CPU_ENTRIES, DEVICE_ENTRIES = 1 << 18, 1 << 26
@@ -55,13 +58,15 @@ class Data:
         self,
         x: Tensor,
         weights: Tensor | None,
-        metric: str,
+        metric: Metric,
         batch_size: int | None,
         device: torch.device,
-        backend: str,
+        backend: KMeansBackend,
         shards: Whole | None = None,
     ):
-        self.x, self.metric, self.device, self.backend = x, metric, device, backend
+        self.x, self.device = x, device
+        self.metric: Metric = metric
+        self.backend: KMeansBackend = backend
         self.problems, self.n, self.d = x.shape
         self.shards = shards or Whole(self.n)
         self.dtype = accumulation_dtype(x)
@@ -120,7 +125,11 @@ class Data:
     def inertia(self, centers: Tensor, labels: Tensor) -> Tensor:
         """Return the weighted sum of the distances, float64 [problems]."""
         distance = self.distance(centers, labels).double()
-        weighted = distance if self.weights is None else distance * self.weights * self._weight_unit
+        weighted = (
+            distance
+            if self.weights is None or self._weight_unit is None
+            else distance * self.weights * self._weight_unit
+        )
         return self.shards.sum(weighted.sum(1))[0]
 
     def take(self, rows: Tensor) -> Tensor:

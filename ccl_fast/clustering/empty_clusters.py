@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal, get_args
+
 import torch
 from torch import Tensor
 
-from ccl_fast.clustering.data import Data, Sweep
+if TYPE_CHECKING:
+    from ccl_fast.clustering.data import Data, Sweep
 
-POLICIES = ("split", "farthest", "keep", "error")
+Policy = Literal["split", "farthest", "keep", "error"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
 # How far "split" puts the new centre from the old one, in standard deviations of the data.
 SPLIT_DISTANCE = 1 / 64
 

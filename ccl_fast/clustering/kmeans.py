@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from numbers import Integral, Real
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from ccl_fast.checks import check_choice, check_count, check_finite
 from ccl_fast.clustering import empty_clusters
@@ -17,10 +17,14 @@ from ccl_fast.clustering.seeding import k_means_plus_plus, random_rows
 from ccl_fast.clustering.shards import Whole, digest, open_shards
 from ccl_fast.distributed import check_process_group
 from ccl_fast.errors import ArgumentError
-from ccl_fast.ops.backends import check_backend
-from ccl_fast.ops.kmeans.assign import METRICS
+from ccl_fast.ops.backends import KMeansBackend, check_backend
+from ccl_fast.ops.kmeans.assign import METRICS, Metric
 from ccl_fast.ops.normalize import normalize_rows
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Init = Literal["k-means++", "random"]
 SEEDINGS = {"k-means++": k_means_plus_plus, "random": random_rows}
 
 
@@ -95,16 +99,16 @@ class KMeans:
         self,
         n_clusters: int,
         *,
-        metric: str = "euclidean",
-        init: str | Tensor = "k-means++",
+        metric: Metric = "euclidean",
+        init: Init | Tensor = "k-means++",
         n_init: int = 1,
         max_iter: int = 100,
         tol: float = 1e-4,
-        empty_cluster: str = "split",
+        empty_cluster: empty_clusters.Policy = "split",
         seed: int = 0,
         batch_size: int | None = None,
         device: torch.device | str | None = None,
-        backend: str = "auto",
+        backend: KMeansBackend = "auto",
         verbose: bool = False,
         process_group: ProcessGroup | str | None = None,
     ):
@@ -125,16 +129,16 @@ class KMeans:
         if process_group is not None:
             check_process_group(process_group)
         self.n_clusters = int(n_clusters)
-        self.metric = metric
-        self.init = init
+        self.metric: Metric = metric
+        self.init: Init | Tensor = init
         self.n_init = int(n_init)
         self.max_iter = int(max_iter)
         self.tol = tol
-        self.empty_cluster = empty_cluster
+        self.empty_cluster: empty_clusters.Policy = empty_cluster
         self.seed = int(seed)
         self.batch_size = None if batch_size is None else int(batch_size)
         self.device = device
-        self.backend = backend
+        self.backend: KMeansBackend = backend
         self.verbose = verbose
         self.process_group = process_group
 
@@ -172,6 +176,7 @@ class KMeans:
                     progress=progress,
                 )
                 best = solution if best is None else best.or_better(solution)
+        assert best is not None  # there is a start at least
         if not best.centers.isfinite().all():
             raise ArgumentError(f"x: expected values whose sums {data.dtype} can hold, got up to {data.largest():.3g}")
         self._set_attributes(best, x)
@@ -268,18 +273,18 @@ class KMeans:
 
     def _starts(self, data: Data):
         if isinstance(self.init, Tensor):
-            yield self._given_centers(data)
+            yield self._given_centers(data, self.init)
             return
         generators = [torch.Generator().manual_seed(self.seed) for _ in range(data.problems)]
         for _ in range(self.n_init):
             yield SEEDINGS[self.init](data, self.n_clusters, generators)
 
-    def _given_centers(self, data: Data) -> Tensor:
+    def _given_centers(self, data: Data, init: Tensor) -> Tensor:
         expected = (data.problems, self.n_clusters, data.d)
-        centers = self.init.detach()[None] if self.init.ndim == 2 else self.init.detach()
+        centers = init.detach()[None] if init.ndim == 2 else init.detach()
         if centers.shape != expected or not centers.is_floating_point():
             wanted = list(expected[1:]) if data.problems == 1 else list(expected)
-            got = f"{self.init.dtype} {list(self.init.shape)}"
+            got = f"{init.dtype} {list(init.shape)}"
             raise ArgumentError(f"init: expected floating-point centres {wanted}, got {got}")
         check_finite("init", centers)
         centers = centers.to(device=data.device, dtype=data.dtype)

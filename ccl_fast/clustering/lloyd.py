@@ -29,11 +29,18 @@ class Solution(NamedTuple):
             return torch.where(better.view(-1, *[1] * (mine.ndim - 1)), theirs, mine)
 
         rechecked = other.rechecked if better.all() else self.rechecked
-        return Solution(*map(choose, self[:4], other[:4]), rechecked)
+        return Solution(*map(choose, self[:4], other[:4]), rechecked=rechecked)
 
 
 def lloyd(
-    data: Data, centers: Tensor, *, max_iter: int, tol: float, variance: Tensor, empty_cluster: str, progress
+    data: Data,
+    centers: Tensor,
+    *,
+    max_iter: int,
+    tol: float,
+    variance: Tensor,
+    empty_cluster: empty_clusters.Policy,
+    progress,
 ) -> Solution:
     """Move the centres [problems, k, d] to the means of their clusters until they rest.
 

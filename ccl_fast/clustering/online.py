@@ -46,6 +46,10 @@ class OnlineClusters(nn.Module):
         ValueError: an argument has the wrong type, shape, dtype, device or value.
     """
 
+    features: Tensor
+    labels: Tensor
+    centers: Tensor
+
     def __init__(self, features: Tensor, labels: Tensor, *, momentum: float = 1.0, min_size: int = 20):
         super().__init__()
         check_matrix("features", features)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from ccl_fast.clustering.data import Data
+if TYPE_CHECKING:
+    from ccl_fast.clustering.data import Data
 
 # k-means++ draws this many candidates at once, at most; at the start as many as there are centres.
 MIN_CANDIDATES, MAX_CANDIDATES = 8, 256

@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from ccl_fast.distributed import Peers
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Random numbers that are drawn at once, for all rows, before those of other processes are thrown away.
 DRAWN = 1 << 20
@@ -27,7 +30,7 @@ def open_shards(process_group: ProcessGroup | str | None) -> Whole | Shards:
 
 def digest(x: Tensor) -> str:
     """Return in words what must be alike where x must be."""
-    entries = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    entries = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
     return f"{x.dtype} {list(x.shape)} with checksum {zlib.crc32(entries):08x}"
 
 
@@ -37,7 +40,7 @@ class Whole:
     wide = False  # whether sums are float64 from their first row
     shows_progress = True
 
-    def __init__(self, total: int | None = None):
+    def __init__(self, total: int = 0):
         self.total = total  # rows of all processes
 
     def together(self) -> contextlib.AbstractContextManager:

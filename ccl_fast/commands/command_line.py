@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import docstring_parser
 import yaml
@@ -98,7 +99,7 @@ def _parser(function: Callable) -> ArgumentParser:
     parser = ArgumentParser(description=_summary(function))
     parser.add_argument("--config", action="config", help="a YAML file with any of the options below.")
     for name, parameter in _parameters(function).items():
-        given = {"help": _help(function, name)}
+        given: dict[str, Any] = {"help": _help(function, name)}
         if isinstance(parameter.default, bool):
             given["action"] = ActionYesNo(no_prefix="no_")
         else:
@@ -137,14 +138,14 @@ def _is_python_only(annotation: object) -> bool:
 def _help(function: Callable, name: str) -> str:
     """Return what a function's docstring, or that of ``train``, says of an argument."""
     for described in (function, train):
-        for parameter in docstring_parser.parse(inspect.getdoc(described)).params:
-            if parameter.arg_name == name:
+        for parameter in docstring_parser.parse(inspect.getdoc(described) or "").params:
+            if parameter.arg_name == name and parameter.description:
                 return parameter.description
     raise AssertionError(f"{name} is not documented")
 
 
 def _summary(function: Callable) -> str:
-    return inspect.getdoc(function).splitlines()[0]
+    return (inspect.getdoc(function) or "").partition("\n")[0]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ccl_fast.commands.run_folder import check_free, clear, default_folder, held, is_empty
@@ -94,7 +94,7 @@ def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise FileExistsError(f"output: expected {expected}, got {str(folder)!r}")
 
 
-def _origins(warmup_from: str | Path | None, seeds: Sequence[int]) -> dict[int, Path | None]:
+def _origins(warmup_from: str | Path | None, seeds: Sequence[int]) -> Mapping[int, Path | None]:
     """Return, by seed, the folders of the runs whose warm-ups are taken over."""
     if warmup_from is None:
         return dict.fromkeys(seeds)
@@ -121,7 +121,9 @@ def _report_of_seed(folder: Path, seed: int, origin: Path | None, options: dict,
     if resume and (folder / "report.json").exists():
         return _finished(folder / "report.json", options)
     started = resume and (folder / CHECKPOINTS / LAST).exists()
-    return train(output=folder, seed=seed, baseline=True, resume=started, warmup_from=origin, **options)
+    report = train(output=folder, seed=seed, baseline=True, resume=started, warmup_from=origin, **options)
+    assert report is not None  # of a single process
+    return report
 
 
 def _finished(path: Path, options: dict) -> dict:
@@ -197,7 +199,8 @@ def _moments(values: list[float]) -> dict:
 def format_comparison(comparison: dict) -> str:
     """Return a line for every detector and kind of OOD sets: AUROC of both objectives, and the gain, with the spread.
 
-    If classes are known, encoder and head have one of the k-NN accuracy."""
+    If classes are known, encoder and head have one of the k-NN accuracy.
+    """
     titles = comparison["titles"]
     theirs, ours = titles.values()
 

@@ -30,6 +30,7 @@ def describe(arguments: dict, sets: ImageSets, evaluations: Mapping[str, Evaluat
         evaluations: by objective.
         device: on which they were made.
     """
+    titles: Mapping[str, str] = {name: objective.title for name, objective in OBJECTIVES.items()}
     classes = sets.train.classes
     report = {
         "arguments": arguments,
@@ -41,7 +42,7 @@ def describe(arguments: dict, sets: ImageSets, evaluations: Mapping[str, Evaluat
         "near": list(sets.near),
         "far": list(sets.far),
         "default": DEFAULT,
-        "titles": {objective: OBJECTIVES[objective].title for objective in evaluations},
+        "titles": {objective: titles[objective] for objective in evaluations},
         "results": {objective: evaluation.metrics for objective, evaluation in evaluations.items()},
     }
     if classes is not None:
@@ -96,7 +97,8 @@ def write_report(
 ) -> None:
     """Write weights and <name>.json, drop an earlier run's other weights, print the table, and draw <name>.html.
 
-    Weights, in ``<objective>.pt``, are state_dicts. No error of the page costs the results: it is a line on stderr."""
+    Weights, in ``<objective>.pt``, are state_dicts. No error of the page costs the results: it is a line on stderr.
+    """
     page = folder / f"{name}.html"
     page.unlink(missing_ok=True)  # an earlier one
     if models:

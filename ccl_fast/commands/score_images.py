@@ -17,7 +17,7 @@ from ccl_fast.data import Images, Split, load_folder
 from ccl_fast.errors import ArgumentError
 from ccl_fast.evaluation import DEFAULT, cluster, make_detectors, threshold
 from ccl_fast.files import write_atomically
-from ccl_fast.models import embed_layers
+from ccl_fast.models import Model, embed_layers
 from ccl_fast.training.processes import check_alone, find_device
 
 COLUMNS = ("image", "score", "outlier", "cluster")
@@ -100,7 +100,7 @@ def score(
 
 
 def _score(
-    model: nn.Module, split: Split, images: Images, detector: str, *, clusters: int, seed: int
+    model: Model, split: Split, images: Images, detector: str, *, clusters: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fit the detector to the training images; return the images' scores, which are outliers, and nearest clusters."""
     level = detector.partition("/")[0]
@@ -120,7 +120,7 @@ def _cell(path: str) -> str:
     return f"./{path}" if path.startswith(FORMULA) else path
 
 
-def _write_table(path: Path, images: Sequence[str], scores: Tensor, is_outlier: Tensor, nearest: Tensor) -> None:
+def _write_table(path: Path, images: Sequence[Path], scores: Tensor, is_outlier: Tensor, nearest: Tensor) -> None:
     """Write a row for every image, most outlying first."""
     rows = io.StringIO()
     writer = csv.writer(rows)

@@ -21,10 +21,10 @@ from ccl_fast.evaluation import evaluate_model
 from ccl_fast.files import write_atomically
 from ccl_fast.training import checkpoint
 from ccl_fast.training.checkpoint import CHECKPOINTS
-from ccl_fast.training.config import Config, check_sizes, fixed_on_resume, takes_fields_of
+from ccl_fast.training.config import Config, as_list, check_sizes, fixed_on_resume, takes_fields_of
 from ccl_fast.training.interruption import Interruption
 from ccl_fast.training.loop import Run
-from ccl_fast.training.objectives import BASELINE, OBJECTIVES
+from ccl_fast.training.objectives import BASELINE, OBJECTIVES, ObjectiveName
 from ccl_fast.training.probe import Probe
 from ccl_fast.training.processes import Processes, alone, launched, launched_size
 from ccl_fast.training.progress import WARM_UP, Progress, advance
@@ -80,13 +80,13 @@ def train(config: Config) -> dict | None:
             with _dropped_without_checkpoint(folder, processes), closing(progress):
                 processes.first(lambda: _write_config(folder, config))
                 _train_stages(plan, warm_up, progress)
-        if not processes.is_first:
+        if sets is None:  # another process than the first
             return None
         fabric = fabric if processes.size == 1 else alone(device, plan.precision)  # the others have left
         return _write_results(config, folder, sets, progress, fabric, start)
 
 
-def _check_shared(objective: str) -> None:
+def _check_shared(objective: ObjectiveName) -> None:
     """Check that several processes can share the objective's batches, if there are several."""
     if launched_size() > 1 and not OBJECTIVES[objective].is_distributed:
         shared = ", ".join(name for name, of in OBJECTIVES.items() if of.is_distributed)
@@ -96,14 +96,12 @@ def _check_shared(objective: str) -> None:
 
 def _read(plan: Config, processes: Processes, device: torch.device) -> tuple[Images, ImageSets | None]:
     """Read the training images; and all sets on the process that will need them, the first."""
-    images = sets = None
+    sets = None
     with processes.together(patient=True):
         if processes.is_first:
             sets = load_image_sets(plan).to(device)
-            images = sets.train
     with processes.together(patient=True):  # afterwards: what is to be downloaded is there
-        if not processes.is_first:
-            images = read_split(replace(plan, download=False)).train.to(device)
+        images = read_split(replace(plan, download=False)).train.to(device) if sets is None else sets.train
     return images, sets
 
 
@@ -112,14 +110,15 @@ def _open_progress(
 ) -> Progress:
     """Return how far the run has come: nowhere, as its checkpoint has it, or to the end of another run's warm-up."""
     state = origin = None
+    given = config.warmup_from
     if config.resume:
         state = processes.first(lambda: checkpoint.load(folder / CHECKPOINTS, config.resume_from), patient=True)
-    elif config.warmup_from is not None:
-        origin = processes.first(lambda: _load_origin(config.warmup_from), patient=True)
-    probe = Probe(config.probe_every, images, sets.test if processes.is_first else None)
+    elif given is not None:
+        origin = processes.first(lambda: _load_origin(given), patient=True)
+    probe = Probe(config.probe_every, images, None if sets is None else sets.test)
     progress = Progress(folder, fixed_on_resume(config.plain()), images, state, processes, probe)
-    if origin is not None:
-        progress.begin_with(origin, config.warmup_from, {WARM_UP, *config.objectives} - {config.objective})
+    if given is not None and origin is not None:
+        progress.begin_with(origin, given, {WARM_UP, *config.objectives} - {config.objective})
     return progress
 
 
@@ -158,7 +157,7 @@ def _dropped_without_checkpoint(folder: Path, processes: Processes) -> Iterator[
 def _train_stages(plan: Config, warm_up: Run, progress: Progress) -> None:
     """Train what is not finished of the warm-up and of every objective."""
     with Interruption() as interruption:
-        advance(warm_up, WARM_UP, plan.warmup_epochs, progress, interruption)
+        advance(warm_up, WARM_UP, plan.warmup_length, progress, interruption)
         for objective in plan.objectives:
             run = Run(replace(plan, objective=objective), warm_up.images, warm_up.fabric, warm_up.processes)
             advance(run, objective, plan.epochs, progress, interruption)
@@ -174,7 +173,7 @@ def _write_results(
         progress.load(run, progress.finished[name])
         models[name] = run.result
         evaluations[name] = evaluate_model(
-            run.result, sets.train, sets.test, sets.near, sets.far, clusters=plan.clusters[0], seed=plan.seed
+            run.result, sets.train, sets.test, sets.near, sets.far, clusters=as_list(plan.clusters)[0], seed=plan.seed
         )
     report = describe(config.plain(), sets, evaluations, fabric.device) | {
         "losses": {name: progress.finished[name]["losses"] for name in models},

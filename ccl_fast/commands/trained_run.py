@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ccl_fast.commands.plain_yaml import read_yaml
 from ccl_fast.commands.run_folder import CONFIG
@@ -14,7 +13,7 @@ from ccl_fast.errors import ArgumentError, first_line
 from ccl_fast.models import Model
 from ccl_fast.training.checkpoint import check_finite, read_tensors
 from ccl_fast.training.config import FIELDS, Config, as_list
-from ccl_fast.training.objectives import OBJECTIVES
+from ccl_fast.training.objectives import OBJECTIVES, ObjectiveName
 
 
 class TrainedRun:
@@ -41,7 +40,9 @@ class TrainedRun:
                 raise ArgumentError(
                     f"{name}: expected the one that the run was trained with, as no file can keep {kept}"
                 )
-        self.objectives = [objective for objective in OBJECTIVES if (self.folder / f"{objective}.pt").exists()]
+        self.objectives: list[ObjectiveName] = [
+            objective for objective in OBJECTIVES if (self.folder / f"{objective}.pt").exists()
+        ]
         if not self.objectives:
             raise ArgumentError(
                 f"run: expected a finished run (with <objective>.pt), got {str(folder)!r}; "
@@ -53,7 +54,7 @@ class TrainedRun:
         """The number of clusters that detectors get: of several the first."""
         return as_list(self.config.clusters)[0]
 
-    def model(self, objective: str, shape: tuple[int, int, int], device: torch.device) -> nn.Module:
+    def model(self, objective: str, shape: tuple[int, int, int], device: torch.device) -> Model:
         """Return the model of an objective, in evaluation mode."""
         model = Model(self.config.backbone, shape, self.config.embedding_dim, stem=self.config.stem)
         path = self.folder / f"{objective}.pt"

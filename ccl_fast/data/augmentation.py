@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ccl_fast.errors import ArgumentError
 
+# Ways to make views; "auto" goes by the images.
+Recipe = Literal["auto", "digits", "simclr", "none"]
 SMALL = 64  # pixels; smaller images are not blurred, as in SimCLR on CIFAR
 
 
@@ -36,7 +38,7 @@ class Views(nn.Module):
         ArgumentError: another recipe.
     """
 
-    def __init__(self, recipe: Literal["auto", "digits", "simclr", "none"], shape: tuple[int, int, int]):
+    def __init__(self, recipe: Recipe, shape: tuple[int, int, int]):
         super().__init__()
         if recipe == "auto":
             recipe = "digits" if shape[0] == 1 else "simclr"
@@ -128,6 +130,11 @@ class _Colors(nn.Module):
         jitter: probability that an image gets all that.
         grey: probability that it loses its colour.
     """
+
+    luma: Tensor
+    onto_luma: Tensor
+    onto_chroma: Tensor
+    turned_chroma: Tensor
 
     def __init__(self, strength: float, hue: float, jitter: float, grey: float):
         super().__init__()

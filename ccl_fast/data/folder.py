@@ -7,6 +7,7 @@ import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -17,12 +18,14 @@ from tqdm import tqdm
 
 from ccl_fast.checks import check_count
 from ccl_fast.data.checks import check_loading, check_shape
-from ccl_fast.data.images import Images
 from ccl_fast.data.loading import load
 from ccl_fast.data.pixels import native_shape, pillow_silenced
 from ccl_fast.data.reading import BATCH, progress_bar, read
 from ccl_fast.data.source import Sampled, Source, reason
 from ccl_fast.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from ccl_fast.data.images import Images
 
 MAX_PIXELS = 90_000_000  # of an image, by default: where Pillow begins to warn
 N_NAMED = 3  # of the files that were skipped
@@ -69,7 +72,8 @@ def load_folder(
     check_shape("shape", shape)
     [source] = open_folders([Path(path)], argument, strict=strict, workers=workers, max_pixels=max_pixels)
     rows = torch.arange(len(source))
-    images, rows = read(source, rows, tuple(shape), workers=workers, memory=memory, verify=not strict)
+    channels, height, width = shape
+    images, rows = read(source, rows, (channels, height, width), workers=workers, memory=memory, verify=not strict)
     report_skipped(source)
     if not len(images):
         raise ArgumentError(f"{argument}: expected images in {path}, got none that can be read; {source.skipped[0]}")
@@ -107,6 +111,8 @@ class FolderSource(Source):
         strict: a file that cannot be read is an error; else it is skipped.
         skipped: why files were skipped so far.
     """
+
+    items: Files
 
     def __init__(
         self,
@@ -173,10 +179,10 @@ def open_folders(
                 f"{argument}: expected images in {folder.absolute()}, got {len(paths)} files that cannot be read; "
                 f"{errors[0]}"
             )
-        kept = [i for i, header in enumerate(headers) if not isinstance(header, Exception)]
+        kept = {i: header for i, header in enumerate(headers) if not isinstance(header, Exception)}
         targets = None if "" in numbers else [numbers[of_one[i]] for i in kept]
         images = Files([paths[i] for i in kept], targets)
-        sources.append(FolderSource(images, [headers[i] for i in kept], argument, strict=strict, skipped=errors))
+        sources.append(FolderSource(images, list(kept.values()), argument, strict=strict, skipped=errors))
     return sources
 
 

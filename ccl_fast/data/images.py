@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ccl_fast.data.loading import Batch, load_images
-from ccl_fast.data.source import Source
+from ccl_fast.data.pixels import shape_of
+
+if TYPE_CHECKING:
+    from ccl_fast.data.source import Source
 
 TRIES = 100  # images that are looked at for one that can be read
 
@@ -78,7 +82,7 @@ class InMemory(Images):
     def __init__(self, pixels: Tensor, classes: Tensor | None = None):
         self.pixels = pixels
         self.classes = classes
-        self.shape = tuple(pixels.shape[1:])
+        self.shape = shape_of(pixels)
         self.device = pixels.device
 
     def __len__(self) -> int:

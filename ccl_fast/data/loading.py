@@ -6,24 +6,29 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import active_children
 from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ccl_fast.data.pixels import fit
-from ccl_fast.data.source import Source
 from ccl_fast.errors import ArgumentError, ReaderError, first_line
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
+    from ccl_fast.data.source import Source
 
 # Seconds in which a process must have read a batch.
 TIMEOUT = 600
 
 
 class Batch(NamedTuple):
-    """What could be read of a batch: its rows and classes, pixels uint8 [b, c, h, w], and where in the batch they were
-    asked for, in order; and why the others could not, in order."""
+    """What could be read of a batch, and why the rest could not, in order.
+
+    Of what could: rows and classes, pixels uint8 [b, c, h, w], and where in the batch they were asked for.
+    """
 
     rows: list[int]
     pixels: Tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import string
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,8 +15,10 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from ccl_fast.data.images import Images, InMemory
-from ccl_fast.data.split import Split
 from ccl_fast.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from ccl_fast.data.split import Split
 
 MOST = 2000
 CHUNK = 100  # images at a time, for they are made in float32

@@ -5,20 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch.utils.data import Dataset
 
 from ccl_fast.checks import check_count
 from ccl_fast.data.checks import check_loading
 from ccl_fast.data.folder import MAX_PIXELS, report_skipped
-from ccl_fast.data.images import Images
 from ccl_fast.data.made import made_names, make
 from ccl_fast.data.named import folded, names
 from ccl_fast.data.opening import is_folder, open_test
 from ccl_fast.data.reading import limited, read
-from ccl_fast.data.split import Split
 from ccl_fast.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
+    from ccl_fast.data.images import Images
+    from ccl_fast.data.split import Split
 
 HELD_OUT = "held-out"
 

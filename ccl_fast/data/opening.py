@@ -6,14 +6,15 @@ import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-from torch.utils.data import Dataset
+from typing import TYPE_CHECKING, NamedTuple
 
 from ccl_fast.data.folder import open_folders, split_folders
 from ccl_fast.data.named import DIGITS, folded, names, open_named
 from ccl_fast.data.source import Source
 from ccl_fast.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
 
 # Of the digits some are held out unless it is said otherwise: without a download there is nothing else so near.
 DIGITS_IN_CLASSES = (0, 1, 2, 3, 4, 5)
@@ -54,6 +55,7 @@ def open_parts(
     place = _place(data, argument)
     if isinstance(place, str):
         train, test = (open_named(place, p, argument, root=root, download=download) for p in ("train", "test"))
+        assert train is not None  # every set has a part to train on
         return Opened(place, train, test, DIGITS_IN_CLASSES if place == DIGITS else None)
     if isinstance(place, Path):
         train, *test = open_folders(

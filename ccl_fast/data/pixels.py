@@ -52,6 +52,12 @@ def to_pixels(image) -> Tensor:
     return _bytes(image[:3])
 
 
+def shape_of(pixels: Tensor) -> tuple[int, int, int]:
+    """(c, h, w) of pixels [..., c, h, w]."""
+    channels, height, width = pixels.shape[-3:]
+    return channels, height, width
+
+
 def fit(pixels: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """Pixels [c, h, w] brought to a shape: grey or RGB, shorter side resized, centre cropped. uint8 as they are."""
     channels, height, width = shape

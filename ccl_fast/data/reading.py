@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from tqdm import tqdm
 
 from ccl_fast.data.images import Images, InMemory, OnDemand
 from ccl_fast.data.loading import Batch, load, load_images
-from ccl_fast.data.source import Source
+
+if TYPE_CHECKING:
+    from ccl_fast.data.source import Source
 
 BATCH = 64
 SLOW = 10_000  # images; from here on a terminal shows the progress

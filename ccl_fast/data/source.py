@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from ccl_fast.data.pixels import to_pixels
+from ccl_fast.data.pixels import shape_of, to_pixels
 from ccl_fast.errors import ArgumentError
 
 ITEMS = "PIL images, numpy arrays HWC or tensors CHW (uint8, or floating point in [0, 1]), alone or before a class"
@@ -45,9 +45,9 @@ class Source(Dataset):
             raise ArgumentError(
                 f"{argument}: expected a map-style data set, with __getitem__ and __len__, got {type(items).__name__}"
             )
-        if not len(items):
+        self.items: Any = items  # anybody's
+        if not len(self.items):
             raise ArgumentError(f"{argument}: expected a data set with images, got an empty one")
-        self.items = items
         self.argument = argument
         self.skipped: list[Exception] = []
 
@@ -97,7 +97,7 @@ class Source(Dataset):
     def sample(self) -> list[Sampled]:
         """Items spread over the whole set, the first one among them."""
         rows = torch.linspace(0, len(self) - 1, min(len(self), N_SAMPLED), dtype=torch.float64).long()
-        return [Sampled(i, tuple(pixels.shape), c) for i, (pixels, c) in ((i, self[i]) for i in rows.tolist())]
+        return [Sampled(i, shape_of(pixels), c) for i, (pixels, c) in ((i, self[i]) for i in rows.tolist())]
 
 
 def class_of(label) -> int | None:

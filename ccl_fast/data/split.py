@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ccl_fast.checks import check_count, check_fraction
 from ccl_fast.data.checks import check_in_classes, check_loading
 from ccl_fast.data.folder import MAX_PIXELS, report_skipped
-from ccl_fast.data.images import Images
 from ccl_fast.data.opening import Opened, open_parts
 from ccl_fast.data.reading import limited, read, read_classes
-from ccl_fast.data.source import Source
 from ccl_fast.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
+    from ccl_fast.data.images import Images
+    from ccl_fast.data.source import Source
 
 DEFAULT_SIZE = 224
 SMALL_SHARE = 10  # images of a class to test on; from here on rounding leaves it its share
@@ -140,6 +143,7 @@ def _parts(
     test_classes = read_classes(test, workers=workers)
     if test_classes is None:
         raise ArgumentError(f"in_classes: expected None for data without classes to test on, got {in_classes!r}")
+    assert in_classes is not None and classes is not None
     chosen = torch.tensor(in_classes)
     in_test = torch.isin(test_classes, chosen)
     return [
@@ -154,15 +158,14 @@ def _split(
     """Rows to train on, to test on (their share of every class), and of the other classes."""
     if classes is None:
         classes = torch.zeros(n, dtype=torch.int64)
-    if in_classes is None:
-        in_classes = classes.unique().tolist()
+    chosen: Sequence[int] = classes.unique().tolist() if in_classes is None else in_classes
     generator = torch.Generator().manual_seed(seed)
-    of_classes = [(classes == c).nonzero()[:, 0] for c in in_classes]
+    of_classes = [(classes == c).nonzero()[:, 0] for c in chosen]
     of_classes = [rows[torch.randperm(len(rows), generator=generator)] for rows in of_classes]
     n_test = _shares([len(rows) for rows in of_classes], test_fraction, generator)
     train = torch.cat([rows[n:] for rows, n in zip(of_classes, n_test, strict=True)])
     test = torch.cat([rows[:n] for rows, n in zip(of_classes, n_test, strict=True)])
-    held_out = ~torch.isin(classes, torch.tensor(in_classes))
+    held_out = ~torch.isin(classes, torch.tensor(chosen))
     return train, test, held_out.nonzero()[:, 0]
 
 

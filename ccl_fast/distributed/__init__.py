@@ -3,9 +3,10 @@
 from ccl_fast.distributed.peers import (
     EXCHANGES,
     Block,
+    ExchangeWay,
     Peers,
     check_process_group,
     outside_of_graphs,
 )
 
-__all__ = ["EXCHANGES", "Block", "Peers", "check_process_group", "outside_of_graphs"]
+__all__ = ["EXCHANGES", "Block", "ExchangeWay", "Peers", "check_process_group", "outside_of_graphs"]

@@ -10,7 +10,7 @@ import contextlib
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -22,8 +22,9 @@ from ccl_fast.errors import ArgumentError, PeerError
 
 # What talks to other processes, torch.compile leaves as it is: its graphs end before. (As torch.compiler.disable, which
 # would import the compiler together with this package.)
-outside_of_graphs = torch._disable_dynamo
-EXCHANGES = ("all-gather", "ring")
+outside_of_graphs = torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage] - see above
+ExchangeWay = Literal["all-gather", "ring"]
+EXCHANGES: tuple[ExchangeWay, ...] = get_args(ExchangeWay)
 WORLD = "world"
 
 
@@ -49,13 +50,15 @@ class Peers:
         check_process_group(group)
         if not (dist.is_available() and dist.is_initialized()):
             raise ArgumentError("process_group: expected torch.distributed.init_process_group to have been called")
-        self.group = dist.group.WORLD if group == WORLD else group
+        found = dist.group.WORLD if isinstance(group, str) else group
+        assert found is not None
+        self.group: ProcessGroup = found
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         if self.rank < 0:
             raise ArgumentError("process_group: expected a group that this process belongs to, got another one")
         # Numbers for the host travel on the host if the group can: a GPU's queue need not run dry for them.
         backends = dist.get_backend_config(self.group)
-        self._host = torch.device("cpu" if "cpu:" in backends else torch.accelerator.current_accelerator())
+        self._host = torch.device("cpu" if "cpu:" in backends else torch.accelerator.current_accelerator() or "cpu")
 
     def agree(self, rows: int, error: Exception | None = None, **alike) -> list[int]:
         """The number of rows of every process; and what is ``alike`` must be so everywhere.
@@ -296,6 +299,7 @@ class RingOfRows:
         def blocks() -> Iterator[Block]:
             finish = pending
             for step in range(1, steps + 1):
+                assert finish is not None
                 passed = finish()
                 if step < steps:
                     finish = self._pass_on(passed, step + 1)
@@ -332,6 +336,7 @@ class RingOfRows:
 
 
 def check_process_group(group) -> None:
+    """Check that a group is one of torch.distributed, or "world"."""
     if not (group == WORLD or isinstance(group, ProcessGroup)):
         got = repr(group) if isinstance(group, str) else type(group).__name__
         raise ArgumentError(f'process_group: expected a torch.distributed process group, "world" or None, got {got}')

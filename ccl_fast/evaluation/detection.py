@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ccl_fast.clustering import KMeans
-from ccl_fast.data import Images
 from ccl_fast.evaluation.knn import knn_accuracy
 from ccl_fast.models import Model, embed_layers
 from ccl_fast.ood import Columns, CosineNorm, Ensemble, Mahalanobis, NearestCenter, NearestNeighbor, ood_metrics
-from ccl_fast.ood.detector import FeatureDetector
+
+if TYPE_CHECKING:
+    from ccl_fast.data import Images
+    from ccl_fast.ood.detector import FeatureDetector
 
 # The detector to quote; the pictures show its scores.
 DEFAULT = "layers/ensemble"
@@ -146,7 +149,7 @@ def evaluate_model(
     )
 
 
-def _metrics(scores: dict[str, Tensor], near: Sequence[str], far: Sequence[str]) -> dict[str, dict[str, float]]:
+def _metrics(scores: dict[str, Tensor], near: Collection[str], far: Collection[str]) -> dict[str, dict[str, float]]:
     by_set = {}
     for name in (*near, *far):
         is_ood = torch.arange(len(scores["test"]) + len(scores[name])) >= len(scores["test"])

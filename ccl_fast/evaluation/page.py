@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from jinja2 import Environment, StrictUndefined
@@ -17,14 +17,18 @@ from markupsafe import Markup
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ccl_fast.data import Images
 from ccl_fast.evaluation import pictures
 from ccl_fast.evaluation.detection import GROUPS, Evaluation
 from ccl_fast.evaluation.pictures import OodSet
 from ccl_fast.files import write_atomically
 
+if TYPE_CHECKING:
+    from ccl_fast.data import Images
+
 
 class Metric(NamedTuple):
+    """How a metric is named, and how it is read."""
+
     name: str
     title: str
     positive: str
@@ -72,7 +76,7 @@ def write_page(path: Path, report: dict, evaluations: Mapping[str, Evaluation], 
         OSError: it could not be written.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files(__package__).joinpath("page.html").read_text("utf-8"))
+    template = environment.from_string(files("ccl_fast.evaluation").joinpath("page.html").read_text("utf-8"))
     page = template.render(_content(report, evaluations, images)).encode(errors="replace")
     write_atomically(path, lambda file: file.write(page))
 
@@ -205,7 +209,7 @@ def _overview(report: dict, objectives: Sequence[str], group: str) -> dict:
         objective: {detector: by_set[group]["auroc"] for detector, by_set in report["results"][objective].items()}
         for objective in objectives
     }
-    best = {objective: max(of_objective, key=of_objective.get) for objective, of_objective in values.items()}
+    best = {objective: max(of_objective, key=of_objective.__getitem__) for objective, of_objective in values.items()}
     titles, colors = report["titles"], _colors(objectives)
     words = ", ".join(
         f"{titles[o]} {values[o][report['default']]:.3f}, at best {values[o][best[o]]:.3f}" for o in objectives

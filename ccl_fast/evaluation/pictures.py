@@ -16,12 +16,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Outline
@@ -29,6 +28,9 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # name: (on a light page, on a dark one). Any two of c0 to c7 differ to the colour-blind too, and all from the page.
 COLORS = {
@@ -56,7 +58,7 @@ WIDTH = 480  # of a picture; the page shows it as wide as there is room
 MAX_LABELLED = 30  # clusters
 MAX_DRAWN = 500  # clusters, each with a colour, a bar and a ring of its own
 ACCEPTED = 95  # percent of the test images that the threshold accepts
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "ccl_fast",
     "font.size": 12.5,
@@ -132,7 +134,7 @@ class ScoreAxis(NamedTuple):
 
     def ticks(self) -> list[float]:
         if not self.is_log:
-            ticks = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(self.low, self.high)
+            ticks = np.asarray(MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(self.low, self.high))
             return [tick for tick in ticks.tolist() if self.low <= tick <= self.high]
         decades = math.log10(self.high / self.low)
         first = math.floor(math.log10(self.low))
@@ -225,7 +227,7 @@ def detectors(values: Mapping[str, Mapping[str, float]], default: str, alt: str)
     low = min(min(v) for v in of_name)
     panel.set(xlim=(max(0, math.floor(low * 20 - 0.2) / 20), 1), ylim=(len(names) - 0.5, -0.5), xlabel="AUROC")
     panel.set_yticks(rows, [_UNDRAWN] * len(names), color=LIGHT["ink"])
-    panel.get_yticklabels()[names.index(default)].set_weight("bold")
+    panel.get_yticklabels()[names.index(default)].set_fontweight("bold")
     panel.tick_params(length=0)
     panel.grid(axis="y", visible=False)
     panel.spines["left"].set_visible(False)
@@ -251,7 +253,7 @@ def cluster_sizes(sizes: Tensor, colors: Sequence[str], alt: str) -> str:
     """Draw the sizes of clusters, the largest first, in the colours of the map if there are few enough."""
     figure = _figure(210)
     panel = _axes(figure, 52, 10, WIDTH - 62, 152)
-    order = sizes.argsort(descending=True, stable=True).tolist()
+    order: list[int] = sizes.argsort(descending=True, stable=True).tolist()
     hues = [LIGHT[colors[number]] for number in order]
     if len(order) <= MAX_DRAWN:
         panel.bar(range(len(order)), sizes[order].tolist(), 0.8, color=hues, alpha=0.85)
@@ -284,8 +286,10 @@ class Points:
 def sample(
     train: Tensor, ids: Tensor, centers: Tensor, near: Sequence[Tensor], far: Sequence[Tensor], seed: int = 0
 ) -> Points:
-    """Take 1,000 training images, 120 images of near and 120 of far sets, so that t-SNE takes seconds; and the centres
-    that have images, of more than ``MAX_DRAWN`` those that have most."""
+    """Take 1,000 training images, 120 images of near and 120 of far sets, so that t-SNE takes seconds.
+
+    And the centres that have images, of more than ``MAX_DRAWN`` those that have most.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def some(x: Tensor, n: int) -> Tensor:
@@ -316,7 +320,12 @@ def plane(x: Tensor) -> np.ndarray:
     start = (start / (start.std(0).max() or 1)).astype(np.float32)
     if len(x) < 4:
         return start
-    tsne = TSNE(perplexity=min(30, (len(x) - 1) / 3), init=1e-4 * start, max_iter=500, random_state=0)
+    tsne = TSNE(
+        perplexity=min(30, (len(x) - 1) / 3),
+        init=1e-4 * start,  # pyright: ignore[reportArgumentType] - inferred from the default, which is a name
+        max_iter=500,
+        random_state=0,
+    )
     with threadpool_limits(1):  # sums of several threads come in any order
         return tsne.fit_transform(x.float().numpy())
 
@@ -340,7 +349,7 @@ def cluster_map(points: Points, colors: Sequence[str], alt: str) -> str:
         _draw(panel, train[of_train == color], [(0, 0), (0.01, 0)], LIGHT[color], 4.2, 0.55)
     _draw(panel, near, [(-2.4, -2.4), (2.4, 2.4), (-2.4, 2.4), (2.4, -2.4)], LIGHT["ink"], 1.2, 0.9)
     _draw(panel, far, [(-3, 0), (3, 0), (0, -3), (0, 3)], LIGHT["ink"], 1.2, 0.9)
-    numbers = points.numbers.tolist()
+    numbers: list[int] = points.numbers.tolist()
     is_few = len(numbers) <= MAX_LABELLED
     for number, (x, y) in zip(numbers, centers.tolist(), strict=True):
         panel.plot(x, y, "o", color=LIGHT["paper"], mec=LIGHT[colors[number]], mew=1.8, ms=17 if is_few else 6)

@@ -39,12 +39,22 @@ def obstacles(device: torch.device, dtype: torch.dtype) -> list[str]:
     return reasons
 
 
+def compiled() -> ModuleType:
+    """The extension, where there are no `obstacles`."""
+    if module is None:
+        raise RuntimeError(missing)
+    return module
+
+
 def dtype_code(dtype: torch.dtype) -> int:
-    return {torch.float32: module.FLOAT32, torch.float16: module.FLOAT16, torch.bfloat16: module.BFLOAT16}[dtype]
+    """The extension's number of a dtype."""
+    names = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
+    return getattr(compiled(), names[dtype])
 
 
 def metric_code(metric: str) -> int:
-    return module.COSINE if metric == "cosine" else module.EUCLIDEAN
+    """The extension's number of a metric."""
+    return compiled().COSINE if metric == "cosine" else compiled().EUCLIDEAN
 
 
 def address(x: Tensor | None) -> int:

@@ -22,8 +22,11 @@ class Launch(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """Serves D padded to at most `limit`. The base launch fits the 99 KB of shared memory that a block has on sm_86,
-    sm_89 and sm_120; an architecture with more room, or another way to multiply, may have a launch of its own."""
+    """Serves D padded to at most `limit`.
+
+    The base launch fits the 99 KB of shared memory that a block has on sm_86, sm_89 and sm_120; an architecture with
+    more room, or another way to multiply, may have a launch of its own.
+    """
 
     limit: int
     base: Launch
@@ -108,13 +111,21 @@ def _architecture(index: int | None) -> int:
     return by_major.get(major, 86)
 
 
-def launch(kernel: str, dtype: torch.dtype, d: int, ids: bool, device: torch.device) -> Launch | None:
-    """The launch of a kernel for a dtype, D, and whether there are ids; None if the kernel does not take that D."""
-    return launch_on(architecture_of(device), kernel, dtype.itemsize, d, ids)
+def launch(kernel: str, dtype: torch.dtype, d: int, ids: bool, device: torch.device) -> Launch:
+    """The launch of a kernel for a dtype, D, and whether there are ids. The kernel must take that D."""
+    found = launch_on(architecture_of(device), kernel, dtype.itemsize, d, ids)
+    if found is None:
+        raise LookupError(f"{kernel} is not for D = {d} of {dtype}")
+    return found
+
+
+def takes(kernel: str, dtype: torch.dtype, d: int, ids: bool, device: torch.device) -> bool:
+    """Tell whether a kernel takes that D."""
+    return launch_on(architecture_of(device), kernel, dtype.itemsize, d, ids) is not None
 
 
 def launch_on(architecture: int, kernel: str, element_size: int, d: int, ids: bool) -> Launch | None:
-    """The same for one of `ARCHITECTURES`."""
+    """The same for one of `ARCHITECTURES`; None if the kernel does not take that D."""
     padded = max(16, 1 << (d - 1).bit_length())
     for entry in TABLE[kernel, element_size, ids]:
         if padded <= entry.limit:

@@ -53,7 +53,8 @@ class AdaMEOWLoss(MEOWLoss):
     unsupported = ("process_group", "exchange")
 
     def forward(self, queries: Tensor, cluster_ids: Tensor, *, weights: Tensor, keys: Tensor | None = None) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             queries: ``[n, d]``, or ``[n, 2, d]`` (two views) without ``keys``; float64, float32, bfloat16, float16.
             cluster_ids: ``[n]``, integers, from 0 to k - 1, or -1: unassigned, of weight 1 with all samples.
@@ -79,8 +80,15 @@ class AdaMEOWLoss(MEOWLoss):
             ids, of_sample = cluster_ids.long().repeat(views), samples.repeat(views)
             logits = row_dot(anchors, positives) * scale
             anchors, keys = self._with_weights(anchors, anchors if keys is None else keys, ids, weights)
-            among = {"q_ids": of_sample, "k_ids": of_sample, "candidates": "other_id"}
-            negatives = streaming_logsumexp(anchors, keys, scale=scale, backend=self.backend, **among)
+            negatives = streaming_logsumexp(
+                anchors,
+                keys,
+                scale=scale,
+                q_ids=of_sample,
+                k_ids=of_sample,
+                candidates="other_id",
+                backend=self.backend,
+            )
             return logaddexp(negatives, logits) - logits
 
         return self.reduce(self.both_directions(queries, keys, losses, self.symmetric))
@@ -138,7 +146,8 @@ class PairWeights(nn.Module):
         self.second = nn.Linear(hidden, 1)
 
     def forward(self, centers: Tensor, key_centers: Tensor | None = None) -> Tensor:
-        """
+        """Return the weights.
+
         Args:
             centers: ``[k, d]``, of the anchors' clusters.
             key_centers: ``[k, d]``, of the negatives' (in the other view, say); None for the same.

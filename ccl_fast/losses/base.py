@@ -3,24 +3,25 @@
 import inspect
 import math
 from collections.abc import Callable
-from typing import TypedDict
+from typing import Literal, TypedDict, get_args, overload
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ccl_fast.checks import check_choice, check_positive
-from ccl_fast.distributed import EXCHANGES, check_process_group
+from ccl_fast.checks import Candidates, check_choice, check_positive
+from ccl_fast.distributed import EXCHANGES, ExchangeWay, check_process_group
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses import processes
 from ccl_fast.losses.batch import Batch, check_batch, product_dtype
 from ccl_fast.ops import streaming_logsumexp
-from ccl_fast.ops.backends import check_backend
+from ccl_fast.ops.backends import ContrastBackend, check_backend
 from ccl_fast.ops.ids import separate_unassigned
 from ccl_fast.ops.logsumexp.distributed import Exchange
 from ccl_fast.ops.normalize import normalize_embeddings
 
-REDUCTIONS = ("mean", "sum", "none")
+Reduction = Literal["mean", "sum", "none"]
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 
 class CommonOptions(TypedDict, total=False):
@@ -28,10 +29,10 @@ class CommonOptions(TypedDict, total=False):
 
     learnable_temperature: bool
     normalize: bool
-    reduction: str
-    backend: str
+    reduction: Reduction
+    backend: ContrastBackend
     process_group: ProcessGroup | str | None
-    exchange: str
+    exchange: ExchangeWay
 
 
 class Loss(nn.Module):
@@ -81,10 +82,10 @@ class Loss(nn.Module):
         *,
         learnable_temperature: bool = False,
         normalize: bool = True,
-        reduction: str = "mean",
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        backend: ContrastBackend = "auto",
         process_group: ProcessGroup | str | None = None,
-        exchange: str = "all-gather",
+        exchange: ExchangeWay = "all-gather",
     ):
         super().__init__()
         given = {
@@ -104,8 +105,11 @@ class Loss(nn.Module):
         check_choice("exchange", exchange, EXCHANGES)
         if process_group is not None:
             check_process_group(process_group)
-        self.normalize, self.reduction, self.backend = normalize, reduction, backend
-        self.process_group, self.exchange = process_group, exchange
+        self.normalize = normalize
+        self.reduction: Reduction = reduction
+        self.backend: ContrastBackend = backend
+        self.process_group = process_group
+        self.exchange: ExchangeWay = exchange
         self._temperature = temperature
         if learnable_temperature:
             # Its logarithm is learned: it stays positive whatever the optimiser does.
@@ -201,8 +205,10 @@ class Loss(nn.Module):
     def join_processes(
         self, check: Callable[[], tuple[int, int]], rows: dict, same: Callable[[], dict] = dict
     ) -> tuple[int, Exchange | None, int]:
-        """Check the arguments of `forward`, and join the other processes: how many samples are here, how rows travel
-        (None: there are no others), and the number of the first sample among those of all processes.
+        """Check the arguments of `forward`, and join the other processes.
+
+        Returns how many samples are here, how rows travel (None: there are no others), and the number of the first
+        sample among those of all processes.
 
         Args:
             check: of this process's arguments; it returns the number of samples, and of rows of each.
@@ -216,6 +222,15 @@ class Loss(nn.Module):
         if self.process_group is None:
             return check()[0], None, 0
         return processes.join(self, check, rows, same)
+
+    @overload
+    def shared(self, x: Tensor, exchange: Exchange | None) -> Tensor: ...
+
+    @overload
+    def shared(self, x: float | Tensor, exchange: Exchange | None) -> float | Tensor: ...
+
+    @overload
+    def shared(self, x: float | Tensor | None, exchange: Exchange | None) -> float | Tensor | None: ...
 
     def shared(self, x: float | Tensor | None, exchange: Exchange | None) -> float | Tensor | None:
         """A parameter that is used in all rows of the batch: each process has the whole of its gradient."""
@@ -233,7 +248,7 @@ class Loss(nn.Module):
     # ---- sums over rows ----
 
     def logsumexp_over_rows(
-        self, z: Tensor, ids: Tensor | None, candidates: str, scale: float | Tensor, exchange: Exchange | None
+        self, z: Tensor, ids: Tensor | None, candidates: Candidates, scale: float | Tensor, exchange: Exchange | None
     ) -> Tensor:
         """Log-sum-exp of every row over those other rows, of all processes, that are ``candidates`` by ids."""
         if exchange is None:
@@ -245,12 +260,14 @@ class Loss(nn.Module):
         anchors: Tensor,
         keys: Tensor | None,
         sample_ids: Tensor,
-        candidates: str,
+        candidates: Candidates,
         scale: float | Tensor,
         exchange: Exchange | None,
     ) -> Tensor:
-        """Log-sum-exp of every anchor over those keys that are ``candidates`` by the samples' ids ``[n]``; without
-        keys, of both views of every sample over the other rows, as `both_directions` has them."""
+        """Log-sum-exp of every anchor over those keys that are ``candidates`` by the samples' ids ``[n]``.
+
+        Without keys, of both views of every sample over the other rows, as `both_directions` has them.
+        """
         if keys is None:
             return self.logsumexp_over_rows(anchors, sample_ids.repeat(2), candidates, scale, exchange)
         return streaming_logsumexp(

@@ -6,7 +6,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_floating, check_matrix, check_positive, check_same, check_tensor, check_vector
+from ccl_fast.checks import (
+    assert_on_device,
+    check_floating,
+    check_matrix,
+    check_positive,
+    check_same,
+    check_tensor,
+    check_vector,
+)
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.logsumexp.distributed import Exchange
 
@@ -82,6 +90,7 @@ def check_centers(
 
 
 def check_center_temperature(value: float | Tensor | None, name: str = "center_temperature") -> None:
+    """Check a temperature of the centres: positive, of all, or ``[k]`` of each of them."""
     if isinstance(value, Tensor):
         if not value.is_floating_point() or value.ndim > 1:
             raise ArgumentError(f"{name}: expected floating point of shape [k], got {value.dtype} {list(value.shape)}")
@@ -108,6 +117,7 @@ def check_queries(
             raise ArgumentError(f"queries: expected shape [n, 2, d] without keys, got {got}")
     else:
         check_tensor("keys", keys)
+        assert keys is not None
         check_matrix("queries", queries)
         check_matrix("keys", keys, columns=queries.shape[1])
         check_same("keys", keys, "queries", queries)
@@ -116,11 +126,13 @@ def check_queries(
     check_floating("queries", queries)
     if negatives is not None or "negatives" in required:
         check_matrix("negatives", negatives, columns=queries.shape[-1])
+        assert negatives is not None
         check_same("negatives", negatives, "queries", queries)
     return len(queries), 2
 
 
 def check_some(name: str, x: Tensor) -> None:
+    """Check that there is a row."""
     if len(x) == 0:
         raise ArgumentError(f"{name}: expected at least one row, got none")
 
@@ -145,7 +157,7 @@ def check_id_range(name: str, ids: Tensor, number: int | None, of: str = "center
     ids = ids.long()
     if torch.compiler.is_compiling() or ids.device.type != "cpu":
         inside = ids >= -1 if number is None else (ids >= -1) & (ids < number)
-        torch._assert_async(inside.all(), f"{name}: expected ids {expected}")
+        assert_on_device(inside.all(), f"{name}: expected ids {expected}")
     elif ids.numel():
         low, high = (int(x) for x in ids.aminmax())
         if low < -1 or (number is not None and high >= number):

@@ -72,7 +72,8 @@ class CACRLoss(Loss):
         self.t_positive, self.t_negative = t_positive, t_negative
 
     def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             embeddings: ``[n, views, d]``, or ``[n, d]`` with labels; float64, float32, bfloat16, float16.
             labels: ``[n]``, integers: the positives are the rows of the class, and the negatives those of other

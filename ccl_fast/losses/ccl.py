@@ -1,6 +1,6 @@
 """Cluster-aware contrastive learning."""
 
-from typing import Unpack
+from typing import Literal, NamedTuple, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,11 @@ from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import Batch, check_center_temperature
 from ccl_fast.losses.centers import center_logits
 from ccl_fast.ops import logaddexp, row_dot, same_id_similarity, streaming_logsumexp
+from ccl_fast.ops.backends import ContrastBackend
 from ccl_fast.ops.precision import accumulation_dtype
 
-FORMS = ("joint", "split", "inside")
+Form = Literal["joint", "split", "inside"]
+FORMS: tuple[Form, ...] = get_args(Form)
 
 
 class CCLLoss(Loss):
@@ -74,13 +76,14 @@ class CCLLoss(Loss):
     """
 
     _ids_name = "cluster_ids"
+    center_temperature: float | Tensor | None
 
     def __init__(
         self,
         temperature: float = 0.1,
         *,
         center_weight: float = 1.0,
-        form: str = "joint",
+        form: Form = "joint",
         center_temperature: float | Tensor | None = None,
         instance_weight: float = 0.0,
         **common: Unpack[CommonOptions],
@@ -104,7 +107,8 @@ class CCLLoss(Loss):
         *,
         center_temperature: float | Tensor | None = None,
     ) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             embeddings: ``[n, d]`` (one row per view) or ``[n, views, d]``; float64, float32, bfloat16, float16.
             cluster_ids: ``[n]``, integers. -1 is unassigned: its only positives are its own views (it has
@@ -128,31 +132,33 @@ class CCLLoss(Loss):
         if centers is not None and centers.shape[0] == 0:  # before the first clustering: all unassigned
             centers = None
         scale = 1.0 / self.shared(self.temperature, batch.exchange)
+        to_centers = None
         if centers is not None:
-            center_logsumexp, own_center = center_logits(self, batch, centers, center_temperature, scale)
+            logsumexp, own = center_logits(self, batch, centers, center_temperature, scale)
             # An unassigned anchor has no centre of its own, but all centres are negatives of it.
-            weight = self.center_weight * batch.assigned.to(own_center.dtype)
+            to_centers = _ToCenters(logsumexp, own, self.center_weight * batch.assigned.to(own.dtype))
 
         inside = self.form == "inside"
         others, positives, count = logsumexp_with_positives(batch, scale, inside=inside, backend=self.backend)
         candidates = others
-        if centers is not None and self.form != "split":
-            candidates = logaddexp(others, center_logsumexp)
-        if inside:
-            if centers is not None:
-                positives = logaddexp(positives, own_center + weight.log())
+        if to_centers is not None and self.form != "split":
+            candidates = logaddexp(others, to_centers.logsumexp)
+        if count is None:
+            if to_centers is not None:
+                positives = logaddexp(positives, to_centers.own + to_centers.weight.log())
             has_positive = positives != -torch.inf
             losses = candidates.masked_fill(~has_positive, 0.0) - positives.masked_fill(~has_positive, 0.0)
         else:
-            if centers is None:
+            if to_centers is None:
                 losses = others - positives / count.clamp(min=1)
             elif self.form == "joint":
-                count = count + weight
-                losses = candidates - (positives + weight * own_center) / torch.where(count > 0, count, 1.0)
+                count = count + to_centers.weight
+                positives = positives + to_centers.weight * to_centers.own
+                losses = candidates - positives / torch.where(count > 0, count, 1.0)
             else:
                 local = (others - positives / count.clamp(min=1)).masked_fill(count == 0, 0.0)
-                losses = local + weight * (center_logsumexp - own_center)
-                count = count + weight
+                losses = local + to_centers.weight * (to_centers.logsumexp - to_centers.own)
+                count = count + to_centers.weight
             has_positive = count > 0
         if self.instance_weight:
             instance = others - _mean_of_own_views(batch) * scale
@@ -165,11 +171,21 @@ class CCLLoss(Loss):
             raise ArgumentError(f"embeddings: expected {expected}, got {list(embeddings.shape)}")
 
 
+class _ToCenters(NamedTuple):
+    """A row's log-sum-exp over the centres, the logit of its own centre, and the weight of that as a positive."""
+
+    logsumexp: Tensor
+    own: Tensor
+    weight: Tensor
+
+
 def logsumexp_with_positives(
-    batch: Batch, scale: float | Tensor, *, inside: bool, backend: str
+    batch: Batch, scale: float | Tensor, *, inside: bool, backend: ContrastBackend
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of every row, over all other rows: log-sum-exp of the logits, and what the positives bring, which is their
-    log-sum-exp (``inside`` the logarithm), or else the sum of their logits; then their number comes third."""
+    """Of every row, over all other rows: log-sum-exp of the logits, and what the positives bring.
+
+    That is their log-sum-exp (``inside`` the logarithm), or else the sum of their logits; then their number is third.
+    """
     if batch.exchange is not None:
         return processes.logsumexp_with_positives(batch, scale, inside, backend)
     if inside:

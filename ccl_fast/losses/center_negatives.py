@@ -35,7 +35,8 @@ class CenterNegativesLoss(Loss):
     """
 
     def forward(self, embeddings: Tensor, cluster_ids: Tensor, centers: Tensor) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             embeddings: ``[n, 2, d]``; float64, float32, bfloat16 or float16.
             cluster_ids: ``[n]``, integers, rows of the centres; -1 is unassigned, held against all centres.
@@ -59,8 +60,15 @@ class CenterNegativesLoss(Loss):
         among_rows = self.logsumexp_over_rows(z, None, "all", scale, batch.exchange)
         keys = self.unit(centers.detach().to(torch.promote_types(centers.dtype, torch.float32))).to(z.dtype)
         number = torch.arange(len(keys), device=keys.device)
-        among = {"q_ids": batch.ids.to(number.dtype), "k_ids": number, "candidates": "other_id"}
-        among_centers = streaming_logsumexp(z, keys, scale=scale, backend=self.backend, **among)
+        among_centers = streaming_logsumexp(
+            z,
+            keys,
+            scale=scale,
+            q_ids=batch.ids.to(number.dtype),
+            k_ids=number,
+            candidates="other_id",
+            backend=self.backend,
+        )
         positive = row_dot(rows[:, 0], rows[:, 1]).repeat_interleave(2) * scale
         losses = logaddexp(among_rows, among_centers) - positive
         return self.reduce(losses, shape=batch.shape, exchange=batch.exchange)

@@ -41,7 +41,8 @@ class DeepClusterV2Loss(Loss):
     unsupported = ("exchange",)
 
     def forward(self, embeddings: Tensor, cluster_ids: Sequence[Tensor], centers: Sequence[Tensor]) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             embeddings: ``[n, d]`` or ``[n, views, d]``; float64, float32, bfloat16, float16.
             cluster_ids: H tensors ``[n]``, integers; -1 is unassigned.
@@ -59,5 +60,6 @@ class DeepClusterV2Loss(Loss):
             {"embeddings": embeddings},
             lambda: {"centers": centers},
         )
-        terms = list(center_cross_entropies(self, embeddings, cluster_ids, centers, None, exchange))
-        return sum(self.reduce(*term, embeddings.shape[:-1], exchange) for term in terms) / len(terms)
+        terms = center_cross_entropies(self, embeddings, cluster_ids, centers, None, exchange)
+        first, *others = (self.reduce(*term, embeddings.shape[:-1], exchange) for term in terms)
+        return sum(others, first) / len(cluster_ids)

@@ -69,7 +69,8 @@ class FeatureTransformationLoss(Loss):
     def forward(
         self, queries: Tensor, keys: Tensor, *, negatives: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             queries: ``[n, d]``; float64, float32, bfloat16, float16.
             keys: ``[n, d]``; row i is the positive of query i. They get no gradient.

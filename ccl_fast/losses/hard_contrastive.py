@@ -60,7 +60,8 @@ class HardContrastiveLoss(Loss):
         self.alpha, self.symmetric = alpha, symmetric
 
     def forward(self, queries: Tensor, keys: Tensor | None = None, *, negatives: Tensor | None = None) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             queries: ``[n, d]``, or ``[n, 2, d]`` (two views) without ``keys``; float64, float32, bfloat16, float16.
             keys: ``[n, d]``; row i is the positive of query i.
@@ -87,18 +88,19 @@ class HardContrastiveLoss(Loss):
         n = len(anchors) // views
         negatives = views * max(n - 1, 0)
         ids = torch.arange(n, device=anchors.device).repeat(views)
-        among = {"q_ids": ids}
+        key_ids = None if keys is None else ids
         if extra is not None:
             negatives += len(extra)
             keys = torch.cat((anchors if keys is None else keys, extra))
-            among |= {"k": keys, "k_ids": torch.cat((ids, ids.new_full((len(extra),), -1)))}
-        elif keys is not None:
-            among |= {"k": keys, "k_ids": ids}
-        among |= {"scale": scale, "candidates": "other_id"}
+            key_ids = torch.cat((ids, ids.new_full((len(extra),), -1)))
         if self.alpha == 1:
-            logsumexp = streaming_logsumexp(anchors, **among, backend=self.backend)
+            logsumexp = streaming_logsumexp(
+                anchors, keys, scale=scale, q_ids=ids, k_ids=key_ids, candidates="other_id", backend=self.backend
+            )
         else:
             kept = max(ceil_of_share(self.alpha, negatives), 1)
-            logsumexp = topk_logsumexp(anchors, **among, topk=kept)
+            logsumexp = topk_logsumexp(
+                anchors, keys, scale=scale, topk=kept, q_ids=ids, k_ids=key_ids, candidates="other_id"
+            )
         logits = row_dot(anchors, positives) * scale
         return logaddexp(logsumexp, logits) - logits

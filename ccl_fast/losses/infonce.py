@@ -56,7 +56,8 @@ class InfoNCELoss(Loss):
         self.symmetric = symmetric
 
     def forward(self, queries: Tensor, keys: Tensor | None = None, *, negatives: Tensor | None = None) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             queries: ``[n, d]``, or ``[n, 2, d]`` (two views) without ``keys``; float64, float32, bfloat16, float16.
             keys: ``[n, d]``; row i is the positive of query i.
@@ -80,7 +81,7 @@ class InfoNCELoss(Loss):
         """Of every anchor, and their shape; all is checked."""
         scale = 1.0 / self.shared(self.temperature, exchange)
         one_way = keys is not None and not self.symmetric
-        if one_way and exchange is None:
+        if keys is not None and one_way and exchange is None:
             anchors, positives = self.unit(queries), self.unit(keys)
             logsumexp = streaming_logsumexp(anchors, positives, scale=scale, backend=self.backend)
             shape = queries.shape[:1]

@@ -89,7 +89,8 @@ class InterCLRLoss(Loss):
         indices: Tensor,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             queries: ``[n, d]``, the anchors; float64, float32, bfloat16 or float16.
             keys: ``[n, d]``; row i is the positive of query i. (MoCo gives them no gradient: detach them.)
@@ -126,8 +127,10 @@ class InterCLRLoss(Loss):
         return self.reduce(losses)
 
     def draw(self, n: int, size: int, like: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Of each anchor which of its cluster is the positive, ``[n]`` from 0 to 1; and rows of a bank of ``size``
-        among which are the negatives."""
+        """Draw which of its cluster is each anchor's positive, ``[n]`` from 0 to 1.
+
+        And rows of a bank of ``size`` among which are the negatives.
+        """
         options = {"generator": generator, "device": like.device}
         wanted = ceil_of_share(1 / self.pool, self.num_negatives)
         return torch.rand(n, **options), torch.randperm(size, **options)[:wanted]

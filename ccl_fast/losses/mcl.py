@@ -53,7 +53,8 @@ class MCLLoss(Loss):
         self.symmetric = symmetric
 
     def forward(self, queries: Tensor, cluster_ids: Sequence[Tensor], *, keys: Tensor | None = None) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             queries: ``[n, d]``, or ``[n, 2, d]`` (two views) without ``keys``; float64, float32, bfloat16, float16.
             cluster_ids: for each earlier stage ``[n]``, integers; -1 is unassigned: a cluster of its own (such a

@@ -50,7 +50,8 @@ class MEOWLoss(Loss):
         self.symmetric = symmetric
 
     def forward(self, queries: Tensor, cluster_ids: Tensor, *, keys: Tensor | None = None) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             queries: ``[n, d]``, or ``[n, 2, d]`` (two views) without ``keys``; float64, float32, bfloat16, float16.
             cluster_ids: ``[n]``, integers; -1 is unassigned: a cluster of its own, with all others as negatives.

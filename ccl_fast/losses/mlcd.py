@@ -68,7 +68,8 @@ class MLCDLoss(Loss):
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             embeddings: ``[n, d]``; float64, float32, bfloat16 or float16.
             cluster_ids: ``[n, l]``, integers from 0 to k - 1, different within a row; -1 is none. A row of -1

@@ -83,7 +83,8 @@ class MoCHiLoss(Loss):
     def forward(
         self, queries: Tensor, keys: Tensor, *, negatives: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             queries: ``[n, d]``, the anchors; float64, float32, bfloat16 or float16.
             keys: ``[n, d]``; row i is the positive of query i. (MoCo gives them no gradient: detach them.)

@@ -1,6 +1,6 @@
 """Contrast with clusters as proxies of all their members."""
 
-from typing import Unpack
+from typing import Literal, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from ccl_fast.ops.ids import consecutive_ids, separate_unassigned
 from ccl_fast.ops.logsumexp.distributed import Exchange
 from ccl_fast.ops.precision import accumulation_dtype
 
-FORMS = ("node", "cluster")
+Form = Literal["node", "cluster"]
+FORMS: tuple[Form, ...] = get_args(Form)
 
 
 class PamCLoss(Loss):
@@ -59,7 +60,7 @@ class PamCLoss(Loss):
         self,
         temperature: float = 0.1,
         *,
-        form: str = "node",
+        form: Form = "node",
         **common: Unpack[CommonOptions],
     ):
         check_choice("form", form, FORMS)
@@ -67,7 +68,8 @@ class PamCLoss(Loss):
         self.form = form
 
     def forward(self, queries: Tensor, keys: Tensor, cluster_ids: Tensor) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             queries: ``[n, d]``, the anchors; float64, float32, bfloat16, float16.
             keys: ``[n, d]``; row i is the positive of query i.

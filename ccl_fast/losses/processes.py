@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import Candidates
 from ccl_fast.distributed import Peers, outside_of_graphs
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.batch import Batch, product_dtype
 from ccl_fast.ops import logaddexp
-from ccl_fast.ops.backends import choose_backend
+from ccl_fast.ops.backends import ContrastBackend, choose_backend
 from ccl_fast.ops.logsumexp.distributed import Exchange, Wanted, global_contrast
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 @outside_of_graphs
 def join(loss: "Loss", check: Callable, rows: dict, same: Callable) -> tuple[int, Exchange, int]:
     """As `Loss.join_processes`, of several processes."""
+    assert loss.process_group is not None
     peers = Peers(loss.process_group)
     try:
         samples, each = check()
@@ -30,7 +32,7 @@ def join(loss: "Loss", check: Callable, rows: dict, same: Callable) -> tuple[int
     except Exception as error:
         peers.agree(0, error)
         raise
-    counts = peers.agree(samples, **described)
+    counts = peers.agree(samples, None, **described)
     return samples, Exchange(peers, [each * count for count in counts], loss.exchange), sum(counts[: peers.rank])
 
 
@@ -41,7 +43,12 @@ def share_gradient(x: Tensor, peers: Peers, mean: bool) -> Tensor:
 
 
 def logsumexp_over_rows(
-    z: Tensor, ids: Tensor | None, candidates: str, scale: float | Tensor, exchange: Exchange, backend: str
+    z: Tensor,
+    ids: Tensor | None,
+    candidates: Candidates,
+    scale: float | Tensor,
+    exchange: Exchange,
+    backend: ContrastBackend,
 ) -> Tensor:
     """As `Loss.logsumexp_over_rows`, of the rows of all processes."""
     over = "same" if candidates == "same_id" else "other"
@@ -50,9 +57,10 @@ def logsumexp_over_rows(
 
 
 def logsumexp_with_positives(
-    batch: Batch, scale: float | Tensor, inside: bool, backend: str
+    batch: Batch, scale: float | Tensor, inside: bool, backend: ContrastBackend
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `ccl.logsumexp_with_positives`, of the rows of all processes."""
+    assert batch.exchange is not None
     wanted = Wanted(same=True, other=True) if inside else Wanted(other=True, similarity=True)
     found = global_contrast(batch.z, batch.ids, scale=scale, wanted=wanted, exchange=batch.exchange, backend=backend)
     if inside:

@@ -57,7 +57,8 @@ class ProtoNCELoss(InfoNCELoss):
         keys: Tensor | None = None,
         negatives: Tensor | None = None,
     ) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             queries: ``[n, d]``, the anchors; without ``keys`` ``[n, 2, d]``: two views, both anchors.
             cluster_ids: M tensors ``[n]``, integers. -1 is unassigned: no term of this clustering.

@@ -60,7 +60,8 @@ class SBCLLoss(Loss):
         self.class_weight = class_weight
 
     def forward(self, embeddings: Tensor, labels: Tensor, cluster_ids: Tensor) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             embeddings: ``[n, d]`` (one row per view) or ``[n, views, d]``; float64, float32, bfloat16, float16.
             labels: ``[n]``, integers: the classes; -1 is unlabelled, a class of its own.

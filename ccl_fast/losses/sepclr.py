@@ -86,7 +86,8 @@ class SepCLRLoss(Loss):
         self.independence_weight = independence_weight
 
     def forward(self, embeddings: Tensor, *, salient: Tensor, is_target: Tensor) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             embeddings: ``[n, 2, d]``: common features of two views of each sample; float64, float32, bfloat16, float16.
             salient: ``[n, 2, e]``: salient features of the same views.
@@ -136,8 +137,8 @@ class SepCLRLoss(Loss):
     def _joint(self, common: list[Tensor], salient: list[Tensor], everywhere: Tensor) -> Tensor:
         # Squared distances of features side by side are added up: their kernel is the product of both.
         others = [self._kernel(torch.cat((c, s.to(c.dtype)), 1)) for c, s in zip(common, salient, strict=True)]
-        with_itself = [logaddexp(x, torch.zeros_like(x)) for x in others]
-        return _mean(0.5 * sum(with_itself), everywhere) - math.log(max(len(everywhere), 1))
+        first, second = (logaddexp(x, torch.zeros_like(x)) for x in others)  # with itself
+        return _mean(0.5 * (first + second), everywhere) - math.log(max(len(everywhere), 1))
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

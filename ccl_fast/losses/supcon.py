@@ -1,6 +1,6 @@
 """Supervised contrastive learning."""
 
-from typing import Unpack
+from typing import Literal, Unpack, get_args
 
 from torch import Tensor
 
@@ -8,7 +8,8 @@ from ccl_fast.checks import check_choice
 from ccl_fast.losses.base import CommonOptions
 from ccl_fast.losses.ccl import CCLLoss
 
-FORMS = ("outside", "inside")
+Form = Literal["outside", "inside"]
+FORMS: tuple[Form, ...] = get_args(Form)
 
 
 class SupConLoss(CCLLoss):
@@ -45,7 +46,7 @@ class SupConLoss(CCLLoss):
         self,
         temperature: float = 0.1,
         *,
-        form: str = "outside",
+        form: Form = "outside",
         **common: Unpack[CommonOptions],
     ):
         check_choice("form", form, FORMS)
@@ -53,7 +54,8 @@ class SupConLoss(CCLLoss):
         self.form = form
 
     def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             embeddings: ``[n, d]`` (one row per view) or ``[n, views, d]``.
             labels: ``[n]``, integers, -1 for unlabelled; None (with [n, views, d]) is NT-Xent.

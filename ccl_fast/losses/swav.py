@@ -74,7 +74,8 @@ class SwAVLoss(Loss):
         self.epsilon, self.iterations, self.global_views = epsilon, iterations, global_views
 
     def forward(self, embeddings: Tensor, prototypes: Tensor, *, queue: Tensor | None = None) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             embeddings: ``[n, views, d]`` (not scores), the global views first; float64, float32, bfloat16 or float16.
             prototypes: ``[k, d]``, such as an nn.Parameter; they get a gradient.

@@ -65,7 +65,8 @@ class WhitenedCSELoss(Loss):
     def forward(
         self, embeddings: Tensor, *, shuffles: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             embeddings: ``[n, views, d]``, at least two views, the first being the anchor; float64, float32, bfloat16,
                 float16. Of a single pass ``x[:, None].expand(-1, 3, -1)``.
@@ -90,11 +91,13 @@ class WhitenedCSELoss(Loss):
             raise ArgumentError(f"shuffles: expected {views} rows (one per view), got {len(shuffles)}")
         scale = 1.0 / self.temperature
         anchors, *positives = (self._embed(embeddings[:, v], shuffles[v]) for v in range(views))
-        losses = 0.0
-        for keys in positives:
+
+        def losses(keys: Tensor) -> Tensor:
             logsumexp = streaming_logsumexp(anchors, keys, scale=scale, backend=self.backend)
-            losses = losses + (logsumexp - row_dot(anchors, keys) * scale) / (views - 1)
-        return self.reduce(losses)
+            return (logsumexp - row_dot(anchors, keys) * scale) / (views - 1)
+
+        first, *others = (losses(keys) for keys in positives)
+        return self.reduce(sum(others, first))
 
     def _embed(self, x: Tensor, shuffle: Tensor) -> Tensor:
         x = shuffled_group_whitening(x, groups=self.groups, shuffle=shuffle, eps=self.eps)

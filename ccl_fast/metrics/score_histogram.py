@@ -13,7 +13,7 @@ from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
 
 class ScoreHistogram(NamedTuple):
-    """Of the similarities of a batch's pairs. (Variances are divided by the number of pairs.)"""
+    """Of the similarities of a batch's pairs; variances are divided by the number of pairs."""
 
     edges: Tensor  # [bins + 1]
     positives: Tensor  # [bins] int64, counts

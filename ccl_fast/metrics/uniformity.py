@@ -8,11 +8,12 @@ from ccl_fast.checks import check_floating, check_matrix, check_positive
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.batch import check_ids
 from ccl_fast.ops import same_id_similarity, streaming_logsumexp
+from ccl_fast.ops.backends import ContrastBackend
 from ccl_fast.ops.ids import separate_unassigned
 from ccl_fast.ops.normalize import normalize_embeddings
 
 
-def uniformity(embeddings: Tensor, *, t: float = 2.0, backend: str = "auto") -> Tensor:
+def uniformity(embeddings: Tensor, *, t: float = 2.0, backend: ContrastBackend = "auto") -> Tensor:
     r"""Measure the logarithm of the mean Gaussian potential of all pairs of rows: the lower, the more uniform.
 
     .. math::

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+from typing import Literal
 
 import torch
 from torch import nn
@@ -13,9 +14,11 @@ from ccl_fast.errors import ArgumentError, first_line, packages_of_training
 # Up to this many pixels a side, a ResNet's first layers would leave too little of an image.
 SMALL_IMAGE = 64
 
+Stem = Literal["auto", "3x3", "7x7"]
+
 
 def build_backbone(
-    backbone: str | nn.Module, shape: tuple[int, int, int], *, stem: str = "auto", seed: int = 0
+    backbone: str | nn.Module, shape: tuple[int, int, int], *, stem: Stem = "auto", seed: int = 0
 ) -> tuple[nn.Module, int]:
     """A new encoder, and how many features it gives.
 
@@ -59,7 +62,7 @@ def _copied(module: nn.Module) -> nn.Module:
         ) from error
 
 
-def _check_stem(stem: str, is_resnet: bool, name: str) -> None:
+def _check_stem(stem: Stem, is_resnet: bool, name: str) -> None:
     if stem == "3x3" and not is_resnet:
         raise ArgumentError(f'stem: expected "auto" or "7x7" for {name}, which is no ResNet, got "3x3"')
 
@@ -90,7 +93,7 @@ def _resnet8(channels: int) -> nn.Module:
     return nn.Sequential(*_block(channels, 32), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def _torchvision(name: str, shape: tuple[int, int, int], stem: str) -> nn.Module:
+def _torchvision(name: str, shape: tuple[int, int, int], stem: Stem) -> nn.Module:
     with packages_of_training():
         from torchvision import models
 
@@ -117,7 +120,7 @@ def _torchvision(name: str, shape: tuple[int, int, int], stem: str) -> nn.Module
     if is_resnet and (stem == "3x3" or (stem == "auto" and max(shape[1:]) <= SMALL_IMAGE)):
         built.conv1 = nn.Conv2d(3, built.conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(built.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
-        built.maxpool = nn.Identity()
+        built.set_submodule("maxpool", nn.Identity())
     return nn.Sequential(GreyToColor(), built) if shape[0] == 1 else built
 
 

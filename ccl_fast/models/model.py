@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ccl_fast.models.backbones import build_backbone
+from ccl_fast.models.backbones import Stem, build_backbone
 from ccl_fast.models.layers import LayerStatistics
-
-if TYPE_CHECKING:
-    from ccl_fast.data import Images
 
 # Images that are embedded at a time.
 BLOCK = 1024
+
+
+class Batches(Protocol):
+    """Images that come in batches, such as `ccl_fast.data.Images`."""
+
+    def batches(self, batch_size: int, order: Tensor | None = None, /) -> Iterator[Tensor]: ...
 
 
 class Model(nn.Module):
@@ -44,7 +47,7 @@ class Model(nn.Module):
         shape: tuple[int, int, int] = (1, 28, 28),
         dim: int = 64,
         *,
-        stem: str = "auto",
+        stem: Stem = "auto",
         seed: int = 0,
     ):
         super().__init__()
@@ -58,7 +61,7 @@ class Model(nn.Module):
 
 
 @torch.no_grad()
-def embed(model: Model, images: Images, rows: Tensor | None = None) -> dict[str, Tensor]:
+def embed(model: Model, images: Batches, rows: Tensor | None = None) -> dict[str, Tensor]:
     """Features of images as they are, in evaluation mode: "encoder" [n, width] and "head" [n, dim], float32.
 
     Args:
@@ -72,7 +75,7 @@ def embed(model: Model, images: Images, rows: Tensor | None = None) -> dict[str,
 
 
 @torch.no_grad()
-def embed_layers(model: Model, images: Images) -> tuple[dict[str, Tensor], list[int]]:
+def embed_layers(model: Model, images: Batches) -> tuple[dict[str, Tensor], list[int]]:
     """As :func:`embed`, and "layers": the encoder's features and the :class:`LayerStatistics`, one beside the other.
 
     Returns:
@@ -89,7 +92,7 @@ def embed_layers(model: Model, images: Images) -> tuple[dict[str, Tensor], list[
         return {"encoder": encoded, "head": model.head(encoded), "layers": features}, widths
 
 
-def _batches(model: Model, images: Images, rows: Tensor | None = None) -> Iterator[Tensor]:
+def _batches(model: Model, images: Batches, rows: Tensor | None = None) -> Iterator[Tensor]:
     device = next(model.parameters()).device
     return (batch.to(device) for batch in images.batches(BLOCK, rows))
 

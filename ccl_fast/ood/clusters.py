@@ -34,10 +34,12 @@ class ClusterDetector(FeatureDetector):
 
     def _clusters(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, int]:
         """Ids [N] and their number."""
-        if y is None:
-            y = KMeans(self.n_clusters, metric="cosine", seed=self.seed).fit_predict(x)
-            y = y.unique(return_inverse=True)[1]  # copies of a row can leave a cluster empty
-        return y, int(y.max()) + 1
+        ids = self._found(x) if y is None else y
+        return ids, int(ids.max()) + 1
+
+    def _found(self, x: Tensor) -> Tensor:
+        ids = KMeans(self.n_clusters, metric="cosine", seed=self.seed).fit_predict(x)
+        return ids.unique(return_inverse=True)[1]  # copies of a row can leave a cluster empty
 
 
 class NearestCenter(ClusterDetector):

@@ -41,9 +41,9 @@ class FeatureDetector(ABC):
     hyperparameter_space: ClassVar[dict[str, list]] = {}
 
     def __new__(cls, *args, **kwargs):  # also called when a detector is unpickled
-        api = sys.modules.get("pytorch_ood.api")
-        if hasattr(api, "FeaturesDetector"):
-            api.FeaturesDetector.register(FeatureDetector)
+        theirs = getattr(sys.modules.get("pytorch_ood.api"), "FeaturesDetector", None)
+        if theirs is not None:
+            theirs.register(FeatureDetector)
         return super().__new__(cls)
 
     def __init__(self, model: Callable[[Tensor], Tensor] | None = None):

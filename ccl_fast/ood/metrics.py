@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ccl_fast.checks import check_choice
 from ccl_fast.errors import ArgumentError
+
+# Which samples a threshold is to catch.
+Positive = Literal["ood", "id"]
+POSITIVES: tuple[Positive, ...] = get_args(Positive)
 
 
 def ood_metrics(scores: Tensor, is_ood: Tensor) -> dict[str, float]:
@@ -32,7 +38,7 @@ def ood_metrics(scores: Tensor, is_ood: Tensor) -> dict[str, float]:
     }
 
 
-def aupr(scores: Tensor, is_ood: Tensor, positive: str) -> float:
+def aupr(scores: Tensor, is_ood: Tensor, positive: Positive) -> float:
     """Area under the precision-recall curve, by the trapezoidal rule.
 
     That is the rule of OpenOOD and pytorch-ood (AUPR-OUT: ``positive="ood"``, AUPR-IN: ``positive="id"``). Average
@@ -73,14 +79,14 @@ def auroc(scores: Tensor, is_ood: Tensor) -> float:
 
     _check(scores, is_ood)
     # Mann and Whitney's count of pairs: halves, which float64 adds without rounding. Trapezoids would be rounded.
-    is_ood = is_ood.cpu().numpy()
-    n_ood = int(is_ood.sum())
-    n_id = len(is_ood) - n_ood
-    pairs = rankdata(scores.detach().double().cpu().numpy())[is_ood].sum() - n_ood * (n_ood + 1) / 2
+    positive = is_ood.cpu().numpy()
+    n_ood = int(positive.sum())
+    n_id = len(positive) - n_ood
+    pairs = rankdata(scores.detach().double().cpu().numpy())[positive].sum() - n_ood * (n_ood + 1) / 2
     return float(pairs / (n_ood * n_id))
 
 
-def fpr95(scores: Tensor, is_ood: Tensor, positive: str) -> float:
+def fpr95(scores: Tensor, is_ood: Tensor, positive: Positive) -> float:
     """False-positive rate at the threshold that catches at least 95 % of the positive class.
 
     With ``positive="ood"``: the share of ID samples flagged as OOD when 95 % of the OOD samples are.
@@ -113,10 +119,12 @@ def _check(scores: Tensor, is_ood: Tensor) -> None:
         raise ArgumentError("is_ood: expected both ID and OOD samples, got only one kind")
 
 
-def _curve(scores: Tensor, is_ood: Tensor, positive: str) -> tuple[Tensor, Tensor]:
-    """How many of the positive class and how many others are beyond a threshold at each distinct score, as float64;
-    the threshold that catches least comes first."""
-    check_choice("positive", positive, ("ood", "id"))
+def _curve(scores: Tensor, is_ood: Tensor, positive: Positive) -> tuple[Tensor, Tensor]:
+    """Count those of the positive class and the others beyond a threshold at each distinct score, as float64.
+
+    The threshold that catches least comes first.
+    """
+    check_choice("positive", positive, POSITIVES)
     _check(scores, is_ood)
     scores, is_positive = (-scores, is_ood) if positive == "ood" else (scores, ~is_ood)
     distinct, place = scores.unique(return_inverse=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -21,8 +21,14 @@ from ccl_fast.ops.kmeans import (
 )
 from ccl_fast.ops.logsumexp import blocked, reference, triton
 
+# What may be asked for: of the streaming log-sum-exp and all that stands on it, and of the steps of k-means.
+ContrastBackend = Literal["auto", "triton", "blocked", "reference"]
+KMeansBackend = Literal["auto", "cuda", "blocked", "reference"]
+
 
 class Backend(NamedTuple):
+    """A module that implements an operator, and where it runs."""
+
     module: ModuleType  # what it has to define is said beside the operator
     # Why it cannot run on a device and dtype; none of them: it can.
     obstacles: Callable[[torch.device, torch.dtype], list[str]] = lambda device, dtype: []
@@ -55,6 +61,7 @@ BACKENDS: dict[str, dict[str, Backend]] = {
 
 
 def check_backend(operator: str, requested: str) -> None:
+    """Check that an operator has the backend."""
     check_choice("backend", requested, ("auto", *BACKENDS[operator]))
 
 
@@ -78,4 +85,5 @@ def choose_backend(operator: str, requested: str, device: torch.device, dtype: t
 
 
 def chosen_module(operator: str, requested: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The module of the backend that `choose_backend` chooses."""
     return BACKENDS[operator][choose_backend(operator, requested, device, dtype)].module

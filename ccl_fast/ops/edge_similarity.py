@@ -6,7 +6,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_floating, check_integer, check_matrix, check_same, check_tensor
+from ccl_fast.checks import assert_on_device, check_floating, check_integer, check_matrix, check_same, check_tensor
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, without_autocast
 from ccl_fast.ops.rowwise.half_product import factor, product
@@ -55,7 +55,7 @@ def _check_values(crow_indices: Tensor, col_indices: Tensor, m: int) -> None:
     ends = crow_indices[0] == 0, crow_indices[-1] == len(col_indices), (crow_indices.diff() >= 0).all()
     inside = ((col_indices >= 0) & (col_indices < m)).all()
     if crow_indices.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(torch.stack((*ends, inside)).all(), "edge_similarity: crow_indices or col_indices")
+        assert_on_device(torch.stack((*ends, inside)).all(), "edge_similarity: crow_indices or col_indices")
         return
     if not all(ends):
         raise ArgumentError(

@@ -20,6 +20,7 @@ def scale_tensor(scale: float | Tensor, q: Tensor) -> Tensor:
 
 
 def in_autocast_dtype(x: Tensor) -> Tensor:
+    """Under autocast x in its dtype, unless it is float64."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x

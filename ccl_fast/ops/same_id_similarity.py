@@ -65,8 +65,10 @@ def _group_sums(x: Tensor, group: Tensor) -> Tensor:
 
 
 def mutual_similarity(z: Tensor, ids: Tensor, others: Tensor, other_ids: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-    """The same between two parts of a batch, z [n, d], n > 0, and others [m, d], which share no row: sums and counts of
-    the rows of z over the others, and of the others over z. Not differentiable. Memory O(n d + m)."""
+    """The same between two parts of a batch, z [n, d], n > 0, and others [m, d], which share no row.
+
+    Sums and counts of the rows of z over the others, and of the others over z. Not differentiable. Memory O(n d + m).
+    """
     group, other_group = _groups_of_first(ids, other_ids)
     x = _accumulated(z)
     ones, other_ones = x.new_ones(len(z)), x.new_ones(len(others))

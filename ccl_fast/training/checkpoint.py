@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ccl_fast.files import write_atomically
 
 # The folder of a run's checkpoints, in the run's own, and their names.
 CHECKPOINTS, LAST, PREVIOUS = "checkpoints", "last.ckpt", "previous.ckpt"
+Which = Literal["last", "previous"]
 
 
 class CheckpointError(Exception):
@@ -37,7 +39,7 @@ def save(folder: Path, state: dict) -> Path:
     return last
 
 
-def load(folder: Path, which: str = "last") -> dict:
+def load(folder: Path, which: Which = "last") -> dict:
     """Load folder/<which>.ckpt, on the CPU; it may hold tensors and plain values and nothing else.
 
     Raises:
@@ -83,7 +85,7 @@ def check_finite(state: object) -> None:
         raise ValueError("values that are not finite")
 
 
-def _advice(folder: Path, which: str) -> str:
+def _advice(folder: Path, which: Which) -> str:
     if which == "last" and (folder / PREVIOUS).exists():
         return f"; the one before it is {folder / PREVIOUS}: resume_from=previous"
     return ""

@@ -7,20 +7,26 @@ import inspect
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, Self, TypeVar
+from typing import Any, Literal, ParamSpec, Self, TypeVar, get_args
 
 import numpy as np
 from torch import nn
 from torch.utils.data import Dataset
 
 from ccl_fast import checks
+from ccl_fast.data.augmentation import Recipe
 from ccl_fast.data.folder import MAX_PIXELS
 from ccl_fast.errors import ArgumentError
-from ccl_fast.training.cooperation import LABELS, NEGATIVES
-from ccl_fast.training.objectives import BASELINE, OBJECTIVES, OPTIONS
+from ccl_fast.models.backbones import Stem
+from ccl_fast.training.checkpoint import Which
+from ccl_fast.training.cooperation import Labels, Negatives
+from ccl_fast.training.objectives import BASELINE, OBJECTIVES, OPTIONS, ObjectiveName
 
 Check = Callable[[str, Any], None]
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Precision = Literal["32-true", "bf16-mixed"]
 
 # By default half of a short run is warm-up.
 MAX_DEFAULT_WARM_UP = 20
@@ -34,9 +40,9 @@ def at_least(least: int) -> Check:
     return lambda name, value: checks.check_count(name, value, least)
 
 
-def one_of(choices: Sequence[str]) -> Check:
-    """Check that a value is one of the choices."""
-    return lambda name, value: checks.check_choice(name, value, tuple(choices))
+def one_of(choices: Any) -> Check:
+    """Check that a value is one of the choices, a `Literal`."""
+    return lambda name, value: checks.check_choice(name, value, get_args(choices))
 
 
 def or_none(check: Check) -> Check:
@@ -45,42 +51,50 @@ def or_none(check: Check) -> Check:
 
 
 def check_dimension(name: str, value: object) -> None:
+    """Check the width of an embedding."""
     if not checks.is_integer(value) or not 1 <= value <= MAX_DIMENSIONS:
         raise ArgumentError(f"{name}: expected 1 to {MAX_DIMENSIONS}, got {value!r}")
 
 
 def check_seed(name: str, value: object) -> None:
+    """Check a seed."""
     if not checks.is_integer(value) or not 0 <= value < MAX_SEED:
         raise ArgumentError(f"{name}: expected an integer from 0 to 2^62, got {value!r}")
 
 
 def check_timeout(name: str, value: object) -> None:
+    """Check a number of seconds, at most a week."""
     expected = f"a positive number of seconds, at most {WEEK}"
     checks.check_number(name, value, expected, lambda seconds: 0 < seconds <= WEEK)
 
 
 def check_share_or_agreement(name: str, value: object) -> None:
+    """Check a share, or "agreement"."""
     if value != "agreement":
         checks.check_number(name, value, '0 to 1, or "agreement"', lambda share: 0 <= share <= 1)
 
 
 def check_clusters(name: str, value: object) -> None:
+    """Check one or several numbers of clusters."""
     numbers = as_list(value)
     if not numbers or not all(checks.is_integer(k) and k >= 1 for k in numbers) or len(set(numbers)) < len(numbers):
         raise ArgumentError(f"{name}: expected a positive integer, or several different ones, got {value!r}")
 
 
 def check_folder(name: str, value: object) -> None:
+    """Check that a value may be the path of a folder, or None."""
     if not isinstance(value, str | Path | None):
         raise ArgumentError(f"{name}: expected the path of a folder, got {value!r}")
 
 
 def check_device_name(name: str, value: object) -> None:
+    """Check that a value may be the name of a device."""
     if not isinstance(value, str):
         raise ArgumentError(f"{name}: expected the name of a device, got {value!r}")
 
 
 def check_ood_sets(name: str, value: object) -> None:
+    """Check that a value may be a list of OOD sets, or such by name."""
     if isinstance(value, str) or not isinstance(value, Sequence | Mapping | None):
         raise ArgumentError(f"{name}: expected a list of names, or data sets by name, got {value!r}")
 
@@ -112,12 +126,12 @@ class Config:
         check_folder,
         may_differ=True,
     )
-    objective: Literal[tuple(OBJECTIVES)] = option(
+    objective: ObjectiveName = option(
         "ccl",
         'what is minimised after the warm-up: "ccl"; "simclr", "hard-contrastive" and "cacr", which need no clusters; '
         'on the clusters of k-means also "supcon", "protonce", "deepcluster-v2", "pamc" and "meow"; on prototypes that '
         'are learned "swav".',
-        one_of(tuple(OBJECTIVES)),
+        one_of(ObjectiveName),
         after_warm_up=True,
     )
     baseline: bool = option(
@@ -159,7 +173,7 @@ class Config:
         "it has none.",
         or_none(checks.check_count),
     )
-    augmentation: Literal["auto", "digits", "simclr", "none"] = option(
+    augmentation: Recipe = option(
         "auto",
         'how views are made: "digits" (small affine maps, contrast, noise), "simclr" (crops, flips, colours, blur), '
         '"none", or "auto": "digits" for grey images and "simclr" for coloured ones.',
@@ -191,11 +205,11 @@ class Config:
         'classifier of torchvision by name ("resnet18", ...) with random weights; from Python also a module, images '
         "[n, c, h, w] to features [n, width].",
     )
-    stem: Literal["auto", "3x3", "7x7"] = option(
+    stem: Stem = option(
         "auto",
         '"3x3" lets a ResNet begin at full resolution, as is usual for small images; "7x7" leaves it as it is; "auto" '
         'means "3x3" for images of up to 64 pixels.',
-        one_of(("auto", "3x3", "7x7")),
+        one_of(Stem),
     )
     embedding_dim: int = option(
         64, "width of the projection head's output, to which the loss is applied.", check_dimension
@@ -243,11 +257,11 @@ class Config:
         at_least(1),
         after_warm_up=True,
     )
-    labels_from: Literal[LABELS] = option(
+    labels_from: Labels = option(
         "k-means",
         '"k-means", or, to see what clusters are worth, "classes" (the best that clusters could be; the one use of '
         'classes in training) or "random" numbers (the worst).',
-        one_of(LABELS),
+        one_of(Labels),
         after_warm_up=True,
     )
     center_weight: float = option(
@@ -277,11 +291,11 @@ class Config:
         check_share_or_agreement,
         after_warm_up=True,
     )
-    instance_negatives: Literal[NEGATIVES] = option(
+    instance_negatives: Negatives = option(
         "centers",
         'what that share holds an image against: all images of the batch and the "centers" of other clusters, the '
         'images of "other-clusters" alone, as those of its own are likely of its kind, or "all" images.',
-        one_of(NEGATIVES),
+        one_of(Negatives),
         after_warm_up=True,
     )
     believe: float | Literal["agreement"] = option(
@@ -319,10 +333,10 @@ class Config:
         check_device_name,
         may_differ=True,
     )
-    precision: Literal["32-true", "bf16-mixed"] = option(
+    precision: Precision = option(
         "32-true",
         '"32-true", or "bf16-mixed": the network in bfloat16, loss and weights in float32.',
-        one_of(("32-true", "bf16-mixed")),
+        one_of(Precision),
     )
     channels_last: bool = option(
         False,
@@ -352,10 +366,10 @@ class Config:
         checks.check_flag,
         may_differ=True,
     )
-    resume_from: Literal["last", "previous"] = option(
+    resume_from: Which = option(
         "last",
         'the checkpoint to go on from, "last", or the one before it, "previous".',
-        one_of(("last", "previous")),
+        one_of(Which),
         may_differ=True,
     )
     warmup_from: str | Path | None = option(
@@ -401,8 +415,9 @@ class Config:
             raise ArgumentError("overwrite: expected False when resuming, got True")
         if self.resume and self.output is None:
             raise ArgumentError("output: expected the folder of the run to resume, got None")
-        both_given = self.output is not None and self.warmup_from is not None
-        if both_given and not self.resume and Path(self.output).resolve() == Path(self.warmup_from).resolve():
+        if self.output is None or self.warmup_from is None or self.resume:
+            return
+        if Path(self.output).resolve() == Path(self.warmup_from).resolve():
             raise ArgumentError(f"warmup_from: expected another folder than output, got {str(self.warmup_from)!r}")
 
     @property
@@ -411,7 +426,7 @@ class Config:
         return warmup_length(self.epochs, self.warmup_epochs)
 
     @property
-    def objectives(self) -> tuple[str, ...]:
+    def objectives(self) -> tuple[ObjectiveName, ...]:
         """The objectives to train: the chosen one, after the baseline if that is asked for."""
         if self.baseline and self.objective != BASELINE:
             return BASELINE, self.objective
@@ -490,7 +505,7 @@ def takes_fields_of(config: Callable[P, Config]) -> Callable[[Callable[[Config],
             return function(config(*args, **kwargs))
 
         returned = inspect.signature(function, eval_str=True).return_annotation
-        with_fields.__signature__ = inspect.signature(config).replace(return_annotation=returned)
+        vars(with_fields)["__signature__"] = inspect.signature(config).replace(return_annotation=returned)
         with_fields.__doc__ = _with_args(inspect.getdoc(function) or "")
         return with_fields
 

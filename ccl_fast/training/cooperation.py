@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ccl_fast.losses import CCLLoss, CenterNegativesLoss, MEOWLoss
 
 # Where clusters come from, and what instances are held against.
-LABELS = ("k-means", "classes", "random")
-NEGATIVES = ("centers", "other-clusters", "all")
+Labels = Literal["k-means", "classes", "random"]
+Negatives = Literal["centers", "other-clusters", "all"]
 
 
 class Clustering(NamedTuple):
@@ -50,7 +50,7 @@ class CooperativeCCL(nn.Module):
         self.with_centers = CenterNegativesLoss(temperature, process_group=process_group)
         self.of_other_clusters = MEOWLoss(temperature, process_group=process_group)
         self.instance_weight: float | Literal["agreement"] = "agreement"
-        self.instance_negatives = NEGATIVES[0]
+        self.instance_negatives: Negatives = "centers"
 
     @property
     def center_weight(self) -> float:
@@ -71,7 +71,8 @@ class CooperativeCCL(nn.Module):
             terms.append(share * self._of_instances(embeddings, of))
         if share < 1:
             terms.append((1 - share) * self._of_clusters(embeddings, of))
-        return sum(terms)
+        first, *others = terms
+        return sum(others, first)
 
     def _of_instances(self, embeddings: Tensor, of: Clustering) -> Tensor:
         if self.instance_negatives == "centers":

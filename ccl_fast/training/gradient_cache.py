@@ -76,6 +76,7 @@ def cached_backward(
     leaves = torch.cat(embeddings).requires_grad_()
     loss = loss_fn(leaves)
     backward(loss, None)
+    assert leaves.grad is not None
     *others, last = zip(blocks, states, leaves.grad.split(micro_batch), strict=True)
     with _unsynchronised(parallel):
         for block, state, gradient in others:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ccl_fast.data import Images, Views
 from ccl_fast.models import Model, embed
-from ccl_fast.training.config import Config
+from ccl_fast.training.config import Config, as_list
+from ccl_fast.training.cooperation import CooperativeCCL
 from ccl_fast.training.gradient_cache import cached_backward
 from ccl_fast.training.objectives import BASELINE, OBJECTIVES
 from ccl_fast.training.processes import ALONE, Processes
@@ -22,10 +23,15 @@ from ccl_fast.training.pseudo_labels import PseudoLabels
 from ccl_fast.training.random_views import embedded_views
 from ccl_fast.training.randomness import seeded, shuffled
 
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
 VIEWS = 2
 ADVICE = "a lower learning rate may help"
 # What the random numbers of a run are for.
 ORDER, STEP, VIEWED = 0, 1, 2
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class Run:
@@ -40,17 +46,16 @@ class Run:
 
     def __init__(self, config: Config, images: Images, fabric: Fabric, processes: Processes = ALONE):
         self.config, self.images, self.fabric, self.processes = config, images, fabric, processes
-        self.model = Model(config.backbone, images.shape, config.embedding_dim, stem=config.stem, seed=config.seed).to(
-            fabric.device, memory_format=self._memory_format
-        )
+        self.model = Model(config.backbone, images.shape, config.embedding_dim, stem=config.stem, seed=config.seed)
+        self.model.to(fabric.device).to(memory_format=self._memory_format)
         self.objective = OBJECTIVES[config.objective]
         self.loss_fn = self.objective.make_loss(config.temperature, processes.group)
-        if "instance_weight" in self.objective.options:
+        if isinstance(self.loss_fn, CooperativeCCL):
             self.loss_fn.instance_weight = config.instance_weight
             self.loss_fn.instance_negatives = config.instance_negatives
         self.warm_up_fn = OBJECTIVES[BASELINE].make_loss(config.temperature, processes.group)
         self.prototypes = Prototypes(
-            config.clusters if self.objective.needs == "prototypes" else [],
+            as_list(config.clusters) if self.objective.needs == "prototypes" else [],
             config.embedding_dim,
             seed=config.seed,
             device=fabric.device,
@@ -61,7 +66,7 @@ class Run:
             weight_decay=config.weight_decay,
             fused=config.fused_optimizer or None,
         )
-        network = torch.compile(self.model) if config.compile_model else self.model
+        network = cast("nn.Module", torch.compile(self.model)) if config.compile_model else self.model
         self._network, self._stepper = fabric.setup(network, self.optimizer)
         self.average = None
         if config.ema is not None:
@@ -69,7 +74,7 @@ class Run:
             self.average.requires_grad_(False)
         self.views = Views(config.augmentation, images.shape)
         self.pseudo_labels = PseudoLabels(
-            config.clusters,
+            as_list(config.clusters),
             seed=config.seed,
             temperature=config.temperature,
             concentration=config.concentration,
@@ -149,7 +154,7 @@ class Run:
 
     @property
     def is_warming_up(self) -> bool:
-        return len(self.losses) < self.config.warmup_epochs
+        return len(self.losses) < self.config.warmup_length
 
     @property
     def learning_rate(self) -> float:
@@ -166,15 +171,15 @@ class Run:
     def center_weight(self) -> float:
         """The weight of the next step: from 0 at the end of the warm-up, linearly to its full value."""
         ramp = self.config.center_ramp_epochs * self.steps_per_epoch
-        since = self.step - self.config.warmup_epochs * self.steps_per_epoch
+        since = self.step - self.config.warmup_length * self.steps_per_epoch
         return self.config.center_weight * (min(since / ramp, 1.0) if ramp else 1.0)
 
     def _cluster(self) -> None:
         """Cluster the embeddings of the images as they are, if it is time to, before an epoch."""
-        if (len(self.losses) - self.config.warmup_epochs) % self.config.recluster_every:
+        if (len(self.losses) - self.config.warmup_length) % self.config.recluster_every:
             self.log = {}
             return
-        model = self.model if self.average is None else self.average.module
+        model = self.result
         n = len(self.images)
         with self.processes.together():
             embeddings = embed(model, self.images, torch.arange(n)[self.processes.part(n)])["head"]
@@ -190,7 +195,7 @@ class Run:
     def _step(self, rows: Tensor, images: Tensor) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        if "center_weight" in self.objective.options:
+        if isinstance(self.loss_fn, CooperativeCCL):
             self.loss_fn.center_weight = self.center_weight
         images = images.to(self.fabric.device, non_blocking=True)
         # [images, views]: an image's views follow one another.
@@ -206,7 +211,7 @@ class Run:
         loss = cached_backward(self._network, views, loss_of, micro_batch, self.fabric.backward).item()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {self.step}; {ADVICE}")
-        if len(self.losses) == self.config.warmup_epochs:  # in the objective's first epoch, as SwAV's authors do
+        if len(self.losses) == self.config.warmup_length:  # in the objective's first epoch, as SwAV's authors do
             self.prototypes.hold()
         self._stepper.step()
         self.prototypes.rescale()
@@ -223,9 +228,9 @@ class Run:
         return self.objective.value(self.loss_fn, embeddings, [*self.pseudo_labels.of(rows), *self.prototypes])
 
     @property
-    def result(self) -> nn.Module:
+    def result(self) -> Model:
         """The model to use: the average of the weights if there is one."""
-        return self.model if self.average is None else self.average.module
+        return self.model if self.average is None else cast("Model", self.average.module)
 
 
 _PLAIN = ("step", "losses", "step_losses", "log")
@@ -236,16 +241,17 @@ def _moving_average(decay: float):
     """Make the average of ``AveragedModel``; torch's moves integer buffers too, such as indices."""
     of_numbers = get_ema_multi_avg_fn(decay)
 
-    def average(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+    def average(averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
         if averaged[0].is_floating_point():
             of_numbers(averaged, current, count)
         else:
-            torch._foreach_copy_(averaged, current)
+            for mean, newest in zip(averaged, current, strict=True):
+                mean.copy_(newest)
 
     return average
 
 
-def _copy(state):
+def _copy(state: Any) -> Any:
     if isinstance(state, Tensor):
         return state.detach().cpu().clone()
     if isinstance(state, dict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,20 @@ from ccl_fast.training.cooperation import Clustering, CooperativeCCL
 
 # Of a loss, embeddings [b, 2 views, d], and what they are held against, an entry for every number in ``clusters``:
 # a Clustering, or prototypes [k, d].
-Value = Callable[[nn.Module, Tensor, Sequence], Tensor]
+Value = Callable[[Any, Tensor, Sequence], Tensor]
+
+ObjectiveName = Literal[
+    "simclr",
+    "hard-contrastive",
+    "cacr",
+    "ccl",
+    "supcon",
+    "protonce",
+    "deepcluster-v2",
+    "pamc",
+    "meow",
+    "swav",
+]
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,7 @@ class Objective:
         return self.loss(temperature=temperature, **({"process_group": process_group} if self.is_distributed else {}))
 
 
-def _mean(value: Callable[[nn.Module, Tensor, Clustering | Tensor], Tensor]) -> Value:
+def _mean(value: Callable[[Any, Tensor, Any], Tensor]) -> Value:
     """Make the mean over the numbers of clusters of a loss for one."""
     return lambda loss, z, targets: torch.stack([value(loss, z, of) for of in targets]).mean()
 
@@ -80,14 +93,14 @@ def _pamc(loss: PamCLoss, z: Tensor, of: Clustering) -> Tensor:
 
 
 # The baseline, and the warm-up of every other objective.
-BASELINE = "simclr"
+BASELINE: ObjectiveName = "simclr"
 
 # Options of all objectives on k-means clusters, and of how CCL's clusters and instances cooperate.
 OF_CLUSTERS = ("recluster_every", "labels_from")
 OF_COOPERATION = ("instance_weight", "instance_negatives", "believe")
 
 # By name. (Not here: SBCL, which needs classes, and MCL, whose every stage trains a network of its own.)
-OBJECTIVES = {
+OBJECTIVES: dict[ObjectiveName, Objective] = {
     # Without ids CCLLoss is NT-Xent.
     BASELINE: Objective("SimCLR", CCLLoss, lambda loss, z, _: loss(z), "nothing"),
     "hard-contrastive": Objective("Hard contrastive", HardContrastiveLoss, lambda loss, z, _: loss(z), "nothing"),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from ccl_fast.data import Images
+from typing import TYPE_CHECKING
+
 from ccl_fast.evaluation import knn_accuracy
 from ccl_fast.models import embed
 from ccl_fast.ops import kmeans_assign
 from ccl_fast.training.loop import VIEWED, Run
 from ccl_fast.training.random_views import embedded_views, spread_rows
 from ccl_fast.training.randomness import seeded
+
+if TYPE_CHECKING:
+    from ccl_fast.data import Images
 
 # Images that are looked at, so that a look costs a fraction of an epoch.
 MAX_TRAIN, MAX_TEST = 10_000, 5_000
@@ -40,7 +44,7 @@ class Probe:
         return self._accuracies(run) | self._view_agreement(run)
 
     def _accuracies(self, run: Run) -> dict[str, float]:
-        if self.train.classes is None or self.test.classes is None:
+        if self.train.classes is None or self.test is None or self.test.classes is None:
             return {}
         of_train, of_test = spread_rows(self.train, MAX_TRAIN), spread_rows(self.test, MAX_TEST)
         train, test = embed(run.result, self.train, of_train), embed(run.result, self.test, of_test)

@@ -9,17 +9,20 @@ import os
 import pickle
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
-from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ccl_fast.errors import ArgumentError, PeerError, first_sentence
+
+if TYPE_CHECKING:
+    from ccl_fast.training.config import Precision
 
 # How long the others wait for one that reads, or downloads, data: nobody knows how long that takes. A process that ends
 # is noticed at once all the same.
@@ -27,7 +30,9 @@ PATIENCE = timedelta(days=7)
 
 # DistributedDataParallel need not send buffers before every step: they are averaged after it. (Torch has renamed this.)
 _BUFFERS = "forward_sync_buffers", "broadcast_buffers"
-_UNSENT = {next(name for name in _BUFFERS if name in inspect.signature(DistributedDataParallel).parameters): False}
+_UNSENT: dict[str, Any] = {
+    next(name for name in _BUFFERS if name in inspect.signature(DistributedDataParallel).parameters): False
+}
 
 # Whether this process has met the others here: once they have left, they cannot meet again at the same address.
 _met = False
@@ -103,13 +108,16 @@ class _Several(Processes):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.keys = (self.rank,)
         # Python objects travel on the host, whatever the device.
-        self._groups = {p: dist.new_group(backend="gloo", timeout=PATIENCE if p else timeout) for p in (False, True)}
+        self._groups: dict[bool, Any] = {
+            patient: dist.new_group(backend="gloo", timeout=PATIENCE if patient else timeout)
+            for patient in (False, True)
+        }
 
     def everyone(self, value: T) -> list[T]:
         return self._everyone(value, patient=False)
 
     def _everyone(self, value: T, *, patient: bool) -> list[T]:
-        values = [None] * self.size
+        values: list[Any] = [None] * self.size
         with self.waiting():
             dist.all_gather_object(values, value, group=self._groups[patient])
         return values
@@ -139,7 +147,8 @@ class _Several(Processes):
             dist.all_reduce(total := torch.cat(parts))
         ordered = [*numbers, *others]
         found = total.split([buffer.numel() for buffer in ordered])
-        torch._foreach_copy_(ordered, [x.view_as(buffer) for x, buffer in zip(found, ordered, strict=True)])
+        for buffer, values in zip(ordered, found, strict=True):
+            buffer.copy_(values.view_as(buffer))
 
     @contextlib.contextmanager
     def together(self, *, patient: bool = False) -> Iterator[None]:
@@ -156,7 +165,7 @@ class _Several(Processes):
         raise own or next(error for error in errors if error is not None)
 
     def first(self, function: Callable[[], T], *, patient: bool = False) -> T:
-        result = [None]
+        result: list[Any] = [None]
         with self.together(patient=patient):
             if self.is_first:
                 result = [function()]
@@ -213,7 +222,7 @@ def find_device(name: str) -> torch.device:
         raise ArgumentError(f'device: expected "auto" or a device of this machine, got {name!r} ({reason})') from error
 
 
-def alone(device: torch.device, precision: str) -> Fabric:
+def alone(device: torch.device, precision: Precision) -> Fabric:
     """Make device and precision for one process, whoever else there is."""
     return Fabric(
         accelerator=device.type, devices=[device.index or 0] if device.type == "cuda" else 1, precision=precision
@@ -221,7 +230,7 @@ def alone(device: torch.device, precision: str) -> Fabric:
 
 
 @contextlib.contextmanager
-def launched(device: str, precision: str, timeout: float) -> Iterator[tuple[Fabric, Processes]]:
+def launched(device: str, precision: Precision, timeout: float) -> Iterator[tuple[Fabric, Processes]]:
     """Join, within ``with``, the processes that torchrun has started, if it has started several.
 
     Args:

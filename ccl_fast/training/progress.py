@@ -8,20 +8,23 @@ import time
 import zlib
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from ccl_fast.data import Images
 from ccl_fast.errors import ArgumentError, PeerError, ReaderError, first_line
 from ccl_fast.files import write_atomically
 from ccl_fast.training import checkpoint
 from ccl_fast.training.checkpoint import CHECKPOINTS, CheckpointError, check_finite
 from ccl_fast.training.config import fixed_by_warm_up, warmup_length
 from ccl_fast.training.interruption import Interrupted, Interruption
-from ccl_fast.training.loop import Run
-from ccl_fast.training.probe import Probe
-from ccl_fast.training.processes import Processes
+
+if TYPE_CHECKING:
+    from ccl_fast.data import Images
+    from ccl_fast.training.loop import Run
+    from ccl_fast.training.probe import Probe
+    from ccl_fast.training.processes import Processes
 
 WARM_UP = "warm-up"
 # What is in a run's folder beside its checkpoints.
@@ -238,4 +241,4 @@ def _fingerprint(images: Images) -> list[int]:
     """Return number and shape of the images, and a check sum of some: labels and centres belong to these."""
     some = images[torch.linspace(0, len(images) - 1, min(len(images), FINGERPRINTED), dtype=torch.float64).long()]
     pixels = (some.cpu() * 255).round().to(torch.uint8).contiguous()
-    return [len(images), *images.shape, zlib.crc32(pixels.numpy())]
+    return [len(images), *images.shape, zlib.crc32(pixels.numpy().data)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Literal
+from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,11 +14,21 @@ from ccl_fast.errors import ArgumentError
 from ccl_fast.metrics import cluster_quality
 from ccl_fast.ops import kmeans_assign
 from ccl_fast.ops.normalize import normalize_rows as unit
-from ccl_fast.training.cooperation import LABELS, Clustering
+from ccl_fast.training.cooperation import Clustering, Labels
 from ccl_fast.training.processes import ALONE, Processes
 
 # Runs of k-means from different starts, of which the best is kept; later clusterings start from the last centres.
 STARTS = 5
+
+
+class Found(TypedDict):
+    """What is found for a number of clusters; a checkpoint keeps it."""
+
+    centers: Tensor  # [k, d]
+    temperatures: NotRequired[Tensor]  # [k]
+    ids: Tensor  # [n], -1 where not believed
+    all_ids: Tensor  # [n]
+    believed: float  # share of the images
 
 
 class PseudoLabels:
@@ -44,16 +54,15 @@ class PseudoLabels:
         temperature: float,
         concentration: bool,
         device: torch.device,
-        labels_from: Literal[LABELS] = "k-means",
+        labels_from: Labels = "k-means",
         believe: float | Literal["agreement"] = 1.0,
         processes: Processes = ALONE,
     ):
         self.clusters, self.seed, self.temperature = list(clusters), seed, temperature
         self.concentration, self.device, self.processes = concentration, device, processes
-        self.labels_from, self.believe = labels_from, believe
-        # Per number of clusters: {"ids": [n], -1 where not believed; "all_ids": [n]; "believed": their share;
-        # "centers": [k, d]; "temperatures": [k] or absent}.
-        self.found: list[dict[str, Tensor | float]] = []
+        self.labels_from: Labels = labels_from
+        self.believe: float | Literal["agreement"] = believe
+        self.found: list[Found] = []  # for each number of clusters
 
     def update(
         self,
@@ -74,15 +83,21 @@ class PseudoLabels:
             before = previous[i] if previous else None
             own, centers = self._labels(embeddings, classes, k, before)
             ids = self.processes.gather(own)
-            log_of_k = _describe(ids, len(centers), before.get("all_ids") if before else None, classes)
-            found = {"centers": centers}
+            log_of_k = _describe(ids, len(centers), before["all_ids"] if before else None, classes)
+            temperatures = None
             if self.concentration:
-                found["temperatures"] = concentration(
+                temperatures = concentration(
                     embeddings, own, centers, mean=self.temperature, process_group=self.processes.group
                 )
             nearest = self._believed(embeddings, own, ids, centers, views)
-            found |= {"ids": torch.full_like(ids, -1).scatter(0, nearest, ids[nearest]), "all_ids": ids}
-            found["believed"] = len(nearest) / len(ids)
+            found: Found = {
+                "centers": centers,
+                "ids": torch.full_like(ids, -1).scatter(0, nearest, ids[nearest]),
+                "all_ids": ids,
+                "believed": len(nearest) / len(ids),
+            }
+            if temperatures is not None:
+                found["temperatures"] = temperatures
             if self.believe != 1:
                 log_of_k |= _describe_believed(ids, nearest, classes)
             self.found.append(found)
@@ -90,7 +105,9 @@ class PseudoLabels:
             log |= log_of_k if one else {f"{name}/{len(centers)}": value for name, value in log_of_k.items()}
         return log
 
-    def _labels(self, embeddings: Tensor, classes: Tensor | None, k: int, before: dict | None) -> tuple[Tensor, Tensor]:
+    def _labels(
+        self, embeddings: Tensor, classes: Tensor | None, k: int, before: Found | None
+    ) -> tuple[Tensor, Tensor]:
         """Return the clusters of this process's images, and all centres."""
         if self.labels_from != "k-means":
             return self._given(embeddings, classes, k)
@@ -105,6 +122,7 @@ class PseudoLabels:
         """Return the images whose clusters are believed, those nearest to their centres."""
         share = self.believe
         if share == "agreement":
+            assert views is not None
             rows, of_rows = views()
             measure = partial(agreement, ids[rows.to(ids.device)], of_rows, centers)
             share = self.processes.first(measure, patient=True)
@@ -116,13 +134,14 @@ class PseudoLabels:
         if self.labels_from == "classes" and classes is None:
             raise ArgumentError("labels_from: expected images with classes for 'classes', got some without")
         n = int(sum(self.processes.everyone(len(embeddings))))
-        if self.labels_from == "classes":
+        if classes is not None and self.labels_from == "classes":
             ids = classes.unique(return_inverse=True)[1].to(embeddings.device)
         else:
             ids = torch.randint(k, (n,), generator=torch.Generator().manual_seed(self.seed)).to(embeddings.device)
         k, own = int(ids.max()) + 1, ids[self.processes.part(n)]
         sums = embeddings.new_zeros(k, embeddings.shape[1]).index_add_(0, own, unit(embeddings))
-        return own, unit(sum(self.processes.everyone(sums)))
+        first, *others = self.processes.everyone(sums)
+        return own, unit(sum(others, first))
 
     def of(self, rows: Tensor) -> list[Clustering]:
         """Return the clusterings of the training images of these numbers ``[b]``; none before the first `update`."""
@@ -137,13 +156,14 @@ class PseudoLabels:
             for found in self.found
         ]
 
-    def state_dict(self) -> list[dict[str, Tensor | float]]:
+    def state_dict(self) -> list[Found]:
         return self.found
 
-    def load_state_dict(self, state: list[dict[str, Tensor | float]]) -> None:
-        self.found = [
-            {name: x.to(self.device) if isinstance(x, Tensor) else x for name, x in found.items()} for found in state
-        ]
+    def load_state_dict(self, state: list[Found]) -> None:
+        self.found = [self._here(found) for found in state]
+
+    def _here(self, found: Any) -> Any:
+        return {name: x.to(self.device) if isinstance(x, Tensor) else x for name, x in found.items()}
 
 
 def _describe(ids: Tensor, k: int, previous: Tensor | None, classes: Tensor | None) -> dict[str, float]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ccl_fast.data import Images, Views
 from ccl_fast.models import Model, embed
+
+if TYPE_CHECKING:
+    from ccl_fast.data import Images, Views
 
 # Images of which two views are compared: enough for a share to 3 %, and a fraction of an epoch.
 MAX_IMAGES = 1_000
@@ -31,5 +34,5 @@ class _RandomViews:
     def __init__(self, images: Images, views: Views):
         self.images, self.views = images, views
 
-    def batches(self, batch_size: int, rows: Tensor) -> Iterator[Tensor]:
+    def batches(self, batch_size: int, rows: Tensor | None = None) -> Iterator[Tensor]:
         return (self.views(batch) for batch in self.images.batches(batch_size, rows))

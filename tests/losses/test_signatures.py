@@ -101,10 +101,8 @@ def breaches(loss):
         found.append("it does not end with the common options")
     found += [f"{p.name} is a count" for p in options if p.name == "negatives"]
     found += [f"{name} is unknown" for name in loss.unsupported if name not in {"temperature", *COMMON}]
-    placed = []
-    for p in list(inspect.signature(loss.forward).parameters.values())[1:]:
-        if p.kind is not parameter.KEYWORD_ONLY:
-            placed.append(p.name)
+    given = list(inspect.signature(loss.forward).parameters.values())[1:]
+    placed = [p.name for p in given if p.kind is not parameter.KEYWORD_ONLY]
     words = [name for name in POSITIONAL if name in placed]
     if placed != words or not {"embeddings", "queries"} & set(placed[:1]):
         found.append(f"forward takes {placed} by place")

@@ -3,11 +3,12 @@
 import math
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
 
-from ccl_fast.ops.backends import BACKENDS, Backend, choose_backend
+from ccl_fast.ops.backends import BACKENDS, Backend, ContrastBackend, KMeansBackend, choose_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -36,6 +37,12 @@ def test_a_backend_that_cannot_run_lists_its_reasons(kernel):
     kernel += ["too old", "too cold"]
     with pytest.raises(ValueError, match=r"'kernel' cannot run op on cpu with torch\.float64: too old; too cold"):
         choose_backend("op", "kernel", CPU, torch.float64)
+
+
+def test_types_name_the_backends_of_the_table():
+    for operator, backends in BACKENDS.items():
+        requested = ContrastBackend if operator == "streaming_logsumexp" else KMeansBackend
+        assert get_args(requested) == ("auto", *backends)
 
 
 def test_every_operator_runs_anywhere():

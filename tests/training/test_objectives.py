@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from typing import get_args
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from ccl_fast.training.checkpoint import CheckpointError
 from ccl_fast.training.config import FIELDS, Config
 from ccl_fast.training.cooperation import Clustering, CooperativeCCL
 from ccl_fast.training.loop import Run
-from ccl_fast.training.objectives import OBJECTIVES, OPTIONS
+from ccl_fast.training.objectives import OBJECTIVES, OPTIONS, ObjectiveName
 
 pytestmark = pytest.mark.xdist_group("test_objectives")  # one process has the run that all tests share
 
@@ -101,7 +102,7 @@ def test_the_value_is_that_of_the_loss_over_all_numbers_of_clusters():
         centers, temperatures = torch.randn(k, 6), torch.rand(k) + 0.1
         found.append(Clustering(torch.where(is_believed, ids, -1), centers, temperatures, ids, believed))
     expected = expected_values(z, found, prototypes)
-    assert expected.keys() == OBJECTIVES.keys()
+    assert expected.keys() == OBJECTIVES.keys() == set(get_args(ObjectiveName))
     for name, objective in OBJECTIVES.items():
         targets = prototypes if objective.needs == "prototypes" else found
         value = objective.value(objective.make_loss(0.2, None), z, targets)

@@ -51,7 +51,8 @@ class LightGCLLoss(Loss):
         super().__init__(temperature, **common)
 
     def forward(self, queries: Tensor, keys: Tensor, *, nodes: Tensor | None = None) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             queries: ``[n, d]``, e of all nodes; float64, float32, bfloat16, float16.
             keys: ``[n, d]``, g of the same nodes.
@@ -106,6 +107,10 @@ class SVDView(nn.Module):
         (torch.Size([8, 16]), torch.Size([6, 16]))
     """
 
+    u: Tensor
+    s: Tensor
+    v: Tensor
+
     def __init__(self, adjacency: Tensor, *, rank: int = 5, iterations: int = 2):
         super().__init__()
         check_matrix("adjacency", adjacency)
@@ -123,7 +128,8 @@ class SVDView(nn.Module):
             self.register_buffer(name, factor)
 
     def forward(self, embeddings: Tensor, *, transposed: bool = False) -> Tensor:
-        """
+        """Propagate embeddings.
+
         Args:
             embeddings: ``[n, d]`` of the columns, or with ``transposed`` ``[m, d]`` of the rows; any floating dtype.
             transposed: propagate from rows to columns.

@@ -5,7 +5,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_count, check_floating, check_matrix, check_same, check_tensor
+from ccl_fast.checks import assert_on_device, check_count, check_floating, check_matrix, check_same, check_tensor
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.ops import edge_similarity, streaming_logsumexp
@@ -50,7 +50,8 @@ class SCGCLoss(Loss):
         super().__init__(temperature, **common)
 
     def forward(self, embeddings: Tensor, *, influence: Tensor) -> Tensor:
-        """
+        """Return the loss.
+
         Args:
             embeddings: ``[n, d]``, one row per node; float64, float32, bfloat16, float16.
             influence: ``[n, n]`` sparse, CSR or COO, floating point; row i holds the weights, >= 0, of the positives
@@ -129,7 +130,7 @@ def influence_matrix(adjacency: Tensor, *, hops: int = 2, cumulative: bool = Tru
 
 
 def check_graph(name: str, x: Tensor, nodes: int | None = None) -> None:
-    """A square sparse matrix of weights >= 0. (On a GPU the device tells of a wrong weight, later.)"""
+    """Check a square sparse matrix of weights >= 0; on a GPU the device tells of a wrong weight, later."""
     check_tensor(name, x)
     if x.layout not in LAYOUTS:
         raise ArgumentError(f"{name}: expected a sparse tensor, CSR or COO, got layout {x.layout}")
@@ -143,7 +144,7 @@ def check_graph(name: str, x: Tensor, nodes: int | None = None) -> None:
     weights = x._values() if x.layout == torch.sparse_coo else x.values()
     message = f"{name}: expected weights >= 0"
     if x.device.type != "cpu":
-        torch._assert_async((weights >= 0).all(), message)
+        assert_on_device((weights >= 0).all(), message)
     elif not (weights >= 0).all():
         raise ArgumentError(f"{message}, got a smallest of {weights.min():g}")
 
@@ -152,7 +153,8 @@ def _edges(graph: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows in ascending order, columns (int64) and weights of the entries."""
     if graph.layout == torch.sparse_coo:
         graph = graph.coalesce()
-        return *graph.indices(), graph.values()
+        rows, columns = graph.indices()
+        return rows, columns, graph.values()
     starts, columns, weights = graph.crow_indices(), graph.col_indices(), graph.values()
     nodes = torch.arange(len(graph), device=starts.device)
     rows = nodes.repeat_interleave(starts.diff(), output_size=len(columns))

@@ -1,35 +1,62 @@
 """The assignment step of k-means: its contract and its backends."""
 
-from typing import Protocol
+from typing import Literal, Protocol, get_args, overload
 
 import torch
 from torch import Tensor
 
 from ccl_fast.checks import check_choice, check_finite, check_floating, check_same, check_tensor
 from ccl_fast.errors import ArgumentError
-from ccl_fast.ops.backends import chosen_module
+from ccl_fast.ops.backends import KMeansBackend, chosen_module
 from ccl_fast.ops.kmeans.distance import center_distance
 from ccl_fast.ops.precision import accumulation_dtype
 
-METRICS = ("euclidean", "cosine")
+Metric = Literal["euclidean", "cosine"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
 
 
 class Rows(Protocol):
     """Rows [problems, rows, d], prepared once by a backend and then compared with many sets of centres."""
 
     def nearest(self, centers: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels int64 [problems, rows] for centers [problems, k, d]; and int64 [2]: how many rows the fast product
-        left in doubt, and how many of them were re-checked, that is compared with all centres again."""
+        """Labels int64 [problems, rows] for centers [problems, k, d], and two numbers, int64 [2].
+
+        These are how many rows the fast product left in doubt, and how many of them were re-checked, that is compared
+        with all centres again.
+        """
+        ...
+
+
+@overload
+def kmeans_assign(
+    x: Tensor,
+    centers: Tensor,
+    *,
+    metric: Metric = "euclidean",
+    backend: KMeansBackend = "auto",
+    return_rechecked: Literal[False] = False,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def kmeans_assign(
+    x: Tensor,
+    centers: Tensor,
+    *,
+    metric: Metric = "euclidean",
+    backend: KMeansBackend = "auto",
+    return_rechecked: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def kmeans_assign(
     x: Tensor,
     centers: Tensor,
     *,
-    metric: str = "euclidean",
-    backend: str = "auto",
+    metric: Metric = "euclidean",
+    backend: KMeansBackend = "auto",
     return_rechecked: bool = False,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     r"""The nearest centre of every row, exactly, without the matrix of distances.
 
     .. math::

@@ -121,8 +121,11 @@ def _two_lowest(scores: Tensor, label: Tensor, best: Tensor, second: Tensor) -> 
 
 
 def _factor_rounding(device: torch.device, dtype: torch.dtype) -> float:
+    if dtype != torch.float32:
+        return 0.0
     backend = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
-    return FACTOR_ROUNDING.get(backend.matmul.fp32_precision, 0.0) if dtype == torch.float32 else 0.0
+    # `matmul` is set when mkldnn is imported.
+    return FACTOR_ROUNDING.get(str(backend.matmul.fp32_precision), 0.0)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _decide(x: Tensor, centers: Tensor, candidates: Tensor, metric: str) -> Tensor:

@@ -30,7 +30,7 @@ class Rows:
             )
         if d > MAX_COLUMNS:
             raise ArgumentError(f"x: expected at most {MAX_COLUMNS} columns for the cuda backend, got {d}")
-        self.padded_d = _round_up(d, extension.module.PAD_COLUMNS)
+        self.padded_d = _round_up(d, extension.compiled().PAD_COLUMNS)
         if metric == "cosine":
             self.origin = None
             self.scale = torch.full((problems,), 2.0 ** (TOP_EXPONENT - 1), dtype=torch.float32, device=x.device)
@@ -46,7 +46,7 @@ class Rows:
 
     def nearest(self, centers: Tensor) -> tuple[Tensor, Tensor]:
         """Labels int64 [problems, rows], and how many rows were in doubt and re-checked, int64 [2], on the device."""
-        module, centers = extension.module, centers.contiguous()
+        module, centers = extension.compiled(), centers.contiguous()
         problems, rows, d = self.x.shape
         clusters = centers.shape[1]
         padded = _round_up(clusters, module.PAD_CENTERS)
@@ -84,7 +84,7 @@ class Rows:
         problems, rows, d = x.shape
         packed = torch.empty(problems, padded_rows, self.padded_d, dtype=torch.float16, device=x.device)
         norm, residue, half_square = torch.empty(3, problems, padded_rows, dtype=torch.float32, device=x.device)
-        extension.module.kmeans_pack(
+        extension.compiled().kmeans_pack(
             address(x), extension.dtype_code(x.dtype), problems, rows, d, extension.metric_code(self.metric),
             address(self.origin), address(self.scale), padded_rows, self.padded_d,
             address(packed), address(norm), address(residue), address(half_square), *extension.where(x),

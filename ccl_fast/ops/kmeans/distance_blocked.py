@@ -11,6 +11,7 @@ CPU_ENTRIES, DEVICE_ENTRIES = 1 << 16, 1 << 26
 
 
 def center_distance(x: Tensor, centers: Tensor, labels: Tensor, metric: str) -> Tensor:
+    """As `distance.center_distance`."""
     size = max(1, (CPU_ENTRIES if x.device.type == "cpu" else DEVICE_ENTRIES) // max(1, x.shape[2]))
     distance = torch.empty(labels.shape, dtype=centers.dtype, device=x.device)
     for problem in range(len(x)):

@@ -5,12 +5,12 @@ from torch import Tensor
 
 from ccl_fast.checks import check_count, check_floating, check_integer, check_same, check_tensor
 from ccl_fast.errors import ArgumentError
-from ccl_fast.ops.backends import chosen_module
+from ccl_fast.ops.backends import KMeansBackend, chosen_module
 from ccl_fast.ops.precision import accumulation_dtype
 
 
 def kmeans_update(
-    x: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | None = None, *, backend: str = "auto"
+    x: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | None = None, *, backend: KMeansBackend = "auto"
 ) -> tuple[Tensor, Tensor]:
     r"""Weighted sums of the rows of every cluster, and the clusters' total weights.
 

@@ -15,6 +15,7 @@ CPU_ENTRIES, DEVICE_ENTRIES = 1 << 17, 1 << 25
 def sum_by_cluster(
     x: Tensor, clusters: Tensor, count: int, weights: Tensor | None, wide: bool
 ) -> tuple[Tensor, Tensor]:
+    """As `update.sum_by_cluster` says of a backend."""
     return (_in_float64 if wide else _in_pieces)(x, clusters, count, weights)
 
 

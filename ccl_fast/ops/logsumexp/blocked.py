@@ -30,6 +30,8 @@ BLOCK, LARGE_BLOCK, LARGE = 512, 1024, 4096
 LARGE_GROUP, FEW_GROUPS = 128, 4
 LOG2E = 1.4426950408889634
 
+Pair = tuple[Tensor, Tensor]  # over the same id, over the others
+
 
 @dataclass
 class _Tile:
@@ -94,7 +96,7 @@ class _Problem:
     def _relation(self, i: int, j: int) -> str:
         if self.q_ids is None:
             return "other"
-        if self.q_range is None:
+        if self.q_range is None or self.k_range is None:
             return "mixed"
         (a, b), (c, d) = self.q_range[i], self.k_range[j]
         if b < c or d < a:
@@ -136,13 +138,14 @@ def _blocks(n: int, block: int, ids: Tensor | None, most_groups: int) -> list[sl
 
 
 def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exps over the same id and over the others, and whether all logits are bounded."""
     bounded = bounded_on_cpu(q, k, scale, key_bias)
     problem = _Problem(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, bounded)
     of_rows, _ = _logsumexps(problem, want_same, want_other)
     return *of_rows, bounded
 
 
-def mutual_forward(q, k, scale, q_ids, k_ids, want_same, want_other) -> tuple[tuple[Tensor, Tensor], ...]:
+def mutual_forward(q, k, scale, q_ids, k_ids, want_same, want_other) -> tuple[Pair, Pair]:
     """Log-sum-exps over the same id and the others: of the rows of q over those of k, and of those of k over q."""
     problem = _Problem(
         q, k, scale, None, q_ids, k_ids, want_same, want_other, bounded_on_cpu(q, k, scale, None), mutual=True
@@ -150,7 +153,7 @@ def mutual_forward(q, k, scale, q_ids, k_ids, want_same, want_other) -> tuple[tu
     return _logsumexps(problem, want_same, want_other)
 
 
-def _logsumexps(problem: _Problem, want_same: bool, want_other: bool) -> tuple[tuple[Tensor, Tensor], ...]:
+def _logsumexps(problem: _Problem, want_same: bool, want_other: bool) -> tuple[Pair, Pair]:
     """Over the same id and over the others: of the rows, and of the keys where they are anchors too."""
     sums = _UnshiftedSums if problem.bounded else _ShiftedSums
     names = [name for name, want in (("same", want_same), ("other", want_other)) if want]
@@ -169,11 +172,13 @@ def _logsumexps(problem: _Problem, want_same: bool, want_other: bool) -> tuple[t
             of_rows[name].add(tile.rows, tile.cols, wanted, 1)
             if tile.mirrored:
                 of_keys[name].add(tile.cols, tile.rows, wanted, 0)
-    empty = problem.q.new_empty(0)
-    return tuple(
-        tuple(_from_sorted(found[name].log(), order) if name in found else empty for name in ("same", "other"))
-        for found, order in ((of_rows, problem.order_q), (of_keys, problem.order_k))
-    )
+
+    def both(found: dict, order: Tensor | None) -> Pair:
+        empty = problem.q.new_empty(0)
+        same, other = (_from_sorted(found[name].log(), order) if name in found else empty for name in ("same", "other"))
+        return same, other
+
+    return both(of_rows, problem.order_q), both(of_keys, problem.order_k)
 
 
 class _UnshiftedSums:
@@ -235,26 +240,30 @@ def backward(
         need_k and not problem.is_self,
         need_bias,
     )
-    grad_scale = None
-    if need_scale:
+    grad_q = grad_scale = None
+    if to_q is not None and need_scale:
         # In self-contrast every product <z_i, z_j> is met from both its ends.
         grad_scale = row_dot(to_q, problem.q).sum() * (0.5 if problem.is_self else 1.0)
     dtype = dtype or q.dtype
-    grad_q = _from_sorted(to_q.mul_(scale), problem.order_q).to(dtype) if need_q else None
+    if to_q is not None and need_q:
+        grad_q = _from_sorted(to_q.mul_(scale), problem.order_q).to(dtype)
     grad_k = None if to_k is None else _from_sorted(to_k.mul_(scale), problem.order_k).to(dtype)
-    grad_bias = _from_sorted(to_bias, problem.order_k) if need_bias else None
+    grad_bias = None if to_bias is None else _from_sorted(to_bias, problem.order_k)
     return grad_q, grad_k, grad_scale, grad_bias
 
 
 def mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k) -> tuple[Tensor, Tensor]:
-    """Of two blocks of rows that are anchors of each other: the gradient of q, from its own sums and from those of k,
-    in accumulation precision, and half the products' share of the gradient of the scale: the other half is k's.
+    """Of two blocks of rows that are anchors of each other: gradients of q, and of half the scale.
+
+    That of q is from its own sums and from those of k, in accumulation precision; of the products' share of the
+    gradient of the scale it is half: the other half is k's.
 
     ``of_q``, ``of_k``: (same, other, grad_same, grad_other), with the log-sum-exps over all blocks.
     """
     wanted = of_q[0].numel() > 0, of_q[1].numel() > 0
     problem = _Problem(q, k, scale, None, q_ids, k_ids, *wanted, bounded_on_cpu(q, k, scale, None), mutual=True)
     to_q, _, _ = _weighted_sums(problem, of_q, of_k, True, False, False)
+    assert to_q is not None
     to_scale = row_dot(to_q, problem.q).sum() / 2
     return _from_sorted(to_q.mul_(scale), problem.order_q), to_scale
 
@@ -273,7 +282,7 @@ def _weighted_sums(
     k_columns = q_columns if problem.is_self else problem.k.T.contiguous()
     to_q = torch.zeros_like(q_columns) if need_q else None
     to_k = to_q if problem.is_self else torch.zeros_like(k_columns) if need_k else None
-    to_bias = torch.zeros_like(problem.bias) if need_bias else None
+    to_bias = torch.zeros_like(problem.bias) if need_bias and problem.bias is not None else None
     for tile in problem.tiles():
         w = _weights(problem, tile, rows, keys, to_bias)
         if to_q is not None:
@@ -282,12 +291,15 @@ def _weighted_sums(
             to_k[:, tile.cols] += matmul_nt(q_columns[:, tile.rows], w.T)
     if problem.is_self:
         to_k = None
-    return *(None if x is None else x.T.contiguous() for x in (to_q, to_k)), to_bias
+    to_q, to_k = (None if x is None else x.T.contiguous() for x in (to_q, to_k))
+    return to_q, to_k, to_bias
 
 
 def _anchors(problem: _Problem, of_anchors, order: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
-    """(R, C) of the module's notation for both kinds; R = inf, nothing, without candidates. Unshifted, C holds
-    exp(-R)."""
+    """(R, C) of the module's notation for both kinds; R = inf, nothing, without candidates.
+
+    Unshifted, C holds exp(-R).
+    """
     *lses, grad_same, grad_other = of_anchors
     n, anchors = max(map(len, lses)), {}
     for name, lse, grad in zip(("same", "other"), lses, (grad_same, grad_other), strict=True):
@@ -326,7 +338,7 @@ def _weights(problem: _Problem, tile: _Tile, rows: dict, keys: dict | None, to_b
         if problem.bias is None:
             return e.mul_(own if mirror is None else own + mirror)
         own = e * own * problem.bias[tile.cols].exp()
-        if keys is not None:
+        if mirror is not None:
             mirror = e * mirror * problem.bias[tile.rows, None].exp()
     else:
         x = problem.logits(tile)
@@ -340,6 +352,6 @@ def _weights(problem: _Problem, tile: _Tile, rows: dict, keys: dict | None, to_b
             mirror *= spread(keys, 1, tile.cols, 0)
     if to_bias is not None:
         to_bias[tile.cols] += own.sum(0)
-        if tile.mirrored:
+        if tile.mirrored and mirror is not None:
             to_bias[tile.rows] += mirror.sum(1)
     return own if mirror is None else own.add_(mirror)

@@ -16,10 +16,10 @@ MAX_SCALED = 1e30
 def logits_are_bounded(
     q: Tensor, k: Tensor | None, scale: Tensor, key_bias: Tensor | None, limit: float = UNSHIFTED_LIMIT
 ) -> Tensor:
-    """Whether |scale <q_i, k_j> + key_bias_j| <= limit for all i, j (a key bias of -inf is allowed), and
-    scale q_i is far from overflow.
+    """Tell whether |scale <q_i, k_j> + key_bias_j| <= limit for all i, j, and scale q_i is far from overflow.
 
-    Returns a bool tensor of no dimensions on the device of ``q``: no host copy. Not-a-number gives False.
+    A key bias of -inf is allowed. Returns a bool tensor of no dimensions on the device of ``q``: no host copy.
+    Not-a-number gives False.
     """
     q_norm = _largest_norm(q)
     scaled = scale.abs() * q_norm

@@ -1,15 +1,47 @@
 """The streaming log-sum-exp: its contract, its gradient, its registration with torch, its backends."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ccl_fast.checks import check_candidates, check_logits
+from ccl_fast.checks import Candidates, check_candidates, check_logits
 from ccl_fast.errors import ArgumentError
-from ccl_fast.ops.backends import BACKENDS, choose_backend
+from ccl_fast.ops.backends import BACKENDS, ContrastBackend, choose_backend
 from ccl_fast.ops.logsumexp.bound import bounded_on_cpu
 from ccl_fast.ops.logsumexp.reference import logsumexp_by_relation
 from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, scale_tensor, without_autocast
+
+
+@overload
+def streaming_logsumexp(
+    q: Tensor,
+    k: Tensor | None = None,
+    *,
+    scale: float | Tensor,
+    key_bias: Tensor | None = None,
+    q_ids: Tensor | None = None,
+    k_ids: Tensor | None = None,
+    candidates: Candidates = "all",
+    return_same: Literal[False] = False,
+    backend: ContrastBackend = "auto",
+) -> Tensor: ...
+
+
+@overload
+def streaming_logsumexp(
+    q: Tensor,
+    k: Tensor | None = None,
+    *,
+    scale: float | Tensor,
+    key_bias: Tensor | None = None,
+    q_ids: Tensor | None = None,
+    k_ids: Tensor | None = None,
+    candidates: Candidates = "all",
+    return_same: Literal[True],
+    backend: ContrastBackend = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def streaming_logsumexp(
@@ -20,9 +52,9 @@ def streaming_logsumexp(
     key_bias: Tensor | None = None,
     q_ids: Tensor | None = None,
     k_ids: Tensor | None = None,
-    candidates: str = "all",
+    candidates: Candidates = "all",
     return_same: bool = False,
-    backend: str = "auto",
+    backend: ContrastBackend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Log-sum-exp of scaled similarities, row by row, without the matrix of similarities.
 
@@ -54,18 +86,18 @@ def streaming_logsumexp(
     _check(q, k, scale, key_bias, q_ids, k_ids, candidates, return_same)
     q = in_autocast_dtype(q)
     k = None if k is None else k.to(q.dtype)
-    backend = choose_backend("streaming_logsumexp", backend, q.device, q.dtype)
+    chosen_backend = choose_backend("streaming_logsumexp", backend, q.device, q.dtype)
     scale = scale_tensor(scale, q)
     if key_bias is not None:
         key_bias = key_bias.to(scale.dtype)
 
     want_same = return_same or (q_ids is not None and candidates != "other_id")
     want_other = candidates != "same_id"
-    if backend == "reference":
+    if chosen_backend == "reference":
         same, other = logsumexp_by_relation(q, k, scale, key_bias, q_ids, k_ids)
     else:
         run = _Eager.apply if _is_eager(q) else _op
-        same, other, _bounded = run(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, backend)
+        same, other, _bounded = run(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, chosen_backend)
     if q_ids is None:
         return other
     chosen = {"all": lambda: logaddexp(same, other), "other_id": lambda: other, "same_id": lambda: same}
@@ -81,8 +113,8 @@ def softmax_sums(
     *,
     scale: float | Tensor,
     key_bias: Tensor,
-    of: str,
-    backend: str,
+    of: Literal["keys", "queries"],
+    backend: ContrastBackend,
 ) -> Tensor:
     r"""Weighted sums by the softmax whose logarithm's denominator is known: no forward pass.
 
@@ -102,16 +134,16 @@ def softmax_sums(
     Returns:
         ``[n, d]`` or ``[m, d]``, float32 (float64 for float64 input).
     """
-    backend = choose_backend("streaming_logsumexp", backend, q.device, q.dtype)
+    chosen = choose_backend("streaming_logsumexp", backend, q.device, q.dtype)
     scale = scale_tensor(scale, q)
-    if backend == "reference":
+    if chosen == "reference":
         with torch.autocast(q.device.type, enabled=False):
             p = (scale * (q @ k.T).to(scale.dtype) + key_bias - logsumexp[:, None]).exp() * weights[:, None]
             return p @ k.to(p.dtype) if of == "keys" else p.T @ q.to(p.dtype)
     bounded = bounded_on_cpu(q, k, scale, key_bias)
     run, none = _EagerBackward.apply if _is_eager(q) else _backward_op, logsumexp.new_empty(0)
     needs = [of == "keys", of == "queries", False, False]
-    sums = run(q, k, scale, key_bias, None, None, none, logsumexp, bounded, none, weights, needs, backend)
+    sums = run(q, k, scale, key_bias, None, None, none, logsumexp, bounded, none, weights, needs, chosen)
     return sums[0 if of == "keys" else 1].to(scale.dtype) / scale
 
 
@@ -183,7 +215,8 @@ def _backward(
     with without_autocast(q.device):
         grads = module.backward(q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs)
     # Row-major whatever the strides of the inputs, as the fake promises to the compiler.
-    return tuple(q.new_empty(0) if g is None else g.contiguous() for g in grads)
+    to_q, to_k, to_scale, to_bias = (q.new_empty(0) if g is None else g.contiguous() for g in grads)
+    return to_q, to_k, to_scale, to_bias
 
 
 _backward_op = torch.library.custom_op("ccl_fast::streaming_logsumexp_backward", _backward, mutates_args=())
@@ -222,7 +255,7 @@ torch.library.register_autograd("ccl_fast::streaming_logsumexp_backward", _doubl
 
 
 class _Eager(torch.autograd.Function):
-    """The same without torch.library. (With a ``setup_context`` torch would bind signatures at every call.)"""
+    """The same without torch.library; with a ``setup_context`` torch would bind signatures at every call."""
 
     @staticmethod
     def forward(ctx, *inputs):

@@ -27,7 +27,7 @@ def logsumexp_by_relation(
     if k is None:
         excluded.fill_diagonal_(True)
         k_ids = q_ids
-    same = torch.zeros_like(excluded) if q_ids is None else q_ids[:, None] == k_ids[None, :]
+    same = torch.zeros_like(excluded) if q_ids is None or k_ids is None else q_ids[:, None] == k_ids[None, :]
     return _masked_logsumexp(logits, same & ~excluded), _masked_logsumexp(logits, ~same & ~excluded)
 
 

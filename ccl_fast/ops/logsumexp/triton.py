@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ccl_fast.kernels.launch import takes
 from ccl_fast.ops.ids import consecutive_ids
 from ccl_fast.ops.logsumexp.bound import logits_are_bounded
 from ccl_fast.ops.row_dot import row_dot
@@ -26,8 +27,10 @@ KEYS_OF_A_PART = 1024
 
 
 class Anchors(NamedTuple):
-    """What the kernels read of rows that are anchors: (reference, weight) over the same id and over the others, see
-    `kernels.prepare_anchors`; None where not wanted."""
+    """What the kernels read of rows that are anchors: (reference, weight) over the same id and over the others.
+
+    See `kernels.prepare_anchors`; None where not wanted.
+    """
 
     ref_same: Tensor | None = None
     weight_same: Tensor | None = None
@@ -57,6 +60,7 @@ def obstacles(device: torch.device, dtype: torch.dtype) -> list[str]:
 
 
 def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exps over the same id and over the others, and whether all logits are bounded."""
     kernels, launch = _kernels()
     is_self = k is None
     n, m = q.shape[0], (q if is_self else k).shape[0]
@@ -127,7 +131,9 @@ def backward(
     return grad_q, grad_k, _divided(grad_scale, gain), _divided(grad_bias, gain)
 
 
-def mutual_forward(q, k, scale, q_ids, k_ids, want_same, want_other) -> tuple[tuple[Tensor, Tensor], ...]:
+def mutual_forward(
+    q, k, scale, q_ids, k_ids, want_same, want_other
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Log-sum-exps over the same id and the others: of the rows of q over those of k, and of those of k over q."""
     return (
         forward(q, k, scale, None, q_ids, k_ids, want_same, want_other)[:2],
@@ -136,8 +142,10 @@ def mutual_forward(q, k, scale, q_ids, k_ids, want_same, want_other) -> tuple[tu
 
 
 def mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k) -> tuple[Tensor, Tensor]:
-    """Of two blocks of rows that are anchors of each other: the gradient of q, from its own sums and from those of k,
-    in accumulation precision, and half the products' share of the gradient of the scale: the other half is k's.
+    """Of two blocks of rows that are anchors of each other: gradients of q, and of half the scale.
+
+    That of q is from its own sums and from those of k, in accumulation precision; of the products' share of the
+    gradient of the scale it is half: the other half is k's.
 
     ``of_q``, ``of_k``: (same, other, grad_same, grad_other), with the log-sum-exps over all blocks.
     """
@@ -150,19 +158,20 @@ def mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k) -> tuple[Tensor, Tens
         flag = logits_are_bounded(q, k, scale, None).to(torch.int32)
     q, k = _aligned(q), _aligned(k)
     with _device_of(q):
-        anchors, k_anchors = (_anchors(*of, gain, flag) for of in (of_q, of_k))
+        anchors, k_anchors = _anchors(*of_q, gain=gain, flag=flag), _anchors(*of_k, gain=gain, flag=flag)
         if on_chip:
             grad, to_scale, _ = _backward_pass(
                 q, k, q_ids, k_ids, scale, _divided(scale, gain), None, anchors, k_anchors,
                 False, True, True, False, wide, flag,
             )  # fmt: skip
-            to_scale = to_scale.sum() / 2
+            to_scale = None if to_scale is None else to_scale.sum() / 2
         else:
             grad, _, to_scale, _ = _backward_in_strips(
                 q, k, scale, _divided(scale, gain), None, q_ids, k_ids, anchors, None,
                 (True, False, True, False), wide, k_anchors,
             )  # fmt: skip
-    return grad[:, :d], _divided(to_scale, gain)
+    assert grad is not None and to_scale is not None
+    return grad[:, :d], to_scale if isinstance(gain, float) else to_scale / gain
 
 
 def _anchors(same, other, grad_same, grad_other, gain, flag) -> Anchors:
@@ -193,7 +202,7 @@ def _divided(x: Tensor | None, gain: Tensor | float) -> Tensor | None:
 
 
 def _fits_on_chip(q: Tensor, q_ids: Tensor | None) -> bool:
-    return _kernels()[1]("backward_rows", q.dtype, q.shape[1], q_ids is not None, q.device) is not None
+    return takes("backward_rows", q.dtype, q.shape[1], q_ids is not None, q.device)
 
 
 def _backward_on_chip(q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, flag, needs, dtype):
@@ -205,7 +214,7 @@ def _backward_on_chip(q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, f
         grad, to_scale, _ = _backward_pass(
             q, q, q_ids, q_ids, *shared, anchors, anchors, True, need_q, need_scale, False, dtype, flag
         )
-        return grad, None, to_scale.sum() / 2 if need_scale else None, None
+        return grad, None, None if to_scale is None else to_scale.sum() / 2, None
     need_k = need_q if is_self else need_k
     k, k_ids = (q, q_ids) if is_self else (k, k_ids)
     grad_q = grad_k = to_scale = grad_bias = None
@@ -217,9 +226,9 @@ def _backward_on_chip(q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, f
         grad_k, _, grad_bias = _backward_pass(
             k, q, k_ids, q_ids, *shared, None, anchors, is_self, need_k, False, need_bias, dtype
         )
-    if is_self and need_q:
+    if is_self and grad_q is not None and grad_k is not None:
         grad_q, grad_k = grad_q + grad_k, None
-    return grad_q, grad_k, to_scale.sum() if need_scale else None, grad_bias
+    return grad_q, grad_k, None if to_scale is None else to_scale.sum(), grad_bias
 
 
 def _backward_pass(
@@ -293,13 +302,19 @@ def _backward_in_strips(
                 _add_product(to_q[stop:], weights[:, stop - start :].T, q[start:stop])
         if to_k is not None:
             _add_product(to_k, weights.T, q[start:stop])
-        if need_bias:
+        if grad_bias is not None:
             grad_bias += weights.sum(0, dtype=torch.float32)
-    grad_scale = row_dot(to_q, q).sum() / (2 if mutual else 1) if need_scale else None
-    if is_self and to_k is not None:
-        to_q += to_k
-    grad_q = (to_q * out_scale).to(dtype) if need_q else None
-    return grad_q, (to_k * out_scale).to(dtype) if need_k else None, grad_scale, grad_bias
+    grad_q = grad_k = grad_scale = None
+    if to_q is not None:
+        if need_scale:
+            grad_scale = row_dot(to_q, q).sum() / (2 if mutual else 1)
+        if is_self and to_k is not None:
+            to_q += to_k
+        if need_q:
+            grad_q = (to_q * out_scale).to(dtype)
+    if to_k is not None and need_k:
+        grad_k = (to_k * out_scale).to(dtype)
+    return grad_q, grad_k, grad_scale, grad_bias
 
 
 def strip_rows(n: int, m: int, element_size: int, memory: int) -> int:
@@ -326,8 +341,10 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """The same rows, contiguous and 16 elements or a multiple apart, as wide loads and asynchronous copies need them;
-    with zeros at the end if D is no such multiple."""
+    """The same rows, contiguous and 16 elements or a multiple apart; with zeros at the end if D is no such multiple.
+
+    Wide loads and asynchronous copies need them so.
+    """
     missing = -x.shape[1] % 16
     if missing == 0 and x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.stride(0) <= MAX_STRIDE:
         return x
@@ -340,7 +357,7 @@ def _skippable(q_ids: Tensor | None, k_ids: Tensor | None, is_self: bool) -> Ten
     In self-contrast the row is among them, else they begin with the first key of that id. None where it is not worth
     its launches.
     """
-    if q_ids is None or not len(k_ids) or max(len(q_ids), len(k_ids)) < TRIANGLE_MIN_ROWS:
+    if q_ids is None or k_ids is None or not len(k_ids) or max(len(q_ids), len(k_ids)) < TRIANGLE_MIN_ROWS:
         return None
     m, index = len(k_ids), torch.arange(len(k_ids), dtype=torch.int32, device=k_ids.device)
     begins = k_ids != k_ids.roll(1)
@@ -406,8 +423,10 @@ def _memory(device: torch.device) -> int:
 
 
 def _triangle_chunk(blocks: int, across: int, device: torch.device) -> int:
-    """Column blocks a program of the triangle takes, a multiple of the `across` of its diagonal: few enough programs to
-    amortise their rows, some waves of them."""
+    """Column blocks a program of the triangle takes, a multiple of the `across` of its diagonal.
+
+    Few enough programs to amortise their rows, some waves of them.
+    """
     chunk = max(4, blocks * (blocks + 1) // 2 // across // (_processors(device) * 16))
     return _blocks(chunk, across) * across
 

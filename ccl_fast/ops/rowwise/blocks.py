@@ -40,6 +40,7 @@ def device_memory(device: torch.device) -> int:
 
 
 def blocks_of(rows: int, size: int) -> Iterator[slice]:
+    """Slices of at most ``size`` rows, one after the other."""
     return (slice(i, min(i + size, rows)) for i in range(0, rows, size))
 
 
@@ -71,6 +72,7 @@ class RowBlocks:
         if self.is_self:
             x[:, rows].fill_diagonal_(nothing)
         if self.candidates != "all":
+            assert self.q_ids is not None and self.k_ids is not None
             same = self.q_ids[rows, None] == self.k_ids
             x.masked_fill_(same if self.candidates == "other_id" else ~same, nothing)
         if self.excluded is not None and x.shape[1]:
@@ -83,8 +85,10 @@ class RowBlocks:
     def gradients(
         self, weights: Callable[[slice], Tensor], need_q: bool, need_k: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Given, by rows, the derivatives W of something by the similarities: W k for q, W^T q for k; of rows against
-        themselves the sum of both, for q."""
+        """Given, by rows, the derivatives W of something by the similarities: W k for q, W^T q for k.
+
+        Of rows against themselves the sum of both, for q.
+        """
         need_k = need_q if self.is_self else need_k
         dtype = accumulation_dtype(self.q)
         q_columns, k_columns = columns_of(self.q), columns_of(self.k)
@@ -92,10 +96,10 @@ class RowBlocks:
         to_k = self.k.new_zeros(k_columns.shape, dtype=dtype) if need_k else None
         for rows in self:
             w = Weights(weights(rows), self.q.dtype)
-            if need_q:
+            if to_q is not None:
                 to_q[rows] = w.sums_of_keys(k_columns)
-            if need_k:
+            if to_k is not None:
                 to_k += w.sums_of_queries(q_columns[:, rows])
         if self.is_self:
-            return (to_q.add_(to_k.T) if need_q else None), None
-        return to_q, to_k.T.contiguous() if need_k else None
+            return (None if to_q is None or to_k is None else to_q.add_(to_k.T)), None
+        return to_q, None if to_k is None else to_k.T.contiguous()

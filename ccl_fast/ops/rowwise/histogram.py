@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_candidates, check_count
+from ccl_fast.checks import Candidates, check_candidates, check_count
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.precision import in_autocast_dtype, without_autocast
 from ccl_fast.ops.rowwise.blocks import RowBlocks
@@ -20,7 +20,7 @@ def similarity_histogram(
     range: tuple[float, float] = (-1.0, 1.0),
     q_ids: Tensor | None = None,
     k_ids: Tensor | None = None,
-    candidates: str = "all",
+    candidates: Candidates = "all",
 ) -> Tensor:
     r"""Histogram of the similarities :math:`\langle q_i, k_j \rangle` of all rows with their candidates.
 

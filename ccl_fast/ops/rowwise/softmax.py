@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_candidates, check_count, check_integer, check_logits, check_matrix, check_same
+from ccl_fast.checks import (
+    Candidates,
+    check_candidates,
+    check_count,
+    check_integer,
+    check_logits,
+    check_matrix,
+    check_same,
+)
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.precision import in_autocast_dtype, scale_tensor, without_autocast
 from ccl_fast.ops.row_dot import row_dot
@@ -19,7 +27,7 @@ def topk_logsumexp(
     topk: int,
     q_ids: Tensor | None = None,
     k_ids: Tensor | None = None,
-    candidates: str = "all",
+    candidates: Candidates = "all",
 ) -> Tensor:
     r"""Log-sum-exp over each row's most similar keys.
 
@@ -55,7 +63,7 @@ def expected_similarity(
     key_bias: Tensor | None = None,
     q_ids: Tensor | None = None,
     k_ids: Tensor | None = None,
-    candidates: str = "all",
+    candidates: Candidates = "all",
 ) -> Tensor:
     r"""A row's mean similarity with its candidates, weighted by their softmax.
 
@@ -147,8 +155,10 @@ def _op(
     topk: int,
     with_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row's softmax over its candidates, or over the ``topk`` (if not 0) most similar of them: the log-sum-exp,
-    the mean similarity (empty if not wanted) and the least similarity of the ``topk`` (empty if all)."""
+    """Of each row's softmax over its candidates, or over the ``topk`` (if not 0) most similar of them.
+
+    The log-sum-exp, the mean similarity (empty if not wanted) and the least similarity of the ``topk`` (empty if all).
+    """
     with without_autocast(q.device):
         blocks = RowBlocks(q, k, q_ids, k_ids, candidates, excluded)
         logsumexp, mean, threshold = (scale.new_empty(size) for size in _sizes(q, topk, with_mean))
@@ -209,7 +219,7 @@ def _backward_op(
     with without_autocast(q.device):
         blocks = RowBlocks(q, k, q_ids, k_ids, candidates, excluded)
         to_scale = torch.zeros_like(scale)
-        to_bias = torch.zeros_like(key_bias) if need_bias else scale.new_empty(0)
+        to_bias = scale.new_empty(0) if key_bias is None or not need_bias else torch.zeros_like(key_bias)
 
         with_mean = mean.shape[0] > 0
         grad = grad_mean if with_mean else grad_logsumexp

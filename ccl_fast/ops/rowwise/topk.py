@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_candidates, check_count
+from ccl_fast.checks import Candidates, check_candidates, check_count
 from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, without_autocast
 from ccl_fast.ops.rowwise.blocks import RowBlocks
 
@@ -20,13 +20,13 @@ def streaming_topk(
     topk: int,
     q_ids: Tensor | None = None,
     k_ids: Tensor | None = None,
-    candidates: str = "all",
+    candidates: Candidates = "all",
 ) -> tuple[Tensor, Tensor]:
-    r"""The ``topk`` largest similarities :math:`\langle q_i, k_j \rangle` of every row over its candidates A(i), and
-    whose they are.
+    r"""The ``topk`` largest similarities :math:`\langle q_i, k_j \rangle` of every row, and whose they are.
 
-    Some rows are computed at a time against all keys: memory is linear in n and m, besides the result. No gradient
-    flows; `edge_similarity` gives differentiable similarities of the pairs that were found.
+    Of a row over its candidates A(i). Some rows are computed at a time against all keys: memory is linear in n and m,
+    besides the result. No gradient flows; `edge_similarity` gives differentiable similarities of the pairs that were
+    found.
 
     Args:
         q, k, q_ids, k_ids, candidates: as in `streaming_logsumexp`.

@@ -9,7 +9,7 @@ from torch import Tensor
 from ccl_fast.checks import check_count, check_floating, check_matrix, check_same, check_scale, check_vector
 from ccl_fast.distributed import Peers, outside_of_graphs
 from ccl_fast.errors import ArgumentError
-from ccl_fast.ops.backends import choose_backend
+from ccl_fast.ops.backends import ContrastBackend, choose_backend
 from ccl_fast.ops.logsumexp.blocked import LOG2E
 from ccl_fast.ops.logsumexp.bound import logits_are_bounded
 from ccl_fast.ops.logsumexp.operator import softmax_sums, streaming_logsumexp
@@ -23,7 +23,7 @@ UNSCALED_LIMIT = 25.0
 
 @torch.no_grad()
 def sinkhorn(
-    z: Tensor, centers: Tensor, *, scale: float | Tensor, iterations: int = 3, backend: str = "auto"
+    z: Tensor, centers: Tensor, *, scale: float | Tensor, iterations: int = 3, backend: ContrastBackend = "auto"
 ) -> tuple[Tensor, Tensor]:
     r"""Potentials of the transport plan between n points and k centres, all centres getting the same mass.
 
@@ -69,7 +69,7 @@ def column_potentials(
     *,
     scale: float | Tensor,
     iterations: int,
-    backend: str = "auto",
+    backend: ContrastBackend = "auto",
     peers: Peers | None = None,
 ) -> Tensor:
     """v of `sinkhorn` (0 without points): the rows' softmax with v as bias is the plan. Checks nothing.
@@ -91,7 +91,7 @@ def column_potentials(
 
 @outside_of_graphs
 def _column_potentials_of_all(
-    z: Tensor, centers: Tensor, scale: Tensor, iterations: int, backend: str, on_cpu: bool, peers: Peers
+    z: Tensor, centers: Tensor, scale: Tensor, iterations: int, backend: ContrastBackend, on_cpu: bool, peers: Peers
 ) -> Tensor:
     # All take the same way, for they meet on it.
     unbounded = not (on_cpu and logits_are_bounded(z, centers, scale, None, limit=UNSCALED_LIMIT))
@@ -124,7 +124,7 @@ def _by_logsumexp(
     centers: Tensor,
     scale: Tensor,
     iterations: int,
-    backend: str,
+    backend: ContrastBackend,
     log_mass: float | Tensor,
     over_all: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tensor:
@@ -154,11 +154,17 @@ def _by_products(
             e = blocks.similarities(rows).exp2_()
             columns += e.sum(0) if weights is None else (e @ weights).reciprocal_() @ e
         weights = mass / over_all(columns)
+    assert weights is not None  # an iteration at least
     return weights.log()
 
 
 def plan_average(
-    z: Tensor, centers: Tensor, potentials: tuple[Tensor, Tensor], *, scale: float | Tensor, backend: str = "auto"
+    z: Tensor,
+    centers: Tensor,
+    potentials: tuple[Tensor, Tensor],
+    *,
+    scale: float | Tensor,
+    backend: ContrastBackend = "auto",
 ) -> Tensor:
     r"""The centre that a transport plan gives each point: :math:`M_i = \sum_k q_{ik} c_k`, without the matrix q.
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ccl_fast.checks import check_floating, check_matrix, check_same, check_scale, check_tensor
 from ccl_fast.errors import ArgumentError
-from ccl_fast.ops.backends import choose_backend
+from ccl_fast.ops.backends import ContrastBackend, choose_backend
 from ccl_fast.ops.logsumexp.operator import streaming_logsumexp
 from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, scale_tensor, without_autocast
 from ccl_fast.ops.row_dot import row_dot
@@ -21,7 +21,7 @@ def swapped_prediction(
     *,
     scale: float | Tensor,
     plan_scale: float,
-    backend: str = "auto",
+    backend: ContrastBackend = "auto",
 ) -> Tensor:
     r"""Cross-entropies of all views' softmax over centres with the other views' transport plans.
 
@@ -51,11 +51,11 @@ def swapped_prediction(
     _check(z, centers, potentials)
     check_scale("scale", scale)
     z, centers = in_autocast_dtype(z), in_autocast_dtype(centers)
-    backend = choose_backend("streaming_logsumexp", backend, z.device, z.dtype)
+    chosen = choose_backend("streaming_logsumexp", backend, z.device, z.dtype)
     scale, potentials = scale_tensor(scale, z), potentials.detach().to(accumulation_dtype(z))
-    if backend == "reference":
+    if chosen == "reference":
         return _dense(z, centers, potentials, scale, plan_scale)
-    if backend == "triton":
+    if chosen == "triton":
         return _by_logsumexp(z, centers, potentials, scale, plan_scale)
     return _op(z, centers, potentials, scale, plan_scale)
 
@@ -72,9 +72,9 @@ def _by_logsumexp(z: Tensor, centers: Tensor, potentials: Tensor, scale: Tensor,
     views, n, _ = z.shape
     total, result = z.sum(0, dtype=scale.dtype), 0.0
     for own, v in zip(z, potentials, strict=False):
-        plan = {"scale": plan_scale, "backend": "triton"}
-        u = -streaming_logsumexp(own.detach(), centers.detach(), key_bias=v, **plan)
-        result = result - scale * row_dot(total - own, plan_average(own, centers, (u, v), **plan))
+        u = -streaming_logsumexp(own.detach(), centers.detach(), scale=plan_scale, key_bias=v, backend="triton")
+        average = plan_average(own, centers, (u, v), scale=plan_scale, backend="triton")
+        result = result - scale * row_dot(total - own, average)
     logsumexp = streaming_logsumexp(z.flatten(0, 1), centers, scale=scale, backend="triton").view(views, n)
     return result + _times_assigned(logsumexp, len(potentials)).sum(0)
 
@@ -164,9 +164,9 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(z, centers, potentials, scale, grad, plan_scale, needs):
-    contiguous = {"memory_format": torch.contiguous_format}
     of_z, of_centers = (
-        torch.empty_like(x, **contiguous) if n else z.new_empty(0) for x, n in zip((z, centers), needs[:2], strict=True)
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else z.new_empty(0)
+        for x, need in zip((z, centers), needs[:2], strict=True)
     )
     return of_z, of_centers, torch.empty_like(scale)
 
