@@ -17,7 +17,6 @@ import torch
 for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "lightning", "kornia", "tensorboard"):
     pytest.importorskip(extra)  # the extra "train"
 
-from noise import Noise
 from torchvision.utils import save_image
 
 from ccl_fast.commands import evaluate, score, train
@@ -27,6 +26,7 @@ from ccl_fast.commands.run_folder import held
 from ccl_fast.errors import ArgumentError
 from ccl_fast.files import UNFINISHED, write_atomically
 from ccl_fast.training.checkpoint import CheckpointError
+from tests.data.noise import Noise
 
 pytestmark = pytest.mark.xdist_group("test_hostile_runs")  # one process has the run that all tests share
 
