@@ -10,7 +10,7 @@ import torch.distributed as dist
 from loss_oracle import assert_matches, call, learnable, unit
 from processes import run
 
-from ccl_fast.distributed import Peers
+from ccl_fast.distributed import open_group
 from ccl_fast.losses import (
     CenterNegativesLoss,
     DeepClusterV2Loss,
@@ -219,7 +219,7 @@ def test_plans(backend, sizes):
 
 def potentials(rows, centers, scale, own):
     z = rows.split(own)[dist.get_rank()]
-    return column_potentials(z, centers, scale=scale, iterations=3, peers=Peers("world"))
+    return column_potentials(z, centers, scale=scale, iterations=3, group=open_group("world"))
 
 
 @pytest.mark.parametrize("length", [1.0, 3.0, 300.0])

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ccl_fast.checks import check_choice, check_finite, check_floating, check_ids, check_matrix
-from ccl_fast.clustering.shards import digest, open_shards
+from ccl_fast.clustering.shards import digest
+from ccl_fast.distributed import open_group
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.kmeans.assign import METRICS
 from ccl_fast.ops.kmeans.distance import center_distance
@@ -58,12 +59,12 @@ def concentration(
 
     Paper: Li et al., "Prototypical contrastive learning of unsupervised representations", 2021, section 3.3.
     """
-    shards = open_shards(process_group)
-    with shards.together():
+    group = open_group(process_group)
+    with group.together():
         _check(x, cluster_ids, centers, metric, smoothing, mean)
-    shards.count(
-        len(x),
-        alike=lambda: {
+    counts = group.agree(
+        lambda: len(x),
+        same=lambda: {
             "x.dtype": str(x.dtype),
             "centers": digest(centers),
             "metric": metric,
@@ -76,11 +77,12 @@ def concentration(
     square = center_distance(x[None], centers[None], ids, metric=metric)
     # |x - c|^2 = 2 (1 - cos) between unit vectors.
     distance = (2 * square if metric == "cosine" else square).sqrt()
-    total, count = shards.sum(*sum_by_cluster(distance[..., None], ids, k, None, "auto", wide=shards.wide))
+    sums = sum_by_cluster(distance[..., None], ids, k, None, "auto", wide=not group.is_null)
+    total, count = group.sums(*sums)
     total, count = total[0, :, 0], count[0]
     usable = count >= 2
     if not usable.any():
-        got = f"{shards.total} rows in {k} clusters"
+        got = f"{sum(counts)} rows in {k} clusters"
         raise ArgumentError(f"cluster_ids: expected a cluster of at least two rows, got {got}")
     phi = total / (count * torch.log(count + smoothing)).clamp(min=1)
     phi = torch.where(usable, phi, phi[usable].max())

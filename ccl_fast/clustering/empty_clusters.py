@@ -52,7 +52,7 @@ def relocate_to_farthest(data: Data, centers: Tensor, sweep: Sweep) -> Sweep:
         far, rows = shards.topk(distance[problem], len(clusters), largest=True)
         rows = rows[far > 0]  # fewer if there are fewer distinct rows than clusters
         taken = data.only(problem).take(rows[None])[0].double()
-        previous, weight, size = shards.sum(
+        previous, weight, size = data.group.sums(
             shards.place(rows, lambda own, labels=labels: labels[own]),
             shards.place(rows, lambda own, row_weights=row_weights: row_weights[own]),
             labels[row_weights > 0].bincount(minlength=k),

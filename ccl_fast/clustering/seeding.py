@@ -41,7 +41,7 @@ def plus_plus_rows(one: Data, weights: Tensor, k: int, generator: torch.Generato
 
     def potential_to(centers: Tensor) -> Tensor:
         # Distances that overflow float32 count as very large ones, whose sum is finite.
-        return (weights * one.nearest_distance(centers)[0]).clamp(max=torch.finfo(torch.float64).max / shards.total)
+        return (weights * one.distance(centers)[0]).clamp(max=torch.finfo(torch.float64).max / shards.total)
 
     chosen = _draw_distinct(one, weights, 1, generator)
     potential = potential_to(one.take(chosen[None]))
@@ -100,7 +100,7 @@ def _weights(data: Data, problem: int) -> Tensor:
 
 def _of(rows: Tensor, one: Data, *values: Tensor) -> tuple[Tensor, ...]:
     """Return what the rows [m], wherever they are, have of each of the values [n]."""
-    return one.shards.sum(*(one.shards.place(rows, lambda own, x=x: x[own]) for x in values))
+    return one.group.sums(*(one.shards.place(rows, lambda own, x=x: x[own]) for x in values))
 
 
 def _draw_distinct(data: Data, weights: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -16,6 +16,7 @@ from ccl_fast.commands.image_sets import ImageSets, load_image_sets, read_split
 from ccl_fast.commands.report import describe, write_report
 from ccl_fast.commands.run_folder import CONFIG, check_free, claim, default_folder
 from ccl_fast.data import Images
+from ccl_fast.distributed import Group
 from ccl_fast.errors import ArgumentError
 from ccl_fast.evaluation import evaluate_model
 from ccl_fast.files import write_atomically
@@ -23,10 +24,10 @@ from ccl_fast.training import checkpoint
 from ccl_fast.training.checkpoint import CHECKPOINTS
 from ccl_fast.training.config import Config, check_sizes, fixed_on_resume, takes_fields_of
 from ccl_fast.training.interruption import Interruption
+from ccl_fast.training.launch import alone, launched, launched_size
 from ccl_fast.training.loop import Run
 from ccl_fast.training.objectives import BASELINE, OBJECTIVES
 from ccl_fast.training.probe import Probe
-from ccl_fast.training.processes import Processes, alone, launched, launched_size
 from ccl_fast.training.progress import WARM_UP, Progress, advance
 
 
@@ -66,22 +67,22 @@ def train(config: Config) -> dict | None:
     _check_shared(config.objective)
     start = time.perf_counter()
     plan = config.resolved()
-    with launched(plan.device, plan.precision, plan.timeout) as (fabric, processes):
+    with launched(plan.device, plan.precision, plan.timeout) as (fabric, group):
         device = fabric.device
-        folder = processes.first(lambda: _free_folder(plan), patient=True)
-        images, sets = _read(plan, processes, device)
-        check_sizes(len(images), plan, processes.size)
+        folder = group.patient.first(lambda: _free_folder(plan))
+        images, sets = _read(plan, group, device)
+        check_sizes(len(images), plan, group.size)
         # Before anything is written: its errors are those of arguments.
-        warm_up = Run(replace(plan, objective=BASELINE), images, fabric, processes)
-        progress = _open_progress(config, folder, images, sets, processes)
-        processes.first(lambda: claim(folder, overwrite=plan.overwrite, resume=plan.resume))
+        warm_up = Run(replace(plan, objective=BASELINE), images, fabric, group)
+        progress = _open_progress(config, folder, images, sets, group)
+        group.first(lambda: claim(folder, overwrite=plan.overwrite, resume=plan.resume))
         _print_taken_over(plan, progress)
-        with _dropped_without_checkpoint(folder, processes), closing(progress):
-            processes.first(lambda: _write_config(folder, config))
+        with _dropped_without_checkpoint(folder, group), closing(progress):
+            group.first(lambda: _write_config(folder, config))
             _train_stages(plan, warm_up, progress)
-    if not processes.is_first:
+    if not group.is_first:
         return None
-    fabric = fabric if processes.size == 1 else alone(device, plan.precision)  # the others have left
+    fabric = fabric if group.size == 1 else alone(device, plan.precision)  # the others have left
     return _write_results(config, folder, sets, progress, fabric, start)
 
 
@@ -100,30 +101,28 @@ def _free_folder(plan: Config) -> Path:
     return folder
 
 
-def _read(plan: Config, processes: Processes, device: torch.device) -> tuple[Images, ImageSets | None]:
+def _read(plan: Config, group: Group, device: torch.device) -> tuple[Images, ImageSets | None]:
     """Read the training images; and all sets on the process that will need them, the first."""
     images = sets = None
-    with processes.together(patient=True):
-        if processes.is_first:
+    with group.patient.together():
+        if group.is_first:
             sets = load_image_sets(plan).to(device)
             images = sets.train
-    with processes.together(patient=True):  # afterwards: what is to be downloaded is there
-        if not processes.is_first:
+    with group.patient.together():  # afterwards: what is to be downloaded is there
+        if not group.is_first:
             images = read_split(replace(plan, download=False)).train.to(device)
     return images, sets
 
 
-def _open_progress(
-    config: Config, folder: Path, images: Images, sets: ImageSets | None, processes: Processes
-) -> Progress:
+def _open_progress(config: Config, folder: Path, images: Images, sets: ImageSets | None, group: Group) -> Progress:
     """Return how far the run has come: nowhere, as its checkpoint has it, or to the end of another run's warm-up."""
     state = origin = None
     if config.resume:
-        state = processes.first(lambda: checkpoint.load(folder / CHECKPOINTS, config.resume_from), patient=True)
+        state = group.patient.first(lambda: checkpoint.load(folder / CHECKPOINTS, config.resume_from))
     elif config.warmup_from is not None:
-        origin = processes.first(lambda: _load_origin(config.warmup_from), patient=True)
-    probe = Probe(config.probe_every, images, sets.test if processes.is_first else None)
-    progress = Progress(folder, fixed_on_resume(config.plain()), images, state, processes, probe)
+        origin = group.patient.first(lambda: _load_origin(config.warmup_from))
+    probe = Probe(config.probe_every, images, sets.test if group.is_first else None)
+    progress = Progress(folder, fixed_on_resume(config.plain()), images, state, group, probe)
     if origin is not None:
         progress.begin_with(origin, config.warmup_from, {WARM_UP, *config.objectives} - {config.objective})
     return progress
@@ -139,7 +138,7 @@ def _load_origin(run: str | Path) -> dict:
 
 def _print_taken_over(plan: Config, progress: Progress) -> None:
     """Say which stages of another run need not be trained."""
-    if plan.warmup_from is not None and not plan.resume and progress.processes.is_first:
+    if plan.warmup_from is not None and not plan.resume and progress.group.is_first:
         print(f"taken over from {plan.warmup_from}: {' and '.join(progress.finished)}")
 
 
@@ -151,12 +150,12 @@ def _write_config(folder: Path, config: Config) -> None:
 
 
 @contextmanager
-def _dropped_without_checkpoint(folder: Path, processes: Processes) -> Iterator[None]:
+def _dropped_without_checkpoint(folder: Path, group: Group) -> Iterator[None]:
     """Drop the folder after an error if there is nothing to resume: the same command can be given again."""
     try:
         yield
     except BaseException:
-        if processes.is_first and not (folder / CHECKPOINTS).exists():
+        if group.is_first and not (folder / CHECKPOINTS).exists():
             (folder / CONFIG).unlink(missing_ok=True)
             with suppress(OSError):  # somebody else's files are in it
                 folder.rmdir()
@@ -168,7 +167,7 @@ def _train_stages(plan: Config, warm_up: Run, progress: Progress) -> None:
     with Interruption() as interruption:
         advance(warm_up, WARM_UP, plan.warmup_epochs, progress, interruption)
         for objective in plan.objectives:
-            run = Run(replace(plan, objective=objective), warm_up.images, warm_up.fabric, warm_up.processes)
+            run = Run(replace(plan, objective=objective), warm_up.images, warm_up.fabric, warm_up.group)
             advance(run, objective, plan.epochs, progress, interruption)
 
 

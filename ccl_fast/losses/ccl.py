@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from ccl_fast.checks import check_choice, check_not_negative, check_number
 from ccl_fast.errors import ArgumentError
-from ccl_fast.losses import processes
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import Batch, check_center_temperature
 from ccl_fast.losses.centers import center_logits
-from ccl_fast.ops import logaddexp, row_dot, same_id_similarity, streaming_logsumexp
+from ccl_fast.ops import logaddexp, row_dot
+from ccl_fast.ops.logsumexp.distributed import Wanted, global_contrast
 from ccl_fast.ops.precision import accumulation_dtype
 
 FORMS = ("joint", "split", "inside")
@@ -127,7 +127,7 @@ class CCLLoss(Loss):
         )
         if centers is not None and centers.shape[0] == 0:  # before the first clustering: all unassigned
             centers = None
-        scale = 1.0 / self.shared(self.temperature, batch.exchange)
+        scale = 1.0 / self.shared(self.temperature, batch.exchange.group)
         if centers is not None:
             center_logsumexp, own_center = center_logits(self, batch, centers, center_temperature, scale)
             # An unassigned anchor has no centre of its own, but all centres are negatives of it.
@@ -157,7 +157,7 @@ class CCLLoss(Loss):
         if self.instance_weight:
             instance = others - _mean_of_own_views(batch) * scale
             losses = (1 - self.instance_weight) * losses + self.instance_weight * instance
-        return self.reduce(losses, has_positive, batch.shape, batch.exchange)
+        return self.reduce(losses, has_positive, batch.shape, batch.exchange.group)
 
     def _check_views(self, embeddings: Tensor) -> None:
         if self.instance_weight and (embeddings.ndim != 3 or embeddings.shape[1] < 2):
@@ -170,16 +170,11 @@ def logsumexp_with_positives(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of every row, over all other rows: log-sum-exp of the logits, and what the positives bring, which is their
     log-sum-exp (``inside`` the logarithm), or else the sum of their logits; then their number comes third."""
-    if batch.exchange is not None:
-        return processes.logsumexp_with_positives(batch, scale, inside, backend)
+    wanted = Wanted(same=True, other=True) if inside else Wanted(other=True, similarity=True)
+    found = global_contrast(batch.z, batch.ids, scale=scale, wanted=wanted, exchange=batch.exchange, backend=backend)
     if inside:
-        others, positives = streaming_logsumexp(
-            batch.z, scale=scale, q_ids=batch.ids, return_same=True, backend=backend
-        )
-        return others, positives, None
-    others = streaming_logsumexp(batch.z, scale=scale, backend=backend)
-    positives, count = same_id_similarity(batch.z, batch.ids)
-    return others, positives * scale, count
+        return logaddexp(found["same"], found["other"]), found["same"], None
+    return found["other"], found["similarity"] * scale, found["count"]
 
 
 def _mean_of_own_views(batch: Batch) -> Tensor:

@@ -60,4 +60,4 @@ class DeepClusterV2Loss(Loss):
             lambda: {"centers": centers},
         )
         terms = list(center_cross_entropies(self, embeddings, cluster_ids, centers, None, exchange))
-        return sum(self.reduce(*term, embeddings.shape[:-1], exchange) for term in terms) / len(terms)
+        return sum(self.reduce(*term, embeddings.shape[:-1], exchange.group) for term in terms) / len(terms)
