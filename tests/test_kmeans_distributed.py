@@ -381,7 +381,7 @@ def test_random_numbers_belong_to_rows(monkeypatch, drawn):
     own = []
     for rank in range(len(counts)):
         group = Group()
-        group.rank, group.size = rank, len(counts)
+        group.rank, group.size, group.process_group = rank, len(counts), "world"
         shard = shards.Shards(group, counts)
         generator = torch.Generator().manual_seed(3)
         own.append(shard.uniform(generator))

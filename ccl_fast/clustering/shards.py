@@ -37,11 +37,13 @@ class Shards:
 
     def local(self, rows: Tensor) -> Tensor:
         """Return which of the rows [m] are here, by local number."""
-        return (rows - self.start)[self._are_here(rows)]
+        return rows if self.group.is_null else (rows - self.start)[self._are_here(rows)]
 
     def place(self, rows: Tensor, values: Callable[[Tensor], Tensor]) -> Tensor:
         """Return ``values(local numbers)`` of the rows [m] that are here, 0 for others: [m, ...], to be summed."""
         found = values(self.local(rows))
+        if self.group.is_null:
+            return found
         placed = found.new_zeros(len(rows), *found.shape[1:])
         placed[self._are_here(rows)] = found
         return placed
