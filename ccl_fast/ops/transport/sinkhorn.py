@@ -157,10 +157,10 @@ def _by_products(
     return weights.log()
 
 
-def plan_average(
+def barycentric_projection(
     z: Tensor, centers: Tensor, potentials: tuple[Tensor, Tensor], *, scale: float | Tensor, backend: str = "auto"
 ) -> Tensor:
-    r"""The centre that a transport plan gives each point: :math:`M_i = \sum_k q_{ik} c_k`, without the matrix q.
+    r"""Project each point to its barycentre under a transport plan q: :math:`\sum_k q_{ik} c_k`, without the matrix q.
 
     The plan is a constant: gradients flow to ``centers`` as the values that are averaged, to nothing else. Memory is
     linear in n and k.
@@ -184,10 +184,10 @@ def plan_average(
     u, v = (x.detach() for x in potentials)
     if isinstance(scale, Tensor):
         scale = scale.detach()
-    return _PlanAverage.apply(in_autocast_dtype(z.detach()), in_autocast_dtype(centers), u, v, scale, backend)
+    return _BarycentricProjection.apply(in_autocast_dtype(z.detach()), in_autocast_dtype(centers), u, v, scale, backend)
 
 
-class _PlanAverage(torch.autograd.Function):
+class _BarycentricProjection(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, centers, u, v, scale, backend):
         ctx.save_for_backward(z, centers, u, v)
