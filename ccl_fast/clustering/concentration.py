@@ -1,4 +1,4 @@
-"""How tight each cluster is."""
+"""Measure how tight each cluster is."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def concentration(
         \phi_k = \frac{\sum_{i: y_i = k} \delta(x_i, \mu_k)}{n_k \log(n_k + \alpha)}
 
     with :math:`\delta = |x - \mu|` between unit vectors (cosine) or between the vectors as they are (euclidean). A
-    cluster of fewer than two rows says nothing of itself and gets the largest concentration of the others. As in the
+    cluster of fewer than two rows has none of its own and gets the largest of the others. As in the
     paper's code, values are then clipped to their 10th and 90th percentile.
 
     Args:
@@ -62,7 +62,7 @@ def concentration(
     group = open_group(process_group)
     with group.together():
         _check(x, cluster_ids, centers, metric, smoothing, mean)
-    counts = group.agree(
+    counts = group.check_everywhere(
         lambda: len(x),
         same=lambda: {
             "x.dtype": str(x.dtype),

@@ -1,4 +1,4 @@
-"""The rows of a k-means fit, read in chunks on the computing device."""
+"""Passes over the rows of a k-means fit, chunk by chunk on the computing device."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Chunk(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """What one pass over the rows finds for given centres; of the rows of all processes, but for the labels."""
+    """Result of a pass over the rows with given centres; all but the labels is of the rows of all processes."""
 
     labels: Tensor  # int64 [problems, n], of the own rows
     sums: Tensor  # float64 [problems, k, d], of the rows of each cluster
@@ -47,9 +47,9 @@ class Data:
     there is one chunk, which stays there, prepared for all assignments. For the cosine metric a row counts in its
     cluster's sum by its direction: its weight there is divided by its length, and no normalised copy is made.
 
-    With a group, these rows are a shard of those of all its processes, and what is found is of all of them: every
-    method that is not said to be local is a collective. Sums are then float64 from the first row (``wide``), as pieces
-    in float32 would begin and end where shards do.
+    With a group, these rows are a shard of those of all its processes, and results are those of all of them: every
+    method whose docstring does not say "Local" is a collective. Sums are then float64 from the first row (``wide``), as
+    pieces in float32 would begin and end where shards do.
     """
 
     def __init__(

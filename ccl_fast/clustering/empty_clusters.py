@@ -1,4 +1,4 @@
-"""What becomes of a cluster that no row is nearest to."""
+"""Treat clusters that no row is nearest to."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def split(centers: Tensor, weights: Tensor, deviation: Tensor) -> Tensor:
 def relocate_to_farthest(data: Data, centers: Tensor, sweep: Sweep) -> Sweep:
     """Let every empty cluster take over one of the rows farthest from their own centres. Waits for the device.
 
-    The sums and weights are those after that; the labels stay as they are.
+    Returns the sweep with the sums and weights after that; the labels stay as they are.
     """
     empty = sweep.weights == 0
     if not empty.any():

@@ -46,7 +46,7 @@ class KMeans:
         max_iter: largest number of Lloyd iterations of one start.
         tol: stop when the centres' squared movement, summed over clusters, is at most ``tol`` times the mean
             variance of the features; 0: when no label changes.
-        empty_cluster: what becomes of a cluster without rows. "split": it is put beside the centre of the largest
+        empty_cluster: how to treat a cluster without rows. "split": it is put beside the centre of the largest
             cluster, and shares its rows from then on; "farthest": it takes over the row farthest from its own centre,
             as in scikit-learn; "keep": its centre stays; "error": RuntimeError. "farthest" and "error" make the host
             wait for a GPU in every iteration.
@@ -68,12 +68,12 @@ class KMeans:
         rechecked_: how many of these had to be compared with all centres again, an int.
 
     **With a process group** ``fit`` is a collective: every process passes a shard of the rows, of any size, also none,
-    and gets the labels of these. Everything else that is found is of all the rows, and the same bits on every process.
-    How many processes there are, and who has which rows, does not matter as long as the rows follow each other in the
-    same order: random numbers belong to rows, and sums are float64 from the first row (but for those of the extension,
-    whose pieces of 256 rows are float32's). An iteration exchanges ``8 B K (D + 1)`` bytes; rows do not travel, but for
-    the candidates of the seeding. All arguments but ``batch_size`` and ``verbose`` must be alike on all processes.
-    ``predict``, ``transform`` and ``score`` are about the rows of the own process, and exchange nothing.
+    and gets the labels of these. Every other result is that of all the rows, to the same bits on every process.
+    How many processes there are, and which of them has which rows, does not matter as long as the rows follow each
+    other in the same order: random numbers belong to rows, and sums are float64 from the first row (but for those of
+    the extension, whose pieces of 256 rows are float32's). An iteration exchanges ``8 B K (D + 1)`` bytes; rows do not
+    travel, but for the candidates of the seeding. All arguments but ``batch_size`` and ``verbose`` must be the same on all processes.
+    ``predict``, ``transform`` and ``score`` take the rows of one process, and exchange nothing.
 
     With data ``[B, N, D]``, B independent problems of one size are solved together, each as it would be alone; the
     attributes but ``doubtful_`` and ``rechecked_`` have B as first dimension, and ``inertia_`` and ``n_iter_`` are
@@ -151,7 +151,8 @@ class KMeans:
         group = open_group(self.process_group)
         with group.together():
             rows, weights = self._check_rows(x), self._check_weights(sample_weight, x)
-        shards = Shards(group, group.agree(lambda: rows.shape[1], same=lambda: self._description(x, weights)))
+        counts = group.check_everywhere(lambda: rows.shape[1], same=lambda: self._description(x, weights))
+        shards = Shards(group, counts)
         self._check_size(x, shards.total)
         data = self._data(rows, weights, shards)
         if weights is not None:

@@ -1,4 +1,4 @@
-"""Starting centres: rows of the data, none of them twice."""
+"""Choose starting centres: rows of the data, none of them twice."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def k_means_plus_plus(data: Data, k: int, generators: list[torch.Generator]) -> 
 def plus_plus_rows(one: Data, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """Return the numbers of the rows, [k], of a single problem with weights float64 [n].
 
-    Over shards, every process has the distances of its rows and draws the same candidates.
+    Every process has the distances of its own rows, and all draw the same candidates.
     """
     shards = one.shards
 
@@ -99,7 +99,7 @@ def _weights(data: Data, problem: int) -> Tensor:
 
 
 def _of(rows: Tensor, one: Data, *values: Tensor) -> tuple[Tensor, ...]:
-    """Return what the rows [m], wherever they are, have of each of the values [n]."""
+    """Return the entries of each of the values [n] at the rows [m], wherever these are."""
     return one.group.sums(*(one.shards.place(rows, lambda own, x=x: x[own]) for x in values))
 
 

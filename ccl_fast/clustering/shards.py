@@ -1,4 +1,4 @@
-"""Which process has which rows: numbered process by process, those of one process are its shard."""
+"""Number the rows of all processes, process by process: those of one process are its shard."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def digest(x: Tensor) -> str:
 class Shards:
     """The rows of all processes; without a group all are here.
 
-    What is returned is the same on every process, but for the local values of ``local``, ``place`` and ``uniform``; the
-    other methods are collectives.
+    ``local``, ``place`` and ``uniform`` return what belongs to this process's rows. The other methods are collectives,
+    and return the same on every process.
 
     Args:
         group: the processes.

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class Group:
-    """No group: one process, which sends nothing and finds alone what it would find with others.
+    """No group: one process, for which every collective returns its own value, and sends nothing.
 
     `open_group` makes this, or a `TorchGroup`, which has the same methods. All processes of a group call the same ones
     in the same order, so no condition that only some processes know may decide whether one is called.
@@ -60,9 +60,9 @@ class Group:
         """Return which of n rows are this process's own. The parts follow each other by rank, and cover all rows."""
         return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
-    # ---- agreement ----
+    # ---- checks and errors ----
 
-    def agree(self, check: Callable[[], int], same: Callable[[], dict] = dict) -> list[int]:
+    def check_everywhere(self, check: Callable[[], int], same: Callable[[], dict] = dict) -> list[int]:
         """Call ``check`` on every process and return the integers that it returns, by rank.
 
         Args:
@@ -74,20 +74,20 @@ class Group:
         """
         return [check()]
 
-    def largest(self, number: int) -> int:
-        """Return the largest of the numbers of all processes: 1 if something is so on any, say."""
-        return max(self.agree(lambda: int(number)))
+    def gather_int(self, value: int) -> list[int]:
+        """Return the integers of all processes, by rank."""
+        return self.check_everywhere(lambda: value)
 
     def together(self) -> contextlib.AbstractContextManager:
-        """Wait at the end of ``with`` until all are done; an error that one meets in it is raised on all."""
+        """Wait at the end of ``with`` until all processes are there; raise an error of one on all of them."""
         return contextlib.nullcontext()
 
     def first(self, function: Callable[[], T]) -> T:
-        """Call the function on the first process alone and return its result on all; so is its error raised."""
+        """Call the function on the first process alone; return its result, or raise its error, on all."""
         return function()
 
     def waiting(self) -> contextlib.AbstractContextManager:
-        """Turn what torch.distributed says of a lost process within ``with`` into a PeerError."""
+        """Turn errors of torch.distributed about a lost process within ``with`` into a PeerError."""
         return contextlib.nullcontext()
 
     # ---- collectives: the same bits on every process ----
@@ -117,7 +117,7 @@ class Group:
         return tensors
 
     def sum_with_gradient(self, x: Tensor) -> Tensor:
-        """`sum`; the gradient of x is that of what all processes make of it."""
+        """`sum`; the gradient of x is the sum of those that all processes find for the result."""
         return x
 
     def max(self, x: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ class TorchGroup(Group):
     def patient(self) -> Group:
         return self._patient or self
 
-    def agree(self, check: Callable[[], int], same: Callable[[], dict] = dict) -> list[int]:
+    def check_everywhere(self, check: Callable[[], int], same: Callable[[], dict] = dict) -> list[int]:
         try:
             number, text = check(), json.dumps(same(), default=str)
         except PeerError:  # there is somebody who cannot be told
@@ -256,7 +256,7 @@ class TorchGroup(Group):
 
     @outside_of_graphs
     def gather(self, x: Tensor, counts: list[int] | None = None) -> Tensor:
-        counts = self.agree(lambda: len(x)) if counts is None else counts
+        counts = self.gather_int(len(x)) if counts is None else counts
         everyone = self.start_gather(x, counts)()
         return torch.cat([rows[:count] for rows, count in zip(everyone, counts, strict=True)])
 

@@ -30,7 +30,7 @@ def join(loss: "Loss", check: Callable, rows: dict, same: Callable) -> tuple[int
         own = {name: describe(x, rows="n") for name, x in rows.items()}
         return own | {name: describe(x) for name, x in (loss.settings | same()).items()}
 
-    counts = group.agree(samples, described)
+    counts = group.check_everywhere(samples, described)
     samples_here, each = found
     exchange = Exchange(group, [each * count for count in counts], loss.exchange)
     return samples_here, exchange, sum(counts[: group.rank])

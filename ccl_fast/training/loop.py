@@ -179,7 +179,7 @@ class Run:
         n = len(self.images)
         with self.group.together():
             embeddings = embed(model, self.images, torch.arange(n)[self.group.part(n)])["head"]
-        if self.group.largest(not embeddings.isfinite().all()):
+        if any(self.group.gather_int(int(not embeddings.isfinite().all()))):
             raise FloatingPointError(f"embeddings are not finite at step {self.step}; {ADVICE}")
 
         def views() -> tuple[Tensor, list[Tensor]]:

@@ -179,7 +179,7 @@ def advance(run: Run, stage: str, epochs: int, progress: Progress, interruption:
 
     def stop_if_asked() -> None:
         # A signal may reach one process alone, or all of them at different steps: they stop after the same one.
-        number = progress.group.largest(interruption.received or 0)
+        number = max(progress.group.gather_int(interruption.received or 0))
         if number:
             received, path = signal.Signals(number), progress.save(stage, run)
             message = f"stopped by {received.name}; saved to {path}; the same command with resume goes on"

@@ -116,7 +116,7 @@ class PseudoLabels:
         """Return labels that are not those of k-means, and the unit means of their images."""
         if self.labels_from == "classes" and classes is None:
             raise ArgumentError("labels_from: expected images with classes for 'classes', got some without")
-        n = sum(self.group.agree(lambda: len(embeddings)))
+        n = sum(self.group.gather_int(len(embeddings)))
         if self.labels_from == "classes":
             ids = classes.unique(return_inverse=True)[1].to(embeddings.device)
         else:
