@@ -72,8 +72,8 @@ class KMeans:
     How many processes there are, and which of them has which rows, does not matter as long as the rows follow each
     other in the same order: random numbers belong to rows, and sums are float64 from the first row (but for those of
     the extension, whose pieces of 256 rows are float32's). An iteration exchanges ``8 B K (D + 1)`` bytes; rows do not
-    travel, but for the candidates of the seeding. All arguments but ``batch_size`` and ``verbose`` must be the same on all processes.
-    ``predict``, ``transform`` and ``score`` take the rows of one process, and exchange nothing.
+    travel, but for the candidates of the seeding. All arguments but ``batch_size`` and ``verbose`` must be the same on
+    all processes. ``predict``, ``transform`` and ``score`` take the rows of one process, and exchange nothing.
 
     With data ``[B, N, D]``, B independent problems of one size are solved together, each as it would be alone; the
     attributes but ``doubtful_`` and ``rechecked_`` have B as first dimension, and ``inertia_`` and ``n_iter_`` are
