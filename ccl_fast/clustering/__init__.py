@@ -1,4 +1,4 @@
-"""Clusterings: pseudo-labels, centres, and what goes with them."""
+"""Cluster features: k-means, online clusters, and what losses and comparisons need of a clustering."""
 
 from ccl_fast.clustering.alignment import align_clusters
 from ccl_fast.clustering.concentration import concentration

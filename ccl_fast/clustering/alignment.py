@@ -1,4 +1,4 @@
-"""The same cluster under the same number, from one clustering to the next."""
+"""Rename the clusters of one clustering after those of another."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def align_clusters(cluster_ids: Tensor, reference_ids: Tensor, n_clusters: int) 
             raise ArgumentError(
                 f"{name}: expected ids in [0, {n_clusters}), got {ids.min().item()} to {ids.max().item()}"
             )
-    pair = cluster_ids.long() * n_clusters + reference_ids.long()
-    overlap = pair.bincount(minlength=n_clusters * n_clusters).view(n_clusters, n_clusters)
+    joint = cluster_ids.long() * n_clusters + reference_ids.long()
+    overlap = joint.bincount(minlength=n_clusters * n_clusters).view(n_clusters, n_clusters)
     names = linear_sum_assignment(overlap.cpu().numpy(), maximize=True)[1]
     return torch.from_numpy(names).to(cluster_ids.device)

@@ -1,4 +1,4 @@
-"""How tight each cluster is."""
+"""Measure how tight each cluster is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ccl_fast.checks import check_choice, check_finite, check_floating, check_ids, check_matrix
-from ccl_fast.clustering.shards import digest, open_shards
+from ccl_fast.clustering.shards import digest
+from ccl_fast.distributed import open_group
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.kmeans.assign import METRICS, Metric
 from ccl_fast.ops.kmeans.distance import center_distance
@@ -39,7 +40,7 @@ def concentration(
         \phi_k = \frac{\sum_{i: y_i = k} \delta(x_i, \mu_k)}{n_k \log(n_k + \alpha)}
 
     with :math:`\delta = |x - \mu|` between unit vectors (cosine) or between the vectors as they are (euclidean). A
-    cluster of fewer than two rows says nothing of itself and gets the largest concentration of the others. As in the
+    cluster of fewer than two rows has none of its own and gets the largest of the others. As in the
     paper's code, values are then clipped to their 10th and 90th percentile.
 
     Args:
@@ -62,12 +63,12 @@ def concentration(
 
     Paper: Li et al., "Prototypical contrastive learning of unsupervised representations", 2021, section 3.3.
     """
-    shards = open_shards(process_group)
-    with shards.together():
+    group = open_group(process_group)
+    with group.together():
         _check(x, cluster_ids, centers, metric, smoothing, mean)
-    shards.count(
-        len(x),
-        alike=lambda: {
+    counts = group.check_everywhere(
+        lambda: len(x),
+        same=lambda: {
             "x.dtype": str(x.dtype),
             "centers": digest(centers),
             "metric": metric,
@@ -80,11 +81,12 @@ def concentration(
     square = center_distance(x[None], centers[None], ids, metric=metric)
     # |x - c|^2 = 2 (1 - cos) between unit vectors.
     distance = (2 * square if metric == "cosine" else square).sqrt()
-    total, count = shards.sum(*sum_by_cluster(distance[..., None], ids, k, None, "auto", wide=shards.wide))
+    sums = sum_by_cluster(distance[..., None], ids, k, None, "auto", wide=not group.is_null)
+    total, count = group.sums(*sums)
     total, count = total[0, :, 0], count[0]
     usable = count >= 2
     if not usable.any():
-        got = f"{shards.total} rows in {k} clusters"
+        got = f"{sum(counts)} rows in {k} clusters"
         raise ArgumentError(f"cluster_ids: expected a cluster of at least two rows, got {got}")
     phi = total / (count * torch.log(count + smoothing)).clamp(min=1)
     phi = torch.where(usable, phi, phi[usable].max())

@@ -1,16 +1,16 @@
-"""The rows of a k-means fit, read in chunks on the computing device."""
+"""Passes over the rows of a k-means fit, chunk by chunk on the computing device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cached_property
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ccl_fast.checks import check_finite
-from ccl_fast.clustering.shards import Whole
+from ccl_fast.clustering.shards import Shards
+from ccl_fast.distributed import NO_GROUP
 from ccl_fast.ops.kmeans.assign import Metric, Rows, prepare_rows
 from ccl_fast.ops.kmeans.distance import center_distance
 from ccl_fast.ops.kmeans.update import sum_by_cluster
@@ -34,7 +34,7 @@ class Chunk(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """What one pass over the rows finds for given centres; of the rows of all processes, but for the labels."""
+    """Result of a pass over the rows with given centres; all but the labels is of the rows of all processes."""
 
     labels: Tensor  # int64 [problems, n], of the own rows
     sums: Tensor  # float64 [problems, k, d], of the rows of each cluster
@@ -50,8 +50,9 @@ class Data:
     there is one chunk, which stays there, prepared for all assignments. For the cosine metric a row counts in its
     cluster's sum by its direction: its weight there is divided by its length, and no normalised copy is made.
 
-    With the ``shards`` of several processes these rows are one of them, and what is found is of all of them. Then every
-    method that is not said to be local is a collective.
+    With a group, these rows are a shard of those of all its processes, and results are those of all of them: every
+    method whose docstring does not say "Local" is a collective. Sums are then float64 from the first row (``wide``), as
+    pieces in float32 would begin and end where shards do.
     """
 
     def __init__(
@@ -62,20 +63,24 @@ class Data:
         batch_size: int | None,
         device: torch.device,
         backend: KMeansBackend,
-        shards: Whole | None = None,
+        shards: Shards | None = None,
     ):
         self.x, self.device = x, device
         self.metric: Metric = metric
         self.backend: KMeansBackend = backend
         self.problems, self.n, self.d = x.shape
-        self.shards = shards or Whole(self.n)
+        self.shards = shards or Shards(NO_GROUP, [self.n])
+        self.group = self.shards.group
+        self.wide = not self.group.is_null
         self.dtype = accumulation_dtype(x)
         self.weights = self._weight_unit = None
         if weights is not None:  # at most 1, so that no sum overflows; clusters are the same for every unit of weight
             weights = weights.to(device).double()
-            self._weight_unit = self.shards.largest(weights)
+            largest = weights.amax(1, keepdim=True) if self.n else weights.new_zeros(self.problems, 1)
+            self._weight_unit = self.group.max(largest)
             self.weights = (weights / self._weight_unit).to(self.dtype)
         self._size = min(batch_size or self.n, self.n)
+        self._whole: Chunk | None = None  # all rows, once they are loaded, if they make one chunk
 
     def only(self, problem: int) -> Data:
         """Return the rows of one problem."""
@@ -90,6 +95,7 @@ class Data:
         if self.x.numel() == 0:
             return
         if self._size == self.n:
+            self._whole = self._whole or self._load(slice(0, self.n))
             yield self._whole
             return
         for start in range(0, self.n, self._size):
@@ -100,27 +106,35 @@ class Data:
 
         ``before`` are labels [problems, n] to compare with.
         """
-        labels, found = [], None
+        k, labels, found = centers.shape[1], [], None
         for chunk in self.chunks():
-            own, *here = self._sweep(chunk, centers)
+            own, rechecked = chunk.rows.nearest(centers)
+            sums, weights = sum_by_cluster(chunk.x, own, k, chunk.sum_weight, self.backend, wide=self.wide)
+            if self.metric == "cosine":  # the rows count in the sums by another weight than their own
+                each = torch.ones_like(own, dtype=self.dtype) if self.weights is None else self.weights[:, chunk.part]
+                weights = sum_by_cluster(each[..., None], own, k, None, self.backend, wide=self.wide)[0][..., 0]
             labels.append(own)
-            found = here if found is None else [total.add_(more) for total, more in zip(found, here, strict=True)]
+            here = sums, weights, rechecked
+            found = here if found is None else tuple(a.add_(b) for a, b in zip(found, here, strict=True))
+        if found is None:  # no rows
+            sums = torch.zeros_like(centers, dtype=torch.float64)
+            found = sums, sums.sum(2), torch.zeros(2, dtype=torch.int64, device=centers.device)
         labels = self._join(labels, torch.int64)
         changed = labels.new_zeros(self.problems) if before is None else (labels != before).sum(1)
-        sums, weights, rechecked = found or self._nothing(centers)
-        return Sweep(labels, *self.shards.sum(sums, weights, changed, rechecked))
+        sums, weights, rechecked = found
+        return Sweep(labels, *self.group.sums(sums, weights, changed, rechecked))
 
     def nearest(self, centers: Tensor) -> Tensor:
         """Return the nearest centre of every row: int64 [problems, n]. Local."""
         return self._join([chunk.rows.nearest(centers)[0] for chunk in self.chunks()], torch.int64)
 
-    def nearest_distance(self, centers: Tensor) -> Tensor:
-        """Return the distance of every row to the nearest centre: [problems, n]. Local."""
-        return self._distance(centers, lambda chunk: chunk.rows.nearest(centers)[0])
-
-    def distance(self, centers: Tensor, labels: Tensor) -> Tensor:
-        """Return the distance of every row to the centre of its label: [problems, n]. Local."""
-        return self._distance(centers, lambda chunk: labels[:, chunk.part])
+    def distance(self, centers: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the distance of every row to the centre of its label, or to the nearest: [problems, n]. Local."""
+        distances = []
+        for chunk in self.chunks():
+            own = chunk.rows.nearest(centers)[0] if labels is None else labels[:, chunk.part]
+            distances.append(center_distance(chunk.x, centers, own, metric=self.metric, backend=self.backend))
+        return self._join(distances, self.dtype)
 
     def inertia(self, centers: Tensor, labels: Tensor) -> Tensor:
         """Return the weighted sum of the distances, float64 [problems]."""
@@ -130,20 +144,20 @@ class Data:
             if self.weights is None or self._weight_unit is None
             else distance * self.weights * self._weight_unit
         )
-        return self.shards.sum(weighted.sum(1))[0]
+        return self.group.sum(weighted.sum(1))
 
     def take(self, rows: Tensor) -> Tensor:
         """Return rows by number, [problems, m] -> [problems, m, d], as centres are: of length 1 for the cosine."""
         pairs = zip(self.x, rows.to(self.x.device), strict=True)
         taken = torch.stack([self.shards.place(numbers, lambda own, x=x: x[own]) for x, numbers in pairs])
-        (taken,) = self.shards.sum(taken.to(self.device).to(self.dtype))
+        taken = self.group.sum(taken.to(self.device).to(self.dtype))
         return normalize_rows(taken) if self.metric == "cosine" else taken
 
     def largest(self) -> float:
         """Return the largest magnitude of all entries. Waits for the device."""
-        own = [chunk.x.abs().amax().view(1, 1) for chunk in self.chunks()]
-        nothing = torch.zeros(1, 1, dtype=self.x.dtype, device=self.device)
-        return self.shards.largest(torch.cat([nothing, *own], 1)).item()
+        nothing = torch.zeros((), dtype=self.x.dtype, device=self.device)
+        own = torch.stack([nothing, *(chunk.x.abs().amax() for chunk in self.chunks())]).amax()
+        return self.group.max(own.double()).item()
 
     def variance(self) -> Tensor:
         """Return the variance of every feature (for the cosine, of the directions), float64 [problems, d].
@@ -151,59 +165,34 @@ class Data:
         Raises:
             ValueError: a row is not finite.
         """
-        mean = self._mean(lambda x: x).to(self.dtype)[:, None]
+        mean = self._moment().to(self.dtype)[:, None]
         if not mean.isfinite().all():  # unless finite values overflowed
-            with self.shards.together():
+            with self.group.together():
                 for chunk in self.chunks():
                     check_finite("x", chunk.x)
-        return self._mean(lambda x: (x - mean).double().square_())
+        return self._moment(mean)
 
-    def _mean(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+    def _moment(self, origin: Tensor | None = None) -> Tensor:
+        """Return the mean of the rows, or of their squared differences from an origin, float64 [problems, d]."""
         entries = CPU_ENTRIES if self.device.type == "cpu" else DEVICE_ENTRIES
-        dtype = torch.float64 if self.shards.wide else None
+        dtype = torch.float64 if self.wide else None
         total = torch.zeros(self.problems, self.d, dtype=torch.float64, device=self.device)
-        with self.shards.together():  # the backend may refuse the rows, which it meets here first
+        with self.group.together():  # the backend may refuse the rows, which it is given here first
             for chunk in self.chunks():
                 for x in chunk.x.split(max(1, entries // (self.problems * self.d)), dim=1):
-                    wide = x.to(self.dtype)
+                    terms = x.to(self.dtype)
                     if self.metric == "cosine":
-                        wide = normalize_rows(wide)
-                    total += function(wide).sum(1, dtype=dtype).double()
-        return self.shards.sum(total)[0] / self.shards.total
-
-    def _sweep(self, chunk: Chunk, centers: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return labels, and of these rows the sums, the weights, and how many rows were in doubt and re-checked."""
-        labels, rechecked = chunk.rows.nearest(centers)
-        sums, weights = self._sum_by_cluster(chunk.x, labels, centers.shape[1], chunk.sum_weight)
-        if self.metric == "cosine":  # the rows count in the sums by another weight than their own
-            own = torch.ones_like(labels, dtype=self.dtype) if self.weights is None else self.weights[:, chunk.part]
-            weights = self._sum_by_cluster(own[..., None], labels, centers.shape[1], None)[0][..., 0]
-        return labels, sums, weights, rechecked
-
-    def _nothing(self, centers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return sums, weights and the numbers of doubtful and re-checked rows where there are no rows."""
-        sums = torch.zeros_like(centers, dtype=torch.float64)
-        return sums, sums.sum(2), torch.zeros(2, dtype=torch.int64, device=centers.device)
-
-    def _sum_by_cluster(self, x: Tensor, labels: Tensor, k: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        return sum_by_cluster(x, labels, k, weights, self.backend, wide=self.shards.wide)
+                        terms = normalize_rows(terms)
+                    if origin is not None:
+                        terms = (terms - origin).double().square_()
+                    total += terms.sum(1, dtype=dtype).double()
+        return self.group.sum(total) / self.shards.total
 
     def _join(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
         """Join the chunks' [problems, rows]."""
         if len(parts) == 1:
             return parts[0]
         return torch.cat(parts, 1) if parts else torch.empty(self.problems, self.n, dtype=dtype, device=self.device)
-
-    def _distance(self, centers: Tensor, labels_of) -> Tensor:
-        parts = [
-            center_distance(chunk.x, centers, labels_of(chunk), metric=self.metric, backend=self.backend)
-            for chunk in self.chunks()
-        ]
-        return self._join(parts, self.dtype)
-
-    @cached_property
-    def _whole(self) -> Chunk:
-        return self._load(slice(0, self.n))
 
     def _load(self, part: slice) -> Chunk:
         x = self.x[:, part].to(self.device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""What becomes of a cluster that no row is nearest to."""
+"""Treat clusters that no row is nearest to."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def split(centers: Tensor, weights: Tensor, deviation: Tensor) -> Tensor:
 def relocate_to_farthest(data: Data, centers: Tensor, sweep: Sweep) -> Sweep:
     """Let every empty cluster take over one of the rows farthest from their own centres. Waits for the device.
 
-    The sums and weights are those after that; the labels stay as they are.
+    Returns the sweep with the sums and weights after that; the labels stay as they are.
     """
     empty = sweep.weights == 0
     if not empty.any():
@@ -56,7 +56,7 @@ def relocate_to_farthest(data: Data, centers: Tensor, sweep: Sweep) -> Sweep:
         far, rows = shards.topk(distance[problem], len(clusters), largest=True)
         rows = rows[far > 0]  # fewer if there are fewer distinct rows than clusters
         taken = data.only(problem).take(rows[None])[0].double()
-        previous, weight, size = shards.sum(
+        previous, weight, size = data.group.sums(
             shards.place(rows, lambda own, labels=labels: labels[own]),
             shards.place(rows, lambda own, row_weights=row_weights: row_weights[own]),
             labels[row_weights > 0].bincount(minlength=k),

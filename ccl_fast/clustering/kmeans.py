@@ -14,8 +14,8 @@ from ccl_fast.clustering import empty_clusters
 from ccl_fast.clustering.data import Data
 from ccl_fast.clustering.lloyd import Solution, lloyd
 from ccl_fast.clustering.seeding import k_means_plus_plus, random_rows
-from ccl_fast.clustering.shards import Whole, digest, open_shards
-from ccl_fast.distributed import check_process_group
+from ccl_fast.clustering.shards import Shards, digest
+from ccl_fast.distributed import check_process_group, open_group
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.backends import KMeansBackend, check_backend
 from ccl_fast.ops.kmeans.assign import METRICS, Metric
@@ -50,7 +50,7 @@ class KMeans:
         max_iter: largest number of Lloyd iterations of one start.
         tol: stop when the centres' squared movement, summed over clusters, is at most ``tol`` times the mean
             variance of the features; 0: when no label changes.
-        empty_cluster: what becomes of a cluster without rows. "split": it is put beside the centre of the largest
+        empty_cluster: how to treat a cluster without rows. "split": it is put beside the centre of the largest
             cluster, and shares its rows from then on; "farthest": it takes over the row farthest from its own centre,
             as in scikit-learn; "keep": its centre stays; "error": RuntimeError. "farthest" and "error" make the host
             wait for a GPU in every iteration.
@@ -72,12 +72,12 @@ class KMeans:
         rechecked_: how many of these had to be compared with all centres again, an int.
 
     **With a process group** ``fit`` is a collective: every process passes a shard of the rows, of any size, also none,
-    and gets the labels of these. Everything else that is found is of all the rows, and the same bits on every process.
-    How many processes there are, and who has which rows, does not matter as long as the rows follow each other in the
-    same order: random numbers belong to rows, and sums are float64 from the first row (but for those of the extension,
-    whose pieces of 256 rows are float32's). An iteration exchanges ``8 B K (D + 1)`` bytes; rows do not travel, but for
-    the candidates of the seeding. All arguments but ``batch_size`` and ``verbose`` must be alike on all processes.
-    ``predict``, ``transform`` and ``score`` are about the rows of the own process, and exchange nothing.
+    and gets the labels of these. Every other result is that of all the rows, to the same bits on every process.
+    How many processes there are, and which of them has which rows, does not matter as long as the rows follow each
+    other in the same order: random numbers belong to rows, and sums are float64 from the first row (but for those of
+    the extension, whose pieces of 256 rows are float32's). An iteration exchanges ``8 B K (D + 1)`` bytes; rows do not
+    travel, but for the candidates of the seeding. All arguments but ``batch_size`` and ``verbose`` must be the same on
+    all processes. ``predict``, ``transform`` and ``score`` take the rows of one process, and exchange nothing.
 
     With data ``[B, N, D]``, B independent problems of one size are solved together, each as it would be alone; the
     attributes but ``doubtful_`` and ``rechecked_`` have B as first dimension, and ``inertia_`` and ``n_iter_`` are
@@ -126,8 +126,7 @@ class KMeans:
             raise ArgumentError(f'init: expected "k-means++", "random" or a tensor of centres, got {init!r}')
         if not isinstance(tol, Real) or isinstance(tol, bool) or not tol >= 0:
             raise ArgumentError(f"tol: expected a number >= 0, got {tol!r}")
-        if process_group is not None:
-            check_process_group(process_group)
+        check_process_group(process_group)
         self.n_clusters = int(n_clusters)
         self.metric: Metric = metric
         self.init: Init | Tensor = init
@@ -153,17 +152,17 @@ class KMeans:
         Returns:
             self.
         """
-        shards = open_shards(self.process_group)
-        with shards.together():
-            rows = self._check_rows(x)
-            weights = None if sample_weight is None else self._check_weights(sample_weight, x)
-        shards.count(rows.shape[1], alike=lambda: self._alike(x, weights))
+        group = open_group(self.process_group)
+        with group.together():
+            rows, weights = self._check_rows(x), self._check_weights(sample_weight, x)
+        counts = group.check_everywhere(lambda: rows.shape[1], same=lambda: self._description(x, weights))
+        shards = Shards(group, counts)
         self._check_size(x, shards.total)
         data = self._data(rows, weights, shards)
         if weights is not None:
             self._check_positive(weights, data)
         variance = data.variance()  # raises if a row is not finite
-        with self._progress(shards) as progress:
+        with self._progress(group.is_first) as progress:
             best = None
             for start in self._starts(data):
                 solution = lloyd(
@@ -207,13 +206,13 @@ class KMeans:
         """Return minus the weighted sum of the distances of the rows of x to their nearest centres."""
         if not self._check_rows(x).shape[1]:
             raise ArgumentError("x: expected at least 1 row, got 0")
-        weights = None if sample_weight is None else self._check_weights(sample_weight, x)
+        weights = self._check_weights(sample_weight, x)
         data, centers = self._new_data(x, weights)
         inertia = data.inertia(centers, data.nearest(centers)).to(x.device)
         return -inertia if x.ndim == 3 else -inertia.item()
 
-    def _alike(self, x: Tensor, weights: Tensor | None) -> dict:
-        """Return what must be the same on the processes of a group, by name."""
+    def _description(self, x: Tensor, weights: Tensor | None) -> dict:
+        """Describe what must be the same on every process, by name."""
         names = ("n_clusters", "metric", "n_init", "max_iter", "tol", "empty_cluster", "seed", "backend")
         return {
             "x": f"[{', '.join(map(str, [*x.shape[:-2], 'rows', x.shape[-1]]))}]",
@@ -237,7 +236,10 @@ class KMeans:
         if 0 in (*x.shape[:-2], x.shape[-1]):
             raise ArgumentError(f"x: expected at least one problem and one feature, got shape {list(x.shape)}")
 
-    def _check_weights(self, weights: Tensor, x: Tensor) -> Tensor:
+    def _check_weights(self, weights: Tensor | None, x: Tensor) -> Tensor | None:
+        """Check the weights, and return them as [problems, rows], detached."""
+        if weights is None:
+            return None
         if not isinstance(weights, Tensor) or weights.shape != x.shape[:-1] or not weights.is_floating_point():
             got = f"{weights.dtype} {list(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
             raise ArgumentError(f"sample_weight: expected a floating-point tensor {list(x.shape[:-1])}, got {got}")
@@ -247,7 +249,7 @@ class KMeans:
         return weights.detach() if weights.ndim == 2 else weights.detach()[None]
 
     def _check_positive(self, weights: Tensor, data: Data) -> None:
-        positive = data.shards.sum((weights > 0).sum(1).to(data.device))[0].min().item()
+        positive = data.group.sum((weights > 0).sum(1).to(data.device)).min().item()
         if positive < self.n_clusters:
             least = f"n_clusters={self.n_clusters} positive weights"
             raise ArgumentError(f"sample_weight: expected at least {least}, got {positive}")
@@ -255,7 +257,7 @@ class KMeans:
     def _device(self, x: Tensor) -> torch.device:
         return x.device if self.device is None else torch.empty(0, device=self.device).device
 
-    def _data(self, rows: Tensor, weights: Tensor | None, shards: Whole | None = None) -> Data:
+    def _data(self, rows: Tensor, weights: Tensor | None, shards: Shards | None = None) -> Data:
         return Data(rows, weights, self.metric, self.batch_size, self._device(rows), self.backend, shards)
 
     def _new_data(self, x: Tensor, weights: Tensor | None = None) -> tuple[Data, Tensor]:
@@ -298,8 +300,8 @@ class KMeans:
         self.doubtful_, self.rechecked_ = best.rechecked.tolist()
 
     @contextlib.contextmanager
-    def _progress(self, shards: Whole):
-        if not (self.verbose and shards.shows_progress):
+    def _progress(self, is_first: bool):
+        if not (self.verbose and is_first):
             yield lambda changed: None
             return
         from tqdm import tqdm

@@ -13,7 +13,7 @@ from ccl_fast.ops.normalize import normalize_rows
 
 
 class Solution(NamedTuple):
-    """The solution of every problem; the labels are those of the centres, and of the own rows."""
+    """Solution of every problem; the labels are of this process's rows, and belong to the centres."""
 
     centers: Tensor  # [problems, k, d]
     labels: Tensor  # int64 [problems, n]

@@ -1,4 +1,4 @@
-"""Starting centres: rows of the data, none of them twice."""
+"""Choose starting centres: rows of the data, none of them twice."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def k_means_plus_plus(data: Data, k: int, generators: list[torch.Generator]) -> 
 def plus_plus_rows(one: Data, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """Return the numbers of the rows, [k], of a single problem with weights float64 [n].
 
-    Over shards, every process has the distances of its rows and draws the same candidates.
+    Every process has the distances of its own rows, and all draw the same candidates.
     """
     shards = one.shards
 
     def potential_to(centers: Tensor) -> Tensor:
         # Distances that overflow float32 count as very large ones, whose sum is finite.
-        return (weights * one.nearest_distance(centers)[0]).clamp(max=torch.finfo(torch.float64).max / shards.total)
+        return (weights * one.distance(centers)[0]).clamp(max=torch.finfo(torch.float64).max / shards.total)
 
     chosen = _draw_distinct(one, weights, 1, generator)
     potential = potential_to(one.take(chosen[None]))
@@ -102,8 +102,8 @@ def _weights(data: Data, problem: int) -> Tensor:
 
 
 def _of(rows: Tensor, one: Data, *values: Tensor) -> tuple[Tensor, ...]:
-    """Return what the rows [m], wherever they are, have of each of the values [n]."""
-    return one.shards.sum(*(one.shards.place(rows, lambda own, x=x: x[own]) for x in values))
+    """Return the entries of each of the values [n] at the rows [m], wherever these are."""
+    return one.group.sums(*(one.shards.place(rows, lambda own, x=x: x[own]) for x in values))
 
 
 def _draw_distinct(data: Data, weights: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -15,8 +15,8 @@ from ccl_fast.evaluation import DEFAULT, GROUPS
 from ccl_fast.files import write_atomically
 from ccl_fast.training.checkpoint import CHECKPOINTS, LAST
 from ccl_fast.training.config import Config, as_list, fixed_on_resume
+from ccl_fast.training.launch import check_alone
 from ccl_fast.training.objectives import BASELINE
-from ccl_fast.training.processes import check_alone
 
 # Arguments of ``train`` that are compare's to set.
 SET_BY_COMPARE = ("seed", "baseline")

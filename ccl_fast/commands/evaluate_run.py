@@ -15,7 +15,7 @@ from ccl_fast.commands.run_folder import EVALUATION
 from ccl_fast.commands.trained_run import TrainedRun
 from ccl_fast.errors import ArgumentError
 from ccl_fast.evaluation import evaluate_model
-from ccl_fast.training.processes import check_alone, find_device
+from ccl_fast.training.launch import check_alone, find_device
 
 
 def evaluate(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ccl_fast.data import Images, Split, canonical, load_ood, load_split, made_names
+from ccl_fast.data import Images, Split, canonical, load_ood, load_split, synthetic_names
 from ccl_fast.errors import ArgumentError
 from ccl_fast.evaluation import GROUPS
 from ccl_fast.training.config import Config
@@ -54,7 +54,7 @@ def load_image_sets(config: Config) -> ImageSets:
     if near is None:
         near = ["held-out"] if split.held_out is not None else ["interpolation"]
     if far is None:
-        far = [name for name in made_names if name not in ("interpolation", *map(canonical, near))]
+        far = [name for name in synthetic_names if name not in ("interpolation", *map(canonical, near))]
     for argument, names in (("near_ood", near), ("far_ood", far)):
         for name in names:
             if name in RESERVED:

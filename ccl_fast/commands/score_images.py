@@ -18,7 +18,7 @@ from ccl_fast.errors import ArgumentError
 from ccl_fast.evaluation import DEFAULT, cluster, make_detectors, threshold
 from ccl_fast.files import write_atomically
 from ccl_fast.models import Model, embed_layers
-from ccl_fast.training.processes import check_alone, find_device
+from ccl_fast.training.launch import check_alone, find_device
 
 COLUMNS = ("image", "score", "outlier", "cluster")
 # Of a cell that begins so, spreadsheets make a formula.

@@ -16,6 +16,7 @@ from ccl_fast.commands.image_sets import ImageSets, load_image_sets, read_split
 from ccl_fast.commands.report import describe, write_report
 from ccl_fast.commands.run_folder import CONFIG, RunFolder, clear
 from ccl_fast.data import Images
+from ccl_fast.distributed import Group
 from ccl_fast.errors import ArgumentError
 from ccl_fast.evaluation import evaluate_model
 from ccl_fast.files import write_atomically
@@ -23,10 +24,10 @@ from ccl_fast.training import checkpoint
 from ccl_fast.training.checkpoint import CHECKPOINTS
 from ccl_fast.training.config import Config, as_list, check_sizes, fixed_on_resume, takes_fields_of
 from ccl_fast.training.interruption import Interruption
+from ccl_fast.training.launch import alone, launched, launched_size
 from ccl_fast.training.loop import Run
 from ccl_fast.training.objectives import BASELINE, OBJECTIVES, ObjectiveName
 from ccl_fast.training.probe import Probe
-from ccl_fast.training.processes import Processes, alone, launched, launched_size
 from ccl_fast.training.progress import WARM_UP, Progress, advance
 
 
@@ -67,22 +68,22 @@ def train(config: Config) -> dict | None:
     start = time.perf_counter()
     plan = config.resolved()
     with RunFolder(plan.output, overwrite=plan.overwrite, resume=plan.resume) as run_folder:
-        with launched(plan.device, plan.precision, plan.timeout) as (fabric, processes):
+        with launched(plan.device, plan.precision, plan.timeout) as (fabric, group):
             device = fabric.device
-            folder = processes.first(run_folder.reserve, patient=True)
-            images, sets = _read(plan, processes, device)
-            check_sizes(len(images), plan, processes.size)
+            folder = group.patient.first(run_folder.reserve)
+            images, sets = _read(plan, group, device)
+            check_sizes(len(images), plan, group.size)
             # Before anything is written: its errors are those of arguments.
-            warm_up = Run(replace(plan, objective=BASELINE), images, fabric, processes)
-            progress = _open_progress(config, folder, images, sets, processes)
-            processes.first(run_folder.claim)
+            warm_up = Run(replace(plan, objective=BASELINE), images, fabric, group)
+            progress = _open_progress(config, folder, images, sets, group)
+            group.first(run_folder.claim)
             _print_taken_over(plan, progress)
-            with _dropped_without_checkpoint(folder, processes), closing(progress):
-                processes.first(lambda: _write_config(folder, config))
+            with _dropped_without_checkpoint(folder, group), closing(progress):
+                group.first(lambda: _write_config(folder, config))
                 _train_stages(plan, warm_up, progress)
         if sets is None:  # another process than the first
             return None
-        fabric = fabric if processes.size == 1 else alone(device, plan.precision)  # the others have left
+        fabric = fabric if group.size == 1 else alone(device, plan.precision)  # the others have left
         return _write_results(config, folder, sets, progress, fabric, start)
 
 
@@ -94,29 +95,27 @@ def _check_shared(objective: ObjectiveName) -> None:
         raise ArgumentError(f"objective: expected {expected}, got {objective!r} on {launched_size()} processes")
 
 
-def _read(plan: Config, processes: Processes, device: torch.device) -> tuple[Images, ImageSets | None]:
+def _read(plan: Config, group: Group, device: torch.device) -> tuple[Images, ImageSets | None]:
     """Read the training images; and all sets on the process that will need them, the first."""
     sets = None
-    with processes.together(patient=True):
-        if processes.is_first:
+    with group.patient.together():
+        if group.is_first:
             sets = load_image_sets(plan).to(device)
-    with processes.together(patient=True):  # afterwards: what is to be downloaded is there
+    with group.patient.together():  # afterwards: what is to be downloaded is there
         images = read_split(replace(plan, download=False)).train.to(device) if sets is None else sets.train
     return images, sets
 
 
-def _open_progress(
-    config: Config, folder: Path, images: Images, sets: ImageSets | None, processes: Processes
-) -> Progress:
+def _open_progress(config: Config, folder: Path, images: Images, sets: ImageSets | None, group: Group) -> Progress:
     """Return how far the run has come: nowhere, as its checkpoint has it, or to the end of another run's warm-up."""
     state = origin = None
     given = config.warmup_from
     if config.resume:
-        state = processes.first(lambda: checkpoint.load(folder / CHECKPOINTS, config.resume_from), patient=True)
+        state = group.patient.first(lambda: checkpoint.load(folder / CHECKPOINTS, config.resume_from))
     elif given is not None:
-        origin = processes.first(lambda: _load_origin(given), patient=True)
+        origin = group.patient.first(lambda: _load_origin(given))
     probe = Probe(config.probe_every, images, None if sets is None else sets.test)
-    progress = Progress(folder, fixed_on_resume(config.plain()), images, state, processes, probe)
+    progress = Progress(folder, fixed_on_resume(config.plain()), images, state, group, probe)
     if given is not None and origin is not None:
         progress.begin_with(origin, given, {WARM_UP, *config.objectives} - {config.objective})
     return progress
@@ -132,7 +131,7 @@ def _load_origin(run: str | Path) -> dict:
 
 def _print_taken_over(plan: Config, progress: Progress) -> None:
     """Say which stages of another run need not be trained."""
-    if plan.warmup_from is not None and not plan.resume and progress.processes.is_first:
+    if plan.warmup_from is not None and not plan.resume and progress.group.is_first:
         print(f"taken over from {plan.warmup_from}: {' and '.join(progress.finished)}")
 
 
@@ -144,12 +143,12 @@ def _write_config(folder: Path, config: Config) -> None:
 
 
 @contextmanager
-def _dropped_without_checkpoint(folder: Path, processes: Processes) -> Iterator[None]:
+def _dropped_without_checkpoint(folder: Path, group: Group) -> Iterator[None]:
     """Drop the folder after an error if there is nothing to resume: the same command can be given again."""
     try:
         yield
     except BaseException:
-        if processes.is_first and not (folder / CHECKPOINTS / checkpoint.LAST).exists():
+        if group.is_first and not (folder / CHECKPOINTS / checkpoint.LAST).exists():
             clear(folder)
         raise
 
@@ -159,7 +158,7 @@ def _train_stages(plan: Config, warm_up: Run, progress: Progress) -> None:
     with Interruption() as interruption:
         advance(warm_up, WARM_UP, plan.warmup_length, progress, interruption)
         for objective in plan.objectives:
-            run = Run(replace(plan, objective=objective), warm_up.images, warm_up.fabric, warm_up.processes)
+            run = Run(replace(plan, objective=objective), warm_up.images, warm_up.fabric, warm_up.group)
             advance(run, objective, plan.epochs, progress, interruption)
 
 

@@ -1,4 +1,4 @@
-"""OOD sets: held-out classes, made images, other data sets, folders."""
+"""OOD sets: held-out classes, synthetic images, other data sets, folders."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from ccl_fast.checks import check_count
+from ccl_fast.data.catalog import folded, names
 from ccl_fast.data.checks import check_loading
 from ccl_fast.data.folder import MAX_PIXELS, report_skipped
-from ccl_fast.data.made import made_names, make
-from ccl_fast.data.named import folded, names
 from ccl_fast.data.opening import is_folder, open_test
 from ccl_fast.data.reading import limited, read
+from ccl_fast.data.synthetic import make, synthetic_names
 from ccl_fast.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -44,14 +44,14 @@ def load_ood(
     """OOD images for a split, brought to the shape of its images.
 
     Args:
-        sets: "held-out", the split's held-out classes; names of made sets (``made_names``); names of data sets, whose
-            test part is taken, or all of it if it has none; folders, of which all images are taken. Or any of these,
-            or data sets, by a name of their own.
+        sets: "held-out", the split's held-out classes; names of synthetic sets (``synthetic_names``); names of data
+            sets, whose test part is taken, or all of it if it has none; folders, of which all images are taken. Or any
+            of these, or data sets, by a name of their own.
         split: what the images are OOD to.
         argument: how errors call ``sets``.
         root: the folder that torchvision's data sets are in.
         limit: at most that many images of each set, drawn at random.
-        seed: of the made sets and of the limit.
+        seed: of the synthetic sets and of the limit.
         download: fetch what is missing, if torchvision can.
         strict: a file of a folder that cannot be read is an error; else it is skipped, or, of images on demand,
             replaced, as in ``load_split``.
@@ -77,7 +77,7 @@ def load_ood(
             images = _held_out(split, argument)
             rows = torch.arange(len(images))
             loaded[name] = images if limit is None else images.subset(limited(rows, limit, seed))
-        elif given in made_names:
+        elif given in synthetic_names:
             loaded[name] = make(given, split, argument, seed=seed, limit=limit)
         else:
             source = open_test(
@@ -88,7 +88,7 @@ def load_ood(
                 strict=strict,
                 workers=workers,
                 max_pixels=max_pixels,
-                also=(HELD_OUT, *made_names),
+                also=(HELD_OUT, *synthetic_names),
             )
             rows = limited(torch.arange(len(source)), limit, seed)
             loaded[name], _ = read(source, rows, split.train.shape, workers=workers, memory=memory)
@@ -101,11 +101,11 @@ def load_ood(
 def canonical(name: str | Path) -> str:
     """The name of an OOD set as it is compared: two names of one set have the same.
 
-    "held-out", and the names of made sets and of data sets, in any spelling that ``load_ood`` takes, as it looks them
-    up; folders by their resolved path; another name as it is.
+    "held-out", and the names of synthetic sets and of data sets, in any spelling that ``load_ood`` takes, as it looks
+    them up; folders by their resolved path; another name as it is.
     """
     if isinstance(name, str):
-        known = {folded(HELD_OUT): HELD_OUT} | {known: known for known in (*made_names, *names())}
+        known = {folded(HELD_OUT): HELD_OUT} | {known: known for known in (*synthetic_names, *names())}
         if folded(name) in known:
             return known[folded(name)]
         if not is_folder(name):

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ccl_fast.data.catalog import DIGITS, folded, names, open_by_name
 from ccl_fast.data.folder import open_folders, split_folders
-from ccl_fast.data.named import DIGITS, folded, names, open_named
 from ccl_fast.data.source import Source
 from ccl_fast.errors import ArgumentError
 
@@ -54,7 +54,7 @@ def open_parts(
         return Opened(type(data[0]).__name__, train, test)
     place = _place(data, argument)
     if isinstance(place, str):
-        train, test = (open_named(place, p, argument, root=root, download=download) for p in ("train", "test"))
+        train, test = (open_by_name(place, p, argument, root=root, download=download) for p in ("train", "test"))
         assert train is not None  # every set has a part to train on
         return Opened(place, train, test, DIGITS_IN_CLASSES if place == DIGITS else None)
     if isinstance(place, Path):
@@ -79,7 +79,7 @@ def open_test(
     """The part to test on of a named data set that has one; else all of the data. ``also``: names to suggest."""
     place = _place(data, argument, also)
     if isinstance(place, str):
-        parts = (open_named(place, part, argument, root=root, download=download) for part in ("test", "train"))
+        parts = (open_by_name(place, part, argument, root=root, download=download) for part in ("test", "train"))
         return next(part for part in parts if part is not None)
     if isinstance(place, Path):
         return open_folders([place], argument, strict=strict, workers=workers, max_pixels=max_pixels)[0]

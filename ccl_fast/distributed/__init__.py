@@ -1,12 +1,23 @@
-"""What the processes of a group tell each other."""
+"""Several processes: what they tell each other, and how their rows travel."""
 
-from ccl_fast.distributed.peers import (
-    EXCHANGES,
-    Block,
-    ExchangeWay,
-    Peers,
+from ccl_fast.distributed.exchange import EXCHANGES, Block, Exchange
+from ccl_fast.distributed.group import (
+    NO_GROUP,
+    Group,
+    TorchGroup,
     check_process_group,
+    open_group,
     outside_of_graphs,
 )
 
-__all__ = ["EXCHANGES", "Block", "ExchangeWay", "Peers", "check_process_group", "outside_of_graphs"]
+__all__ = [
+    "EXCHANGES",
+    "NO_GROUP",
+    "Block",
+    "Exchange",
+    "Group",
+    "TorchGroup",
+    "check_process_group",
+    "open_group",
+    "outside_of_graphs",
+]

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ccl_fast.checks import Candidates, check_choice, check_positive
-from ccl_fast.distributed import EXCHANGES, ExchangeWay, check_process_group
+from ccl_fast.distributed import EXCHANGES, NO_GROUP, Exchange, ExchangeWay, Group, check_process_group
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses import processes
 from ccl_fast.losses.batch import Batch, check_batch, product_dtype
 from ccl_fast.ops import streaming_logsumexp
 from ccl_fast.ops.backends import ContrastBackend, check_backend
 from ccl_fast.ops.ids import separate_unassigned
-from ccl_fast.ops.logsumexp.distributed import Exchange
+from ccl_fast.ops.logsumexp.distributed import Wanted, global_contrast
 from ccl_fast.ops.normalize import normalize_embeddings
 
 Reduction = Literal["mean", "sum", "none"]
@@ -103,8 +103,7 @@ class Loss(nn.Module):
         check_choice("reduction", reduction, REDUCTIONS)
         check_backend("streaming_logsumexp", backend)
         check_choice("exchange", exchange, EXCHANGES)
-        if process_group is not None:
-            check_process_group(process_group)
+        check_process_group(process_group)
         self.normalize = normalize
         self.reduction: Reduction = reduction
         self.backend: ContrastBackend = backend
@@ -204,11 +203,8 @@ class Loss(nn.Module):
 
     def join_processes(
         self, check: Callable[[], tuple[int, int]], rows: dict, same: Callable[[], dict] = dict
-    ) -> tuple[int, Exchange | None, int]:
-        """Check the arguments of `forward`, and join the other processes.
-
-        Returns how many samples are here, how rows travel (None: there are no others), and the number of the first
-        sample among those of all processes.
+    ) -> tuple[int, Exchange, int]:
+        """Check the arguments of `forward` on every process of the group, if there is one.
 
         Args:
             check: of this process's arguments; it returns the number of samples, and of rows of each.
@@ -216,27 +212,32 @@ class Loss(nn.Module):
                 The first are those that are contrasted.
             same: further arguments that must be the same; called after the check.
 
+        Returns:
+            How many samples are here, the exchange of rows with the other processes, and the number of the first
+            sample here among those of all processes.
+
         Raises:
-            ValueError: they are not, or the check of another process has failed.
+            ValueError: they are not the same. Also what the check of another process raises.
         """
         if self.process_group is None:
-            return check()[0], None, 0
+            samples, each = check()
+            return samples, Exchange(NO_GROUP, [each * samples], self.exchange), 0
         return processes.join(self, check, rows, same)
 
     @overload
-    def shared(self, x: Tensor, exchange: Exchange | None) -> Tensor: ...
+    def shared(self, x: Tensor, group: Group) -> Tensor: ...
 
     @overload
-    def shared(self, x: float | Tensor, exchange: Exchange | None) -> float | Tensor: ...
+    def shared(self, x: float | Tensor, group: Group) -> float | Tensor: ...
 
     @overload
-    def shared(self, x: float | Tensor | None, exchange: Exchange | None) -> float | Tensor | None: ...
+    def shared(self, x: float | Tensor | None, group: Group) -> float | Tensor | None: ...
 
-    def shared(self, x: float | Tensor | None, exchange: Exchange | None) -> float | Tensor | None:
-        """A parameter that is used in all rows of the batch: each process has the whole of its gradient."""
-        if exchange is None or not (isinstance(x, Tensor) and x.requires_grad):
+    def shared(self, x: float | Tensor | None, group: Group) -> float | Tensor | None:
+        """Return a parameter that is used in all rows of the batch: each process gets the whole of its gradient."""
+        if not (isinstance(x, Tensor) and x.requires_grad):
             return x
-        return processes.share_gradient(x, exchange.peers, self.reduction != "none")
+        return group.share_gradient(x, self.reduction != "none")
 
     def unit(self, x: Tensor) -> Tensor:
         """Rows of unit length (if `normalize`), in the dtype of the matrix products."""
@@ -248,12 +249,12 @@ class Loss(nn.Module):
     # ---- sums over rows ----
 
     def logsumexp_over_rows(
-        self, z: Tensor, ids: Tensor | None, candidates: Candidates, scale: float | Tensor, exchange: Exchange | None
+        self, z: Tensor, ids: Tensor | None, candidates: Candidates, scale: float | Tensor, exchange: Exchange
     ) -> Tensor:
         """Log-sum-exp of every row over those other rows, of all processes, that are ``candidates`` by ids."""
-        if exchange is None:
-            return streaming_logsumexp(z, scale=scale, q_ids=ids, candidates=candidates, backend=self.backend)
-        return processes.logsumexp_over_rows(z, ids, candidates, scale, exchange, self.backend)
+        over = "same" if candidates == "same_id" else "other"
+        wanted = Wanted(by_id=candidates != "all", **{over: True})
+        return global_contrast(z, ids, scale=scale, wanted=wanted, exchange=exchange, backend=self.backend)[over]
 
     def logsumexp_among(
         self,
@@ -262,7 +263,7 @@ class Loss(nn.Module):
         sample_ids: Tensor,
         candidates: Candidates,
         scale: float | Tensor,
-        exchange: Exchange | None,
+        exchange: Exchange,
     ) -> Tensor:
         """Log-sum-exp of every anchor over those keys that are ``candidates`` by the samples' ids ``[n]``.
 
@@ -309,7 +310,7 @@ class Loss(nn.Module):
         losses: Tensor,
         has_positive: Tensor | None = None,
         shape: torch.Size | None = None,
-        exchange: Exchange | None = None,
+        group: Group = NO_GROUP,
     ) -> Tensor:
         """The losses ``[...]`` reduced; under "none" as they are, or in a shape.
 
@@ -325,9 +326,9 @@ class Loss(nn.Module):
         if self.reduction == "none":
             return losses.view(shape)
         total, count = losses.sum(), has_positive.sum()
-        if exchange is None:
+        if group.is_null:
             return total if self.reduction == "sum" else total / count.clamp(min=1)
-        return processes.reduce(total, count, self.reduction == "mean", exchange.peers)
+        return processes.reduce(total, count, self.reduction == "mean", group)
 
     def _check_supported(self, name: str, value) -> None:
         default = inspect.signature(type(self)).parameters[name].default

@@ -15,8 +15,8 @@ from ccl_fast.checks import (
     check_tensor,
     check_vector,
 )
+from ccl_fast.distributed import Exchange
 from ccl_fast.errors import ArgumentError
-from ccl_fast.ops.logsumexp.distributed import Exchange
 
 
 class Batch(NamedTuple):
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     z: Tensor  # [n, d]
     ids: Tensor  # [n] int64; an unassigned sample has an id (< 0) of its own
     shape: torch.Size  # of the result under reduction="none": [n] or [n, views]
-    exchange: Exchange | None  # with the other processes' rows, if there are any
+    exchange: Exchange  # with the other processes' rows
 
     @property
     def assigned(self) -> Tensor:

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from ccl_fast.checks import check_choice, check_not_negative, check_number
 from ccl_fast.errors import ArgumentError
-from ccl_fast.losses import processes
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import Batch, check_center_temperature
 from ccl_fast.losses.centers import center_logits
-from ccl_fast.ops import logaddexp, row_dot, same_id_similarity, streaming_logsumexp
+from ccl_fast.ops import logaddexp, row_dot
 from ccl_fast.ops.backends import ContrastBackend
+from ccl_fast.ops.logsumexp.distributed import Wanted, global_contrast
 from ccl_fast.ops.precision import accumulation_dtype
 
 Form = Literal["joint", "split", "inside"]
@@ -131,7 +131,7 @@ class CCLLoss(Loss):
         )
         if centers is not None and centers.shape[0] == 0:  # before the first clustering: all unassigned
             centers = None
-        scale = 1.0 / self.shared(self.temperature, batch.exchange)
+        scale = 1.0 / self.shared(self.temperature, batch.exchange.group)
         to_centers = None
         if centers is not None:
             logsumexp, own = center_logits(self, batch, centers, center_temperature, scale)
@@ -163,7 +163,7 @@ class CCLLoss(Loss):
         if self.instance_weight:
             instance = others - _mean_of_own_views(batch) * scale
             losses = (1 - self.instance_weight) * losses + self.instance_weight * instance
-        return self.reduce(losses, has_positive, batch.shape, batch.exchange)
+        return self.reduce(losses, has_positive, batch.shape, batch.exchange.group)
 
     def _check_views(self, embeddings: Tensor) -> None:
         if self.instance_weight and (embeddings.ndim != 3 or embeddings.shape[1] < 2):
@@ -186,16 +186,11 @@ def logsumexp_with_positives(
 
     That is their log-sum-exp (``inside`` the logarithm), or else the sum of their logits; then their number is third.
     """
-    if batch.exchange is not None:
-        return processes.logsumexp_with_positives(batch, scale, inside, backend)
+    wanted = Wanted(same=True, other=True) if inside else Wanted(other=True, similarity=True)
+    found = global_contrast(batch.z, batch.ids, scale=scale, wanted=wanted, exchange=batch.exchange, backend=backend)
     if inside:
-        others, positives = streaming_logsumexp(
-            batch.z, scale=scale, q_ids=batch.ids, return_same=True, backend=backend
-        )
-        return others, positives, None
-    others = streaming_logsumexp(batch.z, scale=scale, backend=backend)
-    positives, count = same_id_similarity(batch.z, batch.ids)
-    return others, positives * scale, count
+        return logaddexp(found["same"], found["other"]), found["same"], None
+    return found["other"], found["similarity"] * scale, found["count"]
 
 
 def _mean_of_own_views(batch: Batch) -> Tensor:

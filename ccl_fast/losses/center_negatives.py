@@ -55,7 +55,7 @@ class CenterNegativesLoss(Loss):
                 raise ArgumentError(f"embeddings: expected shape [n, 2, d], got {list(embeddings.shape)}")
 
         batch = self.prepare(embeddings, cluster_ids, "cluster_ids", centers, check=check)
-        scale = 1.0 / self.shared(self.temperature, batch.exchange)
+        scale = 1.0 / self.shared(self.temperature, batch.exchange.group)
         z, rows = batch.z, batch.z.unflatten(0, (-1, 2))
         among_rows = self.logsumexp_over_rows(z, None, "all", scale, batch.exchange)
         keys = self.unit(centers.detach().to(torch.promote_types(centers.dtype, torch.float32))).to(z.dtype)
@@ -71,4 +71,4 @@ class CenterNegativesLoss(Loss):
         )
         positive = row_dot(rows[:, 0], rows[:, 1]).repeat_interleave(2) * scale
         losses = logaddexp(among_rows, among_centers) - positive
-        return self.reduce(losses, shape=batch.shape, exchange=batch.exchange)
+        return self.reduce(losses, shape=batch.shape, group=batch.exchange.group)

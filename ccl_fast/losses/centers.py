@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ccl_fast.distributed import Exchange
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import Loss
 from ccl_fast.losses.batch import Batch, check_batch
 from ccl_fast.ops import row_dot, streaming_logsumexp
-from ccl_fast.ops.logsumexp.distributed import Exchange
 from ccl_fast.ops.precision import accumulation_dtype
 
 
@@ -21,7 +21,7 @@ def center_logits(
     ``temperature`` of the centres: a number, a tensor [k] (one per cluster), or None for 1 / ``scale``. Centres
     get no gradient. All are expected to be checked, as `check_batch` does.
     """
-    temperature = loss.shared(temperature, batch.exchange)
+    temperature = loss.shared(temperature, batch.exchange.group)
     accumulation = accumulation_dtype(batch.z)
     centers = loss.unit(centers.detach().to(accumulation)).to(batch.z.dtype)
     own = batch.ids.clamp(min=0)
@@ -77,10 +77,10 @@ def center_cross_entropies(
     cluster_ids: Sequence[Tensor],
     centers: Sequence[Tensor],
     center_temperature: Sequence[Tensor] | None,
-    exchange: Exchange | None,
+    exchange: Exchange,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each clustering the cross-entropy of every row with its centre (0 if unassigned), and who is assigned."""
-    z, scale = loss.unit(embeddings.flatten(0, -2)), 1.0 / loss.shared(loss.temperature, exchange)
+    z, scale = loss.unit(embeddings.flatten(0, -2)), 1.0 / loss.shared(loss.temperature, exchange.group)
     views = 1 if embeddings.ndim == 2 else embeddings.shape[1]
     temperatures = [None] * len(cluster_ids) if center_temperature is None else center_temperature
     for ids, own, temperature in zip(cluster_ids, centers, temperatures, strict=True):

@@ -61,5 +61,5 @@ class DeepClusterV2Loss(Loss):
             lambda: {"centers": centers},
         )
         terms = center_cross_entropies(self, embeddings, cluster_ids, centers, None, exchange)
-        first, *others = (self.reduce(*term, embeddings.shape[:-1], exchange) for term in terms)
+        first, *others = (self.reduce(*term, embeddings.shape[:-1], exchange.group) for term in terms)
         return sum(others, first) / len(cluster_ids)

@@ -5,10 +5,10 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from ccl_fast.distributed import Exchange
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_queries
 from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
-from ccl_fast.ops.logsumexp.distributed import Exchange
 
 
 class InfoNCELoss(Loss):
@@ -73,15 +73,15 @@ class InfoNCELoss(Loss):
         rows = {"queries": queries, "keys": keys}
         _, exchange, _ = self.join_processes(lambda: check_queries(queries, keys, negatives), rows)
         losses, shape = self._losses(queries, keys, negatives, exchange)
-        return self.reduce(losses, shape=shape, exchange=exchange)
+        return self.reduce(losses, shape=shape, group=exchange.group)
 
     def _losses(
-        self, queries: Tensor, keys: Tensor | None, negatives: Tensor | None, exchange: Exchange | None
+        self, queries: Tensor, keys: Tensor | None, negatives: Tensor | None, exchange: Exchange
     ) -> tuple[Tensor, torch.Size]:
         """Of every anchor, and their shape; all is checked."""
-        scale = 1.0 / self.shared(self.temperature, exchange)
+        scale = 1.0 / self.shared(self.temperature, exchange.group)
         one_way = keys is not None and not self.symmetric
-        if keys is not None and one_way and exchange is None:
+        if keys is not None and one_way and exchange.group.is_null:
             anchors, positives = self.unit(queries), self.unit(keys)
             logsumexp = streaming_logsumexp(anchors, positives, scale=scale, backend=self.backend)
             shape = queries.shape[:1]

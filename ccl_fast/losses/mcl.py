@@ -6,13 +6,11 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ccl_fast.distributed import outside_of_graphs
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_ids, check_queries
 from ccl_fast.losses.processes import check_views_only
 from ccl_fast.ops import row_dot
 from ccl_fast.ops.ids import joint_ids, separate_unassigned
-from ccl_fast.ops.logsumexp.distributed import Exchange
 
 
 class MCLLoss(Loss):
@@ -81,21 +79,14 @@ class MCLLoss(Loss):
             check, {"queries": queries, "keys": keys}, lambda: {"cluster_ids": f"{len(cluster_ids)} tensors"}
         )
         stages = [separate_unassigned(ids.long(), first) for ids in cluster_ids]
-        if exchange is None or not stages:
-            ids = joint_ids(torch.zeros(len(queries), dtype=torch.int64, device=queries.device), *stages)
-        else:
-            ids = _joint_ids_of_all(stages, exchange)
-        scale = 1.0 / self.shared(self.temperature, exchange)
+        ids = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+        if stages:
+            samples = exchange._replace(counts=[rows // 2 for rows in exchange.counts])
+            ids = samples.own(joint_ids(*(samples.gather(each) for each in stages)))
+        scale = 1.0 / self.shared(self.temperature, exchange.group)
 
         def losses(anchors: Tensor, positives: Tensor, keys: Tensor | None) -> Tensor:
             logsumexp = self.logsumexp_among(anchors, keys, ids, "same_id", scale, exchange)
             return logsumexp - row_dot(anchors, positives) * scale
 
-        return self.reduce(self.both_directions(queries, keys, losses, self.symmetric), exchange=exchange)
-
-
-@outside_of_graphs
-def _joint_ids_of_all(ids: Sequence[Tensor], exchange: Exchange) -> Tensor:
-    """`joint_ids` of this process's samples that mean the same on every one."""
-    peers, counts = exchange.peers, [rows // 2 for rows in exchange.counts]
-    return joint_ids(*(peers.gather(each, counts) for each in ids)).split(counts)[peers.rank]
+        return self.reduce(self.both_directions(queries, keys, losses, self.symmetric), group=exchange.group)

@@ -74,11 +74,11 @@ class MEOWLoss(Loss):
 
         _, exchange, first = self.join_processes(check, {"queries": queries, "keys": keys})
         ids = separate_unassigned(cluster_ids.long(), first)
-        scale = 1.0 / self.shared(self.temperature, exchange)
+        scale = 1.0 / self.shared(self.temperature, exchange.group)
 
         def losses(anchors: Tensor, positives: Tensor, keys: Tensor | None) -> Tensor:
             negatives = self.logsumexp_among(anchors, keys, ids, "other_id", scale, exchange)
             logits = row_dot(anchors, positives) * scale
             return logaddexp(negatives, logits) - logits
 
-        return self.reduce(self.both_directions(queries, keys, losses, self.symmetric), exchange=exchange)
+        return self.reduce(self.both_directions(queries, keys, losses, self.symmetric), group=exchange.group)

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ccl_fast.checks import check_choice
+from ccl_fast.distributed import Exchange
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_ids, check_queries
 from ccl_fast.ops import row_dot, streaming_logsumexp
 from ccl_fast.ops.ids import consecutive_ids, separate_unassigned
-from ccl_fast.ops.logsumexp.distributed import Exchange
 from ccl_fast.ops.precision import accumulation_dtype
 
 Form = Literal["node", "cluster"]
@@ -90,11 +90,9 @@ class PamCLoss(Loss):
             return len(queries), 1
 
         n, exchange, first = self.join_processes(check, {"queries": queries, "keys": keys})
-        scale = 1.0 / self.shared(self.temperature, exchange)
+        scale = 1.0 / self.shared(self.temperature, exchange.group)
         q, k = self.unit(queries), self.unit(keys)
-        ids = separate_unassigned(cluster_ids.long(), first)
-        if exchange is not None:
-            ids = exchange.peers.gather(ids, exchange.counts)
+        ids = exchange.gather(separate_unassigned(cluster_ids.long(), first))
         # The number of clusters decides how much is computed, so the host must know it.
         group = consecutive_ids(ids)
         size = group.bincount().to(accumulation_dtype(q))
@@ -111,11 +109,9 @@ class PamCLoss(Loss):
             logsumexp = (to_others + size.log()).logsumexp(0).expand(n)
         has_negative = logsumexp != -torch.inf
         losses = logsumexp.masked_fill(~has_negative, 0.0) - row_dot(q, k) * scale
-        return self.reduce(losses, has_negative, queries.shape[:1], exchange)
+        return self.reduce(losses, has_negative, queries.shape[:1], exchange.group)
 
 
-def _means(x: Tensor, group: Tensor, size: Tensor, exchange: Exchange | None) -> Tensor:
+def _means(x: Tensor, group: Tensor, size: Tensor, exchange: Exchange) -> Tensor:
     sums = torch.zeros(len(size), x.shape[1], dtype=size.dtype, device=x.device).index_add(0, group, x.to(size.dtype))
-    if exchange is not None:
-        sums = exchange.peers.sum_with_gradient(sums)
-    return (sums / size[:, None]).to(x.dtype)
+    return (exchange.group.sum_with_gradient(sums) / size[:, None]).to(x.dtype)

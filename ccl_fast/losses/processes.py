@@ -1,4 +1,4 @@
-"""The part of the losses that concerns several processes: arguments that must be alike, sums over all rows."""
+"""What losses do with several processes alone: compare their arguments, reduce over all rows."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -6,13 +6,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import Candidates
-from ccl_fast.distributed import Peers, outside_of_graphs
+from ccl_fast.distributed import Exchange, Group, TorchGroup, outside_of_graphs
 from ccl_fast.errors import ArgumentError
-from ccl_fast.losses.batch import Batch, product_dtype
-from ccl_fast.ops import logaddexp
-from ccl_fast.ops.backends import ContrastBackend, choose_backend
-from ccl_fast.ops.logsumexp.distributed import Exchange, Wanted, global_contrast
+from ccl_fast.losses.batch import product_dtype
+from ccl_fast.ops.backends import choose_backend
 
 if TYPE_CHECKING:
     from ccl_fast.losses.base import Loss
@@ -21,58 +18,29 @@ if TYPE_CHECKING:
 @outside_of_graphs
 def join(loss: "Loss", check: Callable, rows: dict, same: Callable) -> tuple[int, Exchange, int]:
     """As `Loss.join_processes`, of several processes."""
-    assert loss.process_group is not None
-    peers = Peers(loss.process_group)
-    try:
-        samples, each = check()
+    group, found = TorchGroup(loss.process_group), []
+
+    def samples() -> int:
+        found.extend(check())
+        return found[0]
+
+    def described() -> dict:
         first = next(iter(rows.values()))
         choose_backend("streaming_logsumexp", loss.backend, first.device, product_dtype(first))
-        described = {name: describe(x, rows="n") for name, x in rows.items()}
-        described |= {name: describe(x) for name, x in (loss.settings | same()).items()}
-    except Exception as error:
-        peers.agree(0, error)
-        raise
-    counts = peers.agree(samples, None, **described)
-    return samples, Exchange(peers, [each * count for count in counts], loss.exchange), sum(counts[: peers.rank])
+        own = {name: describe(x, rows="n") for name, x in rows.items()}
+        return own | {name: describe(x) for name, x in (loss.settings | same()).items()}
+
+    counts = group.check_everywhere(samples, described)
+    samples_here, each = found
+    exchange = Exchange(group, [each * count for count in counts], loss.exchange)
+    return samples_here, exchange, sum(counts[: group.rank])
 
 
 @outside_of_graphs
-def share_gradient(x: Tensor, peers: Peers, mean: bool) -> Tensor:
-    """x, whose gradient is the mean, or the sum, of those of all processes."""
-    return peers.share_gradient(x, mean)
-
-
-def logsumexp_over_rows(
-    z: Tensor,
-    ids: Tensor | None,
-    candidates: Candidates,
-    scale: float | Tensor,
-    exchange: Exchange,
-    backend: ContrastBackend,
-) -> Tensor:
-    """As `Loss.logsumexp_over_rows`, of the rows of all processes."""
-    over = "same" if candidates == "same_id" else "other"
-    wanted = Wanted(by_id=candidates != "all", **{over: True})
-    return global_contrast(z, ids, scale=scale, wanted=wanted, exchange=exchange, backend=backend)[over]
-
-
-def logsumexp_with_positives(
-    batch: Batch, scale: float | Tensor, inside: bool, backend: ContrastBackend
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `ccl.logsumexp_with_positives`, of the rows of all processes."""
-    assert batch.exchange is not None
-    wanted = Wanted(same=True, other=True) if inside else Wanted(other=True, similarity=True)
-    found = global_contrast(batch.z, batch.ids, scale=scale, wanted=wanted, exchange=batch.exchange, backend=backend)
-    if inside:
-        return logaddexp(found["same"], found["other"]), found["same"], None
-    return found["other"], found["similarity"] * scale, found["count"]
-
-
-@outside_of_graphs
-def reduce(total: Tensor, count: Tensor, mean: bool, peers: Peers) -> Tensor:
+def reduce(total: Tensor, count: Tensor, mean: bool, group: Group) -> Tensor:
     """Sum, or mean over the counts, of all totals; the gradient is that of this process's, times their number."""
-    value, all_count = peers.sum(torch.stack((total.detach().double(), count.double())))
-    share = peers.size * total
+    value, all_count = group.sum(torch.stack((total.detach().double(), count.double())))
+    share = group.size * total
     if mean:
         all_count = all_count.clamp(min=1)
         value, share = value / all_count, share / all_count.to(share.dtype)

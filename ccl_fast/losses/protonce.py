@@ -90,4 +90,4 @@ class ProtoNCELoss(InfoNCELoss):
         of_centers = center_cross_entropies(self, queries, cluster_ids, centers, center_temperature, exchange)
         terms = [term for term, _ in of_centers]
         losses = losses + sum(terms) / len(terms)
-        return self.reduce(losses, shape=shape, exchange=exchange)
+        return self.reduce(losses, shape=shape, group=exchange.group)

@@ -7,7 +7,7 @@ from torch import Tensor
 from ccl_fast.checks import check_not_negative
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_ids
-from ccl_fast.ops import logaddexp, same_id_similarity, streaming_logsumexp
+from ccl_fast.ops import logaddexp
 from ccl_fast.ops.ids import joint_ids, separate_unassigned
 from ccl_fast.ops.logsumexp.distributed import Wanted, global_contrast, global_same_id_similarity
 
@@ -80,30 +80,18 @@ class SBCLLoss(Loss):
             embeddings, labels, "labels", check=lambda: check_ids("cluster_ids", cluster_ids, embeddings)
         )
         views = 1 if embeddings.ndim == 2 else embeddings.shape[1]
-        scale = 1.0 / self.shared(self.temperature, exchange)
-        if exchange is None:
-            subclasses = joint_ids(classes, separate_unassigned(cluster_ids.long()).repeat_interleave(views))
-            outside, inside = streaming_logsumexp(
-                z, scale=scale, q_ids=subclasses, candidates="other_id", return_same=True, backend=self.backend
-            )
-            own, own_count = same_id_similarity(z, subclasses)
-            mates, mates_count = same_id_similarity(z, classes)
-        else:
-            peers, counts = exchange.peers, exchange.counts
-            # Rows before those of this process: no sample of another one gets a number from here on to its last.
-            first = sum(counts[: peers.rank])
-            subclasses = separate_unassigned(cluster_ids.long(), first).repeat_interleave(views)
-            subclasses = joint_ids(peers.gather(classes, counts), peers.gather(subclasses, counts))
-            found = global_contrast(
-                z, subclasses.split(counts)[peers.rank], scale=scale, wanted=Wanted(True, True, True),
-                exchange=exchange, backend=self.backend,
-            )  # fmt: skip
-            outside, inside, own, own_count = (found[name] for name in ("other", "same", "similarity", "count"))
-            mates, mates_count = global_same_id_similarity(z, classes, exchange)
+        scale = 1.0 / self.shared(self.temperature, exchange.group)
+        # No sample of another process gets a number from that of the first row here to that of the last.
+        subclasses = separate_unassigned(cluster_ids.long(), exchange.first).repeat_interleave(views)
+        subclasses = exchange.own(joint_ids(exchange.gather(classes), exchange.gather(subclasses)))
+        wanted = Wanted(same=True, other=True, similarity=True)
+        found = global_contrast(z, subclasses, scale=scale, wanted=wanted, exchange=exchange, backend=self.backend)
+        outside, inside, own, own_count = (found[name] for name in ("other", "same", "similarity", "count"))
+        mates, mates_count = global_same_id_similarity(z, classes, exchange)
         rest, rest_count = mates - own, mates_count - own_count
 
         by_subclass = logaddexp(outside, inside) - own * scale / own_count.clamp(min=1)
         by_class = outside - rest * scale / rest_count.clamp(min=1)
         losses = by_subclass.masked_fill(own_count == 0, 0.0)
         losses = losses + self.class_weight * by_class.masked_fill(rest_count == 0, 0.0)
-        return self.reduce(losses, mates_count > 0, shape, exchange)
+        return self.reduce(losses, mates_count > 0, shape, exchange.group)

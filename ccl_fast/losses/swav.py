@@ -94,23 +94,22 @@ class SwAVLoss(Loss):
             lambda: {"prototypes": prototypes},
         )
         z = torch.stack([self.unit(view) for view in embeddings.unbind(1)])
-        centers = self.unit(self.shared(prototypes, exchange)).to(z.dtype)
-        peers = None if exchange is None else exchange.peers
+        centers = self.unit(self.shared(prototypes, exchange.group)).to(z.dtype)
         potentials = []
         for g, own in enumerate(z[: self.global_views].detach()):
             pool = own if queue is None else torch.cat((own, self.unit(queue[:, g].detach())))
             plan = {"scale": 1.0 / self.epsilon, "iterations": self.iterations, "backend": self.backend}
-            potentials.append(column_potentials(pool, centers.detach(), **plan, peers=peers))
+            potentials.append(column_potentials(pool, centers.detach(), **plan, group=exchange.group))
         losses = swapped_prediction(
             z,
             centers,
             torch.stack(potentials),
-            scale=1.0 / self.shared(self.temperature, exchange),
+            scale=1.0 / self.shared(self.temperature, exchange.group),
             plan_scale=1.0 / self.epsilon,
             backend=self.backend,
         )
         losses = losses / (self.global_views * (len(z) - 1))
-        return self.reduce(losses, exchange=exchange)
+        return self.reduce(losses, group=exchange.group)
 
     def _check(self, embeddings: Tensor, prototypes: Tensor, queue: Tensor | None) -> tuple[int, int]:
         """Numbers of images, and of rows of each in a view."""

@@ -9,17 +9,17 @@ from ccl_fast.ops.rowwise.histogram import similarity_histogram
 from ccl_fast.ops.rowwise.softmax import expected_similarity, logsumexp_excluding, topk_logsumexp
 from ccl_fast.ops.rowwise.topk import streaming_topk
 from ccl_fast.ops.same_id_similarity import same_id_similarity
-from ccl_fast.ops.transport.sinkhorn import plan_average, sinkhorn
+from ccl_fast.ops.transport.sinkhorn import barycentric_projection, sinkhorn
 from ccl_fast.ops.transport.swapped_prediction import swapped_prediction
 
 __all__ = [
+    "barycentric_projection",
     "edge_similarity",
     "expected_similarity",
     "kmeans_assign",
     "kmeans_update",
     "logaddexp",
     "logsumexp_excluding",
-    "plan_average",
     "row_dot",
     "same_id_similarity",
     "similarity_histogram",

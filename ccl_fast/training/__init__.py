@@ -1,4 +1,4 @@
-"""The training loop and its parts: configuration, objectives, pseudo labels, checkpoints, processes.
+"""The training loop and its parts: configuration, objectives, pseudo labels, checkpoints, launch.
 
 Needs the packages of ``ccl-fast[train]``, but for `cached_backward`, which needs torch alone.
 """

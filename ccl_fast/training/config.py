@@ -156,14 +156,14 @@ class Config:
     near_ood: Sequence[str] | Mapping[str, Dataset] | None = option(
         None,
         'OOD sets that resemble the training images: "held-out" (the other classes), a data set by name (its test '
-        'images), a folder, or a made set: "textures", "noise", "blobs", "interpolation" (mean of two test images), '
-        '"letters"; from Python also {name: Dataset}. By default "held-out", or without that "interpolation".',
+        'images), a folder, or a synthetic set: "textures", "noise", "blobs", "interpolation" (mean of two test '
+        'images), "letters"; from Python also {name: Dataset}. By default "held-out", or without that "interpolation".',
         check_ood_sets,
         after_warm_up=True,
     )
     far_ood: Sequence[str] | Mapping[str, Dataset] | None = option(
         None,
-        "OOD sets that do not, in the same way. By default the other made sets.",
+        "OOD sets that do not, in the same way. By default the other synthetic sets.",
         check_ood_sets,
         after_warm_up=True,
     )

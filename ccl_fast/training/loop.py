@@ -12,12 +12,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ccl_fast.data import Images, Views
+from ccl_fast.distributed import NO_GROUP, Group
 from ccl_fast.models import Model, embed
 from ccl_fast.training.config import Config, as_list
 from ccl_fast.training.cooperation import CooperativeCCL
 from ccl_fast.training.gradient_cache import cached_backward
 from ccl_fast.training.objectives import BASELINE, OBJECTIVES
-from ccl_fast.training.processes import ALONE, Processes
 from ccl_fast.training.prototypes import Prototypes
 from ccl_fast.training.pseudo_labels import PseudoLabels
 from ccl_fast.training.random_views import embedded_views
@@ -41,19 +41,19 @@ class Run:
         config: checked and resolved.
         images: the training images.
         fabric: device and precision.
-        processes: they do the same steps, each on its part of every batch; their states are the same at any time.
+        group: its processes do the same steps, each on its part of every batch; their states are the same at any time.
     """
 
-    def __init__(self, config: Config, images: Images, fabric: Fabric, processes: Processes = ALONE):
-        self.config, self.images, self.fabric, self.processes = config, images, fabric, processes
+    def __init__(self, config: Config, images: Images, fabric: Fabric, group: Group = NO_GROUP):
+        self.config, self.images, self.fabric, self.group = config, images, fabric, group
         self.model = Model(config.backbone, images.shape, config.embedding_dim, stem=config.stem, seed=config.seed)
         self.model.to(fabric.device).to(memory_format=self._memory_format)
         self.objective = OBJECTIVES[config.objective]
-        self.loss_fn = self.objective.make_loss(config.temperature, processes.group)
+        self.loss_fn = self.objective.make_loss(config.temperature, group.process_group)
         if isinstance(self.loss_fn, CooperativeCCL):
             self.loss_fn.instance_weight = config.instance_weight
             self.loss_fn.instance_negatives = config.instance_negatives
-        self.warm_up_fn = OBJECTIVES[BASELINE].make_loss(config.temperature, processes.group)
+        self.warm_up_fn = OBJECTIVES[BASELINE].make_loss(config.temperature, group.process_group)
         self.prototypes = Prototypes(
             as_list(config.clusters) if self.objective.needs == "prototypes" else [],
             config.embedding_dim,
@@ -81,7 +81,7 @@ class Run:
             labels_from=config.labels_from,
             believe=config.believe if "believe" in self.objective.options else 1.0,
             device=fabric.device,
-            processes=processes,
+            group=group,
         )
         self.step = 0
         self.losses: list[float] = []  # mean of every epoch
@@ -127,8 +127,9 @@ class Run:
         """Train until ``epochs`` have been done in all."""
         size = self.config.batch_size
         used = self.steps_per_epoch * size
-        own = self.processes.part(size)  # of a batch
-        total, quiet = (epochs - len(self.losses)) * used, not self.processes.is_first
+        own = self.group.part(size)  # of a batch
+        keys = (self.group.rank,) if self.group.size > 1 else ()
+        total, quiet = (epochs - len(self.losses)) * used, not self.group.is_first
         with tqdm(total=total, desc=name, unit=" images", unit_scale=True, disable=quiet) as bar:
             bar.update(len(self.step_losses) * size)
             while len(self.losses) < epochs:
@@ -139,9 +140,9 @@ class Run:
                 parts = order.view(-1, size)[len(self.step_losses) :, own]
                 batches = self.images.batches(own.stop - own.start, parts.flatten()) if len(parts) else iter(())
                 for rows in parts:
-                    with self.processes.together():
+                    with self.group.together():
                         images = next(batches)
-                    with seeded(self.fabric.device, self.config.seed, STEP, self.step, *self.processes.keys):
+                    with seeded(self.fabric.device, self.config.seed, STEP, self.step, *keys):
                         self.step_losses.append(self._step(rows, images))
                     bar.set_postfix(loss=f"{self.step_losses[-1]:.3f}", refresh=False)
                     bar.update(size)
@@ -181,9 +182,9 @@ class Run:
             return
         model = self.result
         n = len(self.images)
-        with self.processes.together():
-            embeddings = embed(model, self.images, torch.arange(n)[self.processes.part(n)])["head"]
-        if self.processes.largest(not embeddings.isfinite().all()):
+        with self.group.together():
+            embeddings = embed(model, self.images, torch.arange(n)[self.group.part(n)])["head"]
+        if any(self.group.gather_int(int(not embeddings.isfinite().all()))):
             raise FloatingPointError(f"embeddings are not finite at step {self.step}; {ADVICE}")
 
         def views() -> tuple[Tensor, list[Tensor]]:
@@ -215,7 +216,7 @@ class Run:
             self.prototypes.hold()
         self._stepper.step()
         self.prototypes.rescale()
-        self.processes.average_buffers(self.model)
+        _average_buffers(self.model, self.group)
         self.step += 1
         if self.average is not None:
             self.average.update_parameters(self.model)
@@ -235,6 +236,17 @@ class Run:
 
 _PLAIN = ("step", "losses", "step_losses", "log")
 _STATEFUL = ("model", "prototypes", "optimizer", "average", "pseudo_labels")
+
+
+@torch.no_grad()
+def _average_buffers(model: nn.Module, group: Group) -> None:
+    """Set running statistics to their mean over the processes, and other buffers to the first process's."""
+    buffers = list(model.buffers())
+    if group.size == 1 or not buffers:
+        return
+    # In float64, which holds the whole numbers that occur, such as counts of batches.
+    own = [x.double() / group.size if x.is_floating_point() else x.double() * group.is_first for x in buffers]
+    torch._foreach_copy_(buffers, list(group.sums(*own)))
 
 
 def _moving_average(decay: float):

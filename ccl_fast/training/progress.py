@@ -22,9 +22,9 @@ from ccl_fast.training.interruption import Interrupted, Interruption
 
 if TYPE_CHECKING:
     from ccl_fast.data import Images
+    from ccl_fast.distributed import Group
     from ccl_fast.training.loop import Run
     from ccl_fast.training.probe import Probe
-    from ccl_fast.training.processes import Processes
 
 WARM_UP = "warm-up"
 # What is in a run's folder beside its checkpoints.
@@ -56,13 +56,13 @@ class Progress:
         arguments: dict,
         images: Images,
         state: dict | None,
-        processes: Processes,
+        group: Group,
         probe: Probe,
     ):
-        self.folder, self.arguments, self.processes, self.probe = folder, arguments, processes, probe
-        with processes.together():
+        self.folder, self.arguments, self.group, self.probe = folder, arguments, group, probe
+        with group.together():
             self.images = _fingerprint(images)
-        everywhere = processes.everyone(self.images)
+        everywhere = group.gather_objects(self.images)
         others = [rank for rank, images in enumerate(everywhere) if images != everywhere[0]]
         if others:
             raise ArgumentError(
@@ -81,7 +81,7 @@ class Progress:
         self._check(state, folder, "the run to resume", lambda given: given)
         self.finished, self.lines, self.seconds_before = state["finished"], state["lines"], state["seconds"]
         self.under_way = (state["stage"], state["run"])
-        processes.first(self._write_lines)  # the last ones may be missing if the run was killed
+        group.first(self._write_lines)  # the last ones may be missing if the run was killed
 
     def begin_with(self, state: dict, origin: str | Path, stages: Collection[str]) -> None:
         """Take over the warm-up of another run and, of the stages, what else is finished there.
@@ -134,7 +134,7 @@ class Progress:
             ) from error
 
     def save(self, stage: str, run: Run) -> Path:
-        return self.processes.first(lambda: self._save(stage, run))
+        return self.group.first(lambda: self._save(stage, run))
 
     def _save(self, stage: str, run: Run) -> Path:
         seconds = self.seconds_before + time.perf_counter() - self._start
@@ -155,7 +155,7 @@ class Progress:
         """Write down an epoch of a stage that ends with epoch ``last``."""
         epoch, seen = len(run.losses), {}
         if self.probe.is_due(epoch, last):
-            seen = self.processes.first(lambda: self.probe.look(run), patient=True)
+            seen = self.group.patient.first(lambda: self.probe.look(run))
         line = {"stage": stage, "objective": run.config.objective, "epoch": epoch, "step": run.step}
         line |= {"loss": run.losses[-1], "learning_rate": run.used_learning_rate} | run.log | seen
         self.lines.append(line)
@@ -170,7 +170,7 @@ class Progress:
                     events.add_scalar(name, line[name], line["epoch"])
             events.flush()
 
-        self.processes.first(write)
+        self.group.first(write)
         self._without_events = []
 
     def _events_of(self, stage: str, epoch: int) -> SummaryWriter:
@@ -201,14 +201,14 @@ def advance(run: Run, stage: str, epochs: int, progress: Progress, interruption:
 
     def stop_if_asked() -> None:
         # A signal may reach one process alone, or all of them at different steps: they stop after the same one.
-        number = progress.processes.largest(interruption.received or 0)
+        number = max(progress.group.gather_int(interruption.received or 0))
         if number:
             received, path = signal.Signals(number), progress.save(stage, run)
             message = f"stopped by {received.name}; saved to {path}; the same command with resume goes on"
             raise Interrupted(message, received)
 
     try:
-        with progress.processes.waiting():
+        with progress.group.waiting():
             run.advance(
                 epochs,
                 name=stage,

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ccl_fast.clustering import KMeans, align_clusters, concentration
+from ccl_fast.distributed import NO_GROUP, Group
 from ccl_fast.errors import ArgumentError
 from ccl_fast.metrics import cluster_quality
 from ccl_fast.ops import kmeans_assign
 from ccl_fast.ops.normalize import normalize_rows as unit
 from ccl_fast.training.cooperation import Clustering, Labels
-from ccl_fast.training.processes import ALONE, Processes
 
 # Runs of k-means from different starts, of which the best is kept; later clusterings start from the last centres.
 STARTS = 5
@@ -43,7 +43,7 @@ class PseudoLabels:
         believe: share of the images whose cluster is believed, those nearest to their centre; the others count as
             unassigned. "agreement": as large a share as `agreement` is, measured after every clustering.
         device: where ids and centres are kept.
-        processes: each clusters with the others, and has the ids of all images.
+        group: each process clusters with the others, and has the ids of all images.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class PseudoLabels:
         device: torch.device,
         labels_from: Labels = "k-means",
         believe: float | Literal["agreement"] = 1.0,
-        processes: Processes = ALONE,
+        group: Group = NO_GROUP,
     ):
         self.clusters, self.seed, self.temperature = list(clusters), seed, temperature
-        self.concentration, self.device, self.processes = concentration, device, processes
+        self.concentration, self.device, self.group = concentration, device, group
         self.labels_from: Labels = labels_from
         self.believe: float | Literal["agreement"] = believe
         self.found: list[Found] = []  # for each number of clusters
@@ -82,12 +82,12 @@ class PseudoLabels:
         for i, k in enumerate(self.clusters):
             before = previous[i] if previous else None
             own, centers = self._labels(embeddings, classes, k, before)
-            ids = self.processes.gather(own)
+            ids = self.group.gather(own)
             log_of_k = _describe(ids, len(centers), before["all_ids"] if before else None, classes)
             temperatures = None
             if self.concentration:
                 temperatures = concentration(
-                    embeddings, own, centers, mean=self.temperature, process_group=self.processes.group
+                    embeddings, own, centers, mean=self.temperature, process_group=self.group.process_group
                 )
             nearest = self._believed(embeddings, own, ids, centers, views)
             found: Found = {
@@ -112,8 +112,9 @@ class PseudoLabels:
         if self.labels_from != "k-means":
             return self._given(embeddings, classes, k)
         start, starts = (before["centers"], 1) if before else ("k-means++", STARTS)
-        group = self.processes.group
-        kmeans = KMeans(k, metric="cosine", init=start, n_init=starts, seed=self.seed, process_group=group)
+        kmeans = KMeans(
+            k, metric="cosine", init=start, n_init=starts, seed=self.seed, process_group=self.group.process_group
+        )
         return kmeans.fit_predict(embeddings), kmeans.cluster_centers_
 
     def _believed(
@@ -125,22 +126,22 @@ class PseudoLabels:
             assert views is not None
             rows, of_rows = views()
             measure = partial(agreement, ids[rows.to(ids.device)], of_rows, centers)
-            share = self.processes.first(measure, patient=True)
-        distance = self.processes.gather(1 - (unit(embeddings) * centers[own]).sum(1))
+            share = self.group.patient.first(measure)
+        distance = self.group.gather(1 - (unit(embeddings) * centers[own]).sum(1))
         return distance.argsort(stable=True)[: round(share * len(ids))]
 
     def _given(self, embeddings: Tensor, classes: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
         """Return labels that are not those of k-means, and the unit means of their images."""
         if self.labels_from == "classes" and classes is None:
             raise ArgumentError("labels_from: expected images with classes for 'classes', got some without")
-        n = int(sum(self.processes.everyone(len(embeddings))))
+        n = sum(self.group.gather_int(len(embeddings)))
         if classes is not None and self.labels_from == "classes":
             ids = classes.unique(return_inverse=True)[1].to(embeddings.device)
         else:
             ids = torch.randint(k, (n,), generator=torch.Generator().manual_seed(self.seed)).to(embeddings.device)
-        k, own = int(ids.max()) + 1, ids[self.processes.part(n)]
+        k, own = int(ids.max()) + 1, ids[self.group.part(n)]
         sums = embeddings.new_zeros(k, embeddings.shape[1]).index_add_(0, own, unit(embeddings))
-        first, *others = self.processes.everyone(sums)
+        first, *others = self.group.gather_objects(sums)
         return own, unit(sum(others, first))
 
     def of(self, rows: Tensor) -> list[Clustering]:

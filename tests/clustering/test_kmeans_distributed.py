@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ccl_fast.clustering import KMeans, concentration, shards
+from ccl_fast.distributed import Group, open_group
 from ccl_fast.errors import PeerError
 from ccl_fast.ops.kmeans import update_blocked
 from ccl_fast.ops.kmeans.update import sum_by_cluster
@@ -373,24 +374,15 @@ def test_rows_stay_where_they_are(init, empty_cluster):
 # ---- the parts
 
 
-class Alone:
-    """What one of three processes has of a group, without the others."""
-
-    def __init__(self, rank, counts):
-        self.rank, self.size, self.counts = rank, len(counts), counts
-
-    def agree(self, rows, error=None, **alike):
-        return self.counts
-
-
 @pytest.mark.parametrize("drawn", [1, 4, 7, 100])
 def test_random_numbers_belong_to_rows(monkeypatch, drawn):
     monkeypatch.setattr(shards, "DRAWN", drawn)
     counts = [3, 0, 9, 5]
     own = []
-    for rank, rows in enumerate(counts):
-        shard = shards.Shards(Alone(rank, counts))
-        shard.count(rows, dict)
+    for rank in range(len(counts)):
+        group = Group()
+        group.rank, group.size, group.process_group = rank, len(counts), "world"
+        shard = shards.Shards(group, counts)
         generator = torch.Generator().manual_seed(3)
         own.append(shard.uniform(generator))
         after = torch.rand(4, generator=generator)
@@ -400,12 +392,11 @@ def test_random_numbers_belong_to_rows(monkeypatch, drawn):
 
 
 def draw_and_take(potential, values, share, sizes):
-    shard = shards.open_shards("world")
+    shard = shards.Shards(open_group("world"), sizes)
     part = part_of(sizes)
-    shard.count(len(potential[part]), dict)
     cumulative = potential[part].cumsum(0)
     rows = shard.draw(cumulative, shard.ends(cumulative), share)
-    (taken,) = shard.sum(shard.place(rows, lambda own: values[part][own]))
+    taken = shard.group.sum(shard.place(rows, lambda own: values[part][own]))
     return rows, taken, *shard.topk(values[part], 5, largest=True), *shard.topk(values[part], 5, largest=False)
 
 

@@ -1,5 +1,5 @@
 # ruff: noqa: E402 (the extra must be there)
-"""OOD sets: made ones, held-out classes, named data sets, folders, data sets of the user."""
+"""OOD sets: synthetic ones, held-out classes, named data sets, folders, data sets of the user."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ for extra in ("torchvision", "kornia", "mlxtend", "matplotlib", "skimage"):
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from ccl_fast.data import Split, canonical, load_ood, load_split, made_names
+from ccl_fast.data import Split, canonical, load_ood, load_split, synthetic_names
 from ccl_fast.errors import ArgumentError
 
 
@@ -35,7 +35,7 @@ SHAPES = [(1, 28, 28), (3, 32, 32), (3, 24, 40), (1, 96, 70)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", made_names)
+@pytest.mark.parametrize("name", synthetic_names)
 def test_made_sets(name, shape):
     split = random_split(shape)
     state = torch.get_rng_state()
@@ -199,7 +199,7 @@ def test_canonical_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("held-out", "Held_Out", "heldout"):
         assert canonical(name) == "held-out"
-    for name in made_names:
+    for name in synthetic_names:
         assert canonical(name) == canonical(name.upper()) == name
     assert canonical("CIFAR-10") == canonical("cifar10") == "cifar10"
     (tmp_path / "Mine").mkdir()

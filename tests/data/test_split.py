@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ccl_fast.data import Split, load_split
-from ccl_fast.data.named import names, open_named
+from ccl_fast.data.catalog import names, open_by_name
 from ccl_fast.errors import ArgumentError
 
 
@@ -194,7 +194,7 @@ def test_every_known_name_can_be_looked_for(tmp_path):
         whole = name in ("caltech101", "caltech256", "eurosat", "semeion", "sun397")
         for part in ("train",) if whole else ("train", "test"):
             with pytest.raises(FileNotFoundError) as error:
-                open_named(name, part, "data", root=tmp_path / "nothing", download=False)
+                open_by_name(name, part, "data", root=tmp_path / "nothing", download=False)
             message = str(error.value)
             assert message.startswith("data: expected ")
             assert f" in {tmp_path / 'nothing'}, got " in message

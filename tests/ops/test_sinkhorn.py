@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ccl_fast.ops import plan_average, sinkhorn
+from ccl_fast.ops import barycentric_projection, sinkhorn
 from tests.oracles.losses import unit
 from tests.tolerance import assert_as_accurate
 
@@ -65,7 +65,7 @@ def test_logits_far_beyond_the_range_of_exp(backend):
     u64, v64 = sinkhorn(z.double(), centers.double(), scale=2000.0, backend="reference")
     torch.testing.assert_close(u.double(), u64, rtol=1e-5, atol=0.01)
     torch.testing.assert_close(v.double(), v64, rtol=1e-5, atol=0.01)
-    assert plan_average(z, centers, (u, v), scale=2000.0, backend=backend).isfinite().all()
+    assert barycentric_projection(z, centers, (u, v), scale=2000.0, backend=backend).isfinite().all()
 
 
 @every_size
@@ -74,7 +74,7 @@ def test_the_average_and_its_gradient(n, k, backend):
     centers.requires_grad_()
     u, v = sinkhorn(z, centers, scale=SCALE, backend=backend)
     assert not v.requires_grad
-    average = plan_average(z, centers, (u, v), scale=SCALE, backend=backend)
+    average = barycentric_projection(z, centers, (u, v), scale=SCALE, backend=backend)
     q = dense_plan(z, centers.detach())
     torch.testing.assert_close(average, q @ centers, rtol=1e-10, atol=1e-12)
     cotangent = torch.randn(n, z.shape[1], dtype=torch.float64)
@@ -85,8 +85,10 @@ def test_the_average_and_its_gradient(n, k, backend):
 def test_of_some_of_the_points(backend):
     z, centers = points(13, 5)
     u, v = sinkhorn(z, centers, scale=SCALE, backend=backend)
-    whole = plan_average(z, centers, (u, v), scale=SCALE, backend=backend)
-    torch.testing.assert_close(plan_average(z[:4], centers, (u[:4], v), scale=SCALE, backend=backend), whole[:4])
+    whole = barycentric_projection(z, centers, (u, v), scale=SCALE, backend=backend)
+    torch.testing.assert_close(
+        barycentric_projection(z[:4], centers, (u[:4], v), scale=SCALE, backend=backend), whole[:4]
+    )
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
@@ -98,7 +100,7 @@ def test_dtypes(dtype):
     exact = dense_plan(z, centers)
     assert_as_accurate(plan(z, centers, u, v), exact, exact, torch.float32, magnitude=10 * exact.norm().item())
     leaf = centers.clone().requires_grad_()
-    average = plan_average(z, leaf, (u, v), scale=SCALE, backend=backend)
+    average = barycentric_projection(z, leaf, (u, v), scale=SCALE, backend=backend)
     assert average.dtype == torch.float32
     assert_as_accurate(average, exact @ centers.double(), exact @ centers.double(), dtype)
     cotangent = 1e-4 * torch.randn(13, 6)
@@ -113,7 +115,7 @@ def test_autocast_is_the_same_dtype_from_the_outset(dtype, backend):
     z, centers = points(13, 5, dtype=torch.float32)
 
     def average(z, centers):
-        return plan_average(
+        return barycentric_projection(
             z, centers, sinkhorn(z, centers, scale=SCALE, backend=backend), scale=SCALE, backend=backend
         )
 
@@ -134,7 +136,7 @@ def test_no_points():
     u, v = sinkhorn(z, centers, scale=SCALE)
     assert u.shape == (0,) and v.tolist() == [0.0] * 5
     leaf = centers.clone().requires_grad_()
-    average = plan_average(z, leaf, (u, v), scale=SCALE)
+    average = barycentric_projection(z, leaf, (u, v), scale=SCALE)
     average.sum().backward()
     assert average.shape == (0, 6) and (leaf.grad == 0).all()
 
@@ -168,13 +170,13 @@ def test_errors_name_the_argument(change, message):
 def test_errors_of_the_average():
     z, centers = torch.zeros(3, 2), torch.zeros(4, 2)
     with pytest.raises(ValueError, match=r"potentials\[1\]: expected shape \[4\], got \[3\]"):
-        plan_average(z, centers, (torch.zeros(3), torch.zeros(3)), scale=1.0)
+        barycentric_projection(z, centers, (torch.zeros(3), torch.zeros(3)), scale=1.0)
 
 
 def test_a_second_derivative_is_a_clear_error():
     z, centers = points(5, 3)
     centers.requires_grad_()
-    average = plan_average(z, centers, sinkhorn(z, centers, scale=1.0), scale=1.0)
+    average = barycentric_projection(z, centers, sinkhorn(z, centers, scale=1.0), scale=1.0)
     (grad,) = torch.autograd.grad(average.square().sum(), centers, create_graph=True)
     with pytest.raises(RuntimeError, match=r"double backward.*reference"):
         grad.sum().backward()

@@ -24,8 +24,8 @@ MAY_IMPORT = {
     "data": set(),
     "models": {"data"},
     "evaluation": {"data", "models", "ood", "metrics", "clustering", "ops"},
-    "training": {"data", "models", "evaluation", "metrics", "losses", "clustering", "ops"},
-    "commands": {"training", "data", "models", "evaluation", "metrics", "ood"},
+    "training": {"data", "models", "evaluation", "metrics", "losses", "clustering", "ops", "distributed"},
+    "commands": {"training", "distributed", "data", "models", "evaluation", "metrics", "ood"},
 }
 
 

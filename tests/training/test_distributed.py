@@ -30,8 +30,8 @@ from ccl_fast.commands.command_line import main
 from ccl_fast.data.images import InMemory
 from ccl_fast.training import cached_backward, checkpoint
 from ccl_fast.training.config import Config
+from ccl_fast.training.launch import launched
 from ccl_fast.training.loop import Run
-from ccl_fast.training.processes import launched
 from tests.processes import run as run_in_processes
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -186,7 +186,7 @@ def test_what_several_processes_cannot_do_is_said(monkeypatch, tmp_path, capsys)
     monkeypatch.setenv("LOCAL_RANK", "0")
     fails_with("torchrun: expected RANK and LOCAL_RANK beside WORLD_SIZE=2", "train", f"--output={tmp_path / 'run'}")
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr("ccl_fast.training.processes._met", True)
+    monkeypatch.setattr("ccl_fast.training.launch._met", True)
     fails_with("torchrun: expected one run in each process", "train", f"--output={tmp_path / 'run'}")
 
 
@@ -285,8 +285,8 @@ def go_through(given, state=None):
     images = InMemory(torch.randint(256, (41, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8))
     states = []
     place = torchrun() if dist.is_initialized() else contextlib.nullcontext()
-    with place, launched("cpu", config.precision, 60) as (fabric, processes):
-        run = Run(config, images, fabric, processes)
+    with place, launched("cpu", config.precision, 60) as (fabric, group):
+        run = Run(config, images, fabric, group)
         if state is not None:
             run.load_state_dict(state)
         run.advance(3, name="", after_step=lambda: states.append(run.state_dict()))
@@ -380,8 +380,8 @@ def views_of_a_step():
     config = Config(**PLAIN | {"backbone": smooth(), "augmentation": "digits", "batch_size": 14})
     images = InMemory(torch.randint(256, (1, 1, 8, 8)).to(torch.uint8).expand(14, -1, -1, -1).clone())
     seen = []
-    with torchrun(), launched("cpu", "32-true", 60) as (fabric, processes):
-        run = Run(config, images, fabric, processes)
+    with torchrun(), launched("cpu", "32-true", 60) as (fabric, group):
+        run = Run(config, images, fabric, group)
         run.model.encoder.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
         run.advance(1, name="")
     return seen[0]

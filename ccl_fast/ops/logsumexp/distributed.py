@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ccl_fast.distributed import ExchangeWay, Peers, outside_of_graphs
-from ccl_fast.ops.backends import BACKENDS, ContrastBackend, choose_backend
+from ccl_fast.distributed import Exchange, outside_of_graphs
+from ccl_fast.ops.backends import BACKENDS, choose_backend
 from ccl_fast.ops.ids import consecutive_ids
-from ccl_fast.ops.logsumexp.operator import logaddexp
+from ccl_fast.ops.logsumexp.operator import logaddexp, streaming_logsumexp
 from ccl_fast.ops.logsumexp.reference import logsumexp_by_relation
 from ccl_fast.ops.precision import accumulation_dtype
 from ccl_fast.ops.row_dot import row_dot
@@ -33,16 +33,8 @@ from ccl_fast.ops.same_id_similarity import (
 )
 
 
-class Exchange(NamedTuple):
-    """Who takes part, with how many rows each, and how rows travel."""
-
-    peers: Peers
-    counts: list[int]  # rows of every process
-    way: ExchangeWay
-
-
 class Wanted(NamedTuple):
-    """Numbers of a row, over all other rows of all processes."""
+    """Sums of a row, over all other rows of all processes."""
 
     same: bool = False  # log-sum-exp over the rows of its id
     other: bool = False  # log-sum-exp over those of other ids; without `same`, `by_id` tells whether only over those
@@ -50,22 +42,14 @@ class Wanted(NamedTuple):
     by_id: bool = False
 
 
-@outside_of_graphs
 def global_contrast(
-    z: Tensor,
-    ids: Tensor | None,
-    *,
-    scale: float | Tensor,
-    wanted: Wanted,
-    exchange: Exchange,
-    backend: ContrastBackend,
+    z: Tensor, ids: Tensor | None, *, scale: float | Tensor, wanted: Wanted, exchange: Exchange, backend: str
 ) -> dict[str, Tensor]:
-    """What is wanted of the rows of this process, by name: "same", "other", "similarity", "count".
+    """Compare the rows of this process with those of all: "same", "other", "similarity", "count" as far as wanted.
 
-    Each is float32 [n] (float64 for float64).
-
-    The gradient of z holds what the other processes' rows owe to it: it is that of the sum, over all processes, of
-    whatever they make of these numbers. That of the scale is the own rows' share.
+    Each is float32 [n] (float64 for float64). The gradient of z holds what the other processes' rows owe to it: it is
+    that of the sum, over all processes, of whatever they make of these values. That of the scale is the own rows'
+    share.
 
     Args:
         z: ``[n, d]``, this process's rows; n may be 0.
@@ -73,6 +57,32 @@ def global_contrast(
         scale: a number, or a tensor of one element.
         backend: as of `streaming_logsumexp`; "reference" gathers with autograd, and is dense.
     """
+    contrast = _contrast_of_own_rows if exchange.group.is_null else _contrast_of_all_rows
+    return contrast(z, ids, scale, wanted, exchange, backend)
+
+
+def _contrast_of_own_rows(
+    z: Tensor, ids: Tensor | None, scale: float | Tensor, wanted: Wanted, exchange: Exchange, backend: str
+) -> dict[str, Tensor]:
+    found, options = {}, {"scale": scale, "backend": backend}
+    if wanted.same and wanted.other:
+        both = streaming_logsumexp(z, q_ids=ids, candidates="other_id", return_same=True, **options)
+        found["other"], found["same"] = both
+    elif wanted.same:
+        found["same"] = streaming_logsumexp(z, q_ids=ids, candidates="same_id", **options)
+    elif wanted.by_id:
+        found["other"] = streaming_logsumexp(z, q_ids=ids, candidates="other_id", **options)
+    elif wanted.other:
+        found["other"] = streaming_logsumexp(z, **options)
+    if wanted.similarity:
+        found["similarity"], found["count"] = same_id_similarity(z, ids)
+    return found
+
+
+@outside_of_graphs
+def _contrast_of_all_rows(
+    z: Tensor, ids: Tensor | None, scale: float | Tensor, wanted: Wanted, exchange: Exchange, backend: str
+) -> dict[str, Tensor]:
     chosen = choose_backend("streaming_logsumexp", backend, z.device, z.dtype)
     accumulation = accumulation_dtype(z)
     scale = torch.as_tensor(scale, dtype=accumulation, device=z.device).reshape(())
@@ -84,18 +94,21 @@ def global_contrast(
     return dict(zip(_names(wanted), numbers, strict=True))
 
 
-@outside_of_graphs
 def global_same_id_similarity(z: Tensor, ids: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
     """`same_id_similarity` over the rows of all processes, by the sums of the ids' rows: [ids, d] on every process.
 
     For ids beside those of `global_contrast`, which would send all rows once more. The gradient of z is as there.
     """
-    peers, counts = exchange.peers, exchange.counts
+    return same_id_similarity(z, ids) if exchange.group.is_null else _similarity_by_sums(z, ids, exchange)
+
+
+@outside_of_graphs
+def _similarity_by_sums(z: Tensor, ids: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
     x = z.to(accumulation_dtype(z))
-    everyone = consecutive_ids(peers.gather(ids, counts))
-    group, size = everyone.split(counts)[peers.rank], everyone.bincount()
-    sums = peers.sum_with_gradient(x.new_zeros(len(size), x.shape[1]).index_add(0, group, x))
-    return row_dot(sums[group] - x, x), (size[group] - 1).to(x.dtype)
+    everyone = consecutive_ids(exchange.gather(ids))
+    own, size = exchange.own(everyone), everyone.bincount()
+    sums = exchange.group.sum_with_gradient(x.new_zeros(len(size), x.shape[1]).index_add(0, own, x))
+    return row_dot(sums[own] - x, x), (size[own] - 1).to(x.dtype)
 
 
 def _names(wanted: Wanted) -> list[str]:
@@ -106,15 +119,15 @@ def _names(wanted: Wanted) -> list[str]:
 class _GlobalContrast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, scale, ids, wanted, exchange, kernels):
-        peers, counts, way = exchange
         z = z.contiguous()
-        rows = peers.rows((z,) if ids is None else (z, ids), counts, way)
+        rows = exchange.rows((z,) if ids is None else (z, ids))
         visit = rows.visit(half=True)
 
         same, other, bounded = kernels.forward(z, None, scale, None, _of_kind(ids, wanted), None, *wanted[:2])
-        positives = same_id_similarity(z, _given(ids)) if wanted.similarity else ()
+        positives = same_id_similarity(z, ids) if wanted.similarity else ()
         numbers = _columns(wanted, same, other, *positives)
-        found = {rank: _nothing(count, wanted, numbers) for rank, count in enumerate(counts) if rank != peers.rank}
+        others = [rank for rank in range(exchange.group.size) if rank != exchange.group.rank]
+        found = {rank: _nothing(exchange.counts[rank], wanted, numbers) for rank in others}
         for block in visit:
             z_there, ids_there = block.tensors if ids is not None else (*block.tensors, None)
             own = block.own_rows
@@ -126,17 +139,17 @@ class _GlobalContrast(torch.autograd.Function):
             )
             positives = ((), ())
             if wanted.similarity:
-                positives = mutual_similarity(z_here, _given(ids_here), z_there, _given(ids_there))
+                positives = mutual_similarity(z_here, ids_here, z_there, ids_there)
             here, there = (_columns(wanted, *sums, *more) for sums, more in zip(both, positives, strict=True))
             numbers[own] = _merged(wanted, numbers[own], here)
             sizes = [part.stop - part.start for _, part in block.owners]
             for (rank, part), of_rank in zip(block.owners, there.split(sizes), strict=True):
                 found[rank][part] = of_rank
-        for returned in peers.return_to_owners(found, counts, numbers):
+        for returned in exchange.return_to_owners(found, numbers):
             numbers = _merged(wanted, numbers, returned)
 
         # The rows go to autograd, which lets go of them after the backward.
-        ctx.wanted, ctx.exchange, ctx.kernels, ctx.kind = wanted, exchange, kernels, type(rows)
+        ctx.wanted, ctx.exchange, ctx.kernels = wanted, exchange, kernels
         ctx.save_for_backward(z, scale, ids, numbers, bounded, *rows.keep())
         results = [column.contiguous() for column in numbers.unbind(1)]
         if wanted.similarity:
@@ -153,10 +166,10 @@ class _GlobalContrast(torch.autograd.Function):
     def _backward(ctx, *grads):
         z, scale, ids, numbers, bounded, *kept = ctx.saved_tensors
         wanted, kernels = ctx.wanted, ctx.kernels
-        lses = sum(wanted[:2])
+        lses, of_similarity = sum(wanted[:2]), grads[sum(wanted[:2])] if wanted.similarity else None
         # What the others must know of a row: its log-sum-exps and the gradients of all its numbers.
         known = torch.stack([*numbers.unbind(1)[:lses], *grads[: lses + wanted.similarity]], 1)
-        visit = ctx.kind.restored(ctx.exchange.peers, tuple(kept), ctx.exchange.counts).visit(known, half=False)
+        visit = ctx.exchange.restored(tuple(kept)).visit(known, half=False)
 
         anchors = _anchors(wanted, known)
         same, other, grad_same, grad_other = anchors
@@ -165,7 +178,7 @@ class _GlobalContrast(torch.autograd.Function):
             (True, False, True, False), dtype=known.dtype,
         )  # fmt: skip
         if wanted.similarity:
-            grad_z += same_id_similarity_gradient(z, _given(ids), grads[lses])
+            grad_z += same_id_similarity_gradient(z, ids, of_similarity)
         for block in visit:
             z_there, ids_there, known_there = (
                 block.tensors if ids is not None else (block.tensors[0], None, block.tensors[1])
@@ -179,16 +192,9 @@ class _GlobalContrast(torch.autograd.Function):
             grad_z += grad
             grad_scale = grad_scale + to_scale
             if wanted.similarity:
-                grad_z += mutual_similarity_gradient(
-                    z, _given(ids), grads[lses], z_there, _given(ids_there), known_there[:, -1]
-                )
+                of_there = known_there[:, -1]
+                grad_z += mutual_similarity_gradient(z, ids, of_similarity, z_there, ids_there, of_there)
         return grad_z.to(z.dtype), grad_scale, None, None, None, None
-
-
-def _given(ids: Tensor | None) -> Tensor:
-    """The ids, without which no similarity can be wanted."""
-    assert ids is not None
-    return ids
 
 
 def _of_kind(ids: Tensor | None, wanted: Wanted) -> Tensor | None:
@@ -216,32 +222,14 @@ def _anchors(wanted: Wanted, known: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     """(same, other, grad_same, grad_other) as the kernels take them, empty where not wanted."""
     columns = iter(known.T.contiguous())
     empty = known.new_empty(0)
-    same, other, grad_same, grad_other = (next(columns) if want else empty for want in (*wanted[:2], *wanted[:2]))
-    return same, other, grad_same, grad_other
+    return tuple(next(columns) if want else empty for want in (*wanted[:2], *wanted[:2]))
 
 
 def _reference(z: Tensor, ids: Tensor | None, scale: Tensor, wanted: Wanted, exchange: Exchange) -> dict[str, Tensor]:
-    peers, counts, _ = exchange
-    everyone = _GatherWithGradient.apply(z, peers, counts)
-    all_ids = None if ids is None else peers.gather(ids, counts)
-    first = sum(counts[: peers.rank])
-    own = slice(first, first + len(z))
+    everyone = exchange.group.gather_with_gradient(z, exchange.counts)
+    all_ids = None if ids is None else exchange.gather(ids)
     same, other = logsumexp_by_relation(everyone, None, scale, None, _of_kind(all_ids, wanted), None)
     found = {"same": same, "other": other}
     if wanted.similarity:
-        found["similarity"], found["count"] = same_id_similarity(everyone, _given(all_ids))
-    return {name: found[name][own] for name in _names(wanted)}
-
-
-class _GatherWithGradient(torch.autograd.Function):
-    """The rows of all processes; a row's gradient is the sum of those that the processes find."""
-
-    @staticmethod
-    def forward(ctx, z, peers, counts):
-        ctx.peers, ctx.counts = peers, counts
-        return peers.gather(z, counts)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return ctx.peers.sum(grad).split(ctx.counts)[ctx.peers.rank], None, None
+        found["similarity"], found["count"] = same_id_similarity(everyone, all_ids)
+    return {name: exchange.own(found[name]) for name in _names(wanted)}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ccl_fast.checks import check_count, check_floating, check_matrix, check_same, check_scale, check_vector
-from ccl_fast.distributed import Peers, outside_of_graphs
+from ccl_fast.distributed import NO_GROUP, Group, outside_of_graphs
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.backends import ContrastBackend, choose_backend
 from ccl_fast.ops.logsumexp.blocked import LOG2E
@@ -70,7 +70,7 @@ def column_potentials(
     scale: float | Tensor,
     iterations: int,
     backend: ContrastBackend = "auto",
-    peers: Peers | None = None,
+    group: Group = NO_GROUP,
 ) -> Tensor:
     """v of `sinkhorn` (0 without points): the rows' softmax with v as bias is the plan. Checks nothing.
 
@@ -80,8 +80,8 @@ def column_potentials(
     z, centers = in_autocast_dtype(z), in_autocast_dtype(centers)
     scale = scale_tensor(scale, z)
     on_cpu = choose_backend("streaming_logsumexp", backend, z.device, z.dtype) == "blocked" and z.device.type == "cpu"
-    if peers is not None:
-        return _column_potentials_of_all(z, centers, scale, iterations, backend, on_cpu, peers)
+    if not group.is_null:
+        return _column_potentials_of_all(z, centers, scale, iterations, backend, on_cpu, group)
     if len(z) == 0:
         return scale.new_zeros(len(centers))
     if on_cpu:
@@ -91,17 +91,17 @@ def column_potentials(
 
 @outside_of_graphs
 def _column_potentials_of_all(
-    z: Tensor, centers: Tensor, scale: Tensor, iterations: int, backend: ContrastBackend, on_cpu: bool, peers: Peers
+    z: Tensor, centers: Tensor, scale: Tensor, iterations: int, backend: ContrastBackend, on_cpu: bool, group: Group
 ) -> Tensor:
     # All take the same way, for they meet on it.
     unbounded = not (on_cpu and logits_are_bounded(z, centers, scale, None, limit=UNSCALED_LIMIT))
-    rows, unbounded = peers.sum(scale.new_tensor([len(z), unbounded], dtype=torch.float64))
+    rows, unbounded = group.sum(scale.new_tensor([len(z), unbounded], dtype=torch.float64))
     mass = rows / len(centers)
     if on_cpu and not unbounded:
         with without_autocast(z.device):
-            v = _by_products(z, centers, scale, iterations, mass, peers.sum)
+            v = _by_products(z, centers, scale, iterations, mass, group.sum)
     else:
-        v = _by_logsumexp(z, centers, scale, iterations, backend, mass.log(), peers.logsumexp)
+        v = _by_logsumexp(z, centers, scale, iterations, backend, mass.log(), group.logsumexp)
     return v.masked_fill(rows == 0, 0.0)
 
 
@@ -158,7 +158,7 @@ def _by_products(
     return weights.log()
 
 
-def plan_average(
+def barycentric_projection(
     z: Tensor,
     centers: Tensor,
     potentials: tuple[Tensor, Tensor],
@@ -166,7 +166,7 @@ def plan_average(
     scale: float | Tensor,
     backend: ContrastBackend = "auto",
 ) -> Tensor:
-    r"""The centre that a transport plan gives each point: :math:`M_i = \sum_k q_{ik} c_k`, without the matrix q.
+    r"""Project each point to its barycentre under a transport plan q: :math:`\sum_k q_{ik} c_k`, without the matrix q.
 
     The plan is a constant: gradients flow to ``centers`` as the values that are averaged, to nothing else. Memory is
     linear in n and k.
@@ -190,10 +190,10 @@ def plan_average(
     u, v = (x.detach() for x in potentials)
     if isinstance(scale, Tensor):
         scale = scale.detach()
-    return _PlanAverage.apply(in_autocast_dtype(z.detach()), in_autocast_dtype(centers), u, v, scale, backend)
+    return _BarycentricProjection.apply(in_autocast_dtype(z.detach()), in_autocast_dtype(centers), u, v, scale, backend)
 
 
-class _PlanAverage(torch.autograd.Function):
+class _BarycentricProjection(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, centers, u, v, scale, backend):
         ctx.save_for_backward(z, centers, u, v)

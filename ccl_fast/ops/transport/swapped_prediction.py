@@ -11,7 +11,7 @@ from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, scale_
 from ccl_fast.ops.row_dot import row_dot
 from ccl_fast.ops.rowwise.blocks import block_rows, blocks_of
 from ccl_fast.ops.rowwise.half_product import Weights, columns_of, factor, product
-from ccl_fast.ops.transport.sinkhorn import plan_average
+from ccl_fast.ops.transport.sinkhorn import barycentric_projection
 
 
 def swapped_prediction(
@@ -73,7 +73,7 @@ def _by_logsumexp(z: Tensor, centers: Tensor, potentials: Tensor, scale: Tensor,
     total, result = z.sum(0, dtype=scale.dtype), 0.0
     for own, v in zip(z, potentials, strict=False):
         u = -streaming_logsumexp(own.detach(), centers.detach(), scale=plan_scale, key_bias=v, backend="triton")
-        average = plan_average(own, centers, (u, v), scale=plan_scale, backend="triton")
+        average = barycentric_projection(own, centers, (u, v), scale=plan_scale, backend="triton")
         result = result - scale * row_dot(total - own, average)
     logsumexp = streaming_logsumexp(z.flatten(0, 1), centers, scale=scale, backend="triton").view(views, n)
     return result + _times_assigned(logsumexp, len(potentials)).sum(0)

@@ -20,7 +20,7 @@ from ccl_fast.errors import ArgumentError
 if TYPE_CHECKING:
     from ccl_fast.data.split import Split
 
-MOST = 2000
+MAX_IMAGES = 2000
 CHUNK = 100  # images at a time, for they are made in float32
 BLOB_GRID = 64  # pixels; larger blobs are enlarged
 LETTER_PIXELS = 2  # a side's pixels, drawn for one
@@ -30,7 +30,7 @@ def make(name: str, split: Split, argument: str, *, seed: int, limit: int | None
     """As many images as there are to test on, but at most 2,000, of their shape.
 
     Args:
-        name: one of ``made_names``:
+        name: one of ``synthetic_names``:
 
             - "textures": crops of photographs of grass, gravel and bricks, flipped, scaled, and tinted if RGB;
             - "noise": Gaussian, in [0, 1] clamped, and uniform, one half each;
@@ -50,7 +50,7 @@ def make(name: str, split: Split, argument: str, *, seed: int, limit: int | None
     """
     if name == "interpolation" and len(split.test) < 2:
         raise ArgumentError(f"{argument}: expected no {name!r}, for there are not two images to test on")
-    n = min(len(split.test), MOST, limit or MOST)
+    n = min(len(split.test), MAX_IMAGES, limit or MAX_IMAGES)
     generator = torch.Generator().manual_seed(seed)
     chunks = [_MAKERS[name](min(CHUNK, n - start), split.test, generator) for start in range(0, n, CHUNK)]
     return InMemory(torch.cat([(chunk * 255).round().to(torch.uint8) for chunk in chunks]))
@@ -129,7 +129,7 @@ _MAKERS = {
     "interpolation": _interpolation,
     "letters": _letters,
 }
-made_names = tuple(_MAKERS)
+synthetic_names = tuple(_MAKERS)
 
 
 def _uniform(shape: tuple[int, ...], low: float, high: float, generator: Generator) -> Tensor:

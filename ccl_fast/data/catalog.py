@@ -47,7 +47,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted([DIGITS, *_classes()]))
 
 
-def open_named(
+def open_by_name(
     name: str, part: Literal["train", "test"], argument: str, *, root: str | Path, download: bool
 ) -> Source | None:
     """A part of a data set.
