@@ -18,7 +18,7 @@ DRAWN = 1 << 20
 
 def digest(x: Tensor) -> str:
     """Return dtype, shape and checksum of x, to tell whether processes have the same one."""
-    entries = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    entries = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
     return f"{x.dtype} {list(x.shape)} with checksum {zlib.crc32(entries):08x}"
 
 

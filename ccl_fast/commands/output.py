@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TextIO
 
 from ccl_fast.errors import first_line
@@ -19,8 +19,9 @@ class _Lasting:
 
     def __init__(self, stream: TextIO):
         self._stream = stream
-        with suppress(AttributeError):  # of whoever replaced the stream
-            stream.reconfigure(errors="backslashreplace")
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:  # whoever replaced the stream may have left it out
+            reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)

@@ -89,20 +89,26 @@ class RunFolder:
             self._hold()
         return self.path
 
+    @property
+    def reserved(self) -> Path:
+        """The path, once the run has one."""
+        assert self.path is not None
+        return self.path
+
     def claim(self) -> None:
         """Make the folder, or drop from it what the run does not go on with; raises as `reserve`."""
         if not self._is_held:
             self._hold()
         if self.resume:
-            drop_unfinished(self.path)
+            drop_unfinished(self.reserved)
         else:
-            clear(self.path)
+            clear(self.reserved)
 
     def _check(self) -> None:
-        check_free(self.path, overwrite=self.overwrite, resume=self.resume)
+        check_free(self.reserved, overwrite=self.overwrite, resume=self.resume)
 
     def _hold(self) -> None:
-        self._holding.enter_context(held(self.path))
+        self._holding.enter_context(held(self.reserved))
         self._is_held = True
         self._check()  # another run may just have been in it
 

@@ -1,6 +1,6 @@
 """Several processes: what they tell each other, and how their rows travel."""
 
-from ccl_fast.distributed.exchange import EXCHANGES, Block, Exchange
+from ccl_fast.distributed.exchange import EXCHANGES, Block, Exchange, ExchangeWay
 from ccl_fast.distributed.group import (
     NO_GROUP,
     Group,
@@ -15,6 +15,7 @@ __all__ = [
     "NO_GROUP",
     "Block",
     "Exchange",
+    "ExchangeWay",
     "Group",
     "TorchGroup",
     "check_process_group",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ccl_fast.distributed.group import Group, as_bytes
+from ccl_fast.distributed.group import Group, TorchGroup, as_bytes
+
+ExchangeWay = Literal["all-gather", "ring"]
+EXCHANGES: tuple[ExchangeWay, ...] = get_args(ExchangeWay)
 
 
 class Block(NamedTuple):
@@ -25,7 +28,13 @@ class Exchange(NamedTuple):
 
     group: Group
     counts: list[int]  # rows of every process
-    way: str  # of `EXCHANGES`
+    way: ExchangeWay
+
+    @property
+    def several(self) -> TorchGroup:
+        """The group, where rows travel: between several processes."""
+        assert isinstance(self.group, TorchGroup)
+        return self.group
 
     @property
     def first(self) -> int:
@@ -62,7 +71,7 @@ class Exchange(NamedTuple):
         Returns:
             What every process that has visited this one found for its rows, each like ``like``.
         """
-        group = self.group
+        group = self.several
         if group.size == 1:
             return []
         values = like.shape[1]
@@ -109,7 +118,7 @@ class GatheredRows:
     @classmethod
     def sent(cls, exchange: Exchange, tensors: tuple[Tensor, ...]) -> GatheredRows:
         rows = cls(exchange, ())
-        rows._pending = [exchange.group.start_gather(x, exchange.counts) for x in tensors]
+        rows._pending = [exchange.several.start_gather(x, exchange.counts) for x in tensors]
         return rows
 
     def keep(self) -> tuple[Tensor, ...]:
@@ -124,7 +133,7 @@ class GatheredRows:
         Args:
             half: compare two rows of different processes on one of the two alone.
         """
-        exchange, group = self.exchange, self.exchange.group
+        exchange, group = self.exchange, self.exchange.several
         pending = [group.start_gather(x, exchange.counts) for x in more]
         ranks = sorted(exchange.half(-1)) if half else [rank for rank in range(group.size) if rank != group.rank]
 
@@ -180,6 +189,7 @@ class RingOfRows:
         def blocks() -> Iterator[Block]:
             finish = pending
             for step in range(1, steps + 1):
+                assert finish is not None
                 passed = finish()
                 if step < steps:
                     finish = self._pass_on(passed, step + 1)
@@ -191,7 +201,7 @@ class RingOfRows:
 
     def _pass_on(self, held: tuple[Tensor, ...], step: int) -> Callable[[], tuple[Tensor, ...]]:
         """Send what is held to the next process; return a function that waits for what the one before holds."""
-        group = self.exchange.group
+        group = self.exchange.several
         arriving = self.exchange.counts[(group.rank - step) % group.size]
         received = tuple(x.new_empty(arriving, *x.shape[1:]) for x in held)
         after, before = (dist.get_global_rank(group.group, (group.rank + i) % group.size) for i in (1, -1))
@@ -219,5 +229,4 @@ def _dummy(like: Tensor) -> Tensor:
     return torch.zeros(1, dtype=torch.uint8, device=like.device)
 
 
-_WAYS = {"all-gather": GatheredRows, "ring": RingOfRows}
-EXCHANGES = tuple(_WAYS)
+_WAYS: dict[ExchangeWay, type[GatheredRows] | type[RingOfRows]] = {"all-gather": GatheredRows, "ring": RingOfRows}

@@ -7,7 +7,7 @@ import json
 import pickle
 import zlib
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from ccl_fast.errors import ArgumentError, PeerError
 
 # What talks to other processes, torch.compile leaves as it is: its graphs end before. (As torch.compiler.disable, which
 # would import the compiler together with this package.)
-outside_of_graphs = torch._disable_dynamo
+outside_of_graphs = torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage] - see above
 WORLD = "world"
 # In place of a checksum: the process has an error to raise.
 FAILED = -1
@@ -164,13 +164,15 @@ class TorchGroup(Group):
         if not (dist.is_available() and dist.is_initialized()):
             raise ArgumentError("process_group: expected torch.distributed.init_process_group to have been called")
         self.process_group = process_group
-        self.group = dist.group.WORLD if process_group == WORLD else process_group
+        found = dist.group.WORLD if isinstance(process_group, str) else process_group
+        assert found is not None
+        self.group: ProcessGroup = found
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         if self.rank < 0:
             raise ArgumentError("process_group: expected a group that this process belongs to, got another one")
         # Integers for the host travel on the host if the group can: a GPU's queue need not run dry for them.
         backends = dist.get_backend_config(self.group)
-        self._host = torch.device("cpu" if "cpu:" in backends else torch.accelerator.current_accelerator())
+        self._host = torch.device("cpu" if "cpu:" in backends else torch.accelerator.current_accelerator() or "cpu")
         self._patient = None if patient is None else TorchGroup(patient)
 
     @property
@@ -231,7 +233,7 @@ class TorchGroup(Group):
                     )
 
     def first(self, function: Callable[[], T]) -> T:
-        result = [None]
+        result: list[Any] = [None]
         with self.together():
             if self.is_first:
                 result = [function()]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 @outside_of_graphs
 def join(loss: "Loss", check: Callable, rows: dict, same: Callable) -> tuple[int, Exchange, int]:
     """As `Loss.join_processes`, of several processes."""
+    assert loss.process_group is not None
     group, found = TorchGroup(loss.process_group), []
 
     def samples() -> int:

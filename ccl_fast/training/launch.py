@@ -8,16 +8,20 @@ import logging
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
-from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.strategies.ddp import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from ccl_fast.distributed import NO_GROUP, Group, TorchGroup
 from ccl_fast.errors import ArgumentError, PeerError, first_sentence
+
+if TYPE_CHECKING:
+    from ccl_fast.training.config import Precision
 
 # How long the others wait for one that reads, or downloads, data: nobody knows how long that takes. A process that ends
 # is noticed at once all the same.
@@ -25,7 +29,9 @@ PATIENCE = timedelta(days=7)
 
 # DistributedDataParallel need not send buffers before every step: they are averaged after it. (Torch has renamed this.)
 _BUFFERS = "forward_sync_buffers", "broadcast_buffers"
-_UNSENT = {next(name for name in _BUFFERS if name in inspect.signature(DistributedDataParallel).parameters): False}
+_UNSENT: dict[str, Any] = {
+    next(name for name in _BUFFERS if name in inspect.signature(DistributedDataParallel).parameters): False
+}
 
 # Whether this process has met the others here: once they have left, they cannot meet again at the same address.
 _met = False
@@ -64,7 +70,7 @@ def find_device(name: str) -> torch.device:
         raise ArgumentError(f'device: expected "auto" or a device of this machine, got {name!r} ({reason})') from error
 
 
-def alone(device: torch.device, precision: str) -> Fabric:
+def alone(device: torch.device, precision: Precision) -> Fabric:
     """Make device and precision for one process, whoever else there is."""
     return Fabric(
         accelerator=device.type, devices=[device.index or 0] if device.type == "cuda" else 1, precision=precision
@@ -72,7 +78,7 @@ def alone(device: torch.device, precision: str) -> Fabric:
 
 
 @contextlib.contextmanager
-def launched(device: str, precision: str, timeout: float) -> Iterator[tuple[Fabric, Group]]:
+def launched(device: str, precision: Precision, timeout: float) -> Iterator[tuple[Fabric, Group]]:
     """Join, within ``with``, the processes that torchrun has started, if it has started several.
 
     Args:
@@ -119,7 +125,7 @@ def launched(device: str, precision: str, timeout: float) -> Iterator[tuple[Fabr
             raise PeerError(
                 f"the {launched_size()} processes have not found each other ({first_sentence(error)})"
             ) from error
-    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    patient: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
     group = TorchGroup("world", patient)
     with group.waiting():
         yield fabric, group

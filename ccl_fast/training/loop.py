@@ -246,7 +246,8 @@ def _average_buffers(model: nn.Module, group: Group) -> None:
         return
     # In float64, which holds the whole numbers that occur, such as counts of batches.
     own = [x.double() / group.size if x.is_floating_point() else x.double() * group.is_first for x in buffers]
-    torch._foreach_copy_(buffers, list(group.sums(*own)))
+    for buffer, total in zip(buffers, group.sums(*own), strict=True):
+        buffer.copy_(total)
 
 
 def _moving_average(decay: float):

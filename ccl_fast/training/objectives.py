@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from ccl_fast.losses import (
     SwAVLoss,
 )
 from ccl_fast.training.cooperation import Clustering, CooperativeCCL
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Of a loss, embeddings [b, 2 views, d], and what they are held against, an entry for every number in ``clusters``:
 # a Clustering, or prototypes [k, d].
@@ -68,7 +71,7 @@ class Objective:
         options, unsupported = inspect.signature(self.loss).parameters, getattr(self.loss, "unsupported", ())
         return "process_group" in options and "process_group" not in unsupported
 
-    def make_loss(self, temperature: float, process_group: str | None) -> nn.Module:
+    def make_loss(self, temperature: float, process_group: ProcessGroup | str | None) -> nn.Module:
         return self.loss(temperature=temperature, **({"process_group": process_group} if self.is_distributed else {}))
 
 

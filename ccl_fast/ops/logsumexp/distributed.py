@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ccl_fast.distributed import Exchange, outside_of_graphs
-from ccl_fast.ops.backends import BACKENDS, choose_backend
+from ccl_fast.ops.backends import BACKENDS, ContrastBackend, choose_backend
 from ccl_fast.ops.ids import consecutive_ids
 from ccl_fast.ops.logsumexp.operator import logaddexp, streaming_logsumexp
 from ccl_fast.ops.logsumexp.reference import logsumexp_by_relation
@@ -43,7 +43,13 @@ class Wanted(NamedTuple):
 
 
 def global_contrast(
-    z: Tensor, ids: Tensor | None, *, scale: float | Tensor, wanted: Wanted, exchange: Exchange, backend: str
+    z: Tensor,
+    ids: Tensor | None,
+    *,
+    scale: float | Tensor,
+    wanted: Wanted,
+    exchange: Exchange,
+    backend: ContrastBackend,
 ) -> dict[str, Tensor]:
     """Compare the rows of this process with those of all: "same", "other", "similarity", "count" as far as wanted.
 
@@ -62,7 +68,7 @@ def global_contrast(
 
 
 def _contrast_of_own_rows(
-    z: Tensor, ids: Tensor | None, scale: float | Tensor, wanted: Wanted, exchange: Exchange, backend: str
+    z: Tensor, ids: Tensor | None, scale: float | Tensor, wanted: Wanted, exchange: Exchange, backend: ContrastBackend
 ) -> dict[str, Tensor]:
     found, options = {}, {"scale": scale, "backend": backend}
     if wanted.same and wanted.other:
@@ -75,13 +81,13 @@ def _contrast_of_own_rows(
     elif wanted.other:
         found["other"] = streaming_logsumexp(z, **options)
     if wanted.similarity:
-        found["similarity"], found["count"] = same_id_similarity(z, ids)
+        found["similarity"], found["count"] = same_id_similarity(z, _given(ids))
     return found
 
 
 @outside_of_graphs
 def _contrast_of_all_rows(
-    z: Tensor, ids: Tensor | None, scale: float | Tensor, wanted: Wanted, exchange: Exchange, backend: str
+    z: Tensor, ids: Tensor | None, scale: float | Tensor, wanted: Wanted, exchange: Exchange, backend: ContrastBackend
 ) -> dict[str, Tensor]:
     chosen = choose_backend("streaming_logsumexp", backend, z.device, z.dtype)
     accumulation = accumulation_dtype(z)
@@ -124,7 +130,7 @@ class _GlobalContrast(torch.autograd.Function):
         visit = rows.visit(half=True)
 
         same, other, bounded = kernels.forward(z, None, scale, None, _of_kind(ids, wanted), None, *wanted[:2])
-        positives = same_id_similarity(z, ids) if wanted.similarity else ()
+        positives = same_id_similarity(z, _given(ids)) if wanted.similarity else ()
         numbers = _columns(wanted, same, other, *positives)
         others = [rank for rank in range(exchange.group.size) if rank != exchange.group.rank]
         found = {rank: _nothing(exchange.counts[rank], wanted, numbers) for rank in others}
@@ -139,7 +145,7 @@ class _GlobalContrast(torch.autograd.Function):
             )
             positives = ((), ())
             if wanted.similarity:
-                positives = mutual_similarity(z_here, ids_here, z_there, ids_there)
+                positives = mutual_similarity(z_here, _given(ids_here), z_there, _given(ids_there))
             here, there = (_columns(wanted, *sums, *more) for sums, more in zip(both, positives, strict=True))
             numbers[own] = _merged(wanted, numbers[own], here)
             sizes = [part.stop - part.start for _, part in block.owners]
@@ -166,7 +172,7 @@ class _GlobalContrast(torch.autograd.Function):
     def _backward(ctx, *grads):
         z, scale, ids, numbers, bounded, *kept = ctx.saved_tensors
         wanted, kernels = ctx.wanted, ctx.kernels
-        lses, of_similarity = sum(wanted[:2]), grads[sum(wanted[:2])] if wanted.similarity else None
+        lses = sum(wanted[:2])
         # What the others must know of a row: its log-sum-exps and the gradients of all its numbers.
         known = torch.stack([*numbers.unbind(1)[:lses], *grads[: lses + wanted.similarity]], 1)
         visit = ctx.exchange.restored(tuple(kept)).visit(known, half=False)
@@ -178,7 +184,7 @@ class _GlobalContrast(torch.autograd.Function):
             (True, False, True, False), dtype=known.dtype,
         )  # fmt: skip
         if wanted.similarity:
-            grad_z += same_id_similarity_gradient(z, ids, of_similarity)
+            grad_z += same_id_similarity_gradient(z, _given(ids), grads[lses])
         for block in visit:
             z_there, ids_there, known_there = (
                 block.tensors if ids is not None else (block.tensors[0], None, block.tensors[1])
@@ -192,9 +198,16 @@ class _GlobalContrast(torch.autograd.Function):
             grad_z += grad
             grad_scale = grad_scale + to_scale
             if wanted.similarity:
-                of_there = known_there[:, -1]
-                grad_z += mutual_similarity_gradient(z, ids, of_similarity, z_there, ids_there, of_there)
+                grad_z += mutual_similarity_gradient(
+                    z, _given(ids), grads[lses], z_there, _given(ids_there), known_there[:, -1]
+                )
         return grad_z.to(z.dtype), grad_scale, None, None, None, None
+
+
+def _given(ids: Tensor | None) -> Tensor:
+    """The ids, without which no similarity can be wanted."""
+    assert ids is not None
+    return ids
 
 
 def _of_kind(ids: Tensor | None, wanted: Wanted) -> Tensor | None:
@@ -222,7 +235,8 @@ def _anchors(wanted: Wanted, known: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     """(same, other, grad_same, grad_other) as the kernels take them, empty where not wanted."""
     columns = iter(known.T.contiguous())
     empty = known.new_empty(0)
-    return tuple(next(columns) if want else empty for want in (*wanted[:2], *wanted[:2]))
+    same, other, grad_same, grad_other = (next(columns) if want else empty for want in (*wanted[:2], *wanted[:2]))
+    return same, other, grad_same, grad_other
 
 
 def _reference(z: Tensor, ids: Tensor | None, scale: Tensor, wanted: Wanted, exchange: Exchange) -> dict[str, Tensor]:
@@ -231,5 +245,5 @@ def _reference(z: Tensor, ids: Tensor | None, scale: Tensor, wanted: Wanted, exc
     same, other = logsumexp_by_relation(everyone, None, scale, None, _of_kind(all_ids, wanted), None)
     found = {"same": same, "other": other}
     if wanted.similarity:
-        found["similarity"], found["count"] = same_id_similarity(everyone, all_ids)
+        found["similarity"], found["count"] = same_id_similarity(everyone, _given(all_ids))
     return {name: exchange.own(found[name]) for name in _names(wanted)}
