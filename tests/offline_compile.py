@@ -18,11 +18,11 @@ from ccl_fast.kernels import streaming_logsumexp as kernels
 from ccl_fast.kernels.launch import ARCHITECTURES, TABLE, Launch, launch_on
 
 # The instruction that multiplies matrices in each generation's machine code.
-TENSOR_CORE = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA"}
-# Bytes of shared memory: the most that a block may have, and what a multiprocessor has for all of its blocks.
-SHARED_LIMIT = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448}
-SHARED_OF_PROCESSOR = {80: 167_936, 86: 102_400, 90: 233_472, 100: 233_472}
-REGISTERS_OF_PROCESSOR, WARPS_OF_PROCESSOR = 65_536, {80: 64, 86: 48, 90: 64, 100: 64}
+TENSOR_CORE = {90: "HGMMA", 100: r"UTC\w*MMA"}  # all others: HMMA
+# What a multiprocessor has for all of its blocks; a block may have all of the shared memory but 1 KiB.
+SHARED_OF_PROCESSOR = {80: 167_936, 86: 102_400, 89: 102_400, 90: 233_472, 100: 233_472, 120: 102_400}
+REGISTERS_OF_PROCESSOR, WARPS_OF_PROCESSOR = 65_536, {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+RESERVED_BYTES = 1024  # of shared memory, by every block
 ELEMENTS = {"bf16": 2, "fp32": 4}
 
 
@@ -116,10 +116,10 @@ def read(compiled, entry: Launch, d: int, arch: int) -> Report:
         shared_bytes=shared,
         blocks_per_multiprocessor=min(
             REGISTERS_OF_PROCESSOR // (-(-registers // 8) * 8 * 32 * entry.num_warps),
-            SHARED_OF_PROCESSOR[arch] // (shared + 1024),
+            SHARED_OF_PROCESSOR[arch] // (shared + RESERVED_BYTES),
             WARPS_OF_PROCESSOR[arch] // entry.num_warps,
         ),
-        tensor_core_instructions=len(re.findall(rf"\b{TENSOR_CORE[arch]}\b", code)),
+        tensor_core_instructions=len(re.findall(rf"\b{TENSOR_CORE.get(arch, 'HMMA')}\b", code)),
         narrowest_product=min(widths, default=None),
         copies_in_flight=min(waits, default=None),
         instructions=count("."),
@@ -193,7 +193,7 @@ def audit(kernel: str, element: str, ids: bool, d: int, precision: str, arch: in
     chosen, variant = launch_on(arch, kernel, ELEMENTS[element], d, ids), variants(kernel, ids)[number]
     report = read(compile_kernel(kernel, element, chosen, d, arch, precision, **variant), chosen, d, arch)
     line = {"kernel": kernel, "dtype": element, "D": d, "precision": precision, "arch": arch, "launch": list(chosen)}
-    line |= {"main": number == 0, "variant": variant, "shared_limit": SHARED_LIMIT[arch]}
+    line |= {"main": number == 0, "variant": variant, "shared_limit": SHARED_OF_PROCESSOR[arch] - RESERVED_BYTES}
     return line | asdict(report)
 
 

@@ -102,8 +102,9 @@ def check(r: dict, element: str, key: tuple[str, int, bool]) -> None:
     assert r["shuffles"] <= shuffles, r
 
 
-def test_not_a_number_is_kept_by_the_bound_of_a_weight(compiler):
+@pytest.mark.parametrize("kernel", ["backward_rows", "backward_weights"])
+def test_not_a_number_is_kept_by_the_bound_of_a_weight(compiler, kernel):
     """The interpreter's minimum keeps NaN either way; the GPU's has an instruction of its own for it."""
-    minima = [line for line in compiler(ptx, "backward_rows").splitlines() if "min." in line and ".f32" in line]
+    minima = [line for line in compiler(ptx, kernel).splitlines() if "min." in line and ".f32" in line]
     assert minima
     assert all("min.NaN.f32" in line for line in minima)
