@@ -17,12 +17,13 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+EVERY_CACHE = tl.constexpr("")  # of a load; a bare string is no default for Triton 3.6
 
 
 @triton.jit
 def _load_tile(
     ptr, first, count, d0, stride, WHOLE: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    CACHE: tl.constexpr = tl.constexpr(""),  # a bare string Triton 3.6 does not take
+    CACHE: tl.constexpr = EVERY_CACHE,
 ):  # fmt: skip
     """BLOCK rows of a [count, D] matrix from row `first` and column d0 on; zeros outside of it. WHOLE: no row is."""
     row, col = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
