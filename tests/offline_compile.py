@@ -3,6 +3,7 @@
 `python tests/offline_compile.py` (`make launch-table`) prints a line of JSON for every shipped launch and architecture.
 """
 
+import importlib
 import json
 import re
 import subprocess
@@ -24,6 +25,15 @@ SHARED_OF_PROCESSOR = {80: 167_936, 86: 102_400, 89: 102_400, 90: 233_472, 100: 
 REGISTERS_OF_PROCESSOR, WARPS_OF_PROCESSOR = 65_536, {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 RESERVED_BYTES = 1024  # of shared memory, by every block
 ELEMENTS = {"bf16": 2, "fp32": 4}
+# Kernels without products, which are in no launch table: module, name, BLOCK, pointers to int32, arguments left out.
+OTHERS = (
+    (kernels.__name__, "prepare_anchors", 256, ("bounded_ptr",), ()),
+    (kernels.__name__, "prepare_anchors", 256, (), ("bounded_ptr",)),
+    (kernels.__name__, "combine_parts", 256, ("bounded_ptr",), ()),
+    (kernels.__name__, "combine_parts", 256, (), ("bounded_ptr", "sums_ptr")),
+    ("benchmarks.harvest.ceiling_kernels", "read", 4096, ("x_ptr", "out_ptr"), ()),
+    ("benchmarks.harvest.ceiling_kernels", "exponentials", 1024, (), ()),
+)
 
 
 @dataclass
@@ -85,6 +95,19 @@ def compile_kernel(kernel: str, element: str, entry: Launch, d: int, arch: int, 
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn, signature, constexprs, attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=entry.options)
+
+
+def compile_other(arch: int, module: str, kernel: str, block: int, integers: tuple, absent: tuple) -> int:
+    """Bytes of the machine code of one of `OTHERS`."""
+    fn, signature, constexprs = getattr(importlib.import_module(module), kernel), {}, {}
+    for name in fn.arg_names:
+        if name == "BLOCK" or name in absent:
+            signature[name], constexprs[name] = "constexpr", block if name == "BLOCK" else None
+        else:
+            pointer = "*i32" if name in integers else "*fp32"
+            signature[name] = pointer if name.endswith("_ptr") else "i32"
+    compiled = triton.compile(ASTSource(fn, signature, constexprs), target=GPUTarget("cuda", arch, 32))
+    return len(compiled.asm["cubin"])
 
 
 def read(compiled, entry: Launch, d: int, arch: int) -> Report:

@@ -7,12 +7,16 @@ other architectures one of each element, are not marked slow.
 """
 
 import multiprocessing
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import triton
-from offline_compile import audit, planned, ptx, shipped
+from offline_compile import OTHERS, audit, compile_other, planned, ptx, shipped
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # benchmarks is a folder of the repository
 
 # The compilers that the table was read with. What another makes of registers and loops is reported, and no failure.
 CALIBRATED = ("3.8",)
@@ -49,7 +53,7 @@ MAX_SPILLS = {
     ("forward_triangle", 1024, True): 3,
 }
 # Triton keeps there what it has compiled, by the source, the launch, the target and its own version.
-CACHE = Path(__file__).parents[1] / "build" / "triton"
+CACHE = ROOT / "build" / "triton"
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +104,11 @@ def check(r: dict, element: str, key: tuple[str, int, bool]) -> None:
     instructions, shuffles = BOUNDS[key]
     assert r["instructions"] <= instructions, r
     assert r["shuffles"] <= shuffles, r
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+def test_kernels_without_products_compile(compiler, other):
+    assert compiler(compile_other, 90, *other) > 0
 
 
 @pytest.mark.parametrize("kernel", ["backward_rows", "backward_weights"])
