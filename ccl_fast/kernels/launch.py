@@ -78,12 +78,18 @@ TABLE: dict[tuple[str, int, bool], list[Entry]] = {
     ("backward_rows", 2, False): [
         Entry(64, Launch(128, 64, 64, 8, 3)),
         Entry(128, Launch(64, 64, 128, 4, 3), sm_120=Launch(64, 32, 128, 4, 3)),
-        Entry(256, Launch(64, 32, 256, 8, 3), sm_90=Launch(128, 32, 256, 8, 3), sm_100=Launch(128, 32, 256, 8, 3)),
+        Entry(
+            256,
+            Launch(64, 32, 256, 4, 3),
+            sm_90=Launch(128, 32, 256, 8, 3),
+            sm_100=Launch(128, 32, 256, 8, 3),
+            sm_120=Launch(32, 32, 256, 4, 3),
+        ),
     ],
     ("backward_rows", 2, True): [
         Entry(64, Launch(128, 64, 64, 8, 3), sm_100=Launch(64, 64, 64, 8, 3)),
         Entry(128, Launch(64, 64, 128, 8, 3), sm_90=Launch(64, 64, 128, 4, 3)),
-        Entry(256, Launch(64, 32, 256, 8, 3), sm_90=Launch(128, 32, 256, 8, 3)),
+        Entry(256, Launch(32, 32, 256, 4, 3), sm_90=Launch(128, 32, 256, 8, 3), sm_100=Launch(128, 32, 256, 8, 3)),
     ],
     ("backward_weights", 2, False): [Entry(ANY, Launch(128, 64, 64, 8, 3), sm_90=Launch(128, 128, 64, 8, 3))],
     ("backward_weights", 2, True): [Entry(ANY, Launch(128, 64, 64, 8, 3))],
