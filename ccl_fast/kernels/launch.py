@@ -41,8 +41,8 @@ class Entry(NamedTuple):
 
 # By kernel, bytes per element, and whether there are cluster ids, which take registers. Where block_d is less than the
 # padded D the products loop over chunks of it; a kernel whose list ends is not for larger D. Every entry is compiled
-# for ARCHITECTURES in tests/kernels/test_triton_offline.py, which names the versions of Triton: no spills but for the few
-# that it lists, tensor cores, shared memory that fits, and bounds on the inner loop.
+# for ARCHITECTURES in tests/kernels/test_triton_offline.py, which names the versions of Triton: no spills but for the
+# few that it lists, tensor cores, shared memory that fits, and bounds on the inner loop.
 # Chosen by these readings; not yet by timing on a GPU.
 ANY = 1 << 30
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
