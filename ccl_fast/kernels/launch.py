@@ -33,6 +33,7 @@ class Entry(NamedTuple):
     sm_80: Launch | None = None
     sm_90: Launch | None = None
     sm_100: Launch | None = None
+    sm_120: Launch | None = None
 
     def on(self, architecture: int) -> Launch:
         return getattr(self, f"sm_{architecture}", None) or self.base
@@ -41,40 +42,57 @@ class Entry(NamedTuple):
 # By kernel, bytes per element, and whether there are cluster ids, which take registers. Where block_d is less than the
 # padded D the products loop over chunks of it; a kernel whose list ends is not for larger D. Every entry is compiled
 # for ARCHITECTURES in tests/kernels/test_triton_offline.py, which names the versions of Triton: no spills but for the
-# few that it lists, tensor cores, shared memory that fits, and bounds on the inner loop. sm_89 and sm_120 are
-# compiled nowhere. Chosen by these readings; not yet by timing on a GPU.
+# few that it lists, tensor cores, shared memory that fits, and bounds on the inner loop.
+# Chosen by these readings; not yet by timing on a GPU.
 ANY = 1 << 30
-ARCHITECTURES = (80, 86, 90, 100)
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 TABLE: dict[tuple[str, int, bool], list[Entry]] = {
     ("forward_rows", 2, False): [
         Entry(64, Launch(128, 64, 64, 4, 3)),
-        Entry(128, Launch(128, 64, 128, 8, 3)),
-        Entry(ANY, Launch(128, 128, 64, 8, 3)),
+        Entry(128, Launch(128, 64, 128, 8, 3), sm_120=Launch(64, 64, 128, 4, 3)),
+        Entry(ANY, Launch(128, 128, 64, 8, 3), sm_120=Launch(128, 64, 64, 8, 3)),
     ],
     ("forward_rows", 2, True): [
         Entry(64, Launch(128, 64, 64, 8, 3)),
-        Entry(128, Launch(128, 64, 128, 8, 3)),
-        Entry(ANY, Launch(128, 128, 64, 8, 3)),
+        Entry(128, Launch(128, 64, 128, 8, 3), sm_120=Launch(64, 64, 128, 4, 3)),
+        Entry(ANY, Launch(128, 128, 64, 8, 3), sm_120=Launch(128, 64, 64, 8, 3)),
     ],
     ("forward_triangle", 2, False): [
         Entry(64, Launch(128, 128, 64, 8, 3)),
         Entry(128, Launch(128, 64, 128, 8, 3), sm_90=Launch(128, 64, 128, 4, 3)),
-        Entry(ANY, Launch(128, 128, 64, 8, 3), sm_100=Launch(128, 128, 32, 8, 3)),
+        Entry(
+            ANY,
+            Launch(128, 128, 64, 8, 3),
+            sm_100=Launch(128, 128, 32, 8, 3),
+            sm_120=Launch(128, 128, 32, 8, 3),
+        ),
     ],
     ("forward_triangle", 2, True): [
         Entry(64, Launch(128, 128, 64, 8, 3), sm_100=Launch(64, 64, 64, 4, 3)),
         Entry(128, Launch(128, 64, 128, 8, 3)),
-        Entry(ANY, Launch(128, 128, 64, 8, 3), sm_100=Launch(64, 64, 64, 8, 3)),
+        Entry(
+            ANY,
+            Launch(128, 128, 32, 8, 3),
+            sm_80=Launch(128, 128, 64, 8, 3),
+            sm_90=Launch(128, 128, 64, 8, 3),
+            sm_100=Launch(64, 64, 64, 8, 3),
+        ),
     ],
     ("backward_rows", 2, False): [
         Entry(64, Launch(128, 64, 64, 8, 3)),
-        Entry(128, Launch(64, 64, 128, 4, 3)),
-        Entry(256, Launch(64, 32, 256, 8, 3), sm_90=Launch(128, 32, 256, 8, 3)),
+        Entry(128, Launch(64, 64, 128, 4, 3), sm_120=Launch(64, 32, 128, 4, 3)),
+        Entry(
+            256,
+            Launch(64, 32, 256, 4, 3),
+            sm_90=Launch(128, 32, 256, 8, 3),
+            sm_100=Launch(128, 32, 256, 8, 3),
+            sm_120=Launch(32, 32, 256, 4, 3),
+        ),
     ],
     ("backward_rows", 2, True): [
         Entry(64, Launch(128, 64, 64, 8, 3), sm_100=Launch(64, 64, 64, 8, 3)),
         Entry(128, Launch(64, 64, 128, 8, 3), sm_90=Launch(64, 64, 128, 4, 3)),
-        Entry(256, Launch(64, 32, 256, 8, 3), sm_90=Launch(128, 32, 256, 8, 3)),
+        Entry(256, Launch(32, 32, 256, 4, 3), sm_90=Launch(128, 32, 256, 8, 3), sm_100=Launch(128, 32, 256, 8, 3)),
     ],
     ("backward_weights", 2, False): [Entry(ANY, Launch(128, 64, 64, 8, 3), sm_90=Launch(128, 128, 64, 8, 3))],
     ("backward_weights", 2, True): [Entry(ANY, Launch(128, 64, 64, 8, 3))],
@@ -92,7 +110,7 @@ TABLE: dict[tuple[str, int, bool], list[Entry]] = {
     ("backward_rows", 4, True): [
         Entry(64, Launch(32, 32, 64, 4, 2), sm_90=Launch(64, 32, 64, 4, 2), sm_100=Launch(64, 32, 64, 8, 2)),
     ],
-    ("backward_weights", 4, False): [Entry(ANY, Launch(64, 64, 32, 4, 3))],
+    ("backward_weights", 4, False): [Entry(ANY, Launch(64, 64, 32, 4, 3), sm_120=Launch(64, 64, 32, 8, 3))],
     ("backward_weights", 4, True): [
         Entry(ANY, Launch(64, 64, 32, 8, 3), sm_90=Launch(64, 64, 32, 4, 3), sm_100=Launch(64, 64, 32, 4, 3)),
     ],
@@ -107,8 +125,9 @@ def architecture_of(device: torch.device) -> int:
 @cache
 def _architecture(index: int | None) -> int:
     major, minor = torch.cuda.get_device_capability(index)
-    by_major = {8: 80 if minor == 0 else 86, 9: 90, 10: 100, 11: 100}
-    return by_major.get(major, 86)
+    if major == 8:
+        return {0: 80, 9: 89}.get(minor, 86)
+    return {9: 90, 10: 100, 11: 100, 12: 120}.get(major, 86)
 
 
 def launch(kernel: str, dtype: torch.dtype, d: int, ids: bool, device: torch.device) -> Launch:

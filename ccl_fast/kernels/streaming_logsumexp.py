@@ -17,12 +17,13 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+EVERY_CACHE = tl.constexpr("")  # of a load; a bare string is no default for Triton 3.6
 
 
 @triton.jit
 def _load_tile(
     ptr, first, count, d0, stride, WHOLE: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    CACHE: tl.constexpr = "",
+    CACHE: tl.constexpr = EVERY_CACHE,
 ):  # fmt: skip
     """BLOCK rows of a [count, D] matrix from row `first` and column d0 on; zeros outside of it. WHOLE: no row is."""
     row, col = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
@@ -475,15 +476,16 @@ def _backward_tile(
 
 
 @triton.jit
-def _row_products(
-    acc, a, a_ptr, first_row, n_rows, a_row, BLOCK_M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """sum_d acc_id a_id for every row i."""
+def _row_products(acc, a_ptr, first_row, n_rows, a_row, BLOCK_M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """sum_d acc_id a_id for every row i.
+
+    Kept, `a` would take registers beside the accumulator through all loops, and they spill: it is read anew, and where
+    it is wide in halves. Past the first cache, lest the compiler makes one read of this and the first.
+    """
     if BLOCK_D <= 128:
+        a = _load_tile(a_ptr, first_row, n_rows, 0, a_row, False, BLOCK_M, D, BLOCK_D, ".cg")
         return tl.sum(acc * a.to(tl.float32), 1)
     else:
-        # Kept, `a` would take registers beside the accumulator through all loops, and they spill: it is read anew, and
-        # in halves. Past the first cache, lest the compiler makes one read of this and the first.
         HALF: tl.constexpr = BLOCK_D // 2
         low, high = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
         a_low = _load_tile(a_ptr, first_row, n_rows, 0, a_row, False, BLOCK_M, D, HALF, ".cg")
@@ -554,7 +556,7 @@ def backward_rows(
         out = (acc * tl.load(out_scale_ptr)).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + to[:, None] * out_row + col[None, :], out, mask=inside[:, None] & (col < D)[None, :])
     if scale_grad_ptr is not None:
-        shares = _row_products(acc, a, a_ptr, first_row, n_rows, a_row, BLOCK_M, D, BLOCK_D)
+        shares = _row_products(acc, a_ptr, first_row, n_rows, a_row, BLOCK_M, D, BLOCK_D)
         tl.store(scale_grad_ptr + to, shares, mask=inside)
 
 

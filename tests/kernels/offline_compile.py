@@ -3,6 +3,7 @@
 `make launch-table` prints a line of JSON for every shipped launch and architecture.
 """
 
+import importlib
 import json
 import re
 import subprocess
@@ -18,12 +19,21 @@ from ccl_fast.kernels import streaming_logsumexp as kernels
 from ccl_fast.kernels.launch import ARCHITECTURES, TABLE, Launch, launch_on
 
 # The instruction that multiplies matrices in each generation's machine code.
-TENSOR_CORE = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA"}
-# Bytes of shared memory: the most that a block may have, and what a multiprocessor has for all of its blocks.
-SHARED_LIMIT = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448}
-SHARED_OF_PROCESSOR = {80: 167_936, 86: 102_400, 90: 233_472, 100: 233_472}
-REGISTERS_OF_PROCESSOR, WARPS_OF_PROCESSOR = 65_536, {80: 64, 86: 48, 90: 64, 100: 64}
+TENSOR_CORE = {90: "HGMMA", 100: r"UTC\w*MMA"}  # all others: HMMA
+# What a multiprocessor has for all of its blocks; a block may have all of the shared memory but 1 KiB.
+SHARED_OF_PROCESSOR = {80: 167_936, 86: 102_400, 89: 102_400, 90: 233_472, 100: 233_472, 120: 102_400}
+REGISTERS_OF_PROCESSOR, WARPS_OF_PROCESSOR = 65_536, {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+RESERVED_BYTES = 1024  # of shared memory, by every block
 ELEMENTS = {"bf16": 2, "fp32": 4}
+# Kernels without products, which are in no launch table: module, name, BLOCK, pointers to int32, arguments left out.
+OTHERS = (
+    (kernels.__name__, "prepare_anchors", 256, ("bounded_ptr",), ()),
+    (kernels.__name__, "prepare_anchors", 256, (), ("bounded_ptr",)),
+    (kernels.__name__, "combine_parts", 256, ("bounded_ptr",), ()),
+    (kernels.__name__, "combine_parts", 256, (), ("bounded_ptr", "sums_ptr")),
+    ("benchmarks.harvest.ceiling_kernels", "read", 4096, ("x_ptr", "out_ptr"), ()),
+    ("benchmarks.harvest.ceiling_kernels", "exponentials", 1024, (), ()),
+)
 
 
 @dataclass
@@ -87,6 +97,19 @@ def compile_kernel(kernel: str, element: str, entry: Launch, d: int, arch: int, 
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=entry.options)
 
 
+def compile_other(arch: int, module: str, kernel: str, block: int, integers: tuple, absent: tuple) -> int:
+    """Bytes of the machine code of one of `OTHERS`."""
+    fn, signature, constexprs = getattr(importlib.import_module(module), kernel), {}, {}
+    for name in fn.arg_names:
+        if name == "BLOCK" or name in absent:
+            signature[name], constexprs[name] = "constexpr", block if name == "BLOCK" else None
+        else:
+            pointer = "*i32" if name in integers else "*fp32"
+            signature[name] = pointer if name.endswith("_ptr") else "i32"
+    compiled = triton.compile(ASTSource(fn, signature, constexprs), target=GPUTarget("cuda", arch, 32))
+    return len(compiled.asm["cubin"])
+
+
 def read(compiled, entry: Launch, d: int, arch: int) -> Report:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -116,10 +139,10 @@ def read(compiled, entry: Launch, d: int, arch: int) -> Report:
         shared_bytes=shared,
         blocks_per_multiprocessor=min(
             REGISTERS_OF_PROCESSOR // (-(-registers // 8) * 8 * 32 * entry.num_warps),
-            SHARED_OF_PROCESSOR[arch] // (shared + 1024),
+            SHARED_OF_PROCESSOR[arch] // (shared + RESERVED_BYTES),
             WARPS_OF_PROCESSOR[arch] // entry.num_warps,
         ),
-        tensor_core_instructions=len(re.findall(rf"\b{TENSOR_CORE[arch]}\b", code)),
+        tensor_core_instructions=len(re.findall(rf"\b{TENSOR_CORE.get(arch, 'HMMA')}\b", code)),
         narrowest_product=min(widths, default=None),
         copies_in_flight=min(waits, default=None),
         instructions=count("."),
@@ -193,7 +216,7 @@ def audit(kernel: str, element: str, ids: bool, d: int, precision: str, arch: in
     chosen, variant = launch_on(arch, kernel, ELEMENTS[element], d, ids), variants(kernel, ids)[number]
     report = read(compile_kernel(kernel, element, chosen, d, arch, precision, **variant), chosen, d, arch)
     line = {"kernel": kernel, "dtype": element, "D": d, "precision": precision, "arch": arch, "launch": list(chosen)}
-    line |= {"main": number == 0, "variant": variant, "shared_limit": SHARED_LIMIT[arch]}
+    line |= {"main": number == 0, "variant": variant, "shared_limit": SHARED_OF_PROCESSOR[arch] - RESERVED_BYTES}
     return line | asdict(report)
 
 

@@ -13,7 +13,7 @@ import pytest
 import triton
 
 from tests import ROOT
-from tests.kernels.offline_compile import audit, planned, ptx, shipped
+from tests.kernels.offline_compile import OTHERS, audit, compile_other, planned, ptx, shipped
 
 # The compilers that the table was read with. What another makes of registers and loops is reported, and no failure.
 CALIBRATED = ("3.8",)
@@ -41,14 +41,7 @@ BOUNDS = {
     ("backward_weights", 1024, False): (67.0, 0.0),
     ("backward_weights", 1024, True): (94.0, 0.0),
 }
-# Launches that still spill, by kernel, D and ids, all in bfloat16: so many instructions at most, in some variants of
-# one architecture (of the backward sm_90 at D = 128 and sm_100 at D = 256, of the triangle sm_86). All others: none.
-MAX_SPILLS = {
-    ("backward_rows", 128, True): 2,
-    ("backward_rows", 256, False): 4,
-    ("backward_rows", 256, True): 4,
-    ("forward_triangle", 1024, True): 3,
-}
+TWO_BLOCKS = (("forward_triangle", 128), ("backward_rows", 128))
 # Triton keeps there what it has compiled, by the source, the launch, the target and its own version.
 CACHE = ROOT / "build" / "triton"
 
@@ -90,7 +83,7 @@ def test_launch_compiles_to_what_it_was_chosen_for(compiler, entry, arch, number
 
 
 def check(r: dict, element: str, key: tuple[str, int, bool]) -> None:
-    assert r["spill_instructions"] <= (MAX_SPILLS.get(key, 0) if element == "bf16" else 0), r
+    assert r["spill_instructions"] == 0, r
     if element != "bf16" or r["arch"] != 90 or not r["main"]:
         return
     assert r["copies_in_flight"] > 0, r
@@ -98,13 +91,21 @@ def check(r: dict, element: str, key: tuple[str, int, bool]) -> None:
     # Both anchors of a pair in one exponential where the logits are bounded; strips take two. (A running maximum takes
     # some for a row.)
     assert r["exponentials"] <= (2.05 if key[0] == "backward_weights" else 1.15), r
+    # Of the kernels of large batches a second block works while the first one waits.
+    assert r["blocks_per_multiprocessor"] >= (2 if key[:2] in TWO_BLOCKS else 1), r
     instructions, shuffles = BOUNDS[key]
     assert r["instructions"] <= instructions, r
     assert r["shuffles"] <= shuffles, r
 
 
-def test_not_a_number_is_kept_by_the_bound_of_a_weight(compiler):
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+def test_kernels_without_products_compile(compiler, other):
+    assert compiler(compile_other, 90, *other) > 0
+
+
+@pytest.mark.parametrize("kernel", ["backward_rows", "backward_weights"])
+def test_not_a_number_is_kept_by_the_bound_of_a_weight(compiler, kernel):
     """The interpreter's minimum keeps NaN either way; the GPU's has an instruction of its own for it."""
-    minima = [line for line in compiler(ptx, "backward_rows").splitlines() if "min." in line and ".f32" in line]
+    minima = [line for line in compiler(ptx, kernel).splitlines() if "min." in line and ".f32" in line]
     assert minima
     assert all("min.NaN.f32" in line for line in minima)

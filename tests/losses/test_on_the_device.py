@@ -1,5 +1,7 @@
 """Every loss, and every operator over whole rows, on the device of the session: a GPU where there is one."""
 
+import warnings
+
 import pytest
 import torch
 from torch.utils._pytree import tree_map_only
@@ -10,6 +12,13 @@ from tests.oracles.losses import assert_matches, evaluate
 from tests.oracles.pairs import pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_what_a_gpu_warns_of_fails_no_test():
+    """That autograd's thread, where its first work is a product, had no CUDA context yet; other warnings are errors."""
+    warnings.warn("Attempting to run cuBLAS, but there was no current CUDA context! Attempting to set", stacklevel=1)
+    with pytest.raises(UserWarning, match="another"):
+        warnings.warn("another", stacklevel=1)
 
 
 @every_use
