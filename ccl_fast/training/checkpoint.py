@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def load(folder: Path, which: Which = "last") -> dict:
     return state
 
 
-def read_tensors(path: Path) -> object:
+def read_tensors(path: Path) -> Any:
     """Read a file of torch.save's that holds tensors and plain values and nothing else, onto the CPU.
 
     Raises:
