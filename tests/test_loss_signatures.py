@@ -53,7 +53,7 @@ SIGNATURES = {
         "queries keys * negatives generator",
     ),
     "HardContrastiveLoss": (0.7, "alpha symmetric", ONE_PROCESS, "queries keys * negatives"),
-    "InfoNCELoss": (0.1, "symmetric", "", "queries keys * negatives"),
+    "InfoNCELoss": (0.1, "symmetric in_batch_negatives", "", "queries keys * negatives"),
     "InterCLRLoss": (
         0.2,
         "inter_weight num_negatives pool margin",
@@ -71,7 +71,7 @@ SIGNATURES = {
         "queries keys * negatives generator",
     ),
     "PamCLoss": (0.1, "form", "exchange", "queries keys cluster_ids"),
-    "ProtoNCELoss": (0.1, "", "", "queries cluster_ids centers * center_temperature keys negatives"),
+    "ProtoNCELoss": (0.1, "in_batch_negatives", "", "queries cluster_ids centers * center_temperature keys negatives"),
     "SBCLLoss": (0.1, "class_weight", "", "embeddings labels cluster_ids"),
     "SCGCLoss": (1.0, "", ONE_PROCESS, "embeddings * influence"),
     "SepCLRLoss": (

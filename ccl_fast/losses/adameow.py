@@ -9,7 +9,7 @@ from ccl_fast.checks import check_count, check_floating, check_matrix, check_sam
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.batch import check_ids, check_queries
 from ccl_fast.losses.meow import MEOWLoss
-from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
+from ccl_fast.ops import cross_entropy, row_dot, streaming_logsumexp
 from ccl_fast.ops.precision import accumulation_dtype
 
 # Of a removed key, besides all that the embeddings can bring: exp is 0 there also in float64.
@@ -81,7 +81,7 @@ class AdaMEOWLoss(MEOWLoss):
             anchors, keys = self._with_weights(anchors, anchors if keys is None else keys, ids, weights)
             among = {"q_ids": of_sample, "k_ids": of_sample, "candidates": "other_id"}
             negatives = streaming_logsumexp(anchors, keys, scale=scale, backend=self.backend, **among)
-            return logaddexp(negatives, logits) - logits
+            return cross_entropy(negatives, logits)
 
         return self.reduce(self.both_directions(queries, keys, losses, self.symmetric))
 

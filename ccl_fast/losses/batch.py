@@ -18,6 +18,7 @@ class Batch(NamedTuple):
     ids: Tensor  # [n] int64; an unassigned sample has an id (< 0) of its own
     shape: torch.Size  # of the result under reduction="none": [n] or [n, views]
     exchange: Exchange | None  # with the other processes' rows, if there are any
+    first: int = 0  # number of the first sample among those of all processes
 
     @property
     def assigned(self) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_ids, check_queries
 from ccl_fast.losses.processes import check_views_only
-from ccl_fast.ops import logaddexp, row_dot
+from ccl_fast.ops import cross_entropy, row_dot
 from ccl_fast.ops.ids import separate_unassigned
 
 
@@ -78,6 +78,6 @@ class MEOWLoss(Loss):
         def losses(anchors: Tensor, positives: Tensor, keys: Tensor | None) -> Tensor:
             negatives = self.logsumexp_among(anchors, keys, ids, "other_id", scale, exchange)
             logits = row_dot(anchors, positives) * scale
-            return logaddexp(negatives, logits) - logits
+            return cross_entropy(negatives, logits)
 
         return self.reduce(self.both_directions(queries, keys, losses, self.symmetric), exchange=exchange)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ccl_fast.checks import check_count, check_floating, check_matrix, check_positive, check_same, check_tensor
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
-from ccl_fast.ops import row_dot, streaming_logsumexp
+from ccl_fast.ops import cross_entropy, row_dot, streaming_logsumexp
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
 
@@ -90,10 +90,11 @@ class WhitenedCSELoss(Loss):
             raise ArgumentError(f"shuffles: expected {views} rows (one per view), got {len(shuffles)}")
         scale = 1.0 / self.temperature
         anchors, *positives = (self._embed(embeddings[:, v], shuffles[v]) for v in range(views))
-        losses = 0.0
+        losses, samples = 0.0, torch.arange(len(embeddings), device=embeddings.device)
+        among = {"q_ids": samples, "k_ids": samples, "candidates": "other_id"}
         for keys in positives:
-            logsumexp = streaming_logsumexp(anchors, keys, scale=scale, backend=self.backend)
-            losses = losses + (logsumexp - row_dot(anchors, keys) * scale) / (views - 1)
+            rest = streaming_logsumexp(anchors, keys, scale=scale, backend=self.backend, **among)
+            losses = losses + cross_entropy(rest, row_dot(anchors, keys) * scale) / (views - 1)
         return self.reduce(losses)
 
     def _embed(self, x: Tensor, shuffle: Tensor) -> Tensor:

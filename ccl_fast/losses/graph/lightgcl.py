@@ -9,7 +9,7 @@ from ccl_fast.checks import check_count, check_floating, check_matrix, check_sam
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_integers, check_queries
-from ccl_fast.ops import row_dot, streaming_logsumexp
+from ccl_fast.ops import cross_entropy, row_dot, streaming_logsumexp
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
 
@@ -70,10 +70,10 @@ class LightGCLLoss(Loss):
         if nodes is not None:
             _check_nodes(nodes, queries)
             queries, positives = (x.index_select(0, nodes.long()) for x in (queries, keys))
-        anchors, scale = self.unit(queries), 1.0 / self.temperature
-        losses = streaming_logsumexp(anchors, keys, scale=scale, backend=self.backend)
-        losses = losses - row_dot(anchors, positives) * scale
-        return self.reduce(losses)
+        anchors, scale, every = self.unit(queries), 1.0 / self.temperature, torch.arange(len(keys), device=keys.device)
+        among = {"q_ids": every if nodes is None else nodes.long(), "k_ids": every, "candidates": "other_id"}
+        rest = streaming_logsumexp(anchors, keys, scale=scale, backend=self.backend, **among)
+        return self.reduce(cross_entropy(rest, row_dot(anchors, positives) * scale))
 
 
 class SVDView(nn.Module):

@@ -28,6 +28,8 @@ BLOCK, LARGE_BLOCK, LARGE = 512, 1024, 4096
 # Tiles are cut between ids from so many rows of an id on, in the mean. Where pairs of one id are not wanted, only of so
 # few ids: most tiles are left then, of as many different shapes, for each of which oneDNN prepares and keeps a routine.
 LARGE_GROUP, FEW_GROUPS = 128, 4
+# Pairs of one id that a row has in the mean, up to which they are listed: a mask of the whole tile costs more.
+LISTED_PAIRS = 4
 LOG2E = 1.4426950408889634
 
 
@@ -36,7 +38,8 @@ class _Tile:
     rows: slice
     cols: slice
     mirrored: bool  # mutual anchors, off the diagonal of self-contrast: the tile stands for its transpose too
-    relation: str  # "same": every pair has one id, "other": none has, "mixed"
+    relation: str  # "same": every pair has one id, "other": none has, "mixed"; of what is wanted and not removed
+    cut: bool  # pairs of the kind that is not wanted are removed
 
 
 class _Problem:
@@ -52,14 +55,13 @@ class _Problem:
         self.order_q = self.order_k = None
         self.q, self.q_ids = q.to(dtype), q_ids
         self.k, self.k_ids, self.bias = (self.q, q_ids, key_bias) if k is None else (k.to(dtype), k_ids, key_bias)
-        if q_ids is not None and on_cpu:
-            self.q_ids, self.order_q = q_ids.sort()
-            self.q = self.q[self.order_q]
+        self.sorted = q_ids is not None and on_cpu
+        if self.sorted:
+            self.q, self.q_ids, self.order_q = _by_id(self.q, q_ids)
             self.k, self.k_ids, self.order_k = self.q, self.q_ids, self.order_q
             if k is not None:
-                self.k_ids, self.order_k = k_ids.sort()
-                self.k = k.to(dtype)[self.order_k]
-            if key_bias is not None:
+                self.k, self.k_ids, self.order_k = _by_id(k.to(dtype), k_ids)
+            if key_bias is not None and self.order_k is not None:
                 self.bias = key_bias[self.order_k]
         self.wanted = {"same": want_same, "other": want_other, "mixed": True}
         block = LARGE_BLOCK if max(len(self.q), len(self.k)) >= LARGE else BLOCK
@@ -74,9 +76,12 @@ class _Problem:
         self.k_blocks = self.q_blocks if k is None else blocks(len(self.k), self.k_ids)
         self.q_range = self._id_ranges(self.q_ids, self.q_blocks)
         self.k_range = self._id_ranges(self.k_ids, self.k_blocks)
+        # Where one kind alone is wanted the other is removed when a tile is made, and nothing after that needs a mask.
+        self.removed = None if want_same == want_other else "other" if want_same else "same"
+        self.pairs = self._same_pairs() if self.sorted and self.removed == "same" else None
 
     def _id_ranges(self, ids, blocks):
-        if ids is None or self.order_q is None:
+        if not self.sorted:
             return None
         ends = torch.tensor([[block.start, block.stop - 1] for block in blocks], dtype=torch.int64).reshape(-1, 2)
         return ids[ends].tolist()
@@ -88,8 +93,12 @@ class _Problem:
                 if self.is_self and j < i:
                     continue
                 relation = self._relation(i, j)
-                if self.wanted[relation]:
-                    yield _Tile(rows, cols, self.mutual and not (self.is_self and i == j), relation)
+                if not self.wanted[relation]:
+                    continue
+                cut = relation == "mixed" and self.removed is not None
+                if cut:
+                    relation = "same" if self.removed == "other" else "other"
+                yield _Tile(rows, cols, self.mutual and not (self.is_self and i == j), relation, cut)
 
     def _relation(self, i: int, j: int) -> str:
         if self.q_ids is None:
@@ -102,19 +111,56 @@ class _Problem:
         return "same" if a == b == c == d else "mixed"
 
     def logits(self, tile: _Tile) -> Tensor:
-        """x over the tile, -inf on the diagonal of self-contrast."""
-        return self._without_diagonal(matmul_nt(self.q[tile.rows], self.k[tile.cols]).mul_(self.scale), tile)
+        """x over the tile, -inf on the diagonal of self-contrast and for pairs that are removed."""
+        return self._candidates(matmul_nt(self.q[tile.rows], self.k[tile.cols]).mul_(self.scale), tile)
 
     def exponentials(self, tile: _Tile) -> Tensor:
-        """exp(x) over the tile, of bounded logits; 0 on the diagonal of self-contrast."""
+        """exp(x) over the tile, of bounded logits; 0 where `logits` has -inf."""
         scaled = self.q[tile.rows] * (self.scale * LOG2E)  # powers of two are faster
-        return self._without_diagonal(matmul_nt(scaled, self.k[tile.cols]), tile).exp2_()
+        return self._candidates(matmul_nt(scaled, self.k[tile.cols]), tile).exp2_()
 
-    def _without_diagonal(self, x: Tensor, tile: _Tile) -> Tensor:
-        return x.fill_diagonal_(-torch.inf) if self.is_self and not tile.mirrored else x
+    def _candidates(self, x: Tensor, tile: _Tile) -> Tensor:
+        if self.is_self and not tile.mirrored:
+            x.fill_diagonal_(-torch.inf)
+        if not tile.cut:
+            return x
+        if self.pairs is None:
+            mask = self.same_mask(tile)
+            return x.masked_fill_(mask if self.removed == "same" else ~mask, -torch.inf)
+        starts, columns = self.pairs
+        of_rows = slice(starts[tile.rows.start], starts[tile.rows.stop])
+        row, column = columns[:, of_rows]
+        if tile.cols.start > 0 or tile.cols.stop < len(self.k):
+            inside = (column >= tile.cols.start) & (column < tile.cols.stop)
+            row, column = row[inside], column[inside]
+        place = (row - tile.rows.start) * x.shape[1] + (column - tile.cols.start)
+        x.view(-1).index_fill_(0, place, -torch.inf)
+        return x
+
+    def _same_pairs(self) -> tuple[list[int], Tensor] | None:
+        """All pairs of one id, as rows and columns [2, pairs] in the order of the rows, and where those of each row
+        begin; None if they are many."""
+        first = torch.searchsorted(self.k_ids, self.q_ids)
+        count = torch.searchsorted(self.k_ids, self.q_ids, right=True) - first
+        ends = count.cumsum(0)
+        total = int(ends[-1]) if len(ends) else 0
+        if total > LISTED_PAIRS * len(self.q):
+            return None
+        device = self.q.device
+        rows = torch.arange(len(self.q), device=device).repeat_interleave(count, output_size=total)
+        columns = torch.arange(total, device=device) - (ends - count - first)[rows]
+        return [0, *ends.tolist()], torch.stack((rows, columns))
 
     def same_mask(self, tile: _Tile) -> Tensor:
         return self.q_ids[tile.rows, None] == self.k_ids[None, tile.cols]
+
+
+def _by_id(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows and ids sorted by these, and their order; None: they were."""
+    if not bool((ids[1:] < ids[:-1]).any()):
+        return x, ids, None
+    ids, order = ids.sort()
+    return x[order], ids, order
 
 
 def _from_sorted(x: Tensor, order: Tensor | None) -> Tensor:
@@ -244,6 +290,23 @@ def backward(
     grad_k = None if to_k is None else _from_sorted(to_k.mul_(scale), problem.order_k).to(dtype)
     grad_bias = _from_sorted(to_bias, problem.order_k) if need_bias else None
     return grad_q, grad_k, grad_scale, grad_bias
+
+
+def mutual_gradients(
+    q, k, scale, q_ids, k_ids, of_q, of_k, needs, dtype=None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of two blocks of rows that are anchors of each other, and of nothing else: the gradients of q, k and the scale.
+
+    ``of_q``, ``of_k``: (same, other, grad_same, grad_other).
+    """
+    need_q, need_k, need_scale = needs
+    wanted = of_q[0].numel() > 0, of_q[1].numel() > 0
+    problem = _Problem(q, k, scale, None, q_ids, k_ids, *wanted, bounded_on_cpu(q, k, scale, None), mutual=True)
+    to_q, to_k, _ = _weighted_sums(problem, of_q, of_k, need_q or need_scale, need_k, False)
+    to_scale = row_dot(to_q, problem.q).sum() if need_scale else None
+    grad_q = _from_sorted(to_q.mul_(scale), problem.order_q).to(dtype or q.dtype) if need_q else None
+    grad_k = _from_sorted(to_k.mul_(scale), problem.order_k).to(dtype or q.dtype) if need_k else None
+    return grad_q, grad_k, to_scale
 
 
 def mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k) -> tuple[Tensor, Tensor]:

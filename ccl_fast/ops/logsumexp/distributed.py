@@ -22,7 +22,7 @@ from ccl_fast.distributed import Peers, outside_of_graphs
 from ccl_fast.ops.backends import BACKENDS, choose_backend
 from ccl_fast.ops.ids import consecutive_ids
 from ccl_fast.ops.logsumexp.operator import logaddexp
-from ccl_fast.ops.logsumexp.reference import logsumexp_by_relation
+from ccl_fast.ops.logsumexp.reference import logsumexp_by_relation, mutual_by_relation
 from ccl_fast.ops.precision import accumulation_dtype
 from ccl_fast.ops.row_dot import row_dot
 from ccl_fast.ops.same_id_similarity import (
@@ -48,6 +48,7 @@ class Wanted(NamedTuple):
     other: bool = False  # log-sum-exp over those of other ids; without `same`, `by_id` tells whether only over those
     similarity: bool = False  # sum of its inner products with the rows of its id, and their number
     by_id: bool = False
+    partners: bool = False  # rows are two halves, by ids; row i of one and of the other are no candidates of each other
 
 
 @outside_of_graphs
@@ -104,7 +105,13 @@ class _GlobalContrast(torch.autograd.Function):
         rows = peers.rows((z,) if ids is None else (z, ids), counts, way)
         visit = rows.visit(half=True)
 
-        same, other, bounded = kernels.forward(z, None, scale, None, _of_kind(ids, wanted), None, *wanted[:2])
+        if wanted.partners:
+            halves = _halves(z)
+            both = kernels.mutual_forward(*halves.rows, scale, halves.ids, halves.ids, False, True)
+            same, other = (torch.cat(sums) for sums in zip(*both, strict=True))
+            bounded = scale.new_zeros((), dtype=torch.bool)
+        else:
+            same, other, bounded = kernels.forward(z, None, scale, None, _of_kind(ids, wanted), None, *wanted[:2])
         positives = same_id_similarity(z, ids) if wanted.similarity else ()
         numbers = _columns(wanted, same, other, *positives)
         found = {rank: _nothing(count, wanted, numbers) for rank, count in enumerate(counts) if rank != peers.rank}
@@ -153,10 +160,18 @@ class _GlobalContrast(torch.autograd.Function):
 
         anchors = _anchors(wanted, known)
         same, other, grad_same, grad_other = anchors
-        grad_z, _, grad_scale, _ = kernels.backward(
-            z, None, scale, None, _of_kind(ids, wanted), None, same, other, bounded, grad_same, grad_other,
-            (True, False, True, False), dtype=known.dtype,
-        )  # fmt: skip
+        if wanted.partners:
+            halves = _halves(z)
+            of_halves = zip(*(x.chunk(2) if x.numel() else (x, x) for x in anchors), strict=True)
+            *grads, grad_scale = kernels.mutual_gradients(
+                *halves.rows, scale, halves.ids, halves.ids, *of_halves, (True, True, True), dtype=known.dtype
+            )
+            grad_z = torch.cat(grads)
+        else:
+            grad_z, _, grad_scale, _ = kernels.backward(
+                z, None, scale, None, _of_kind(ids, wanted), None, same, other, bounded, grad_same, grad_other,
+                (True, False, True, False), dtype=known.dtype,
+            )  # fmt: skip
         if wanted.similarity:
             grad_z += same_id_similarity_gradient(z, ids, of_similarity)
         for block in visit:
@@ -175,6 +190,15 @@ class _GlobalContrast(torch.autograd.Function):
                 of_there = known_there[:, -1]
                 grad_z += mutual_similarity_gradient(z, ids, of_similarity, z_there, ids_there, of_there)
         return grad_z.to(z.dtype), grad_scale, None, None, None, None
+
+
+class _Halves(NamedTuple):
+    rows: tuple[Tensor, Tensor]
+    ids: Tensor  # of each half: a number for each row
+
+
+def _halves(z: Tensor) -> _Halves:
+    return _Halves(z.chunk(2) if len(z) else (z, z), torch.arange(len(z) // 2, device=z.device))
 
 
 def _of_kind(ids: Tensor | None, wanted: Wanted) -> Tensor | None:
@@ -211,6 +235,12 @@ def _reference(z: Tensor, ids: Tensor | None, scale: Tensor, wanted: Wanted, exc
     all_ids = None if ids is None else peers.gather(ids, counts)
     first = sum(counts[: peers.rank])
     own = slice(first, first + len(z))
+    if wanted.partners:
+        first_halves, second_halves = zip(*(_halves(of_rank).rows for of_rank in everyone.split(counts)), strict=True)
+        samples = torch.arange(len(everyone) // 2, device=z.device)
+        _, other = mutual_by_relation(torch.cat(first_halves), torch.cat(second_halves), scale, samples, samples)
+        before = slice(first // 2, (first + len(z)) // 2)
+        return {"other": torch.cat([half[before] for half in other.chunk(2)])}
     same, other = logsumexp_by_relation(everyone, None, scale, None, _of_kind(all_ids, wanted), None)
     found = {"same": same, "other": other}
     if wanted.similarity:
