@@ -127,9 +127,9 @@ class _Problem:
         if self.pairs is None:
             mask = self.same_mask(tile)
             return x.masked_fill_(mask if self.removed == "same" else ~mask, -torch.inf)
-        starts, columns = self.pairs
-        of_rows = slice(starts[tile.rows.start], starts[tile.rows.stop])
-        row, column = columns[:, of_rows]
+        of_rows, rows, columns = self.pairs
+        part = of_rows[tile.rows.start]
+        row, column = rows[part], columns[part]
         if tile.cols.start > 0 or tile.cols.stop < len(self.k):
             inside = (column >= tile.cols.start) & (column < tile.cols.stop)
             row, column = row[inside], column[inside]
@@ -137,9 +137,9 @@ class _Problem:
         x.view(-1).index_fill_(0, place, -torch.inf)
         return x
 
-    def _same_pairs(self) -> tuple[list[int], Tensor] | None:
-        """All pairs of one id, as rows and columns [2, pairs] in the order of the rows, and where those of each row
-        begin; None if they are many."""
+    def _same_pairs(self) -> tuple[dict[int, slice], Tensor, Tensor] | None:
+        """All pairs of one id, as rows and columns in the order of the rows, and which are those of each block of rows,
+        by its first row; None if they are many."""
         first = torch.searchsorted(self.k_ids, self.q_ids)
         count = torch.searchsorted(self.k_ids, self.q_ids, right=True) - first
         ends = count.cumsum(0)
@@ -149,7 +149,11 @@ class _Problem:
         device = self.q.device
         rows = torch.arange(len(self.q), device=device).repeat_interleave(count, output_size=total)
         columns = torch.arange(total, device=device) - (ends - count - first)[rows]
-        return [0, *ends.tolist()], torch.stack((rows, columns))
+        last = ends[torch.tensor([block.stop - 1 for block in self.q_blocks], device=device)].tolist()
+        of_rows = {
+            block.start: slice(start, stop) for block, start, stop in zip(self.q_blocks, [0, *last], last, strict=False)
+        }
+        return of_rows, rows, columns
 
     def same_mask(self, tile: _Tile) -> Tensor:
         return self.q_ids[tile.rows, None] == self.k_ids[None, tile.cols]
@@ -171,9 +175,9 @@ def _blocks(n: int, block: int, ids: Tensor | None, most_groups: int) -> list[sl
     """Slices of at most ``block`` rows; none crosses from one id to another if these, sorted, are so few."""
     groups = [0, n]
     if ids is not None and n:
-        changes = ((ids[1:] != ids[:-1]).nonzero()[:, 0] + 1).tolist()
+        changes = (ids[1:] != ids[:-1]).nonzero()[:, 0] + 1
         if len(changes) < most_groups:
-            groups = [0, *changes, n]
+            groups = [0, *changes.tolist(), n]
     return [
         slice(start, min(start + block, end))
         for first, end in itertools.pairwise(groups)
