@@ -71,6 +71,7 @@ SIGNATURES = {
         "queries keys * negatives generator",
     ),
     "PamCLoss": (0.1, "form", "exchange", "queries keys cluster_ids"),
+    "NTXentLoss": (0.5, "unassigned", "", "queries keys * negatives"),
     "ProtoNCELoss": (0.1, "in_batch_negatives", "", "queries cluster_ids centers * center_temperature keys negatives"),
     "SBCLLoss": (0.1, "class_weight", "", "embeddings labels cluster_ids"),
     "SCGCLoss": (1.0, "", ONE_PROCESS, "embeddings * influence"),
@@ -80,7 +81,7 @@ SIGNATURES = {
         "reduction process_group exchange",
         "embeddings * salient is_target",
     ),
-    "SupConLoss": (0.1, "form", "", "embeddings labels"),
+    "SupConLoss": (0.1, "form unassigned", "", "embeddings labels"),
     "SwAVLoss": (0.1, "epsilon iterations global_views", "exchange", "embeddings prototypes * queue"),
     "WhitenedCSELoss": (0.05, "groups eps head", ONE_PROCESS, "embeddings * shuffles generator"),
 }

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ccl_fast.checks import check_floating, check_matrix, check_positive, check_same, check_tensor, check_vector
 from ccl_fast.errors import ArgumentError
+from ccl_fast.ops.ids import consecutive_ids
 from ccl_fast.ops.logsumexp.distributed import Exchange
 
 
@@ -30,6 +31,17 @@ def product_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def labels_as_ids(labels: Tensor, unassigned: int | None, alone: bool) -> Tensor:
+    """Labels as the ids of `check_ids`. If none of them means "unassigned" each is a class: they are numbered where the
+    process is ``alone``, else folded over 0. What is no vector of integers is left to the checks."""
+    if unassigned is not None or not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+        return labels
+    if labels.dtype == torch.bool or labels.ndim != 1:
+        return labels
+    labels = labels.long()
+    return consecutive_ids(labels) if alone else torch.where(labels < 0, -2 * labels - 1, 2 * labels)
 
 
 def ceil_of_share(share: float, total: int) -> int:
@@ -80,6 +92,11 @@ def check_centers(
         check_same(name, center_temperature, "embeddings", embeddings, dtype=False)
         if center_temperature.ndim == 1:
             check_vector(name, center_temperature, len(centers))
+
+
+def check_unassigned(value: int | None) -> None:
+    if value is not None and (isinstance(value, bool) or value != -1):
+        raise ArgumentError(f"unassigned: expected -1 or None, got {value!r}")
 
 
 def check_center_temperature(value: float | Tensor | None, name: str = "center_temperature") -> None:

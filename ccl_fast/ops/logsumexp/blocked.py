@@ -149,7 +149,9 @@ class _Problem:
         device = self.q.device
         rows = torch.arange(len(self.q), device=device).repeat_interleave(count, output_size=total)
         columns = torch.arange(total, device=device) - (ends - count - first)[rows]
-        last = ends[torch.tensor([block.stop - 1 for block in self.q_blocks], device=device)].tolist()
+        last = ends[
+            torch.tensor([block.stop - 1 for block in self.q_blocks], dtype=torch.int64, device=device)
+        ].tolist()
         of_rows = {
             block.start: slice(start, stop) for block, start, stop in zip(self.q_blocks, [0, *last], last, strict=False)
         }
