@@ -43,7 +43,8 @@ class _Tile:
 
 
 class _Problem:
-    """The operands in accumulation precision and, on a CPU, sorted by id, so that most tiles need no mask."""
+    """The operands in accumulation precision. On a CPU they are sorted by id, so that most tiles need no mask; but
+    where nothing is unwanted but a few pairs of one id, these are listed."""
 
     def __init__(self, q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, bounded, mutual=False):
         dtype = accumulation_dtype(q)
@@ -55,18 +56,24 @@ class _Problem:
         self.order_q = self.order_k = None
         self.q, self.q_ids = q.to(dtype), q_ids
         self.k, self.k_ids, self.bias = (self.q, q_ids, key_bias) if k is None else (k.to(dtype), k_ids, key_bias)
-        self.sorted = q_ids is not None and on_cpu
+        self.wanted = {"same": want_same, "other": want_other, "mixed": True}
+        # Where one kind alone is wanted the other is removed when a tile is made, and nothing after that needs a mask.
+        self.removed = None if want_same == want_other else "other" if want_same else "same"
+        block = LARGE_BLOCK if max(len(self.q), len(self.k)) >= LARGE else BLOCK
+        by_id = on_cpu and q_ids is not None
+        self.pairs = _listed_pairs(self.q_ids, self.k_ids, block) if by_id and self.removed == "same" else None
+        self.sorted = by_id and self.pairs is None
         if self.sorted:
-            self.q, self.q_ids, self.order_q = _by_id(self.q, q_ids)
+            self.q_ids, self.order_q = q_ids.sort()
+            self.q = self.q[self.order_q]
             self.k, self.k_ids, self.order_k = self.q, self.q_ids, self.order_q
             if k is not None:
-                self.k, self.k_ids, self.order_k = _by_id(k.to(dtype), k_ids)
-            if key_bias is not None and self.order_k is not None:
+                self.k_ids, self.order_k = k_ids.sort()
+                self.k = k.to(dtype)[self.order_k]
+            if key_bias is not None:
                 self.bias = key_bias[self.order_k]
-        self.wanted = {"same": want_same, "other": want_other, "mixed": True}
-        block = LARGE_BLOCK if max(len(self.q), len(self.k)) >= LARGE else BLOCK
         # Where one kind of pairs is not wanted, tiles that end with a large group of one id are of one kind.
-        by_group = q_ids is not None and on_cpu and not (want_same and want_other)
+        by_group = self.sorted and self.removed is not None
 
         def blocks(rows: int, ids: Tensor | None) -> list[slice]:
             most_groups = min(rows // LARGE_GROUP, rows if want_same else FEW_GROUPS)
@@ -76,9 +83,6 @@ class _Problem:
         self.k_blocks = self.q_blocks if k is None else blocks(len(self.k), self.k_ids)
         self.q_range = self._id_ranges(self.q_ids, self.q_blocks)
         self.k_range = self._id_ranges(self.k_ids, self.k_blocks)
-        # Where one kind alone is wanted the other is removed when a tile is made, and nothing after that needs a mask.
-        self.removed = None if want_same == want_other else "other" if want_same else "same"
-        self.pairs = self._same_pairs() if self.sorted and self.removed == "same" else None
 
     def _id_ranges(self, ids, blocks):
         if not self.sorted:
@@ -103,6 +107,8 @@ class _Problem:
     def _relation(self, i: int, j: int) -> str:
         if self.q_ids is None:
             return "other"
+        if self.pairs is not None:
+            return "mixed" if (self.q_blocks[i].start, self.k_blocks[j].start) in self.pairs else "other"
         if self.q_range is None:
             return "mixed"
         (a, b), (c, d) = self.q_range[i], self.k_range[j]
@@ -127,46 +133,33 @@ class _Problem:
         if self.pairs is None:
             mask = self.same_mask(tile)
             return x.masked_fill_(mask if self.removed == "same" else ~mask, -torch.inf)
-        of_rows, rows, columns = self.pairs
-        part = of_rows[tile.rows.start]
-        row, column = rows[part], columns[part]
-        if tile.cols.start > 0 or tile.cols.stop < len(self.k):
-            inside = (column >= tile.cols.start) & (column < tile.cols.stop)
-            row, column = row[inside], column[inside]
-        place = (row - tile.rows.start) * x.shape[1] + (column - tile.cols.start)
+        rows, columns = self.pairs[tile.rows.start, tile.cols.start]
+        place = (rows - tile.rows.start) * x.shape[1] + (columns - tile.cols.start)
         x.view(-1).index_fill_(0, place, -torch.inf)
         return x
-
-    def _same_pairs(self) -> tuple[dict[int, slice], Tensor, Tensor] | None:
-        """All pairs of one id, as rows and columns in the order of the rows, and which are those of each block of rows,
-        by its first row; None if they are many."""
-        first = torch.searchsorted(self.k_ids, self.q_ids)
-        count = torch.searchsorted(self.k_ids, self.q_ids, right=True) - first
-        ends = count.cumsum(0)
-        total = int(ends[-1]) if len(ends) else 0
-        if total > LISTED_PAIRS * len(self.q):
-            return None
-        device = self.q.device
-        rows = torch.arange(len(self.q), device=device).repeat_interleave(count, output_size=total)
-        columns = torch.arange(total, device=device) - (ends - count - first)[rows]
-        last = ends[
-            torch.tensor([block.stop - 1 for block in self.q_blocks], dtype=torch.int64, device=device)
-        ].tolist()
-        of_rows = {
-            block.start: slice(start, stop) for block, start, stop in zip(self.q_blocks, [0, *last], last, strict=False)
-        }
-        return of_rows, rows, columns
 
     def same_mask(self, tile: _Tile) -> Tensor:
         return self.q_ids[tile.rows, None] == self.k_ids[None, tile.cols]
 
 
-def _by_id(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows and ids sorted by these, and their order; None: they were."""
-    if not bool((ids[1:] < ids[:-1]).any()):
-        return x, ids, None
-    ids, order = ids.sort()
-    return x[order], ids, order
+def _listed_pairs(q_ids: Tensor, k_ids: Tensor, block: int) -> dict[tuple[int, int], tuple[Tensor, Tensor]] | None:
+    """All pairs of one id, as rows and columns of each tile that has some, by its first row and column; None if there
+    are many."""
+    ordered, order = k_ids.sort()
+    first = torch.searchsorted(ordered, q_ids)
+    count = torch.searchsorted(ordered, q_ids, right=True) - first
+    ends = count.cumsum(0)
+    total = int(ends[-1]) if len(ends) else 0
+    if total > LISTED_PAIRS * len(q_ids):
+        return None
+    rows = torch.arange(len(q_ids), device=q_ids.device).repeat_interleave(count, output_size=total)
+    columns = order[torch.arange(total, device=q_ids.device) - (ends - count - first)[rows]]
+    across = -(-len(k_ids) // block)
+    tile, by_tile = (rows // block * across + columns // block).sort()
+    rows, columns = rows[by_tile], columns[by_tile]
+    tiles, sizes = (x.tolist() for x in tile.unique_consecutive(return_counts=True))
+    parts = zip(rows.split(sizes), columns.split(sizes), strict=True)
+    return {(t // across * block, t % across * block): part for t, part in zip(tiles, parts, strict=True)}
 
 
 def _from_sorted(x: Tensor, order: Tensor | None) -> Tensor:
