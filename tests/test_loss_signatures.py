@@ -31,7 +31,7 @@ ONE_PROCESS = "process_group exchange"
 # By name: the temperature, the options of its own, what it cannot honour; and the arguments of `forward`, those after
 # the star by name alone.
 SIGNATURES = {
-    "AdaMEOWLoss": (0.1, "symmetric", ONE_PROCESS, "queries cluster_ids * weights keys"),
+    "AdaMEOWLoss": (0.1, "symmetric weigh_positive", ONE_PROCESS, "queries cluster_ids * weights keys"),
     "CACRLoss": (
         1.0,
         "t_positive t_negative",
@@ -62,7 +62,7 @@ SIGNATURES = {
     ),
     "LightGCLLoss": (0.2, "", ONE_PROCESS, "queries keys * nodes"),
     "MCLLoss": (0.1, "symmetric", "", "queries cluster_ids * keys"),
-    "MEOWLoss": (0.1, "symmetric", "", "queries cluster_ids * keys"),
+    "MEOWLoss": (0.1, "symmetric weigh_positive", "", "queries cluster_ids * keys"),
     "MLCDLoss": (1 / 32, "sample", "backend process_group exchange", "embeddings cluster_ids prototypes * generator"),
     "MoCHiLoss": (
         0.2,
