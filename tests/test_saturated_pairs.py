@@ -186,7 +186,9 @@ FAMILY = {
         x[:, 0], x[:, 1], negatives=_queue(x), bank=x[:, 0].detach(), bank_cluster_ids=_clusters(len(x)),
         indices=torch.arange(len(x)),
     ),
-    "LightGCL": lambda x, o: LightGCLLoss(0.02, **o)(x[:, 0], x[:, 1], nodes=torch.tensor([0, 3, 3])),
+    "LightGCL": lambda x, o: LightGCLLoss(0.02, positive_limit=None, **o)(
+        x[:, 0], x[:, 1], nodes=torch.tensor([0, 3, 3])
+    ),
     "SBCL": lambda x, o: SBCLLoss(0.02, class_weight=0.0, **o)(x, _clusters(len(x)), torch.arange(len(x))),
     "WhitenedCSE": lambda x, o: WhitenedCSELoss(0.02, groups=8, **o)(
         x, shuffles=torch.arange(x.shape[2]).expand(2, -1).contiguous()
