@@ -60,10 +60,15 @@ SIGNATURES = {
         ONE_PROCESS,
         "queries keys * negatives bank bank_cluster_ids indices generator",
     ),
-    "LightGCLLoss": (0.2, "", ONE_PROCESS, "queries keys * nodes"),
+    "LightGCLLoss": (0.2, "positive_limit", ONE_PROCESS, "queries keys * nodes"),
     "MCLLoss": (0.1, "symmetric", "", "queries cluster_ids * keys"),
     "MEOWLoss": (0.1, "symmetric weigh_positive", "", "queries cluster_ids * keys"),
-    "MLCDLoss": (1 / 32, "sample", "backend process_group exchange", "embeddings cluster_ids prototypes * generator"),
+    "MLCDLoss": (
+        1 / 32,
+        "sample margin margin_form",
+        "backend process_group exchange",
+        "embeddings cluster_ids prototypes * generator",
+    ),
     "MoCHiLoss": (
         0.2,
         "num_hardest num_synthetic num_with_query",
