@@ -88,7 +88,7 @@ SIGNATURES = {
     ),
     "SupConLoss": (0.1, "form unassigned", "", "embeddings labels"),
     "SwAVLoss": (0.1, "epsilon iterations global_views", "exchange", "embeddings prototypes * queue"),
-    "WhitenedCSELoss": (0.05, "groups eps head", ONE_PROCESS, "embeddings * shuffles generator"),
+    "WhitenedCSELoss": (0.05, "groups eps head through_covariance", ONE_PROCESS, "embeddings * shuffles generator"),
 }
 # One word for one thing, in this order where several come by place.
 POSITIONAL = ("embeddings", "queries", "keys", "labels", "cluster_ids", "centers", "prototypes")
