@@ -19,6 +19,7 @@ from ccl_fast.losses.mcl import MCLLoss
 from ccl_fast.losses.meow import MEOWLoss
 from ccl_fast.losses.mlcd import MLCDLoss, nearest_centers
 from ccl_fast.losses.mochi import MoCHiLoss
+from ccl_fast.losses.ntxent import NTXentLoss
 from ccl_fast.losses.pamc import PamCLoss
 from ccl_fast.losses.protonce import ProtoNCELoss
 from ccl_fast.losses.sbcl import SBCLLoss
@@ -43,6 +44,7 @@ __all__ = [
     "MEOWLoss",
     "MLCDLoss",
     "MoCHiLoss",
+    "NTXentLoss",
     "PairWeights",
     "PamCLoss",
     "ProtoNCELoss",

@@ -9,7 +9,7 @@ from ccl_fast.checks import check_count, check_floating, check_matrix, check_sam
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.batch import check_ids, check_queries
 from ccl_fast.losses.meow import MEOWLoss
-from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
+from ccl_fast.ops import row_dot, streaming_logsumexp
 from ccl_fast.ops.precision import accumulation_dtype
 
 # Of a removed key, besides all that the embeddings can bring: exp is 0 there also in float64.
@@ -20,23 +20,25 @@ class AdaMEOWLoss(MEOWLoss):
     r"""InfoNCE whose negatives have a weight by their cluster and the anchor's.
 
     .. math::
-        \ell(q_i) = \log \Big( e^{\langle q_i, k_i \rangle / T} + \sum_{j \ne i} w_{y_i y_j}
-            e^{\langle q_i, k_j \rangle / T} \Big) - \langle q_i, k_i \rangle / T
+        \ell(q_i) = \log \sum_{j} w_{y_i y_j} e^{\langle q_i, k_j \rangle / T} - \langle q_i, k_i \rangle / T
 
-    With all weights 1 it is InfoNCE, with weights 0 within a cluster and 1 between two it is `MEOWLoss`. Two uses, as
-    there: views ``[n, 2, d]`` and two towers. The logarithms of the weights enter the log-sum-exp as k more dimensions
-    of each anchor (its cluster's row of them) against a one of each key (its cluster), so memory is linear in n, and
-    the weights get their gradient like the embeddings: in half precision rounded, as the logarithms are.
+    The positive is weighted like all others: all weights times c shift the loss by log c and leave the gradients of the
+    embeddings. With ``weigh_positive=False`` it has the weight 1; then with all weights 1 it is InfoNCE, with weights 0
+    within a cluster and 1 between two `MEOWLoss`, and weights that learn go to 0. Two uses, as there: views
+    ``[n, 2, d]`` and two towers. The logarithms of the weights enter the log-sum-exp as k more dimensions of each
+    anchor (its cluster's row of them) against a one of each key (its cluster), so memory is linear in n, and the
+    weights get their gradient like the embeddings: in half precision rounded, as the logarithms are.
 
     The adaptive weights of Yu, Ge, Li, Zhou, "Heterogeneous Graph Contrastive Learning with Meta-path Contexts and
-    Adaptively Weighted Negative Samples" (AdaMEOW, arXiv:2212.13847), in this project's reading: a weight for each pair
-    of clusters; the authors' code has one for each pair of nodes, n x n of them, from a network that
-    `PairWeights` applies to clusters. It weights the positive in the denominator too and contrasts in one direction
-    (``symmetric=False``), at T of 0.9 to 1.
+    Adaptively Weighted Negative Samples" (AdaMEOW, arXiv:2212.13847). The authors' code has a weight for each pair of
+    nodes, n x n of them, from a network that `PairWeights` applies to clusters: here there is one for each pair of
+    clusters. It contrasts in one direction (``symmetric=False``), at T of 0.9 to 1.
 
     Args:
         temperature: T, > 0; the initial value if learnable.
         symmetric: two towers contrast in both directions (keys are anchors too).
+        weigh_positive: the positive has the weight of its cluster with itself in the sum, as in the authors' code; if
+            not, it has the weight 1.
         learnable_temperature, normalize, reduction, backend: as in `Loss`. (It runs on one process.)
 
     Raises:
@@ -59,7 +61,8 @@ class AdaMEOWLoss(MEOWLoss):
             queries: ``[n, d]``, or ``[n, 2, d]`` (two views) without ``keys``; float64, float32, bfloat16, float16.
             cluster_ids: ``[n]``, integers, from 0 to k - 1, or -1: unassigned, of weight 1 with all samples.
             weights: ``[k, k]``, floating point, not negative: of an anchor's cluster (row) with a negative's (column).
-                They get a gradient. A weight of 0 removes the negatives and gets none.
+                They get a gradient. A weight of 0 removes the keys and gets none. An anchor that nothing is left for
+                contributes 0 and does not count in the mean (with ``weigh_positive=False`` it counts).
             keys: ``[n, d]``; row i is the positive of query i.
 
         Returns:
@@ -79,19 +82,18 @@ class AdaMEOWLoss(MEOWLoss):
             views = 2 if keys is None else 1
             ids, of_sample = cluster_ids.long().repeat(views), samples.repeat(views)
             logits = row_dot(anchors, positives) * scale
-            anchors, keys = self._with_weights(anchors, anchors if keys is None else keys, ids, weights)
-            negatives = streaming_logsumexp(
-                anchors,
-                keys,
-                scale=scale,
-                q_ids=of_sample,
-                k_ids=of_sample,
-                candidates="other_id",
-                backend=self.backend,
-            )
-            return logaddexp(negatives, logits) - logits
+            rows, columns = self._with_weights(anchors, anchors if keys is None else keys, ids, weights)
+            among = {}
+            if not self.weigh_positive:
+                among = {"q_ids": of_sample, "k_ids": of_sample, "candidates": "other_id"}
+            elif keys is None:  # all but itself
+                each = torch.arange(len(rows), device=rows.device)
+                among = {"q_ids": each, "k_ids": each, "candidates": "other_id"}
+            weighted = streaming_logsumexp(rows, columns, scale=scale, backend=self.backend, **among)
+            found = self._losses(weighted, logits)
+            return found.masked_fill(_nothing_left(ids, weights), -torch.inf) if self.weigh_positive else found
 
-        return self.reduce(self.both_directions(queries, keys, losses, self.symmetric))
+        return self._reduced(self.both_directions(queries, keys, losses, self.symmetric))
 
     def _with_weights(self, anchors: Tensor, keys: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [n, d + k], whose inner products are theirs plus T log w."""
@@ -159,6 +161,15 @@ class PairWeights(nn.Module):
         # Linear before it is added up: k x k x hidden, not k x k x d.
         pairs = self.first(centers)[:, None] + nn.functional.linear(key_centers, self.first.weight)
         return self.second(pairs.tanh()).squeeze(-1).sigmoid()
+
+
+def _nothing_left(ids: Tensor, weights: Tensor) -> Tensor:
+    """Of which rows every key is removed, their positives too: [n] bool."""
+    assigned = ids >= 0
+    present = torch.zeros(len(weights) + 1, dtype=torch.bool, device=ids.device)
+    present[torch.where(assigned, ids, len(weights))] = True  # the last: unassigned keys, which nothing removes
+    kept = ((weights > 0) & present[:-1]).any(1) | present[-1]
+    return assigned & ~kept[ids.clamp(min=0)] if len(weights) else torch.zeros_like(assigned)
 
 
 def _check_weights(weights: Tensor, queries: Tensor) -> None:

@@ -199,7 +199,7 @@ class Loss(nn.Module):
         shape = embeddings.shape[:-1]
         if embeddings.ndim == 3:
             row_ids = row_ids.repeat_interleave(embeddings.shape[1])
-        return Batch(self.unit(embeddings.flatten(0, -2)), row_ids, shape, exchange)
+        return Batch(self.unit(embeddings.flatten(0, -2)), row_ids, shape, exchange, first)
 
     def join_processes(
         self, check: Callable[[], tuple[int, int]], rows: dict, same: Callable[[], dict] = dict

@@ -17,6 +17,7 @@ from ccl_fast.checks import (
 )
 from ccl_fast.distributed import Exchange
 from ccl_fast.errors import ArgumentError
+from ccl_fast.ops.ids import consecutive_ids
 
 
 class Batch(NamedTuple):
@@ -26,6 +27,7 @@ class Batch(NamedTuple):
     ids: Tensor  # [n] int64; an unassigned sample has an id (< 0) of its own
     shape: torch.Size  # of the result under reduction="none": [n] or [n, views]
     exchange: Exchange  # with the other processes' rows
+    first: int = 0  # number of the first sample among those of all processes
 
     @property
     def assigned(self) -> Tensor:
@@ -37,6 +39,20 @@ def product_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def labels_as_ids(labels: Tensor, unassigned: int | None, alone: bool) -> Tensor:
+    """Return labels as the ids of `check_ids`.
+
+    If none of them means "unassigned" each is a class: they are numbered where the process is ``alone``, else folded
+    over 0. What is no vector of integers is left to the checks.
+    """
+    if unassigned is not None or not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+        return labels
+    if labels.dtype == torch.bool or labels.ndim != 1:
+        return labels
+    labels = labels.long()
+    return consecutive_ids(labels) if alone else torch.where(labels < 0, -2 * labels - 1, 2 * labels)
 
 
 def ceil_of_share(share: float, total: int) -> int:
@@ -87,6 +103,12 @@ def check_centers(
         check_same(name, center_temperature, "embeddings", embeddings, dtype=False)
         if center_temperature.ndim == 1:
             check_vector(name, center_temperature, len(centers))
+
+
+def check_unassigned(value: int | None) -> None:
+    """Check the label that means none: -1, or None where all labels are classes."""
+    if value is not None and (isinstance(value, bool) or value != -1):
+        raise ArgumentError(f"unassigned: expected -1 or None, got {value!r}")
 
 
 def check_center_temperature(value: float | Tensor | None, name: str = "center_temperature") -> None:

@@ -10,13 +10,22 @@ from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import Batch, check_center_temperature
 from ccl_fast.losses.centers import center_logits
-from ccl_fast.ops import logaddexp, row_dot
+from ccl_fast.ops import cross_entropy, logaddexp, row_dot, same_id_similarity, streaming_logsumexp
 from ccl_fast.ops.backends import ContrastBackend
+from ccl_fast.ops.ids import consecutive_ids, same_id_count
 from ccl_fast.ops.logsumexp.distributed import Wanted, global_contrast
 from ccl_fast.ops.precision import accumulation_dtype
 
 Form = Literal["joint", "split", "inside"]
 FORMS: tuple[Form, ...] = get_args(Form)
+
+
+class _ToCenters(NamedTuple):
+    """Of every row: log-sum-exp over the centres but its own, the logit of its own (0 if unassigned), its weight."""
+
+    others: Tensor
+    own: Tensor
+    weight: Tensor
 
 
 class CCLLoss(Loss):
@@ -134,36 +143,58 @@ class CCLLoss(Loss):
         scale = 1.0 / self.shared(self.temperature, batch.exchange.group)
         to_centers = None
         if centers is not None:
-            logsumexp, own = center_logits(self, batch, centers, center_temperature, scale)
+            others, own = center_logits(self, batch, centers, center_temperature, scale)
             # An unassigned anchor has no centre of its own, but all centres are negatives of it.
-            to_centers = _ToCenters(logsumexp, own, self.center_weight * batch.assigned.to(own.dtype))
-
-        inside = self.form == "inside"
-        others, positives, count = logsumexp_with_positives(batch, scale, inside=inside, backend=self.backend)
-        candidates = others
-        if to_centers is not None and self.form != "split":
-            candidates = logaddexp(others, to_centers.logsumexp)
-        if count is None:
-            if to_centers is not None:
-                positives = logaddexp(positives, to_centers.own + to_centers.weight.log())
-            has_positive = positives != -torch.inf
-            losses = candidates.masked_fill(~has_positive, 0.0) - positives.masked_fill(~has_positive, 0.0)
-        else:
-            if to_centers is None:
-                losses = others - positives / count.clamp(min=1)
-            elif self.form == "joint":
-                count = count + to_centers.weight
-                positives = positives + to_centers.weight * to_centers.own
-                losses = candidates - positives / torch.where(count > 0, count, 1.0)
-            else:
-                local = (others - positives / count.clamp(min=1)).masked_fill(count == 0, 0.0)
-                losses = local + to_centers.weight * (to_centers.logsumexp - to_centers.own)
-                count = count + to_centers.weight
-            has_positive = count > 0
+            to_centers = _ToCenters(others, own, self.center_weight * batch.assigned.to(own.dtype))
+        of_form = self._inside if self.form == "inside" else self._outside
+        losses, of_instance, has_positive = of_form(batch, scale, to_centers)
         if self.instance_weight:
-            instance = others - _mean_of_own_views(batch) * scale
-            losses = (1 - self.instance_weight) * losses + self.instance_weight * instance
+            losses = (1 - self.instance_weight) * losses + self.instance_weight * of_instance
         return self.reduce(losses, has_positive, batch.shape, batch.exchange.group)
+
+    def _outside(self, batch: Batch, scale: float | Tensor, to_centers: _ToCenters | None) -> tuple[Tensor, ...]:
+        """Losses of "joint" and "split"; of the instance alone, if it has a weight; who has a positive."""
+        rest, positives, count, single = logsumexp_and_positives(batch, scale, self.backend)
+        of_instance = None
+        if self.instance_weight:
+            # A row with a single positive has one other view: it is that one.
+            of_instance = _loss_of(rest, _mean_of_own_views(batch) * scale, single)
+        mean = positives / count.clamp(min=1)
+        if to_centers is None:
+            return _loss_of(rest, mean, single), of_instance, count > 0
+        weight = to_centers.weight
+        if self.form == "split":
+            local = _loss_of(rest, mean, single).masked_fill(count == 0, 0.0)
+            losses = local + weight * cross_entropy(to_centers.others, to_centers.own)
+            return losses, of_instance, count + weight > 0
+        total = count + weight
+        mean = (positives + weight * to_centers.own) / torch.where(total > 0, total, 1.0)
+        # What was left out comes back to the sum, but for the one positive of a row that has no other.
+        only = torch.where(single, weight == 0, (count == 0) & (weight > 0))
+        partner = positives.masked_fill(~single | only, -torch.inf)
+        center = to_centers.own.masked_fill(~batch.assigned | (only & ~single), -torch.inf)
+        rest = logaddexp(logaddexp(rest, to_centers.others), logaddexp(partner, center))
+        return _loss_of(rest, mean, only), of_instance, total > 0
+
+    def _inside(self, batch: Batch, scale: float | Tensor, to_centers: _ToCenters | None) -> tuple[Tensor, ...]:
+        """The same of "inside"."""
+        rest, same, single = logsumexp_by_id(batch, scale, self.backend)
+        of_instance = None
+        if self.instance_weight:
+            above = same - _mean_of_own_views(batch) * scale
+            of_instance = cross_entropy(rest, same) + above.masked_fill(single, 0.0)
+        positives = same
+        if to_centers is not None:
+            rest = logaddexp(rest, to_centers.others)
+            positives = logaddexp(same, to_centers.own + to_centers.weight.log())
+        has_positive = positives != -torch.inf
+        rest, positives = (x.masked_fill(~has_positive, 0.0) for x in (rest, positives))
+        if to_centers is None or self.center_weight == 1:
+            return cross_entropy(rest, positives), of_instance, has_positive
+        # In the denominator a centre counts as one whatever its weight.
+        counted = logaddexp(same, to_centers.own.masked_fill(~batch.assigned, -torch.inf))
+        counted = counted.masked_fill(~has_positive, 0.0)
+        return cross_entropy(rest, counted) + (counted - positives), of_instance, has_positive
 
     def _check_views(self, embeddings: Tensor) -> None:
         if self.instance_weight and (embeddings.ndim != 3 or embeddings.shape[1] < 2):
@@ -171,26 +202,48 @@ class CCLLoss(Loss):
             raise ArgumentError(f"embeddings: expected {expected}, got {list(embeddings.shape)}")
 
 
-class _ToCenters(NamedTuple):
-    """A row's log-sum-exp over the centres, the logit of its own centre, and the weight of that as a positive."""
-
-    logsumexp: Tensor
-    own: Tensor
-    weight: Tensor
-
-
-def logsumexp_with_positives(
-    batch: Batch, scale: float | Tensor, *, inside: bool, backend: ContrastBackend
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def logsumexp_and_positives(
+    batch: Batch, scale: float | Tensor, backend: ContrastBackend
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of every row, over all other rows: log-sum-exp of the logits, and what the positives bring.
 
-    That is their log-sum-exp (``inside`` the logarithm), or else the sum of their logits; then their number is third.
+    That is the sum of their logits, their number, and whether it is one: a single positive is left out of the
+    log-sum-exp.
     """
-    wanted = Wanted(same=True, other=True) if inside else Wanted(other=True, similarity=True)
-    found = global_contrast(batch.z, batch.ids, scale=scale, wanted=wanted, exchange=batch.exchange, backend=backend)
-    if inside:
-        return logaddexp(found["same"], found["other"]), found["same"], None
-    return found["other"], found["similarity"] * scale, found["count"]
+    z, ids, _, exchange, _ = batch
+    if not exchange.group.is_null:
+        options = {"exchange": exchange, "backend": backend}
+        found = global_contrast(z, ids, scale=scale, wanted=Wanted(same=True, other=True, similarity=True), **options)
+        positives, count = found["similarity"], found["count"]
+        single = count == 1
+        rest = torch.where(single, found["other"], logaddexp(found["same"], found["other"]))
+        return rest, positives * scale, count, single
+    positives, count = same_id_similarity(z, ids)
+    single = count == 1
+    # On a CPU it is known whether there is such a row at all.
+    if z.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(single.any()):
+        return streaming_logsumexp(z, scale=scale, backend=backend), positives * scale, count, single
+    group = consecutive_ids(ids)
+    pairs = torch.where(single, group, len(group) + torch.arange(len(group), device=group.device))
+    rest = streaming_logsumexp(z, scale=scale, q_ids=pairs, candidates="other_id", backend=backend)
+    return rest, positives * scale, count, single
+
+
+def logsumexp_by_id(batch: Batch, scale: float | Tensor, backend: ContrastBackend) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exps of every row over the rows of other ids and over the other rows of its own; whether that is one."""
+    z, ids, _, exchange, _ = batch
+    options = {"scale": scale, "backend": backend}
+    if not exchange.group.is_null:
+        wanted = Wanted(same=True, other=True, similarity=True)
+        found = global_contrast(z, ids, wanted=wanted, exchange=exchange, **options)
+        return found["other"], found["same"], found["count"] == 1
+    other, same = streaming_logsumexp(z, q_ids=ids, candidates="other_id", return_same=True, **options)
+    return other, same, same_id_count(ids) == 1
+
+
+def _loss_of(rest: Tensor, mean: Tensor, only: Tensor) -> Tensor:
+    """-log of the positives' softmax in the mean: the rest of the sum is without a positive that is the only one."""
+    return torch.where(only, cross_entropy(rest, mean), rest - mean)
 
 
 def _mean_of_own_views(batch: Batch) -> Tensor:

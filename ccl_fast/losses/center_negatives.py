@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import Loss
-from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
+from ccl_fast.ops import cross_entropy, logaddexp, row_dot, streaming_logsumexp
 
 
 class CenterNegativesLoss(Loss):
@@ -57,7 +57,8 @@ class CenterNegativesLoss(Loss):
         batch = self.prepare(embeddings, cluster_ids, "cluster_ids", centers, check=check)
         scale = 1.0 / self.shared(self.temperature, batch.exchange.group)
         z, rows = batch.z, batch.z.unflatten(0, (-1, 2))
-        among_rows = self.logsumexp_over_rows(z, None, "all", scale, batch.exchange)
+        samples = torch.arange(batch.first, batch.first + len(rows), device=z.device).repeat_interleave(2)
+        among_rows = self.logsumexp_over_rows(z, samples, "other_id", scale, batch.exchange)
         keys = self.unit(centers.detach().to(torch.promote_types(centers.dtype, torch.float32))).to(z.dtype)
         number = torch.arange(len(keys), device=keys.device)
         among_centers = streaming_logsumexp(
@@ -70,5 +71,5 @@ class CenterNegativesLoss(Loss):
             backend=self.backend,
         )
         positive = row_dot(rows[:, 0], rows[:, 1]).repeat_interleave(2) * scale
-        losses = logaddexp(among_rows, among_centers) - positive
+        losses = cross_entropy(logaddexp(among_rows, among_centers), positive)
         return self.reduce(losses, shape=batch.shape, group=batch.exchange.group)

@@ -9,14 +9,14 @@ from ccl_fast.distributed import Exchange
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import Loss
 from ccl_fast.losses.batch import Batch, check_batch
-from ccl_fast.ops import row_dot, streaming_logsumexp
+from ccl_fast.ops import cross_entropy, row_dot, streaming_logsumexp
 from ccl_fast.ops.precision import accumulation_dtype
 
 
 def center_logits(
     loss: Loss, batch: Batch, centers: Tensor, temperature: float | Tensor | None, scale: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp over the centres, and the logit of the row's own centre (0 if unassigned).
+    """Log-sum-exp over all other centres than the row's own, and the logit of its own (unassigned: all, and 0).
 
     ``temperature`` of the centres: a number, a tensor [k] (one per cluster), or None for 1 / ``scale``. Centres
     get no gradient. All are expected to be checked, as `check_batch` does.
@@ -34,8 +34,17 @@ def center_logits(
     else:
         scale = scale if temperature is None else 1.0 / temperature
         own_center = own_center * scale
-    logsumexp = streaming_logsumexp(batch.z, centers, scale=scale, backend=loss.backend)
-    return logsumexp, own_center.masked_fill(~batch.assigned, 0.0)
+    number = torch.arange(len(centers), device=centers.device)
+    others = streaming_logsumexp(
+        batch.z,
+        centers,
+        scale=scale,
+        q_ids=batch.ids,
+        k_ids=number,
+        candidates="other_id",
+        backend=loss.backend,
+    )
+    return others, own_center.masked_fill(~batch.assigned, 0.0)
 
 
 class _OwnCenter(torch.autograd.Function):
@@ -85,5 +94,5 @@ def center_cross_entropies(
     temperatures = [None] * len(cluster_ids) if center_temperature is None else center_temperature
     for ids, own, temperature in zip(cluster_ids, centers, temperatures, strict=True):
         batch = Batch(z, ids.long().repeat_interleave(views), embeddings.shape[:-1], exchange)
-        logsumexp, logit = center_logits(loss, batch, own, temperature, scale)
-        yield (logsumexp - logit).masked_fill(~batch.assigned, 0.0), batch.assigned
+        others, logit = center_logits(loss, batch, own, temperature, scale)
+        yield cross_entropy(others, logit).masked_fill(~batch.assigned, 0.0), batch.assigned

@@ -10,7 +10,7 @@ from ccl_fast.checks import check_floating, check_matrix, check_positive
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_queries
-from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
+from ccl_fast.ops import cross_entropy, row_dot, streaming_logsumexp
 from ccl_fast.ops.precision import accumulation_dtype
 
 
@@ -92,7 +92,7 @@ class FeatureTransformationLoss(Loss):
             n = interpolate_negatives(n, alpha=self.negative_alpha, **options)
         scale = 1.0 / self.temperature
         positives = row_dot(q, k) * scale
-        losses = logaddexp(streaming_logsumexp(q, n, scale=scale, backend=self.backend), positives) - positives
+        losses = cross_entropy(streaming_logsumexp(q, n, scale=scale, backend=self.backend), positives)
         return self.reduce(losses)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ccl_fast.checks import check_share
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import ceil_of_share, check_queries
-from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp, topk_logsumexp
+from ccl_fast.ops import cross_entropy, row_dot, streaming_logsumexp, topk_logsumexp
 
 
 class HardContrastiveLoss(Loss):
@@ -103,4 +103,4 @@ class HardContrastiveLoss(Loss):
                 anchors, keys, scale=scale, topk=kept, q_ids=ids, k_ids=key_ids, candidates="other_id"
             )
         logits = row_dot(anchors, positives) * scale
-        return logaddexp(logsumexp, logits) - logits
+        return cross_entropy(logsumexp, logits)

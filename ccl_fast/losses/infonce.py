@@ -5,10 +5,13 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_flag
 from ccl_fast.distributed import Exchange
+from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_queries
-from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
+from ccl_fast.ops import cross_entropy, logaddexp, mutual_logsumexp, row_dot, streaming_logsumexp
+from ccl_fast.ops.logsumexp.distributed import Wanted, global_contrast
 
 
 class InfoNCELoss(Loss):
@@ -21,7 +24,12 @@ class InfoNCELoss(Loss):
 
     - views, ``loss(embeddings)`` with embeddings [n, 2, d]: NT-Xent (SimCLR), every row against all other rows;
     - two towers, ``loss(queries, keys)``: CLIP, the mean of both directions; one direction if not ``symmetric``;
-    - extra negatives or a queue, ``negatives=``: further keys in every anchor's sum (MoCo with ``symmetric=False``).
+    - extra negatives or a queue, ``negatives=``: further keys in every anchor's sum. They take the place of the
+      batch's own with ``in_batch_negatives=False``: with ``symmetric=False`` that is MoCo's loss, the cross-entropy of
+      :math:`[\langle q_i, k_i \rangle, \langle q_i, u_1 \rangle, \dots, \langle q_i, u_m \rangle] / T` with the first.
+
+    A loss is never below 0, and exact, with its gradient, also where positives outweigh all else (close views, cold
+    temperatures): the positive is not in the sum that is computed, but comes to it by log(1 + x).
 
     van den Oord et al. (arXiv:1807.03748); Chen et al., SimCLR (arXiv:2002.05709); Radford et al., CLIP
     (arXiv:2103.00020); He et al., MoCo (arXiv:1911.05722).
@@ -29,6 +37,7 @@ class InfoNCELoss(Loss):
     Args:
         temperature: T, > 0; the initial value if learnable.
         symmetric: two towers contrast in both directions (keys are anchors too).
+        in_batch_negatives: the other rows of the batch are negatives; if not, ``negatives`` alone are.
         learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `Loss`; the keys of all
             processes are negatives, ``negatives`` those of the process that passes them.
 
@@ -40,8 +49,8 @@ class InfoNCELoss(Loss):
         >>> from ccl_fast import InfoNCELoss
         >>> images, texts, queue = torch.randn(8, 16), torch.randn(8, 16), torch.randn(32, 16)
         >>> clip = InfoNCELoss(0.07, learnable_temperature=True)(images, texts)
-        >>> moco = InfoNCELoss(0.2, symmetric=False, reduction="none")(images, texts, negatives=queue)
-        >>> moco.shape
+        >>> moco = InfoNCELoss(0.2, symmetric=False, in_batch_negatives=False, reduction="none")
+        >>> moco(images, texts, negatives=queue).shape
         torch.Size([8])
     """
 
@@ -50,10 +59,12 @@ class InfoNCELoss(Loss):
         temperature: float = 0.1,
         *,
         symmetric: bool = True,
+        in_batch_negatives: bool = True,
         **common: Unpack[CommonOptions],
     ):
         super().__init__(temperature, **common)
-        self.symmetric = symmetric
+        check_flag("in_batch_negatives", in_batch_negatives)
+        self.symmetric, self.in_batch_negatives = symmetric, in_batch_negatives
 
     def forward(self, queries: Tensor, keys: Tensor | None = None, *, negatives: Tensor | None = None) -> Tensor:
         """Return the loss.
@@ -61,7 +72,7 @@ class InfoNCELoss(Loss):
         Args:
             queries: ``[n, d]``, or ``[n, 2, d]`` (two views) without ``keys``; float64, float32, bfloat16, float16.
             keys: ``[n, d]``; row i is the positive of query i.
-            negatives: ``[m, d]``, such as a queue.
+            negatives: ``[m, d]``, such as a queue; required without negatives of the batch.
 
         Returns:
             The loss, float32 (float64 for float64 input). With reduction "none" a loss per anchor: ``[n, 2]`` for
@@ -71,38 +82,59 @@ class InfoNCELoss(Loss):
             ValueError: an argument has the wrong type, shape, dtype, device or value.
         """
         rows = {"queries": queries, "keys": keys}
-        _, exchange, _ = self.join_processes(lambda: check_queries(queries, keys, negatives), rows)
-        losses, shape = self._losses(queries, keys, negatives, exchange)
+        _, exchange, first = self.join_processes(lambda: self._check(queries, keys, negatives), rows)
+        losses, shape = self._losses(queries, keys, negatives, exchange, first)
         return self.reduce(losses, shape=shape, group=exchange.group)
 
+    def _check(self, queries: Tensor, keys: Tensor | None, negatives: Tensor | None) -> tuple[int, int]:
+        counts = check_queries(queries, keys, negatives)
+        if negatives is None and not self.in_batch_negatives:
+            raise ArgumentError("negatives: expected rows [m, d] with in_batch_negatives=False, got None")
+        return counts
+
     def _losses(
-        self, queries: Tensor, keys: Tensor | None, negatives: Tensor | None, exchange: Exchange
+        self, queries: Tensor, keys: Tensor | None, negatives: Tensor | None, exchange: Exchange, first: int
     ) -> tuple[Tensor, torch.Size]:
         """Of every anchor, and their shape; all is checked."""
         scale = 1.0 / self.shared(self.temperature, exchange.group)
-        one_way = keys is not None and not self.symmetric
-        if keys is not None and one_way and exchange.group.is_null:
-            anchors, positives = self.unit(queries), self.unit(keys)
-            logsumexp = streaming_logsumexp(anchors, positives, scale=scale, backend=self.backend)
-            shape = queries.shape[:1]
+        n, shape = len(queries), queries.shape[:1] if keys is not None and not self.symmetric else (len(queries), 2)
+        if keys is None:
+            anchors = self.unit(queries.flatten(0, 1))
+            positives = anchors.unflatten(0, (n, 2)).flip(1).flatten(0, 1)
         else:
-            views = queries if keys is None else torch.stack((queries, keys), dim=1)
-            n, shape = views.shape[0], views.shape[:2]
-            # Both directions of two towers are one pass over all rows of both: each two rows are multiplied once.
-            # Tower by tower, so that whole tiles within a tower can be passed over.
-            anchors = self.unit(views.transpose(0, 1).flatten(0, 1))
-            positives = anchors.roll(n, dims=0)
-            towers = None
-            if keys is not None:
-                towers = torch.arange(2, device=anchors.device).repeat_interleave(n)
-            candidates = "all" if towers is None else "other_id"
-            logsumexp = self.logsumexp_over_rows(anchors, towers, candidates, scale, exchange)
-            if one_way:
-                anchors, positives, logsumexp, shape = anchors[:n], positives[:n], logsumexp[:n], shape[:1]
+            anchors, positives = self.unit(queries), self.unit(keys)
+        # The positive is left out of the sum, and comes to it again by log(1 + x): nothing cancels where it prevails.
+        rest = None
+        if self.in_batch_negatives:
+            rest = self._logsumexp_of_others(anchors, None if keys is None else positives, scale, exchange, first)
+        if len(shape) == 2 and keys is not None:
+            anchors, positives = torch.cat((anchors, positives)), torch.cat((positives, anchors))
         if negatives is not None:
             extra = streaming_logsumexp(anchors, self.unit(negatives), scale=scale, backend=self.backend)
-            logsumexp = logaddexp(logsumexp, extra)
-        losses = logsumexp - row_dot(anchors, positives) * scale
-        if len(shape) == 2:
-            losses = losses.view(2, -1).T.flatten()
-        return losses, shape
+            rest = extra if rest is None else logaddexp(rest, extra)
+        losses = cross_entropy(rest, row_dot(anchors, positives) * scale)
+        if len(shape) == 2 and keys is not None:
+            losses = losses.view(2, n).T.flatten()
+        return losses, torch.Size(shape)
+
+    def _logsumexp_of_others(
+        self, q: Tensor, k: Tensor | None, scale: float | Tensor, exchange: Exchange, first: int
+    ) -> Tensor:
+        """Of every anchor, the log-sum-exp over the batch without itself and its positive.
+
+        Anchors are both views of a sample, ``q`` [2 n, d], or queries, or all queries and then all keys.
+        """
+        samples = torch.arange(first, first + len(q), device=q.device)
+        if k is None:
+            samples = samples[: len(q) // 2].repeat_interleave(2)
+            return self.logsumexp_over_rows(q, samples, "other_id", scale, exchange)
+        if not exchange.group.is_null:
+            towers = torch.arange(2, device=q.device).repeat_interleave(len(q))
+            wanted = Wanted(other=True, by_id=True, partners=True)
+            rows, options = torch.cat((q, k)), {"exchange": exchange, "backend": self.backend}
+            found = global_contrast(rows, towers, scale=scale, wanted=wanted, **options)["other"]
+            return found if self.symmetric else found[: len(q)]
+        among = {"q_ids": samples, "k_ids": samples, "candidates": "other_id", "backend": self.backend}
+        if self.symmetric:
+            return torch.cat(mutual_logsumexp(q, k, scale=scale, **among))
+        return streaming_logsumexp(q, k, scale=scale, **among)

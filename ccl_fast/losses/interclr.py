@@ -9,7 +9,7 @@ from torch import Tensor
 from ccl_fast.checks import check_count, check_matrix, check_number, check_same, check_share, check_vector
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import ceil_of_share, check_ids, check_integers, check_queries, check_some
-from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp, topk_logsumexp
+from ccl_fast.ops import cross_entropy, row_dot, streaming_logsumexp, topk_logsumexp
 from ccl_fast.ops.ids import separate_unassigned
 
 
@@ -166,4 +166,4 @@ class InterCLRLoss(Loss):
 
 
 def _info_nce(positives: Tensor, logsumexp: Tensor) -> Tensor:
-    return logaddexp(logsumexp, positives) - positives
+    return cross_entropy(logsumexp, positives)

@@ -5,12 +5,22 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_count, check_floating, check_matrix, check_same, check_share
+from ccl_fast.checks import (
+    check_choice,
+    check_count,
+    check_floating,
+    check_matrix,
+    check_not_negative,
+    check_same,
+    check_share,
+)
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import ceil_of_share, check_id_range, check_integers, check_some
 from ccl_fast.ops import edge_similarity, logaddexp, logsumexp_excluding, streaming_topk
 from ccl_fast.ops.normalize import normalize_embeddings
+
+MARGIN_FORMS = ("arcface", "cosface")
 
 
 class MLCDLoss(Loss):
@@ -27,12 +37,16 @@ class MLCDLoss(Loss):
 
     An et al., "Multi-label Cluster Discrimination for Visual Representation Learning" (arXiv:2407.17331): a million
     clusters of k-means, 8 of them for each row (`nearest_centers` finds them), r = 0.1. Its formula has no margin and
-    no temperature; the default 1 / 32 is the scale in the authors' code of single-label UNICOM, on which it builds. S
-    is drawn as there (Partial FC, arXiv:2203.15565), once for the batch.
+    no temperature; with a margin m the positives' similarity is, as in the authors' code, :math:`\cos(\theta + m)`
+    (ArcFace) or :math:`\cos \theta - m` (CosFace), whose gradient is that without it. The default 1 / 32 is the scale
+    in the authors' code of single-label UNICOM, on which it builds. S is drawn as there (Partial FC,
+    arXiv:2203.15565), once for the batch.
 
     Args:
         temperature: T, > 0; the initial value if learnable.
         sample: r, 0 < r <= 1; with 1 nothing is drawn.
+        margin: m, >= 0, which the positives are to be more similar by; an angle in radians, or a cosine.
+        margin_form: "arcface" or "cosface".
         learnable_temperature, normalize, reduction: as in `Loss`. (It has one backend, and runs on one process.)
 
     Raises:
@@ -54,11 +68,17 @@ class MLCDLoss(Loss):
         temperature: float = 1 / 32,
         *,
         sample: float = 0.1,
+        margin: float = 0.0,
+        margin_form: str = "arcface",
         **common: Unpack[CommonOptions],
     ):
         super().__init__(temperature, **common)
         check_share("sample", sample)
-        self.sample = sample
+        check_not_negative("margin", margin)
+        check_choice("margin_form", margin_form, MARGIN_FORMS)
+        if margin and not self.normalize:
+            raise ArgumentError(f"margin: expected 0 with normalize=False (there are no angles), got {margin}")
+        self.sample, self.margin, self.margin_form = sample, margin, margin_form
 
     def forward(
         self,
@@ -97,11 +117,19 @@ class MLCDLoss(Loss):
 
         (n, width), is_cluster = ids.shape, ids >= 0
         edges = torch.arange(n + 1, device=ids.device) * width
-        own = edge_similarity(z, c, edges, ids.clamp(min=0).flatten()).view(n, width) * scale
+        own = edge_similarity(z, c, edges, ids.clamp(min=0).flatten()).view(n, width)
+        own = (own + (self._with_margin(own.detach()) - own.detach())) * scale
         zero = own.new_zeros(n, 1)
         positives = torch.cat((zero, (-own).masked_fill(~is_cluster, -torch.inf)), dim=1).logsumexp(1)
         negatives = logaddexp(logsumexp_excluding(z, c, ids, scale=scale), zero[:, 0])
         return self.reduce(positives + negatives, is_cluster.any(1))
+
+    def _with_margin(self, cosines: Tensor) -> Tensor:
+        if not self.margin:
+            return cosines
+        if self.margin_form == "cosface":
+            return cosines - self.margin
+        return (cosines.clamp(-1, 1).acos() + self.margin).cos()
 
     @staticmethod
     def _check(embeddings: Tensor, cluster_ids: Tensor, prototypes: Tensor) -> None:

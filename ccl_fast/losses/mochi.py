@@ -8,7 +8,7 @@ from torch import Tensor
 from ccl_fast.checks import check_count
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_queries, check_some
-from ccl_fast.ops import edge_similarity, logaddexp, row_dot, streaming_logsumexp, streaming_topk
+from ccl_fast.ops import cross_entropy, edge_similarity, logaddexp, row_dot, streaming_logsumexp, streaming_topk
 
 
 class Mixing(NamedTuple):
@@ -102,12 +102,11 @@ class MoCHiLoss(Loss):
         scale = 1.0 / self.temperature
         q, negatives = self.unit(queries), self.unit(negatives.detach())
         positives = row_dot(q, self.unit(keys)) * scale
-        logsumexp = logaddexp(streaming_logsumexp(q, negatives, scale=scale, backend=self.backend), positives)
+        logsumexp = streaming_logsumexp(q, negatives, scale=scale, backend=self.backend)
         if self.num_synthetic + self.num_with_query:
             mixed = self._similarity_of_mixtures(q, negatives, generator)
             logsumexp = logaddexp(logsumexp, (mixed * scale).logsumexp(1))
-        losses = logsumexp - positives
-        return self.reduce(losses)
+        return self.reduce(cross_entropy(logsumexp, positives))
 
     def draw(self, n: int, hardest: int, like: Tensor, generator: torch.Generator | None) -> Mixing:
         """What to mix for n anchors with lists of ``hardest`` negatives."""

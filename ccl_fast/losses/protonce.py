@@ -6,7 +6,6 @@ from typing import Unpack
 from torch import Tensor
 
 from ccl_fast.losses.base import CommonOptions
-from ccl_fast.losses.batch import check_queries
 from ccl_fast.losses.centers import center_cross_entropies, check_clusterings
 from ccl_fast.losses.infonce import InfoNCELoss
 
@@ -21,14 +20,16 @@ class ProtoNCELoss(InfoNCELoss):
         \ell_i = \mathrm{InfoNCE}_i + \frac{1}{M} \sum_m \Big[
             \log \sum_k e^{\langle z_i, c^m_k \rangle / \phi^m_k} - \langle z_i, c^m_{y_i} \rangle / \phi^m_{y_i} \Big]
 
-    All centres are negatives (the paper draws r of them). The centres get no gradient. Memory is linear in n and k.
+    All centres are negatives (the paper draws r of them; its code takes those of the batch's own clusters, repeated).
+    The centres get no gradient. Memory is linear in n and k.
 
     Li et al., "Prototypical Contrastive Learning of Unsupervised Representations" (arXiv:2005.04966), where keys come
     from a momentum encoder, M = 3, and concentrations are those of `ccl_fast.clustering.concentration`, scaled to the
-    mean T.
+    mean T, and where a queue alone holds the negatives (``in_batch_negatives=False``).
 
     Args:
         temperature: T of InfoNCE, > 0; the initial value if learnable.
+        in_batch_negatives: as in `InfoNCELoss`.
         learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `InfoNCELoss`; the centres
             are the same on every process.
 
@@ -44,8 +45,8 @@ class ProtoNCELoss(InfoNCELoss):
         torch.Size([])
     """
 
-    def __init__(self, temperature: float = 0.1, **common: Unpack[CommonOptions]):
-        super().__init__(temperature, symmetric=False, **common)
+    def __init__(self, temperature: float = 0.1, *, in_batch_negatives: bool = True, **common: Unpack[CommonOptions]):
+        super().__init__(temperature, symmetric=False, in_batch_negatives=in_batch_negatives, **common)
 
     def forward(
         self,
@@ -77,16 +78,16 @@ class ProtoNCELoss(InfoNCELoss):
         """
 
         def check() -> tuple[int, int]:
-            counts = check_queries(queries, keys, negatives)
+            counts = self._check(queries, keys, negatives)
             check_clusterings(queries, cluster_ids, centers, center_temperature)
             return counts
 
-        _, exchange, _ = self.join_processes(
+        _, exchange, first = self.join_processes(
             check,
             {"queries": queries, "keys": keys},
             lambda: {"centers": centers, "center_temperature": center_temperature},
         )
-        losses, shape = self._losses(queries, keys, negatives, exchange)
+        losses, shape = self._losses(queries, keys, negatives, exchange, first)
         of_centers = center_cross_entropies(self, queries, cluster_ids, centers, center_temperature, exchange)
         terms = [term for term, _ in of_centers]
         losses = losses + sum(terms) / len(terms)

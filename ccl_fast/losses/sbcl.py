@@ -2,12 +2,13 @@
 
 from typing import Unpack
 
+import torch
 from torch import Tensor
 
 from ccl_fast.checks import check_not_negative
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_ids
-from ccl_fast.ops import logaddexp
+from ccl_fast.ops import cross_entropy, logaddexp
 from ccl_fast.ops.ids import joint_ids, separate_unassigned
 from ccl_fast.ops.logsumexp.distributed import Wanted, global_contrast, global_same_id_similarity
 
@@ -76,7 +77,7 @@ class SBCLLoss(Loss):
             ValueError: an argument has the wrong type, shape, dtype, device or value.
             IndexError: a label or a cluster id is below -1 (on a GPU: an assertion on the device).
         """
-        z, classes, shape, exchange = self.prepare(
+        z, classes, shape, exchange, _first = self.prepare(
             embeddings, labels, "labels", check=lambda: check_ids("cluster_ids", cluster_ids, embeddings)
         )
         views = 1 if embeddings.ndim == 2 else embeddings.shape[1]
@@ -90,7 +91,8 @@ class SBCLLoss(Loss):
         mates, mates_count = global_same_id_similarity(z, classes, exchange)
         rest, rest_count = mates - own, mates_count - own_count
 
-        by_subclass = logaddexp(outside, inside) - own * scale / own_count.clamp(min=1)
+        own = own * scale / own_count.clamp(min=1)
+        by_subclass = torch.where(own_count == 1, cross_entropy(outside, own), logaddexp(outside, inside) - own)
         by_class = outside - rest * scale / rest_count.clamp(min=1)
         losses = by_subclass.masked_fill(own_count == 0, 0.0)
         losses = losses + self.class_weight * by_class.masked_fill(rest_count == 0, 0.0)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ccl_fast.checks import check_choice
 from ccl_fast.losses.base import CommonOptions
+from ccl_fast.losses.batch import check_unassigned, labels_as_ids
 from ccl_fast.losses.ccl import CCLLoss
 
 Form = Literal["outside", "inside"]
@@ -27,6 +28,9 @@ class SupConLoss(CCLLoss):
     Args:
         temperature: T, > 0; the initial value if learnable.
         form: "outside" (the paper's L_out) or "inside" (L_in) of the logarithm.
+        unassigned: the label of rows that have none, -1: their only positives are their own views, and they are
+            negatives of all others. With None every label is a class, also those below 0, as in
+            pytorch-metric-learning and SupContrast.
         learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `Loss`.
 
     Raises:
@@ -47,24 +51,26 @@ class SupConLoss(CCLLoss):
         temperature: float = 0.1,
         *,
         form: Form = "outside",
+        unassigned: int | None = -1,
         **common: Unpack[CommonOptions],
     ):
         check_choice("form", form, FORMS)
         super().__init__(temperature, form="joint" if form == "outside" else form, **common)
-        self.form = form
+        check_unassigned(unassigned)
+        self.form, self.unassigned = form, unassigned
 
     def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the loss.
 
         Args:
             embeddings: ``[n, d]`` (one row per view) or ``[n, views, d]``.
-            labels: ``[n]``, integers, -1 for unlabelled; None (with [n, views, d]) is NT-Xent.
+            labels: ``[n]``, integers, -1 for unlabelled (see ``unassigned``); None (with [n, views, d]) is NT-Xent.
 
         Returns:
             The loss, float32 (float64 for float64 embeddings).
 
         Raises:
             ValueError: an argument has the wrong type, shape, dtype, device or value.
-            IndexError: a label is below -1 (on a GPU: an assertion on the device).
+            IndexError: a label is below -1 while ``unassigned`` is -1 (on a GPU: an assertion on the device).
         """
-        return super().forward(embeddings, labels)
+        return super().forward(embeddings, labels_as_ids(labels, self.unassigned, self.process_group is None))

@@ -5,10 +5,18 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from ccl_fast.checks import check_count, check_floating, check_matrix, check_positive, check_same, check_tensor
+from ccl_fast.checks import (
+    check_count,
+    check_flag,
+    check_floating,
+    check_matrix,
+    check_positive,
+    check_same,
+    check_tensor,
+)
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
-from ccl_fast.ops import row_dot, streaming_logsumexp
+from ccl_fast.ops import cross_entropy, row_dot, streaming_logsumexp
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
 
@@ -33,6 +41,7 @@ class WhitenedCSELoss(Loss):
         groups: of channels; they divide d.
         eps: added to the eigenvalues of the covariances, > 0.
         head: applied to the whitened rows ``[n, d]`` of each view; None for none.
+        through_covariance: as of `shuffled_group_whitening`.
         learnable_temperature, normalize, reduction, backend: as in `Loss`. (It runs on one process.)
 
     Raises:
@@ -55,12 +64,14 @@ class WhitenedCSELoss(Loss):
         groups: int = 128,
         eps: float = 1e-5,
         head: nn.Module | None = None,
+        through_covariance: bool = False,
         **common: Unpack[CommonOptions],
     ):
         super().__init__(temperature, **common)
         check_count("groups", groups)
         check_positive("eps", eps)
-        self.groups, self.eps, self.head = groups, eps, head
+        check_flag("through_covariance", through_covariance)
+        self.groups, self.eps, self.head, self.through_covariance = groups, eps, head, through_covariance
 
     def forward(
         self, embeddings: Tensor, *, shuffles: Tensor | None = None, generator: torch.Generator | None = None
@@ -91,16 +102,27 @@ class WhitenedCSELoss(Loss):
             raise ArgumentError(f"shuffles: expected {views} rows (one per view), got {len(shuffles)}")
         scale = 1.0 / self.temperature
         anchors, *positives = (self._embed(embeddings[:, v], shuffles[v]) for v in range(views))
+        samples = torch.arange(len(embeddings), device=embeddings.device)
 
         def losses(keys: Tensor) -> Tensor:
-            logsumexp = streaming_logsumexp(anchors, keys, scale=scale, backend=self.backend)
-            return (logsumexp - row_dot(anchors, keys) * scale) / (views - 1)
+            rest = streaming_logsumexp(
+                anchors,
+                keys,
+                scale=scale,
+                q_ids=samples,
+                k_ids=samples,
+                candidates="other_id",
+                backend=self.backend,
+            )
+            return cross_entropy(rest, row_dot(anchors, keys) * scale) / (views - 1)
 
         first, *others = (losses(keys) for keys in positives)
         return self.reduce(sum(others, first))
 
     def _embed(self, x: Tensor, shuffle: Tensor) -> Tensor:
-        x = shuffled_group_whitening(x, groups=self.groups, shuffle=shuffle, eps=self.eps)
+        x = shuffled_group_whitening(
+            x, groups=self.groups, shuffle=shuffle, eps=self.eps, through_covariance=self.through_covariance
+        )
         return self.unit(x if self.head is None else self.head(x))
 
 
@@ -111,6 +133,7 @@ def shuffled_group_whitening(
     shuffle: Tensor | None = None,
     generator: torch.Generator | None = None,
     eps: float = 1e-5,
+    through_covariance: bool = False,
 ) -> Tensor:
     r"""Whiten channels in groups, into which they are divided at random.
 
@@ -121,8 +144,8 @@ def shuffled_group_whitening(
 
     (ZCA), and back at their own place. The result has mean 0 and, in each group and as far as there are more rows than
     channels and variances well above eps, covariance I; directions without variance are 0. It is computed in float32
-    (float64 for float64), also under autocast. The gradient is exact and finite for equal eigenvalues too, and can be
-    differentiated again. On a GPU the eigenvalues wait for the device.
+    (float64 for float64), also under autocast. The gradient (through the covariance, if that is wanted) is exact and
+    finite for equal eigenvalues too, and can be differentiated again. On a GPU the eigenvalues wait for the device.
 
     Zhuo et al., "WhitenedCSE" (arXiv:2305.17746), whose code adds nothing to the eigenvalues.
 
@@ -133,6 +156,8 @@ def shuffled_group_whitening(
             draws it.
         generator: that draws it; None is torch's of the device of x.
         eps: > 0.
+        through_covariance: the gradient passes through the covariance too; if not, this is a constant, as in the
+            authors' code.
 
     Returns:
         ``[n, d]``, of the dtype of x.
@@ -151,6 +176,7 @@ def shuffled_group_whitening(
     check_floating("x", x)
     check_count("groups", groups)
     check_positive("eps", eps)
+    check_flag("through_covariance", through_covariance)
     n, d = x.shape
     if d % groups:
         raise ArgumentError(f"groups: expected a divisor of {d} (the channels), got {groups}")
@@ -162,6 +188,8 @@ def shuffled_group_whitening(
         # (Of no rows there is no mean.)
         centered = (grouped - grouped.sum(0) / max(n, 1)).transpose(0, 1)
         covariance = centered.mT @ centered / max(n, 1)
+        if not through_covariance:
+            covariance = covariance.detach()
         whitened = centered @ _InverseRoot.apply(covariance, eps)
     return whitened.transpose(0, 1).flatten(1)[:, shuffle.argsort()].to(x.dtype)
 

@@ -72,7 +72,7 @@ class CosineNorm(FeatureDetector):
         self.features = normalize_rows(x)
 
     def _score(self, x: Tensor) -> Tensor:
-        return -largest_cosine(x, self.features) * x.norm(dim=1)
+        return -largest_cosine(x, self.features) * x.norm(dim=1, dtype=torch.float64).to(x.dtype)
 
 
 def largest_cosine(x: Tensor, others: Tensor, k: int = 1) -> Tensor:

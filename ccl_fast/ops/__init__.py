@@ -3,7 +3,7 @@
 from ccl_fast.ops.edge_similarity import edge_similarity
 from ccl_fast.ops.kmeans.assign import kmeans_assign
 from ccl_fast.ops.kmeans.update import kmeans_update
-from ccl_fast.ops.logsumexp.operator import logaddexp, streaming_logsumexp
+from ccl_fast.ops.logsumexp.operator import cross_entropy, logaddexp, mutual_logsumexp, streaming_logsumexp
 from ccl_fast.ops.row_dot import row_dot
 from ccl_fast.ops.rowwise.histogram import similarity_histogram
 from ccl_fast.ops.rowwise.softmax import expected_similarity, logsumexp_excluding, topk_logsumexp
@@ -14,12 +14,14 @@ from ccl_fast.ops.transport.swapped_prediction import swapped_prediction
 
 __all__ = [
     "barycentric_projection",
+    "cross_entropy",
     "edge_similarity",
     "expected_similarity",
     "kmeans_assign",
     "kmeans_update",
     "logaddexp",
     "logsumexp_excluding",
+    "mutual_logsumexp",
     "row_dot",
     "same_id_similarity",
     "similarity_histogram",

@@ -12,6 +12,12 @@ def consecutive_ids(ids: Tensor) -> Tensor:
     return torch.empty_like(rank).scatter_(0, order, rank)
 
 
+def same_id_count(ids: Tensor) -> Tensor:
+    """How many others have the id of each, int64 [n]."""
+    group = consecutive_ids(ids)
+    return torch.zeros_like(group).index_add_(0, group, torch.ones_like(group))[group] - 1
+
+
 def separate_unassigned(ids: Tensor, first: int = 0) -> Tensor:
     """Give each sample whose id is below 0 one of its own, below 0 too; ``first`` is the number of the first sample."""
     return torch.where(ids < 0, -1 - torch.arange(first, first + len(ids), device=ids.device), ids)

@@ -32,7 +32,7 @@ class CooperativeCCL(nn.Module):
 
     i' is the other view of i, y the cluster, believed or not. The bracket is `CenterNegativesLoss`: NT-Xent with the
     centres of the other clusters as further negatives, which are no false ones even if the clusters mean nothing. With
-    ``instance_negatives="other-clusters"`` it is `MEOWLoss`, with "all" NT-Xent.
+    ``instance_negatives="other-clusters"`` it is `MEOWLoss` with the positive in the sum, with "all" NT-Xent.
 
     Args:
         temperature: of both terms.
@@ -48,7 +48,7 @@ class CooperativeCCL(nn.Module):
         super().__init__()
         self.clusters = CCLLoss(temperature, process_group=process_group)
         self.with_centers = CenterNegativesLoss(temperature, process_group=process_group)
-        self.of_other_clusters = MEOWLoss(temperature, process_group=process_group)
+        self.of_other_clusters = MEOWLoss(temperature, weigh_positive=False, process_group=process_group)
         self.instance_weight: float | Literal["agreement"] = "agreement"
         self.instance_negatives: Negatives = "centers"
 

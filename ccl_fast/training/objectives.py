@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
     ),
     "meow": Objective(
         "MEOW",
-        MEOWLoss,
+        functools.partial(MEOWLoss, weigh_positive=False),
         _mean(lambda loss, z, of: loss(z, of.ids)),
         "clusters",
         OF_CLUSTERS,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ccl_fast.losses import AdaMEOWLoss, MEOWLoss, PairWeights
+from tests.losses.test_cluster_negatives import example
 from tests.oracles.losses import assert_matches, batch, call, differentiate, infonce, largest, learnable, reduced, unit
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
@@ -22,7 +23,8 @@ def matrix(k=4, dtype=torch.float64, seed=7):
 
 
 def adameow(
-    queries, ids, weights, keys=None, *, temperature=0.1, symmetric=True, normalize=True, reduction="mean"
+    queries, ids, weights, keys=None, *, temperature=0.1, symmetric=True, normalize=True, reduction="mean",
+    weigh_positive=True,
 ):  # fmt: skip
     scaled = unit if normalize else torch.Tensor.double
     pairs = scaled(queries.double() if keys is None else torch.stack((queries, keys), dim=1).double())
@@ -30,14 +32,15 @@ def adameow(
     for i in range(n):
         for side in (0, 1) if symmetric else (0,):
             positive = (pairs[i, 1 - side] @ pairs[i, side] / temperature).exp()
-            total = positive
+            own = weights[ids[i], ids[i]] if ids[i] >= 0 and weigh_positive else 1.0
+            total = own * positive
             for j in range(n):
                 weight = weights[ids[i], ids[j]] if ids[i] >= 0 and ids[j] >= 0 else 1.0
                 for other in (0, 1) if keys is None else (1 - side,):
                     if j != i:
                         total = total + weight * (pairs[j, other] @ pairs[i, side] / temperature).exp()
-            losses.append(total.log() - positive.log())
-    return reduced(losses, [True] * len(losses), (n, 2) if symmetric else (n,), reduction, queries)
+            losses.append(total.log() - positive.log() if total > 0 else None)
+    return reduced(losses, [x is not None for x in losses], (n, 2) if symmetric else (n,), reduction, queries)
 
 
 def tensors(use, n=9, dtype=torch.float64):
@@ -106,10 +109,40 @@ def test_weights_of_zero_within_a_cluster_are_meow(use, dtype, normalize, backen
     z, symmetric = tensors(use, dtype=dtype)
     leaves = [x.requires_grad_() for x in z]
     options = {"symmetric": symmetric, "backend": backend, "normalize": normalize, "temperature": 0.2}
-    ours = call(AdaMEOWLoss(**options), leaves[0], IDS, 1 - torch.eye(4), *leaves[1:])
-    theirs = call(MEOWLoss(**options), leaves[0], IDS, *leaves[1:])
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3}[dtype]
-    assert_matches(differentiate(ours, leaves), differentiate(theirs, leaves), tolerance)
+    # An unassigned anchor's own positive has the weight 1 here, 0 there.
+    for ids, weigh in ((IDS, False), (IDS.clamp(min=0), True)):
+        ours, theirs = (loss(weigh_positive=weigh, **options) for loss in (AdaMEOWLoss, MEOWLoss))
+        ours, theirs = (
+            call(ours, leaves[0], ids, 1 - torch.eye(4), *leaves[1:]),
+            call(theirs, leaves[0], ids, *leaves[1:]),
+        )
+        assert_matches(differentiate(ours, leaves), differentiate(theirs, leaves), tolerance)
+
+
+@every_use
+def test_the_positive_has_the_weight_one_if_wanted(use, backend):
+    check(use, weigh_positive=False, backend=backend)
+
+
+def test_it_is_the_authors(backend):
+    q, k, ids, _ = example()
+    w = torch.tensor([[0.2, 0.7], [0.4, 0.9]], dtype=torch.float64)
+    for weigh, value in ((True, -0.1493268719), (False, 0.3469495844)):
+        loss_fn = AdaMEOWLoss(0.5, symmetric=False, weigh_positive=weigh, backend=backend)
+        torch.testing.assert_close(loss_fn(q, ids, weights=w, keys=k).item(), value, rtol=0, atol=1e-9)
+
+
+@every_use
+def test_all_weights_times_a_number_leave_the_gradients(use):
+    z, symmetric = tensors(use)
+    leaves, found = [x.requires_grad_() for x in z], []
+    for factor in (1.0, 7.0):
+        weights = (factor * matrix()).requires_grad_()
+        value = call(AdaMEOWLoss(symmetric=symmetric), leaves[0], IDS.clamp(min=0), weights, *leaves[1:])
+        found.append((value.detach() - torch.tensor(factor).log(), *torch.autograd.grad(value, leaves)))
+    for once, times in zip(*found, strict=True):
+        torch.testing.assert_close(once, times)
 
 
 @every_use
@@ -184,14 +217,11 @@ def test_pair_weights_are_the_network_of_sums():
 
 
 def test_single_samples_with_the_network_are_the_authors_weights():
-    # Their denominator weights the positive as well: without it both are the same sums.
     torch.manual_seed(0)
     network, (q, k) = PairWeights(6).double(), (unit(x) for x in batch(9, 2, 6, 1)[0].unbind(1))
     loss = call(AdaMEOWLoss(temperature=0.9, symmetric=False, reduction="none"), q, torch.arange(9), network(q, k), k)
     dots = (q @ k.T / 0.9).exp()
-    weighted = dots * network(q, k)
-    others = weighted.sum(1) - weighted.diagonal()
-    torch.testing.assert_close(loss, -(dots.diagonal() / (dots.diagonal() + others)).log())
+    torch.testing.assert_close(loss, -(dots.diagonal() / (dots * network(q, k)).sum(1)).log())
 
 
 def test_the_network_learns_through_the_loss():

@@ -24,7 +24,10 @@ def is_negative(loss, ids, i, j):
     return all(bool(stage[i] == stage[j] and stage[i] >= 0) for stage in ids)
 
 
-def definition(loss, queries, ids, keys=None, *, temperature=0.1, symmetric=True, normalize=True, reduction="mean"):
+def definition(
+    loss, queries, ids, keys=None, *, temperature=0.1, symmetric=True, normalize=True, reduction="mean",
+    weigh_positive=True,
+):  # fmt: skip
     scaled = unit if normalize else torch.Tensor.double
     pairs = scaled(queries.double() if keys is None else torch.stack((queries, keys), dim=1).double())
     n, losses = len(pairs), []
@@ -32,9 +35,13 @@ def definition(loss, queries, ids, keys=None, *, temperature=0.1, symmetric=True
         negatives = [j for j in range(n) if j != i and is_negative(loss, ids, i, j)]
         for side in (0, 1) if symmetric else (0,):
             seen = (0, 1) if keys is None else (1 - side,)
-            rows = [pairs[i, 1 - side], *(pairs[j, other] for j in negatives for other in seen)]
-            losses.append(-(torch.stack(rows) @ pairs[i, side] / temperature).log_softmax(0)[0])
-    return reduced(losses, [True] * len(losses), (n, 2) if symmetric else (n,), reduction, queries)
+            rows = torch.stack([pairs[i, 1 - side], *(pairs[j, other] for j in negatives for other in seen)])
+            logits = rows @ pairs[i, side] / temperature
+            if loss is MEOWLoss and weigh_positive:
+                losses.append(logits[1:].logsumexp(0) - logits[0] if negatives else None)
+            else:
+                losses.append(-logits.log_softmax(0)[0])
+    return reduced(losses, [x is not None for x in losses], (n, 2) if symmetric else (n,), reduction, queries)
 
 
 def center_negatives(embeddings, ids, centers, *, temperature=0.1, normalize=True, reduction="mean"):
@@ -108,8 +115,44 @@ def test_mcl_of_one_cluster_is_infonce(use, stages, backend):
 @pytest.mark.parametrize("ids", (torch.arange(9), torch.full((9,), -1)))
 def test_meow_of_single_samples_is_infonce(use, ids, backend):
     z, symmetric = tensors(use)
-    ours = call(MEOWLoss(symmetric=symmetric, backend=backend), z[0], ids, *z[1:])
+    ours = call(MEOWLoss(symmetric=symmetric, weigh_positive=False, backend=backend), z[0], ids, *z[1:])
     torch.testing.assert_close(ours, infonce(*z, symmetric=symmetric))
+
+
+@every_use
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_meow_with_the_positive_in_the_sum(use, reduction, backend):
+    check(MEOWLoss, use, reduction=reduction, backend=backend, weigh_positive=False)
+
+
+def example():
+    """Queries, keys and two clusterings, of which the authors' code makes the numbers below at T = 0.5."""
+    q = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]], dtype=torch.float64)
+    k = torch.tensor([[0.8, 0.6], [-0.6, 0.8], [-0.8, -0.6], [0.6, -0.8]], dtype=torch.float64)
+    return q, k, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+
+
+def test_meow_is_the_authors(backend):
+    q, k, ids, more = example()
+    loss_fn = MEOWLoss(0.5, symmetric=False, backend=backend)
+    for of, value in ((ids, -1.3139759607), ([ids], -1.3139759607), ([ids, more], 0.0915496508)):
+        torch.testing.assert_close(loss_fn(q, of, keys=k).item(), value, rtol=0, atol=1e-9)
+    project = MEOWLoss(0.5, symmetric=False, weigh_positive=False, backend=backend)
+    torch.testing.assert_close(project(q, ids, keys=k).item(), 0.3169322788, rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="cluster_ids: expected a tensor"):
+        loss_fn(q, [], keys=k)
+    with pytest.raises(ValueError, match=r"cluster_ids\[1\]: expected shape \[4\]"):
+        loss_fn(q, [ids, ids[:2]], keys=k)
+
+
+def test_anchors_without_negatives_do_not_count(backend):
+    z = batch(5, 2, 6, 1)[0]
+    rows = MEOWLoss(backend=backend, reduction="none")
+    one = torch.zeros(5).int()
+    assert (rows(z, one) == 0).all()
+    first = torch.tensor([0, 0, 0, 0, 1])
+    torch.testing.assert_close(rows(z, [first, one]), rows(z, first))
+    assert MEOWLoss(backend=backend)(z, one) == 0
 
 
 @every_use

@@ -16,10 +16,12 @@ def views(n=9, d=6, dtype=torch.float64):
     return batch(n, 2, d, 1, dtype=dtype)[0].unbind(1)
 
 
-def lightgcl(embeddings, view, nodes=None, *, temperature=0.2, normalize=True, reduction="mean"):
+def lightgcl(embeddings, view, nodes=None, *, temperature=0.2, normalize=True, reduction="mean", positive_limit=5.0):
+    limit = torch.inf if positive_limit is None else positive_limit
     e, g = (unit(x.double()) if normalize else x.double() for x in (embeddings, view))
     batch = range(len(e)) if nodes is None else nodes.tolist()
-    losses = [-(g @ e[i] / temperature).log_softmax(0)[i] for i in batch]
+    logits = {i: g @ e[i] / temperature for i in batch}
+    losses = [logits[i].logsumexp(0) - logits[i][i].clamp(-limit, limit) for i in batch]
     return reduced(losses, [True] * len(losses), (len(losses),), reduction, embeddings)
 
 
@@ -47,6 +49,19 @@ def test_options(temperature, normalize, backend):
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 0.005)))
 def test_dtypes(dtype, tolerance):
     check(*views(33, dtype=dtype), tolerance=tolerance)
+
+
+@pytest.mark.parametrize("positive_limit", (None, 0.5, 5.0))
+def test_the_limit_of_positives(positive_limit, backend):
+    for normalize, temperature in ((True, 0.02), (False, 0.5)):
+        check(*views(), temperature=temperature, normalize=normalize, positive_limit=positive_limit, backend=backend)
+
+
+def test_it_is_the_authors(backend):
+    e = torch.tensor([[1.0, 0], [0, 2], [1, 1]], dtype=torch.float64)
+    g = torch.tensor([[2.0, 0], [0, 1], [0.5, 0.5]], dtype=torch.float64)
+    loss = LightGCLLoss(0.2, normalize=False, backend=backend)(g, e, nodes=torch.tensor([0, 2]))
+    torch.testing.assert_close(loss.item(), 3.2132698376, rtol=0, atol=1e-9)
 
 
 def test_all_nodes_are_infonce_of_one_direction():

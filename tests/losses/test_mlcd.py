@@ -169,3 +169,46 @@ def test_errors():
         call(MLCDLoss(), z, LABELS, centers[:7])
     with pytest.raises(ValueError, match="num_centers: expected a positive integer, got 0"):
         nearest_centers(z, centers, num_centers=0)
+
+
+# ---- margins ----
+
+ROW = torch.tensor([[1.0, 0]], dtype=torch.float64)
+PROTOTYPES = torch.tensor([[0.5, 0.75**0.5], [0, 1], [-1, 0], [0.8, 0.6]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "margin, form, value",
+    (
+        (0.0, "arcface", 0.8644650648),
+        (0.0, "cosface", 0.8644650648),
+        (0.3, "arcface", 1.1127041346),
+        (0.3, "cosface", 1.1626358750),
+    ),
+)
+def test_margins_are_the_authors(margin, form, value):
+    """Their value; the gradient is that of the margins' sigmoids through logits without one."""
+    loss_fn = MLCDLoss(0.25, sample=1, margin=margin, margin_form=form)
+    leaves = [ROW.clone().requires_grad_(), PROTOTYPES.clone().requires_grad_()]
+    loss = loss_fn(leaves[0], torch.tensor([[0, 3]]), leaves[1])
+    torch.testing.assert_close(loss.item(), value, rtol=0, atol=1e-9)
+    actual = torch.autograd.grad(loss, leaves)
+    exact = [x.detach().requires_grad_() for x in leaves]
+    s = unit(exact[0]) @ unit(exact[1]).T / 0.25
+    cosines = s.detach()[0, [0, 3]] * 0.25
+    shifted = (cosines.acos() + margin).cos() if form == "arcface" else cosines - margin
+    of_positive = torch.softmax(torch.cat((torch.zeros(1), -shifted / 0.25)), 0)[1:]
+    of_negative = torch.softmax(torch.cat((torch.zeros(1), s.detach()[0, [1, 2]])), 0)[1:]
+    linear = (s[0, [1, 2]] * of_negative).sum() - (s[0, [0, 3]] * of_positive).sum()
+    for a, e in zip(actual, torch.autograd.grad(linear, exact), strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_margin_errors():
+    for options, message in (
+        ({"margin": -0.1}, "margin: expected a number >= 0"),
+        ({"margin_form": "sphere"}, "margin_form: expected one of 'arcface', 'cosface'"),
+        ({"margin": 0.2, "normalize": False}, "margin: expected 0 with normalize=False"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MLCDLoss(**options)

@@ -31,7 +31,7 @@ ONE_PROCESS = "process_group exchange"
 # By name: the temperature, the options of its own, what it cannot honour; and the arguments of `forward`, those after
 # the star by name alone.
 SIGNATURES = {
-    "AdaMEOWLoss": (0.1, "symmetric", ONE_PROCESS, "queries cluster_ids * weights keys"),
+    "AdaMEOWLoss": (0.1, "symmetric weigh_positive", ONE_PROCESS, "queries cluster_ids * weights keys"),
     "CACRLoss": (
         1.0,
         "t_positive t_negative",
@@ -53,17 +53,22 @@ SIGNATURES = {
         "queries keys * negatives generator",
     ),
     "HardContrastiveLoss": (0.7, "alpha symmetric", ONE_PROCESS, "queries keys * negatives"),
-    "InfoNCELoss": (0.1, "symmetric", "", "queries keys * negatives"),
+    "InfoNCELoss": (0.1, "symmetric in_batch_negatives", "", "queries keys * negatives"),
     "InterCLRLoss": (
         0.2,
         "inter_weight num_negatives pool margin",
         ONE_PROCESS,
         "queries keys * negatives bank bank_cluster_ids indices generator",
     ),
-    "LightGCLLoss": (0.2, "", ONE_PROCESS, "queries keys * nodes"),
+    "LightGCLLoss": (0.2, "positive_limit", ONE_PROCESS, "queries keys * nodes"),
     "MCLLoss": (0.1, "symmetric", "", "queries cluster_ids * keys"),
-    "MEOWLoss": (0.1, "symmetric", "", "queries cluster_ids * keys"),
-    "MLCDLoss": (1 / 32, "sample", "backend process_group exchange", "embeddings cluster_ids prototypes * generator"),
+    "MEOWLoss": (0.1, "symmetric weigh_positive", "", "queries cluster_ids * keys"),
+    "MLCDLoss": (
+        1 / 32,
+        "sample margin margin_form",
+        "backend process_group exchange",
+        "embeddings cluster_ids prototypes * generator",
+    ),
     "MoCHiLoss": (
         0.2,
         "num_hardest num_synthetic num_with_query",
@@ -71,7 +76,8 @@ SIGNATURES = {
         "queries keys * negatives generator",
     ),
     "PamCLoss": (0.1, "form", "exchange", "queries keys cluster_ids"),
-    "ProtoNCELoss": (0.1, "", "", "queries cluster_ids centers * center_temperature keys negatives"),
+    "NTXentLoss": (0.5, "unassigned", "", "queries keys * negatives"),
+    "ProtoNCELoss": (0.1, "in_batch_negatives", "", "queries cluster_ids centers * center_temperature keys negatives"),
     "SBCLLoss": (0.1, "class_weight", "", "embeddings labels cluster_ids"),
     "SCGCLoss": (1.0, "", ONE_PROCESS, "embeddings * influence"),
     "SepCLRLoss": (
@@ -80,9 +86,9 @@ SIGNATURES = {
         "reduction process_group exchange",
         "embeddings * salient is_target",
     ),
-    "SupConLoss": (0.1, "form", "", "embeddings labels"),
+    "SupConLoss": (0.1, "form unassigned", "", "embeddings labels"),
     "SwAVLoss": (0.1, "epsilon iterations global_views", "exchange", "embeddings prototypes * queue"),
-    "WhitenedCSELoss": (0.05, "groups eps head", ONE_PROCESS, "embeddings * shuffles generator"),
+    "WhitenedCSELoss": (0.05, "groups eps head through_covariance", ONE_PROCESS, "embeddings * shuffles generator"),
 }
 # One word for one thing, in this order where several come by place.
 POSITIONAL = ("embeddings", "queries", "keys", "labels", "cluster_ids", "centers", "prototypes")

@@ -26,13 +26,15 @@ def inverse_root(a):
     return z / norm.sqrt()
 
 
-def whitening(x, groups, shuffle, eps=EPS):
+def whitening(x, groups, shuffle, eps=EPS, through_covariance=False):
     x, width = x.double(), x.shape[1] // groups
     columns = [None] * x.shape[1]
     for first in range(0, x.shape[1], width):
         members = shuffle[first : first + width].tolist()
         centered = x[:, members] - x[:, members].mean(0)
         covariance = centered.T @ centered / len(x) + eps * torch.eye(width, dtype=x.dtype)
+        if not through_covariance:
+            covariance = covariance.detach()
         whitened = centered @ inverse_root(covariance)
         for column, member in zip(whitened.unbind(1), members, strict=True):
             columns[member] = column
@@ -40,10 +42,11 @@ def whitening(x, groups, shuffle, eps=EPS):
 
 
 def whitenedcse(
-    embeddings, shuffles, *, groups=2, temperature=0.05, eps=EPS, head=None, normalize=True, reduction="mean"
+    embeddings, shuffles, *, groups=2, temperature=0.05, eps=EPS, head=None, normalize=True, reduction="mean",
+    through_covariance=False,
 ):  # fmt: skip
     n, views = embeddings.shape[:2]
-    h = [whitening(embeddings[:, v], groups, shuffles[v], eps) for v in range(views)]
+    h = [whitening(embeddings[:, v], groups, shuffles[v], eps, through_covariance) for v in range(views)]
     h = [x if head is None else head(x) for x in h]
     h = [unit(x) if normalize else x for x in h]
     losses = [-sum((k @ h[0][i] / temperature).log_softmax(0)[i] for k in h[1:]) / (views - 1) for i in range(n)]
@@ -183,8 +186,10 @@ def correlated(n, d, dtype=torch.float64, seed=2):
 def test_whitening(n, d, groups):
     # Also with fewer rows than channels of a group: singular covariances, whose zeros are equal eigenvalues.
     x, shuffle = correlated(n, d).requires_grad_(), permutations(1, d)[0]
-    expected = differentiate(whitening(x, groups, shuffle), [x])
-    assert_matches(differentiate(shuffled_group_whitening(x, groups=groups, shuffle=shuffle), [x]), expected, 1e-8)
+    for through in (False, True):
+        options = {"groups": groups, "shuffle": shuffle, "through_covariance": through}
+        expected = differentiate(whitening(x, **options), [x])
+        assert_matches(differentiate(shuffled_group_whitening(x, **options), [x]), expected, 1e-8)
 
 
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float64, 1e-10), (torch.float32, 1e-4), (torch.float16, 0.01)))
@@ -205,18 +210,19 @@ def test_white_rows_stay_as_they_are_and_have_a_gradient():
     x = torch.cat((torch.eye(4), -torch.eye(4))).double() * 2
     x.requires_grad_()
     eps = 1e-3
-    white = shuffled_group_whitening(x, groups=1, shuffle=torch.arange(4), eps=eps)
+    options = {"groups": 1, "shuffle": torch.arange(4), "eps": eps, "through_covariance": True}
+    white = shuffled_group_whitening(x, **options)
     torch.testing.assert_close(white, x / (1 + eps) ** 0.5)
-    assert_matches(differentiate(white, [x]), differentiate(whitening(x, 1, torch.arange(4), eps), [x]))
-    assert torch.autograd.gradcheck(
-        lambda x: shuffled_group_whitening(x, groups=1, shuffle=torch.arange(4), eps=eps), (x,)
-    )
+    assert_matches(differentiate(white, [x]), differentiate(whitening(x, **options), [x]))
+    assert torch.autograd.gradcheck(lambda x: shuffled_group_whitening(x, **options), (x,))
 
 
 def test_second_derivative():
     x = correlated(7, 4).requires_grad_()
     assert torch.autograd.gradgradcheck(
-        lambda x: shuffled_group_whitening(x, groups=2, shuffle=torch.arange(4)), (x,), atol=1e-4
+        lambda x: shuffled_group_whitening(x, groups=2, shuffle=torch.arange(4), through_covariance=True),
+        (x,),
+        atol=1e-4,
     )
 
 
@@ -254,3 +260,19 @@ def test_whitening_draws_and_refuses():
     ):
         with pytest.raises(ValueError, match=message):
             call(shuffled_group_whitening, *arguments)
+
+
+@pytest.mark.parametrize("through_covariance", (False, True))
+def test_the_covariance_in_the_backward(through_covariance):
+    check(batch(15, 3, 6, 1)[0], permutations(3, 6), through_covariance=through_covariance)
+
+
+def test_the_gradient_is_the_authors():
+    x = torch.tensor([[1.0, 2], [3, 0], [0, 1], [2, 5]], dtype=torch.float64, requires_grad=True)
+    for through, column in (
+        (False, [0.67082, -0.22361, -0.22361, -0.22361]),
+        (True, [0.62610, -0.08944, -0.35777, -0.17889]),
+    ):
+        y = shuffled_group_whitening(x, groups=1, shuffle=torch.arange(2), eps=1e-14, through_covariance=through)
+        (grad,) = torch.autograd.grad(y[0, 0], x)
+        torch.testing.assert_close(grad[:, 0], torch.tensor(column, dtype=torch.float64), rtol=0, atol=1e-5)

@@ -225,8 +225,9 @@ def test_registration():
     ids = torch.tensor([0, 0, 1, 1, 2, 2])
     scale = torch.tensor(2.0)
     op = torch.ops.ccl_fast.streaming_logsumexp.default
-    torch.library.opcheck(op, (q, None, scale, None, None, None, False, True, "blocked"))
-    torch.library.opcheck(op, (q, k, scale, torch.randn(4), ids, ids[:4], True, True, "blocked"))
+    torch.library.opcheck(op, (q, None, scale, None, None, None, False, True, False, "blocked"))
+    torch.library.opcheck(op, (q, k, scale, torch.randn(4), ids, ids[:4], True, True, False, "blocked"))
+    torch.library.opcheck(op, (q, k, scale, None, ids, ids[:4], False, True, True, "blocked"))
 
 
 @pytest.mark.parametrize("m", [None, 21])

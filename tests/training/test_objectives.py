@@ -88,7 +88,7 @@ def expected_values(z, found, prototypes):
         "pamc": mean(
             losses.PamCLoss(0.2), *[(*of, ids) for of in ((first, second), (second, first)) for ids in (a, b)]
         ),
-        "meow": mean(losses.MEOWLoss(0.2), (z, a), (z, b)),
+        "meow": mean(losses.MEOWLoss(0.2, weigh_positive=False), (z, a), (z, b)),
         "swav": mean(losses.SwAVLoss(0.2), *[(z, matrix) for matrix in prototypes]),
     }
 
@@ -127,7 +127,7 @@ def test_instances_and_clusters_have_their_shares(share):
     with_centers = losses.CenterNegativesLoss(0.2)(z, ids, centers)
     assert_close(loss(z, of), share * with_centers + (1 - share) * of_clusters)
     loss.instance_negatives = "other-clusters"
-    assert_close(loss(z, of), share * losses.MEOWLoss(0.2)(z, ids) + (1 - share) * of_clusters)
+    assert_close(loss(z, of), share * losses.MEOWLoss(0.2, weigh_positive=False)(z, ids) + (1 - share) * of_clusters)
     loss.instance_negatives = "all"
     assert_close(loss(z, of), share * losses.InfoNCELoss(0.2)(z) + (1 - share) * of_clusters)
 

@@ -5,11 +5,11 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from ccl_fast.checks import check_count, check_floating, check_matrix, check_same, check_tensor
+from ccl_fast.checks import check_count, check_floating, check_matrix, check_positive, check_same, check_tensor
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_integers, check_queries
-from ccl_fast.ops import row_dot, streaming_logsumexp
+from ccl_fast.ops import cross_entropy, row_dot, streaming_logsumexp
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
 
@@ -26,11 +26,12 @@ class LightGCLLoss(Loss):
 
     Cai, Huang, Xia, Ren, "LightGCL: Simple Yet Effective Graph Contrastive Learning for Recommendation"
     (arXiv:2302.08191). The authors' code takes the view's rows as queries and the graph's as keys, sums the layers
-    before one contrast, leaves embeddings as they are (``normalize=False``), and cuts positives' logits, and with them
-    their gradient, off at 5 and -5: unit vectors at T = 0.2 are within.
+    before one contrast, and leaves embeddings as they are (``normalize=False``).
 
     Args:
         temperature: T, > 0; the initial value if learnable.
+        positive_limit: positives' logits, and with them their gradient, are cut off at this and at its negative, 5 as
+            in the authors' code: unit vectors at T = 0.2 are within. None: they are not.
         learnable_temperature, normalize, reduction, backend: as in `Loss`. (It runs on one process.)
 
     Raises:
@@ -47,8 +48,13 @@ class LightGCLLoss(Loss):
 
     unsupported = ("process_group", "exchange")
 
-    def __init__(self, temperature: float = 0.2, **common: Unpack[CommonOptions]):
+    def __init__(
+        self, temperature: float = 0.2, *, positive_limit: float | None = 5.0, **common: Unpack[CommonOptions]
+    ):
         super().__init__(temperature, **common)
+        if positive_limit is not None:
+            check_positive("positive_limit", positive_limit)
+        self.positive_limit = positive_limit
 
     def forward(self, queries: Tensor, keys: Tensor, *, nodes: Tensor | None = None) -> Tensor:
         """Return the loss.
@@ -71,9 +77,13 @@ class LightGCLLoss(Loss):
         if nodes is not None:
             _check_nodes(nodes, queries)
             queries, positives = (x.index_select(0, nodes.long()) for x in (queries, keys))
-        anchors, scale = self.unit(queries), 1.0 / self.temperature
-        losses = streaming_logsumexp(anchors, keys, scale=scale, backend=self.backend)
-        losses = losses - row_dot(anchors, positives) * scale
+        anchors, scale, every = self.unit(queries), 1.0 / self.temperature, torch.arange(len(keys), device=keys.device)
+        among = {"q_ids": every if nodes is None else nodes.long(), "k_ids": every, "candidates": "other_id"}
+        rest = streaming_logsumexp(anchors, keys, scale=scale, backend=self.backend, **among)
+        logits = row_dot(anchors, positives) * scale
+        losses = cross_entropy(rest, logits)
+        if self.positive_limit is not None:
+            losses = losses + (logits - logits.clamp(-self.positive_limit, self.positive_limit))
         return self.reduce(losses)
 
 

@@ -28,6 +28,8 @@ BLOCK, LARGE_BLOCK, LARGE = 512, 1024, 4096
 # Tiles are cut between ids from so many rows of an id on, in the mean. Where pairs of one id are not wanted, only of so
 # few ids: most tiles are left then, of as many different shapes, for each of which oneDNN prepares and keeps a routine.
 LARGE_GROUP, FEW_GROUPS = 128, 4
+# Pairs of one id that a row has in the mean, up to which they are listed: a mask of the whole tile costs more.
+LISTED_PAIRS = 4
 LOG2E = 1.4426950408889634
 
 Pair = tuple[Tensor, Tensor]  # over the same id, over the others
@@ -38,11 +40,16 @@ class _Tile:
     rows: slice
     cols: slice
     mirrored: bool  # mutual anchors, off the diagonal of self-contrast: the tile stands for its transpose too
-    relation: str  # "same": every pair has one id, "other": none has, "mixed"
+    relation: str  # "same": every pair has one id, "other": none has, "mixed"; of what is wanted and not removed
+    cut: bool  # pairs of the kind that is not wanted are removed
 
 
 class _Problem:
-    """The operands in accumulation precision and, on a CPU, sorted by id, so that most tiles need no mask."""
+    """The operands in accumulation precision.
+
+    On a CPU they are sorted by id, so that most tiles need no mask; but where nothing is unwanted but a few pairs of
+    one id, these are listed.
+    """
 
     def __init__(self, q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, bounded, mutual=False):
         dtype = accumulation_dtype(q)
@@ -54,7 +61,14 @@ class _Problem:
         self.order_q = self.order_k = None
         self.q, self.q_ids = q.to(dtype), q_ids
         self.k, self.k_ids, self.bias = (self.q, q_ids, key_bias) if k is None else (k.to(dtype), k_ids, key_bias)
-        if q_ids is not None and on_cpu:
+        self.wanted = {"same": want_same, "other": want_other, "mixed": True}
+        # Where one kind alone is wanted the other is removed when a tile is made, and nothing after that needs a mask.
+        self.removed = None if want_same == want_other else "other" if want_same else "same"
+        block = LARGE_BLOCK if max(len(self.q), len(self.k)) >= LARGE else BLOCK
+        by_id = on_cpu and q_ids is not None
+        self.pairs = _listed_pairs(self.q_ids, self.k_ids, block) if by_id and self.removed == "same" else None
+        self.sorted = by_id and self.pairs is None
+        if self.sorted:
             self.q_ids, self.order_q = q_ids.sort()
             self.q = self.q[self.order_q]
             self.k, self.k_ids, self.order_k = self.q, self.q_ids, self.order_q
@@ -63,10 +77,8 @@ class _Problem:
                 self.k = k.to(dtype)[self.order_k]
             if key_bias is not None:
                 self.bias = key_bias[self.order_k]
-        self.wanted = {"same": want_same, "other": want_other, "mixed": True}
-        block = LARGE_BLOCK if max(len(self.q), len(self.k)) >= LARGE else BLOCK
         # Where one kind of pairs is not wanted, tiles that end with a large group of one id are of one kind.
-        by_group = q_ids is not None and on_cpu and not (want_same and want_other)
+        by_group = self.sorted and self.removed is not None
 
         def blocks(rows: int, ids: Tensor | None) -> list[slice]:
             most_groups = min(rows // LARGE_GROUP, rows if want_same else FEW_GROUPS)
@@ -78,7 +90,7 @@ class _Problem:
         self.k_range = self._id_ranges(self.k_ids, self.k_blocks)
 
     def _id_ranges(self, ids, blocks):
-        if ids is None or self.order_q is None:
+        if not self.sorted:
             return None
         ends = torch.tensor([[block.start, block.stop - 1] for block in blocks], dtype=torch.int64).reshape(-1, 2)
         return ids[ends].tolist()
@@ -90,12 +102,18 @@ class _Problem:
                 if self.is_self and j < i:
                     continue
                 relation = self._relation(i, j)
-                if self.wanted[relation]:
-                    yield _Tile(rows, cols, self.mutual and not (self.is_self and i == j), relation)
+                if not self.wanted[relation]:
+                    continue
+                cut = relation == "mixed" and self.removed is not None
+                if cut:
+                    relation = "same" if self.removed == "other" else "other"
+                yield _Tile(rows, cols, self.mutual and not (self.is_self and i == j), relation, cut)
 
     def _relation(self, i: int, j: int) -> str:
         if self.q_ids is None:
             return "other"
+        if self.pairs is not None:
+            return "mixed" if (self.q_blocks[i].start, self.k_blocks[j].start) in self.pairs else "other"
         if self.q_range is None or self.k_range is None:
             return "mixed"
         (a, b), (c, d) = self.q_range[i], self.k_range[j]
@@ -104,19 +122,51 @@ class _Problem:
         return "same" if a == b == c == d else "mixed"
 
     def logits(self, tile: _Tile) -> Tensor:
-        """x over the tile, -inf on the diagonal of self-contrast."""
-        return self._without_diagonal(matmul_nt(self.q[tile.rows], self.k[tile.cols]).mul_(self.scale), tile)
+        """x over the tile, -inf on the diagonal of self-contrast and for pairs that are removed."""
+        return self._candidates(matmul_nt(self.q[tile.rows], self.k[tile.cols]).mul_(self.scale), tile)
 
     def exponentials(self, tile: _Tile) -> Tensor:
-        """exp(x) over the tile, of bounded logits; 0 on the diagonal of self-contrast."""
+        """exp(x) over the tile, of bounded logits; 0 where `logits` has -inf."""
         scaled = self.q[tile.rows] * (self.scale * LOG2E)  # powers of two are faster
-        return self._without_diagonal(matmul_nt(scaled, self.k[tile.cols]), tile).exp2_()
+        return self._candidates(matmul_nt(scaled, self.k[tile.cols]), tile).exp2_()
 
-    def _without_diagonal(self, x: Tensor, tile: _Tile) -> Tensor:
-        return x.fill_diagonal_(-torch.inf) if self.is_self and not tile.mirrored else x
+    def _candidates(self, x: Tensor, tile: _Tile) -> Tensor:
+        if self.is_self and not tile.mirrored:
+            x.fill_diagonal_(-torch.inf)
+        if not tile.cut:
+            return x
+        if self.pairs is None:
+            mask = self.same_mask(tile)
+            return x.masked_fill_(mask if self.removed == "same" else ~mask, -torch.inf)
+        rows, columns = self.pairs[tile.rows.start, tile.cols.start]
+        place = (rows - tile.rows.start) * x.shape[1] + (columns - tile.cols.start)
+        x.view(-1).index_fill_(0, place, -torch.inf)
+        return x
 
     def same_mask(self, tile: _Tile) -> Tensor:
         return self.q_ids[tile.rows, None] == self.k_ids[None, tile.cols]
+
+
+def _listed_pairs(q_ids: Tensor, k_ids: Tensor, block: int) -> dict[tuple[int, int], tuple[Tensor, Tensor]] | None:
+    """List all pairs of one id: rows and columns of each tile that has some, by its first row and column.
+
+    None if there are many.
+    """
+    ordered, order = k_ids.sort()
+    first = torch.searchsorted(ordered, q_ids)
+    count = torch.searchsorted(ordered, q_ids, right=True) - first
+    ends = count.cumsum(0)
+    total = int(ends[-1]) if len(ends) else 0
+    if total > LISTED_PAIRS * len(q_ids):
+        return None
+    rows = torch.arange(len(q_ids), device=q_ids.device).repeat_interleave(count, output_size=total)
+    columns = order[torch.arange(total, device=q_ids.device) - (ends - count - first)[rows]]
+    across = -(-len(k_ids) // block)
+    tile, by_tile = (rows // block * across + columns // block).sort()
+    rows, columns = rows[by_tile], columns[by_tile]
+    tiles, sizes = (x.tolist() for x in tile.unique_consecutive(return_counts=True))
+    parts = zip(rows.split(sizes), columns.split(sizes), strict=True)
+    return {(t // across * block, t % across * block): part for t, part in zip(tiles, parts, strict=True)}
 
 
 def _from_sorted(x: Tensor, order: Tensor | None) -> Tensor:
@@ -127,9 +177,9 @@ def _blocks(n: int, block: int, ids: Tensor | None, most_groups: int) -> list[sl
     """Slices of at most ``block`` rows; none crosses from one id to another if these, sorted, are so few."""
     groups = [0, n]
     if ids is not None and n:
-        changes = ((ids[1:] != ids[:-1]).nonzero()[:, 0] + 1).tolist()
+        changes = (ids[1:] != ids[:-1]).nonzero()[:, 0] + 1
         if len(changes) < most_groups:
-            groups = [0, *changes, n]
+            groups = [0, *changes.tolist(), n]
     return [
         slice(start, min(start + block, end))
         for first, end in itertools.pairwise(groups)
@@ -250,6 +300,23 @@ def backward(
     grad_k = None if to_k is None else _from_sorted(to_k.mul_(scale), problem.order_k).to(dtype)
     grad_bias = None if to_bias is None else _from_sorted(to_bias, problem.order_k)
     return grad_q, grad_k, grad_scale, grad_bias
+
+
+def mutual_gradients(
+    q, k, scale, q_ids, k_ids, of_q, of_k, needs, dtype=None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of two blocks of rows that are anchors of each other, and of nothing else: the gradients of q, k and the scale.
+
+    ``of_q``, ``of_k``: (same, other, grad_same, grad_other).
+    """
+    need_q, need_k, need_scale = needs
+    wanted = of_q[0].numel() > 0, of_q[1].numel() > 0
+    problem = _Problem(q, k, scale, None, q_ids, k_ids, *wanted, bounded_on_cpu(q, k, scale, None), mutual=True)
+    to_q, to_k, _ = _weighted_sums(problem, of_q, of_k, need_q or need_scale, need_k, False)
+    to_scale = row_dot(to_q, problem.q).sum() if need_scale else None
+    grad_q = _from_sorted(to_q.mul_(scale), problem.order_q).to(dtype or q.dtype) if need_q else None
+    grad_k = _from_sorted(to_k.mul_(scale), problem.order_k).to(dtype or q.dtype) if need_k else None
+    return grad_q, grad_k, to_scale
 
 
 def mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from ccl_fast.distributed import Exchange, outside_of_graphs
 from ccl_fast.ops.backends import BACKENDS, ContrastBackend, choose_backend
 from ccl_fast.ops.ids import consecutive_ids
 from ccl_fast.ops.logsumexp.operator import logaddexp, streaming_logsumexp
-from ccl_fast.ops.logsumexp.reference import logsumexp_by_relation
+from ccl_fast.ops.logsumexp.reference import logsumexp_by_relation, mutual_by_relation
 from ccl_fast.ops.precision import accumulation_dtype
 from ccl_fast.ops.row_dot import row_dot
 from ccl_fast.ops.same_id_similarity import (
@@ -40,6 +40,7 @@ class Wanted(NamedTuple):
     other: bool = False  # log-sum-exp over those of other ids; without `same`, `by_id` tells whether only over those
     similarity: bool = False  # sum of its inner products with the rows of its id, and their number
     by_id: bool = False
+    partners: bool = False  # rows are two halves, by ids; row i of one and of the other are no candidates of each other
 
 
 def global_contrast(
@@ -129,7 +130,13 @@ class _GlobalContrast(torch.autograd.Function):
         rows = exchange.rows((z,) if ids is None else (z, ids))
         visit = rows.visit(half=True)
 
-        same, other, bounded = kernels.forward(z, None, scale, None, _of_kind(ids, wanted), None, *wanted[:2])
+        if wanted.partners:
+            halves = _halves(z)
+            both = kernels.mutual_forward(*halves.rows, scale, halves.ids, halves.ids, False, True)
+            same, other = (torch.cat(sums) for sums in zip(*both, strict=True))
+            bounded = scale.new_zeros((), dtype=torch.bool)
+        else:
+            same, other, bounded = kernels.forward(z, None, scale, None, _of_kind(ids, wanted), None, *wanted[:2])
         positives = same_id_similarity(z, _given(ids)) if wanted.similarity else ()
         numbers = _columns(wanted, same, other, *positives)
         others = [rank for rank in range(exchange.group.size) if rank != exchange.group.rank]
@@ -179,10 +186,18 @@ class _GlobalContrast(torch.autograd.Function):
 
         anchors = _anchors(wanted, known)
         same, other, grad_same, grad_other = anchors
-        grad_z, _, grad_scale, _ = kernels.backward(
-            z, None, scale, None, _of_kind(ids, wanted), None, same, other, bounded, grad_same, grad_other,
-            (True, False, True, False), dtype=known.dtype,
-        )  # fmt: skip
+        if wanted.partners:
+            halves = _halves(z)
+            of_halves = zip(*(x.chunk(2) if x.numel() else (x, x) for x in anchors), strict=True)
+            *to_halves, grad_scale = kernels.mutual_gradients(
+                *halves.rows, scale, halves.ids, halves.ids, *of_halves, (True, True, True), dtype=known.dtype
+            )
+            grad_z = torch.cat(to_halves)
+        else:
+            grad_z, _, grad_scale, _ = kernels.backward(
+                z, None, scale, None, _of_kind(ids, wanted), None, same, other, bounded, grad_same, grad_other,
+                (True, False, True, False), dtype=known.dtype,
+            )  # fmt: skip
         if wanted.similarity:
             grad_z += same_id_similarity_gradient(z, _given(ids), grads[lses])
         for block in visit:
@@ -208,6 +223,15 @@ def _given(ids: Tensor | None) -> Tensor:
     """The ids, without which no similarity can be wanted."""
     assert ids is not None
     return ids
+
+
+class _Halves(NamedTuple):
+    rows: tuple[Tensor, Tensor]
+    ids: Tensor  # of each half: a number for each row
+
+
+def _halves(z: Tensor) -> _Halves:
+    return _Halves(z.chunk(2) if len(z) else (z, z), torch.arange(len(z) // 2, device=z.device))
 
 
 def _of_kind(ids: Tensor | None, wanted: Wanted) -> Tensor | None:
@@ -242,6 +266,13 @@ def _anchors(wanted: Wanted, known: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
 def _reference(z: Tensor, ids: Tensor | None, scale: Tensor, wanted: Wanted, exchange: Exchange) -> dict[str, Tensor]:
     everyone = exchange.group.gather_with_gradient(z, exchange.counts)
     all_ids = None if ids is None else exchange.gather(ids)
+    if wanted.partners:
+        of_ranks = everyone.split(exchange.counts)
+        first_halves, second_halves = zip(*(_halves(of_rank).rows for of_rank in of_ranks), strict=True)
+        samples = torch.arange(len(everyone) // 2, device=z.device)
+        _, other = mutual_by_relation(torch.cat(first_halves), torch.cat(second_halves), scale, samples, samples)
+        before = slice(exchange.first // 2, (exchange.first + len(z)) // 2)
+        return {"other": torch.cat([half[before] for half in other.chunk(2)])}
     same, other = logsumexp_by_relation(everyone, None, scale, None, _of_kind(all_ids, wanted), None)
     found = {"same": same, "other": other}
     if wanted.similarity:

@@ -10,7 +10,7 @@ from ccl_fast.checks import Candidates, check_candidates, check_logits
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.backends import BACKENDS, ContrastBackend, choose_backend
 from ccl_fast.ops.logsumexp.bound import bounded_on_cpu
-from ccl_fast.ops.logsumexp.reference import logsumexp_by_relation
+from ccl_fast.ops.logsumexp.reference import logsumexp_by_relation, mutual_by_relation
 from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, scale_tensor, without_autocast
 
 
@@ -97,12 +97,54 @@ def streaming_logsumexp(
         same, other = logsumexp_by_relation(q, k, scale, key_bias, q_ids, k_ids)
     else:
         run = _Eager.apply if _is_eager(q) else _op
-        same, other, _bounded = run(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, chosen_backend)
+        same, other, _bounded = run(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, False, chosen_backend)
     if q_ids is None:
         return other
     chosen = {"all": lambda: logaddexp(same, other), "other_id": lambda: other, "same_id": lambda: same}
     result = chosen[candidates]()
     return (result, same) if return_same else result
+
+
+def mutual_logsumexp(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float | Tensor,
+    q_ids: Tensor | None = None,
+    k_ids: Tensor | None = None,
+    candidates: str = "all",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    r"""`streaming_logsumexp` of two sets of rows that contrast with each other, in both directions by one pass.
+
+    .. math::
+        \mathrm{LSE}_i = \log \sum_{j \in A(i)} e^{s_{ij}}, \qquad
+        \mathrm{LSE}_j = \log \sum_{i:\ j \in A(i)} e^{s_{ij}}
+
+    Args:
+        q: ``[n, d]``.
+        k: ``[m, d]``.
+        scale, q_ids, k_ids, candidates, backend: as in `streaming_logsumexp`.
+
+    Returns:
+        Those of the rows of q over the rows of k, ``[n]``, and those of the rows of k over the rows of q, ``[m]``.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or value; the backend cannot run here.
+    """
+    _check(q, k, scale, None, q_ids, k_ids, candidates, False)
+    q = in_autocast_dtype(q)
+    k = k.to(q.dtype)
+    backend = choose_backend("streaming_logsumexp", backend, q.device, q.dtype)
+    scale = scale_tensor(scale, q)
+    want_same, want_other = q_ids is not None and candidates != "other_id", candidates != "same_id"
+    if backend == "reference":
+        same, other = mutual_by_relation(q, k, scale, q_ids, k_ids)
+    else:
+        run = _Eager.apply if _is_eager(q) else _op
+        same, other, _bounded = run(q, k, scale, None, q_ids, k_ids, want_same, want_other, True, backend)
+    found = other if not want_same else same if not want_other else logaddexp(same, other)
+    return found[: len(q)], found[len(q) :]
 
 
 def softmax_sums(
@@ -143,7 +185,7 @@ def softmax_sums(
     bounded = bounded_on_cpu(q, k, scale, key_bias)
     run, none = _EagerBackward.apply if _is_eager(q) else _backward_op, logsumexp.new_empty(0)
     needs = [of == "keys", of == "queries", False, False]
-    sums = run(q, k, scale, key_bias, None, None, none, logsumexp, bounded, none, weights, needs, chosen)
+    sums = run(q, k, scale, key_bias, None, None, none, logsumexp, bounded, none, weights, needs, False, chosen)
     return sums[0 if of == "keys" else 1].to(scale.dtype) / scale
 
 
@@ -152,6 +194,19 @@ def logaddexp(a: Tensor, b: Tensor) -> Tensor:
     a_empty, b_empty = a == -torch.inf, b == -torch.inf
     both = torch.logaddexp(a.masked_fill(a_empty, 0.0), b.masked_fill(b_empty, 0.0))
     return torch.where(a_empty, b, torch.where(b_empty, a, both))
+
+
+def cross_entropy(rest: Tensor, positive: Tensor) -> Tensor:
+    r"""-log of a positive's softmax, given its logit and the log-sum-exp over all the rest.
+
+    .. math::
+        \log (1 + e^{\mathrm{rest} - \mathrm{positive}})
+
+    Never below 0, and exact to rounding, with its gradient, also where the positive outweighs the rest by so much that
+    the log-sum-exp over all is the positive's logit to rounding. The rest may be empty (-inf).
+    """
+    # Up to the threshold the exponential is a float32 number; above it log(1 + e^x) is x to rounding, also in float64.
+    return torch.nn.functional.softplus(rest - positive, threshold=40.0)
 
 
 def _is_eager(q: Tensor) -> bool:
@@ -178,11 +233,18 @@ def _forward(
     k_ids: Tensor | None,
     want_same: bool,
     want_other: bool,
+    mutual: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exps over the same id and over the others, and what `logit_bound` told (False if not asked)."""
+    """Log-sum-exps over the same id and over the others, and what `logit_bound` told (False if not asked).
+
+    ``mutual``: also those of the keys over the rows, after those of the rows.
+    """
     module = BACKENDS["streaming_logsumexp"][backend].module
     with without_autocast(q.device):
+        if mutual:
+            of_q, of_k = module.mutual_forward(q, k, scale, q_ids, k_ids, want_same, want_other)
+            return *(torch.cat(both) for both in zip(of_q, of_k, strict=True)), scale.new_zeros((), dtype=torch.bool)
         return module.forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other)
 
 
@@ -190,8 +252,8 @@ _op = torch.library.custom_op("ccl_fast::streaming_logsumexp", _forward, mutates
 
 
 @_op.register_fake
-def _(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, backend):
-    n, dtype = q.shape[0], accumulation_dtype(q)
+def _(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, mutual, backend):
+    n, dtype = q.shape[0] + (k.shape[0] if mutual else 0), accumulation_dtype(q)
     sizes = n if want_same else 0, n if want_other else 0
     return *(q.new_empty(size, dtype=dtype) for size in sizes), q.new_empty((), dtype=torch.bool)
 
@@ -209,11 +271,19 @@ def _backward(
     grad_same: Tensor,
     grad_other: Tensor,
     needs: list[bool],
+    mutual: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     module = BACKENDS["streaming_logsumexp"][backend].module
     with without_autocast(q.device):
-        grads = module.backward(q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs)
+        if mutual:
+            numbers = (same, other, grad_same, grad_other)
+            of_q, of_k = (tuple(x[part] for x in numbers) for part in (slice(len(q)), slice(len(q), None)))
+            grads = *module.mutual_gradients(q, k, scale, q_ids, k_ids, of_q, of_k, needs[:3]), None
+            grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
+        else:
+            numbers = (same, other, bounded, grad_same, grad_other)
+            grads = module.backward(q, k, scale, key_bias, q_ids, k_ids, *numbers, needs)
     # Row-major whatever the strides of the inputs, as the fake promises to the compiler.
     to_q, to_k, to_scale, to_bias = (q.new_empty(0) if g is None else g.contiguous() for g in grads)
     return to_q, to_k, to_scale, to_bias
@@ -223,22 +293,22 @@ _backward_op = torch.library.custom_op("ccl_fast::streaming_logsumexp_backward",
 
 
 @_backward_op.register_fake
-def _(q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs, backend):
+def _(q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs, mutual, backend):
     inputs = (q, k, scale, key_bias)
     shapes = [(x.shape, x.dtype) if n else ((0,), q.dtype) for x, n in zip(inputs, needs, strict=True)]
     return tuple(q.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, _want_same, _want_other, ctx.backend = inputs
+    *tensors, _want_same, _want_other, ctx.mutual, ctx.backend = inputs
     ctx.mark_non_differentiable(output[-1])
     ctx.save_for_backward(*tensors, *output)
 
 
 def _gradients(ctx, backward, grad_same: Tensor, grad_other: Tensor, _grad_bounded: None):
     needs = list(ctx.needs_input_grad[:4])
-    grads = backward(*ctx.saved_tensors, grad_same, grad_other, needs, ctx.backend)
-    return (*(g if n else None for g, n in zip(grads, needs, strict=True)), None, None, None, None, None)
+    grads = backward(*ctx.saved_tensors, grad_same, grad_other, needs, ctx.mutual, ctx.backend)
+    return (*(g if n else None for g, n in zip(grads, needs, strict=True)), *[None] * 6)
 
 
 def _double_backward(ctx, *grads):

@@ -31,6 +31,15 @@ def logsumexp_by_relation(
     return _masked_logsumexp(logits, same & ~excluded), _masked_logsumexp(logits, ~same & ~excluded)
 
 
+def mutual_by_relation(
+    q: Tensor, k: Tensor, scale: Tensor, q_ids: Tensor | None, k_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same of the rows of q over those of k and, after them, of the rows of k over those of q."""
+    there = logsumexp_by_relation(q, k, scale, None, q_ids, k_ids)
+    back = logsumexp_by_relation(k, q, scale, None, k_ids, q_ids)
+    return tuple(torch.cat(both) for both in zip(there, back, strict=True))
+
+
 def _masked_logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
     """Row-wise log-sum-exp over ``mask``; -inf with zero gradient (not NaN) where a row has nothing."""
     if logits.shape[1] == 0:

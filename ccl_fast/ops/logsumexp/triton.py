@@ -141,6 +141,25 @@ def mutual_forward(
     )
 
 
+def mutual_gradients(
+    q, k, scale, q_ids, k_ids, of_q, of_k, needs, dtype=None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of two blocks of rows that are anchors of each other, and of nothing else: the gradients of q, k and the scale.
+
+    ``of_q``, ``of_k``: (same, other, grad_same, grad_other).
+    """
+    if not (len(q) and len(k)):
+        return *(torch.zeros_like(x, dtype=dtype) for x in (q, k)), scale.new_zeros(())
+    need_q, need_k, need_scale = needs
+    grad_q = grad_k = to_scale = rest = None
+    if need_q or need_scale:
+        grad_q, to_scale = mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k)
+    if need_k or need_scale:
+        grad_k, rest = mutual_backward(k, q, scale, k_ids, q_ids, of_k, of_q)
+    grad_q, grad_k = (None if grad is None else grad.to(dtype or q.dtype) for grad in (grad_q, grad_k))
+    return grad_q, grad_k, to_scale + rest if need_scale else None
+
+
 def mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k) -> tuple[Tensor, Tensor]:
     """Of two blocks of rows that are anchors of each other: gradients of q, and of half the scale.
 

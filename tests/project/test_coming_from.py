@@ -1,0 +1,117 @@
+"""The lines of docs/coming-from.md: what is replaced and what replaces it have the same value and gradient."""
+
+import importlib
+import re
+
+import pytest
+import torch
+
+import ccl_fast
+from tests import ROOT
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PAGE = ROOT / "docs" / "coming-from.md"
+PACKAGES = ("pytorch_metric_learning", "lightly")
+
+
+def pairs():
+    """(section, lines before, lines after) of each block."""
+    found = []
+    for section in re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)[1:]:
+        title = section.partition("\n")[0]
+        for block in re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL):
+            _, before, after = re.split(r"^# (?:before|after)\n", block, flags=re.MULTILINE)
+            found.append(pytest.param(before, after, id=f"{title} {len(found)}"))
+    return found
+
+
+class SupConLoss(torch.nn.Module):
+    """The formula of SupContrast's losses.py (Khosla et al.), with contrast_mode "all"."""
+
+    def __init__(self, temperature=0.07, base_temperature=0.07):
+        super().__init__()
+        self.temperature, self.base_temperature = temperature, base_temperature
+
+    def forward(self, features, labels=None):
+        n, views = features.shape[:2]
+        labels = torch.arange(n) if labels is None else labels
+        rows = torch.cat(features.unbind(1))
+        same = (labels[:, None] == labels).repeat(views, views).to(rows.dtype)
+        others = 1 - torch.eye(n * views, dtype=rows.dtype)
+        logits = rows @ rows.T / self.temperature
+        logits = logits - logits.amax(1, keepdim=True).detach()
+        log_prob = logits - (logits.exp() * others).sum(1, keepdim=True).log()
+        positive = same * others
+        number = positive.sum(1)
+        mean_log_prob = (positive * log_prob).sum(1) / torch.where(number < 1e-6, 1, number)
+        return -(self.temperature / self.base_temperature) * mean_log_prob.mean()
+
+
+# What the code that is replaced expects to be of unit length already.
+UNIT = ("features", "q", "k", "images", "texts")
+
+
+def names():
+    """Leaves that get the gradients, and all that the lines know."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(*shape):
+        return torch.randn(*shape, 8, generator=generator, dtype=torch.float64)
+
+    leaves = {name: rows(12) for name in ("embeddings", "view0", "view1", "q", "k", "images", "texts")}
+    leaves["features"] = rows(12, 2)
+    leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+    known = leaves | {name: torch.nn.functional.normalize(leaves[name], dim=-1) for name in UNIT}
+    labels = torch.tensor([0, 1, 2, -1, 0, 1, -7, -1, 0, 5, -7, 0])
+    queue = torch.nn.functional.normalize(rows(30)).T.contiguous()
+    return leaves, known | {"labels": labels, "queue": queue, "torch": torch, "ccl_fast": ccl_fast}
+
+
+@pytest.mark.parametrize("before, after", pairs())
+def test_the_page(before, after):
+    leaves, known = names()
+    known["SupConLoss"] = SupConLoss
+    for package in PACKAGES:
+        if f"{package}." in before:
+            known[package] = pytest.importorskip(package)
+            for part in re.findall(rf"{package}\.(losses|loss)\b", before):
+                importlib.import_module(f"{package}.{part}")
+    results = []
+    for lines in (before, after):
+        space = dict(known)
+        exec(lines, space)
+        used = [name for name in leaves if re.search(rf"\b{name}\b", lines)]
+        results.append(
+            (
+                used,
+                space["loss"],
+                torch.autograd.grad(space["loss"], [leaves[name] for name in used], retain_graph=True),
+            )
+        )
+    (used, value, gradients), (used_after, own_value, own_gradients) = results
+    assert used == used_after
+    torch.testing.assert_close(own_value, value, rtol=1e-6, atol=1e-9)
+    for name, own, expected in zip(used, own_gradients, gradients, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_what_the_table_says_of_a_batch_of_one_class():
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    embeddings = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    labels = torch.zeros(6, dtype=torch.long)
+    assert losses.SupConLoss()(embeddings, labels) == 0 < ccl_fast.SupConLoss()(embeddings, labels)
+
+
+def test_unassigned():
+    """Labels below 0 as classes, wherever they are; without the option -1 is none and others are errors."""
+    embeddings = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([-9, 3, -1, -9, 3, -1])
+    expected = ccl_fast.SupConLoss()(embeddings, torch.tensor([0, 1, 2, 0, 1, 2]))
+    for form in (labels, labels.int(), labels + 2**62, labels - 2**62):
+        torch.testing.assert_close(ccl_fast.SupConLoss(unassigned=None)(embeddings, form), expected)
+    with pytest.raises(IndexError, match="labels: expected ids at least -1"):
+        ccl_fast.SupConLoss()(embeddings, labels)
+    assert not torch.allclose(ccl_fast.SupConLoss()(embeddings, labels.clamp(min=-1)), expected)
+    for wrong in (0, "none", True):
+        with pytest.raises(ValueError, match="unassigned: expected -1 or None"):
+            ccl_fast.SupConLoss(unassigned=wrong)
