@@ -36,6 +36,13 @@ class Group:
     Attributes:
         rank, size: number of this process, and of processes.
         process_group: what the group was opened with; None: no group.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.distributed import open_group
+        >>> group = open_group(None)  # or "world"
+        >>> group.size, group.is_null, group.gather_int(3), group.sum(torch.ones(2))
+        (1, True, [3], tensor([1., 1.]))
     """
 
     rank, size = 0, 1

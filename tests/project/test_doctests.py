@@ -11,7 +11,14 @@ import ccl_fast.losses
 import ccl_fast.metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PACKAGES = ("ccl_fast.losses", "ccl_fast.metrics", "ccl_fast.clustering", "ccl_fast.ood", "ccl_fast.ops")
+PACKAGES = (
+    "ccl_fast.losses",
+    "ccl_fast.metrics",
+    "ccl_fast.clustering",
+    "ccl_fast.ood",
+    "ccl_fast.ops",
+    "ccl_fast.distributed",
+)
 
 
 def modules_with_examples() -> list[str]:
