@@ -91,9 +91,10 @@ def test_plus_plus_never_draws_a_row_twice(seed):
     assert rows.sort().values.tolist() == list(range(10))
 
 
+@pytest.mark.parametrize("draws", [1000, pytest.param(4000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_plus_plus_has_the_distribution_of_its_definition(weighted):
-    # The probability of every ordered triple of four rows, by definition, against 4,000 draws.
+def test_plus_plus_has_the_distribution_of_its_definition(weighted, draws):
+    # The probability of every ordered triple of four rows, by definition, against so many draws.
     x = torch.tensor([[0.0], [1.0], [3.0], [7.0]], dtype=torch.float64)
     weights = torch.tensor([1.0, 4.0, 2.0, 0.5]) if weighted else torch.ones(4)
     expected = torch.zeros(4, 4, 4, dtype=torch.float64)
@@ -104,7 +105,6 @@ def test_plus_plus_has_the_distribution_of_its_definition(weighted):
             if second != first:
                 chance = weights[first] / weights.sum() * to_first[second] / to_first.sum()
                 expected[first, second] = chance * nearest / nearest.sum()
-    draws = 4000
     seen = torch.zeros(4, 4, 4)
     for seed in range(draws):
         rows = plus_plus(x, 3, seed, weights=weights[None] if weighted else None).flatten()

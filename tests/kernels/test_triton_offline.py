@@ -2,8 +2,8 @@
 an inner loop that does no more than it did.
 
 The variant of the largest problems is compiled for every architecture, all others for sm_90; `make launch-table`
-compiles all. A compilation takes a second or two: for sm_90 one of each kernel and element and one with ids, for the
-other architectures one of each element, are not marked slow.
+compiles all. A compilation takes a second or two: for sm_90 one of each kernel, one of each element and one with ids,
+for each other architecture one, are not marked slow.
 """
 
 import multiprocessing
@@ -62,7 +62,7 @@ def cases():
     for entry in shipped():
         kernel, element, ids, *_ = entry
         for arch, number in planned(entry, quick=True):
-            kinds = {(kernel, element), (ids, element)} if arch == 90 else {(arch, element)}
+            kinds = {kernel, element, ids} if arch == 90 else {arch}
             marks = pytest.mark.slow if number or kinds <= seen else ()
             seen |= kinds
             yield pytest.param(entry, arch, number, marks=marks, id=f"{entry}-sm_{arch}-{number}")
