@@ -61,6 +61,13 @@ TABLE: dict[tuple[str, int, bool], list[Entry]] = {
         Entry(64, Launch(128, 128, 64, 8, 3)),
         Entry(128, Launch(128, 64, 128, 8, 3), sm_90=Launch(128, 64, 128, 4, 3)),
         Entry(
+            256,
+            Launch(128, 128, 64, 8, 3),
+            sm_90=Launch(128, 64, 256, 8, 3),
+            sm_100=Launch(128, 128, 32, 8, 3),
+            sm_120=Launch(128, 128, 32, 8, 3),
+        ),
+        Entry(
             ANY,
             Launch(128, 128, 64, 8, 3),
             sm_100=Launch(128, 128, 32, 8, 3),
@@ -70,6 +77,13 @@ TABLE: dict[tuple[str, int, bool], list[Entry]] = {
     ("forward_triangle", 2, True): [
         Entry(64, Launch(128, 128, 64, 8, 3), sm_100=Launch(64, 64, 64, 4, 3)),
         Entry(128, Launch(128, 64, 128, 8, 3)),
+        Entry(
+            256,
+            Launch(128, 128, 32, 8, 3),
+            sm_80=Launch(128, 128, 64, 8, 3),
+            sm_90=Launch(128, 64, 256, 8, 3),
+            sm_100=Launch(64, 64, 64, 8, 3),
+        ),
         Entry(
             ANY,
             Launch(128, 128, 32, 8, 3),

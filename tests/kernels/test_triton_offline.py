@@ -30,6 +30,8 @@ BOUNDS = {
     ("forward_triangle", 64, True): (14.5, 0.2),
     ("forward_triangle", 128, False): (9.6, 1.5),
     ("forward_triangle", 128, True): (17.0, 0.3),
+    ("forward_triangle", 256, False): (13.7, 0.2),
+    ("forward_triangle", 256, True): (20.0, 0.3),
     ("forward_triangle", 1024, False): (36.0, 0.1),
     ("forward_triangle", 1024, True): (41.0, 0.2),
     ("backward_rows", 64, False): (8.2, 0.0),

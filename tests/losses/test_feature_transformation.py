@@ -20,6 +20,7 @@ def symmetric_beta(shape, alpha, generator):
     return symmetric_beta_on(shape, alpha, torch.device("cpu"), generator)
 
 
+@torch.compiler.disable  # torch 2.11 compiles no generator
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
