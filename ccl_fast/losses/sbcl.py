@@ -29,7 +29,8 @@ class SBCLLoss(Loss):
 
     with V(i) the other views of the anchor's sample, which are of its subclass, or with ``own_views=False`` none. A
     term without positives is 0; the mean is over the anchors that have a positive. Where subclasses are classes it
-    is SupCon, with ``own_views=False``. One pass gives both log-sum-exps. Memory is linear in n; a second derivative raises.
+    is SupCon, with ``own_views=False``. One pass gives both log-sum-exps. Memory is linear in n; a second derivative
+    raises.
 
     Hou et al., "Subclass-balancing Contrastive Learning for Long-tailed Recognition" (arXiv:2306.15925), where the
     subclasses of head classes are clusters of about the size of a tail class, and the second term has a temperature
