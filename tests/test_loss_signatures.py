@@ -79,7 +79,7 @@ SIGNATURES = {
     "NTXentLoss": (0.5, "unassigned", "", "queries keys * negatives"),
     "ProtoNCELoss": (0.1, "in_batch_negatives", "", "queries cluster_ids centers * center_temperature keys negatives"),
     "SBCLLoss": (0.1, "class_weight own_views", "", "embeddings labels cluster_ids * class_temperature"),
-    "SCGCLoss": (1.0, "", ONE_PROCESS, "embeddings * influence"),
+    "SCGCLoss": (1.0, "self_term", ONE_PROCESS, "embeddings * influence"),
     "SepCLRLoss": (
         0.5,
         "salient_weight background_weight independence_weight",
