@@ -5,12 +5,14 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_not_negative
+from ccl_fast.checks import check_choice, check_not_negative
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.ops import expected_similarity, row_dot, streaming_logsumexp
 from ccl_fast.ops.ids import consecutive_ids
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
+
+NEGATIVES = ("other views", "all views")
 
 
 class CACRLoss(Loss):
@@ -27,14 +29,16 @@ class CACRLoss(Loss):
     the mean distance. A single positive has the weight 1 whatever :math:`t_+`. Memory is linear in n.
 
     Zheng et al., "Contrastive Attraction and Contrastive Repulsion for Representation Learning" (arXiv:2105.03746).
-    The paper draws negatives from the data's distribution, so here the rows of all views of other samples share one
-    softmax. The authors' code takes for each pair of views the negatives of one view, those of the other one (with a
-    queue: of its own view), and averages over the pairs; its factors alpha and beta are 1.
+    The paper draws negatives from the data's distribution; which rows share a softmax is ``negatives_of``. The factors
+    alpha and beta of the authors' code are 1 here as there.
 
     Args:
         temperature: it has none but :math:`t_+` and :math:`t_-`, so nothing but 1.
         t_positive: :math:`t_+`, >= 0.
         t_negative: :math:`t_-`, >= 0.
+        negatives_of: without labels, "other views": a softmax of its own over the other samples' rows of each view but
+            the anchor's, in the mean of these views, as in the authors' code; or "all views": one softmax over the rows
+            of all views. Labels take the second one.
         normalize: scale embeddings to unit length; if not, distances are of the embeddings as they come.
         reduction: "mean", "sum", or "none" (a loss per row, ``[n]`` or ``[n, views]``). Of the other options of
             `Loss` it can honour none.
@@ -64,12 +68,14 @@ class CACRLoss(Loss):
         *,
         t_positive: float = 1.0,
         t_negative: float = 2.0,
+        negatives_of: str = "other views",
         **common: Unpack[CommonOptions],
     ):
         super().__init__(temperature, **common)
         for name, t in (("t_positive", t_positive), ("t_negative", t_negative)):
             check_not_negative(name, t)
-        self.t_positive, self.t_negative = t_positive, t_negative
+        check_choice("negatives_of", negatives_of, NEGATIVES)
+        self.t_positive, self.t_negative, self.negatives_of = t_positive, t_negative, negatives_of
 
     def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the loss.
@@ -106,8 +112,31 @@ class CACRLoss(Loss):
             size = torch.zeros_like(group).index_add_(0, group, torch.ones_like(group))[group]
             has_positive, has_negative = size > 1, size < len(z)
             attraction = self._distance(z, batch.ids, self.t_positive, "same_id", has_positive)
-        repulsion = self._distance(z, batch.ids, -self.t_negative, "other_id", has_negative)
+        if labels is None and self.negatives_of == "other views":
+            repulsion = self._distance_to_other_views(z.view(embeddings.shape)).masked_fill(~has_negative, 0.0)
+        else:
+            repulsion = self._distance(z, batch.ids, -self.t_negative, "other_id", has_negative)
         return self.reduce(attraction - repulsion, has_positive, batch.shape)
+
+    def _distance_to_other_views(self, z: Tensor) -> Tensor:
+        """Of every row, in the mean over the other views, the mean squared distance to their other samples [n views].
+
+        Weights are e^(-t |.|^2) among the rows of one other view.
+        """
+        samples, found = torch.arange(len(z), device=z.device), []
+        options = {"scale": 2.0 * self.t_negative, "q_ids": samples, "k_ids": samples, "candidates": "other_id"}
+        views = z.unbind(1)
+        for v, anchors in enumerate(views):
+            others = [keys for w, keys in enumerate(views) if w != v]
+            found.append(sum(self._mean_distance(anchors, keys, options) for keys in others) / len(others))
+        return torch.stack(found, dim=1).flatten()
+
+    def _mean_distance(self, q: Tensor, k: Tensor, options: dict) -> Tensor:
+        if self.normalize:
+            return 2.0 - 2.0 * expected_similarity(q, k, **options)
+        q, k, norm = _with_norms(q, k)
+        with without_autocast(q.device):
+            return norm - 2.0 * expected_similarity(q, k, **options)
 
     def _distance(self, z: Tensor, ids: Tensor, t: float, candidates: str, has_candidate: Tensor) -> Tensor:
         """Of every row the mean squared distance to its candidates, weighted by e^(t |.|^2); 0 if there are none."""
@@ -116,10 +145,7 @@ class CACRLoss(Loss):
         if self.normalize:
             mean = 2.0 - 2.0 * expected_similarity(z, **options)
             return mean.masked_fill(~has_candidate, 0.0)
-        # |z - z'|^2 = |z|^2 - 2 <(z, 1), (z', -|z'|^2 / 2)>.
-        norm = row_dot(z, z)
-        q = torch.cat((z, torch.ones_like(norm)[:, None]), dim=1)
-        k = torch.cat((z, norm[:, None] / -2.0), dim=1)
+        q, k, norm = _with_norms(z, z)
         with without_autocast(z.device):
             mean = norm - 2.0 * expected_similarity(q, k, k_ids=ids, **options)
             if candidates == "same_id":
@@ -128,6 +154,13 @@ class CACRLoss(Loss):
                 logsumexp = t * norm + streaming_logsumexp(q, k, k_ids=ids, **options)
                 mean = mean / -torch.expm1(-logsumexp.masked_fill(~has_candidate, 1.0))
         return mean.masked_fill(~has_candidate, 0.0)
+
+
+def _with_norms(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and |q|^2, such that |q - k|^2 = |q|^2 - 2 <(q, 1), (k, -|k|^2 / 2)>."""
+    norm = row_dot(q, q)
+    rows = torch.cat((q, torch.ones_like(norm)[:, None]), dim=1)
+    return rows, torch.cat((k, row_dot(k, k)[:, None] / -2.0), dim=1), norm
 
 
 def _distance_between_views(z: Tensor, t: float) -> Tensor:

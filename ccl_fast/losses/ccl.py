@@ -20,6 +20,10 @@ Form = Literal["joint", "split", "inside"]
 FORMS: tuple[Form, ...] = get_args(Form)
 
 
+# Losses; of the instance alone, if it has a weight; who has a positive.
+_Parts = tuple[Tensor, Tensor | None, Tensor]
+
+
 class _ToCenters(NamedTuple):
     """Of every row: log-sum-exp over the centres but its own, the logit of its own (0 if unassigned), its weight."""
 
@@ -148,11 +152,11 @@ class CCLLoss(Loss):
             to_centers = _ToCenters(others, own, self.center_weight * batch.assigned.to(own.dtype))
         of_form = self._inside if self.form == "inside" else self._outside
         losses, of_instance, has_positive = of_form(batch, scale, to_centers)
-        if self.instance_weight:
+        if of_instance is not None:
             losses = (1 - self.instance_weight) * losses + self.instance_weight * of_instance
         return self.reduce(losses, has_positive, batch.shape, batch.exchange.group)
 
-    def _outside(self, batch: Batch, scale: float | Tensor, to_centers: _ToCenters | None) -> tuple[Tensor, ...]:
+    def _outside(self, batch: Batch, scale: float | Tensor, to_centers: _ToCenters | None) -> _Parts:
         """Losses of "joint" and "split"; of the instance alone, if it has a weight; who has a positive."""
         rest, positives, count, single = logsumexp_and_positives(batch, scale, self.backend)
         of_instance = None
@@ -176,7 +180,7 @@ class CCLLoss(Loss):
         rest = logaddexp(logaddexp(rest, to_centers.others), logaddexp(partner, center))
         return _loss_of(rest, mean, only), of_instance, total > 0
 
-    def _inside(self, batch: Batch, scale: float | Tensor, to_centers: _ToCenters | None) -> tuple[Tensor, ...]:
+    def _inside(self, batch: Batch, scale: float | Tensor, to_centers: _ToCenters | None) -> _Parts:
         """The same of "inside"."""
         rest, same, single = logsumexp_by_id(batch, scale, self.backend)
         of_instance = None

@@ -112,6 +112,7 @@ class InfoNCELoss(Loss):
         if negatives is not None:
             extra = streaming_logsumexp(anchors, self.unit(negatives), scale=scale, backend=self.backend)
             rest = extra if rest is None else logaddexp(rest, extra)
+        assert rest is not None  # without negatives of the batch there is a queue: `_check` has seen to that
         losses = cross_entropy(rest, row_dot(anchors, positives) * scale)
         if len(shape) == 2 and keys is not None:
             losses = losses.view(2, n).T.flatten()

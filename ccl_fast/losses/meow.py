@@ -94,8 +94,8 @@ class MEOWLoss(Loss):
                 check_ids(f"cluster_ids[{m}]" if several else "cluster_ids", ids, queries)
             return counts
 
-        several = isinstance(cluster_ids, list | tuple)
-        clusterings = cluster_ids if several else [cluster_ids]
+        several = not isinstance(cluster_ids, Tensor)
+        clusterings = list(cluster_ids) if several else [cluster_ids]
         _, exchange, first = self.join_processes(
             check, {"queries": queries, "keys": keys}, lambda: {"cluster_ids": f"{len(clusterings)} tensors"}
         )

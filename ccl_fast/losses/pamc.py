@@ -36,6 +36,7 @@ class PamCLoss(Loss):
     The proxy of Kulatilleke, Portmann, Chandra, "Efficient block contrastive learning via parameter-free meta-node
     approximation" (arXiv:2209.14067), in this project's reading: the paper sums negatives over pairs of clusters
     ("cluster"), with positives from a graph's neighbours; its code takes cosines of the clusters' sums, without sizes.
+    The form "node" is this project's own.
 
     Args:
         temperature: T, > 0; the initial value if learnable.

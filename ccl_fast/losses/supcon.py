@@ -73,4 +73,6 @@ class SupConLoss(CCLLoss):
             ValueError: an argument has the wrong type, shape, dtype, device or value.
             IndexError: a label is below -1 while ``unassigned`` is -1 (on a GPU: an assertion on the device).
         """
-        return super().forward(embeddings, labels_as_ids(labels, self.unassigned, self.process_group is None))
+        if labels is not None:
+            labels = labels_as_ids(labels, self.unassigned, self.process_group is None)
+        return super().forward(embeddings, labels)

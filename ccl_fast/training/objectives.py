@@ -109,7 +109,12 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
     BASELINE: Objective("SimCLR", CCLLoss, lambda loss, z, _: loss(z), "nothing"),
     "hard-contrastive": Objective("Hard contrastive", HardContrastiveLoss, lambda loss, z, _: loss(z), "nothing"),
     # It has no temperature (the warm-up does).
-    "cacr": Objective("CACR", lambda temperature: CACRLoss(), lambda loss, z, _: loss(z), "nothing"),
+    "cacr": Objective(
+        "CACR",
+        lambda temperature: CACRLoss(negatives_of="all views"),
+        lambda loss, z, _: loss(z),
+        "nothing",
+    ),
     "ccl": Objective(
         "CCL",
         CooperativeCCL,

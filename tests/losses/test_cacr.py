@@ -16,7 +16,10 @@ def views(n=9, count=3, d=6, dtype=torch.float64, seed=0):
     return batch(n, count, d, 1, seed, dtype)[0]
 
 
-def cacr(embeddings, labels=None, *, t_positive=1.0, t_negative=2.0, normalize=True, reduction="mean"):
+def cacr(
+    embeddings, labels=None, *, t_positive=1.0, t_negative=2.0, negatives_of="other views", normalize=True,
+    reduction="mean",
+):  # fmt: skip
     z, ids, shape = as_rows(embeddings, labels, normalize)
 
     def mean_distance(i, others, t):
@@ -30,7 +33,12 @@ def cacr(embeddings, labels=None, *, t_positive=1.0, t_negative=2.0, normalize=T
         counted.append(bool(positives))
         loss = mean_distance(i, positives, t_positive) if positives else None
         if positives and negatives:
-            loss = loss - mean_distance(i, negatives, -t_negative)
+            groups = [negatives]
+            if labels is None and negatives_of == "other views":
+                views = embeddings.shape[1]
+                others = [v for v in range(views) if v != i % views]
+                groups = [[j for j in negatives if j % views == v] for v in others]
+            loss = loss - sum(mean_distance(i, group, -t_negative) for group in groups) / len(groups)
         losses.append(loss)
     return reduced(losses, counted, shape, reduction, embeddings)
 
@@ -50,6 +58,23 @@ def test_the_definition(labels, normalize, reduction):
     check(views(), labels, normalize=normalize, reduction=reduction)
     if labels is not None:
         check(views()[:, 0], labels, normalize=normalize, reduction=reduction)
+
+
+@pytest.mark.parametrize("labels", (None, LABELS), ids=("samples", "classes"))
+@pytest.mark.parametrize("normalize", (True, False))
+@pytest.mark.parametrize("t_positive, t_negative", ((0, 0), (0.0, 2.0), (1.0, 0.0), (0.1, 20.0), (30, 0.3)))
+def test_negatives_of_all_views(t_positive, t_negative, normalize, labels):
+    options = {"t_positive": t_positive, "t_negative": t_negative, "normalize": normalize}
+    check(views(), labels, 1e-9, negatives_of="all views", **options)
+
+
+def test_it_is_the_authors():
+    q = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]], dtype=torch.float64)
+    k = torch.tensor([[0.8, 0.6], [-0.6, 0.8], [-0.8, -0.6], [0.6, -0.8]], dtype=torch.float64)
+    loss = CACRLoss(t_positive=1.0, t_negative=2.0)(torch.stack((q, k), 1))
+    torch.testing.assert_close(loss.item(), -0.4297505582, rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="negatives_of: expected one of"):
+        CACRLoss(negatives_of="both")
 
 
 @pytest.mark.parametrize("labels", (None, LABELS), ids=("samples", "classes"))
@@ -107,7 +132,8 @@ def test_uniform_weights_are_alignment_and_the_mean_distance():
     own = torch.eye(9, dtype=torch.bool)
     alignment = distance.transpose(1, 2)[own].sum() / (9 * 3 * 2)
     torch.testing.assert_close(
-        CACRLoss(t_positive=0, t_negative=0)(views()), alignment - distance.transpose(1, 2)[~own].mean()
+        CACRLoss(t_positive=0, t_negative=0, negatives_of="all views")(views()),
+        alignment - distance.transpose(1, 2)[~own].mean(),
     )
 
 
@@ -131,10 +157,11 @@ def test_large_t_takes_the_farthest_positive_and_the_nearest_negative(labels):
 
 @pytest.mark.parametrize("normalize", (True, False))
 def test_samples_as_classes_and_views_in_any_order(normalize):
-    expected = CACRLoss(normalize=normalize)(views())
+    loss_fn = CACRLoss(negatives_of="all views", normalize=normalize)
+    expected = loss_fn(views())
     for labels in (NO_LABELS, NO_LABELS.flip(0), torch.full((9,), -1)):
-        torch.testing.assert_close(CACRLoss(normalize=normalize)(views(), labels), expected)
-    torch.testing.assert_close(CACRLoss(normalize=normalize)(views().flip(1)[torch.randperm(9)]), expected)
+        torch.testing.assert_close(loss_fn(views(), labels), expected)
+    torch.testing.assert_close(loss_fn(views().flip(1)[torch.randperm(9)]), expected)
 
 
 def test_a_rotation_and_a_shift_change_nothing():
@@ -223,7 +250,7 @@ def test_double_backward_is_a_clear_error():
 
 
 def test_representation_and_state():
-    text = "CACRLoss(t_positive=1.0, t_negative=3, normalize=True, reduction='mean')"
+    text = "CACRLoss(t_positive=1.0, t_negative=3, negatives_of='other views', normalize=True, reduction='mean')"
     assert repr(CACRLoss(t_negative=3)) == text and not CACRLoss().state_dict()
 
 

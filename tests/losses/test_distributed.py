@@ -307,8 +307,8 @@ def test_bytes_sent(processes):
         run(bytes_sent, processes, exchange, backend, n, d)[0]
         for exchange, backend in (("all-gather", "auto"), ("ring", "auto"), ("all-gather", "reference"))
     )
-    # Forward the rows and their ids, and three numbers of half the rows of others; backward three numbers of each row.
-    numbers = 3 * 4
+    # Forward the rows and their ids, and four numbers of half the rows of others; backward five numbers of each row.
+    numbers = 5 * 4
     some = 200 * processes  # what the processes agree on, and sum
     assert others * n * (row + 8) <= fused <= others * n * (row + 8 + 2 * numbers) + some
     # The plain way brings a gradient for every row of every process back.

@@ -24,15 +24,22 @@ SUBCLASSES = torch.tensor([0, 1, 0, 1, 0, 0, 0, 0, 0, 0, -1])
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 
 
-def sbcl(embeddings, labels, subclasses, *, temperature=0.1, class_weight=0.25, normalize=True, reduction="mean"):
+def sbcl(
+    embeddings, labels, subclasses, *, temperature=0.1, class_weight=0.25, normalize=True, reduction="mean",
+    own_views=True,
+):  # fmt: skip
     z, classes, shape = as_rows(embeddings, labels, normalize)
     _, within, _ = as_rows(embeddings, subclasses, normalize)
     losses, counted = [], []
+    views = embeddings.shape[1] if embeddings.ndim == 3 else 1
     for i in range(len(z)):
         others = [j for j in range(len(z)) if j != i]
         mates = [j for j in others if classes[j] == classes[i]]
         own = [j for j in mates if within[j] == within[i]]
         outside, rest = [j for j in others if j not in own], [j for j in mates if j not in own]
+        if own_views:
+            same = [j for j in own if j // views == i // views]
+            outside, rest = outside + same, rest + same
         s, loss = z @ z[i] / temperature, 0.0 * z.sum()
         if own:
             loss = loss - (s[own] - s[others].logsumexp(0)).mean()
@@ -72,7 +79,7 @@ def test_dtypes(dtype, tolerance):
 @pytest.mark.parametrize("views", (0, 2))
 def test_subclasses_that_are_classes_make_it_supcon(views, backend):
     z = batch(11, views, 6, 1)[0]
-    actual = evaluate(learnable(SBCLLoss, backend=backend), z, LABELS, LABELS.clamp(min=0))
+    actual = evaluate(learnable(SBCLLoss, own_views=False, backend=backend), z, LABELS, LABELS.clamp(min=0))
     assert_matches(actual, evaluate(learnable(SupConLoss, backend=backend), z, LABELS))
     assert_matches(actual, evaluate_oracle(supcon, z, LABELS))
 
@@ -116,3 +123,48 @@ def test_errors():
     ):
         with pytest.raises(error, match=message):
             SBCLLoss()(*arguments)
+
+
+# ---- a temperature for each class ----
+
+
+def test_it_is_the_authors(backend):
+    q = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]], dtype=torch.float64)
+    k = torch.tensor([[0.8, 0.6], [-0.6, 0.8], [-0.8, -0.6], [0.6, -0.8]], dtype=torch.float64)
+    given = torch.stack((q, k), 1), torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 0])
+    loss_fn = SBCLLoss(0.5, class_weight=0.25, backend=backend)
+    torch.testing.assert_close(loss_fn(*given).item(), 1.8145075327, rtol=0, atol=1e-9)
+    of_class = torch.tensor([0.4, 0.6], dtype=torch.float64)
+    torch.testing.assert_close(loss_fn(*given, class_temperature=of_class).item(), 1.8842627089, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("views", (1, 2, 3))
+def test_own_views_in_the_first_term_alone(views, backend):
+    z = batch(11, views, 6, 1)[0]
+    actual = SBCLLoss(own_views=False, backend=backend)(z, LABELS, SUBCLASSES)
+    torch.testing.assert_close(actual, sbcl(z, LABELS, SUBCLASSES, own_views=False))
+
+
+@pytest.mark.parametrize("dtype, tolerance", ((torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 0.03)))
+def test_equal_class_temperatures_are_the_temperature(dtype, tolerance):
+    z, *_ = batch(9, 2, 6, 1, dtype=dtype)
+    labels, clusters = torch.arange(9) % 2, torch.arange(9) % 3
+    found = []
+    for given in ({}, {"class_temperature": torch.full((2,), 0.25)}):
+        leaf = z.detach().requires_grad_()
+        value = SBCLLoss(0.25)(leaf, labels, clusters, **given)
+        found.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_class_temperature_errors():
+    z, labels = batch(9, 2, 6, 1)[0], torch.arange(9) % 2
+    for value, error, message in (
+        (torch.ones(1), IndexError, "labels: expected ids from -1 to 0"),
+        (torch.tensor([1.0, -1.0]), ValueError, "class_temperature: expected positive numbers"),
+        (torch.tensor(1.0), ValueError, r"class_temperature: expected shape \[k\]"),
+        (0.5, ValueError, "class_temperature: expected"),
+    ):
+        with pytest.raises(error, match=message):
+            SBCLLoss()(z, labels, labels, class_temperature=value)

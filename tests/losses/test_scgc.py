@@ -37,17 +37,19 @@ def graph(n=9, edges=20, seed=0, dtype=torch.float64):
     return weights.to(dtype)
 
 
-def scgc(embeddings, influence, *, temperature=1.0, normalize=True, reduction="mean"):
+def scgc(embeddings, influence, *, temperature=1.0, self_term=True, normalize=True, reduction="mean"):
     z = unit(embeddings.double()) if normalize else embeddings.double()
     influence, losses = influence.to_dense().double(), []
-    counted = [any(influence[i, j] > 0 for j in range(len(z)) if j != i) for i in range(len(z))]
+    counted = [any(influence[i, j] > 0 for j in range(len(z)) if self_term or j != i) for i in range(len(z))]
     for i in range(len(z)):
         others = [j for j in range(len(z)) if j != i]
         if not counted[i]:
             losses.append(None)
             continue
-        s = z[others] @ z[i] / temperature
-        losses.append(torch.logsumexp(s, 0) - torch.logsumexp(s + influence[i, others].log(), 0))
+        s, weights = z[others] @ z[i] / temperature, influence[i, others]
+        if self_term:
+            s, weights = torch.cat((s, s.new_zeros(1))), torch.cat((weights, influence[i, i][None]))
+        losses.append(torch.logsumexp(s, 0) - torch.logsumexp(s + weights.log(), 0))
     return reduced(losses, counted, (len(z),), reduction, embeddings)
 
 
@@ -95,7 +97,8 @@ def test_unordered_edges_repeated_edges_and_stored_zeros(backend):
     weights = torch.tensor([1.0, 2.0, 3.0, 1.0, 4.0, 0.0, 5.0], dtype=torch.float64)
     influence = torch.sparse_coo_tensor(torch.stack((rows, columns)), weights, (5, 5), check_invariants=True)
     assert not influence.is_coalesced()
-    losses, *_ = check(nodes(5), influence, reduction="none", backend=backend)
+    losses, *_ = check(nodes(5), influence, self_term=False, reduction="none", backend=backend)
+    check(nodes(5), influence, backend=backend)
     assert losses.count_nonzero() == 2 and not influence.is_coalesced()
     nothing = torch.sparse_coo_tensor(influence._indices(), -0.0 * weights, (5, 5), check_invariants=True)
     check(nodes(5), nothing)
@@ -119,7 +122,7 @@ def test_csr_of_int32():
 def test_the_graph_of_the_classes_is_supcon():
     labels = torch.tensor([0, 1, -1, 0, 2, 1, 0, 3, 1])
     influence = ((labels[:, None] == labels) & (labels >= 0)).double().to_sparse()
-    actual = evaluate(learnable(SCGCLoss, 0.2), nodes(), influence)
+    actual = evaluate(learnable(SCGCLoss, 0.2, self_term=False), nodes(), influence)
     assert_matches(actual, evaluate_oracle(supcon, nodes(), labels, temperature=0.2, form="inside"))
 
 
@@ -132,7 +135,7 @@ def test_a_full_graph_of_ones_is_zero_and_a_factor_is_a_constant():
 
 def test_the_order_of_the_nodes_and_their_own_entries_make_no_difference():
     order, influence = torch.randperm(9), graph()
-    loss_fn = SCGCLoss(reduction="none")
+    loss_fn = SCGCLoss(self_term=False, reduction="none")
     losses = call(loss_fn, nodes(), influence.to_sparse())
     torch.testing.assert_close(call(loss_fn, nodes()[order], influence[order][:, order].to_sparse()), losses[order])
     torch.testing.assert_close(call(loss_fn, nodes(), (influence + 7 * torch.eye(9)).to_sparse()), losses)
@@ -161,6 +164,21 @@ def test_the_influence_gets_no_gradient():
     assert influence.grad is None
 
 
+@pytest.mark.parametrize("temperature", (0.1, 2.0))
+def test_without_the_self_term(temperature, backend):
+    check(nodes(), graph().to_sparse(), temperature=temperature, self_term=False, backend=backend)
+
+
+def test_it_is_the_authors(backend):
+    z = torch.tensor([[2.0, 0], [1, 1], [0, 3], [-1, 1]], dtype=torch.float64)
+    ring = torch.tensor([[0.0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 1, 0]], dtype=torch.float64)
+    given = torch.tensor([[1.0, 1, 0, 1], [1, 1, 1, 0], [0, 1, 1, 1], [1, 0, 1, 1]], dtype=torch.float64) / 3
+    influence = influence_matrix(ring.to_sparse(), hops=1)
+    torch.testing.assert_close(influence.to_dense(), given)
+    loss = call(SCGCLoss(2.0, backend=backend), z, influence)
+    torch.testing.assert_close(loss.item(), 1.3528774380, rtol=0, atol=1e-9)
+
+
 # ---- influence_matrix ----
 
 
@@ -172,11 +190,13 @@ def adjacency(n=9, seed=1):
 @pytest.mark.parametrize("sparse", (torch.Tensor.to_sparse_coo, torch.Tensor.to_sparse_csr), ids=("coo", "csr"))
 @pytest.mark.parametrize("hops", (1, 2, 4))
 @pytest.mark.parametrize("cumulative", (True, False))
-def test_influence_is_the_sum_of_the_powers(sparse, hops, cumulative):
+@pytest.mark.parametrize("normalization", ("rows", "symmetric"))
+def test_influence_is_the_sum_of_the_powers(sparse, hops, cumulative, normalization):
     weights = adjacency() + torch.eye(9)
-    scaled = weights / weights.sum(1).outer(weights.sum(1)).sqrt()
+    degree = weights.sum(1)
+    scaled = weights / (degree[:, None] if normalization == "rows" else degree.outer(degree).sqrt())
     powers = [torch.linalg.matrix_power(scaled, r) for r in range(1, hops + 1)]
-    actual = influence_matrix(sparse(adjacency()), hops=hops, cumulative=cumulative)
+    actual = influence_matrix(sparse(adjacency()), hops=hops, cumulative=cumulative, normalization=normalization)
     assert actual.layout == torch.sparse_coo and actual.is_coalesced()
     torch.testing.assert_close(actual.to_dense(), sum(powers) if cumulative else powers[-1])
     assert actual.values().numel() == (actual.to_dense() > 0).sum()

@@ -34,7 +34,7 @@ SIGNATURES = {
     "AdaMEOWLoss": (0.1, "symmetric weigh_positive", ONE_PROCESS, "queries cluster_ids * weights keys"),
     "CACRLoss": (
         1.0,
-        "t_positive t_negative",
+        "t_positive t_negative negatives_of",
         "temperature learnable_temperature backend process_group exchange",
         "embeddings labels",
     ),
@@ -78,8 +78,8 @@ SIGNATURES = {
     "PamCLoss": (0.1, "form", "exchange", "queries keys cluster_ids"),
     "NTXentLoss": (0.5, "unassigned", "", "queries keys * negatives"),
     "ProtoNCELoss": (0.1, "in_batch_negatives", "", "queries cluster_ids centers * center_temperature keys negatives"),
-    "SBCLLoss": (0.1, "class_weight", "", "embeddings labels cluster_ids"),
-    "SCGCLoss": (1.0, "", ONE_PROCESS, "embeddings * influence"),
+    "SBCLLoss": (0.1, "class_weight own_views", "", "embeddings labels cluster_ids * class_temperature"),
+    "SCGCLoss": (1.0, "self_term", ONE_PROCESS, "embeddings * influence"),
     "SepCLRLoss": (
         0.5,
         "salient_weight background_weight independence_weight",

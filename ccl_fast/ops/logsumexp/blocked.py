@@ -68,7 +68,7 @@ class _Problem:
         by_id = on_cpu and q_ids is not None
         self.pairs = _listed_pairs(self.q_ids, self.k_ids, block) if by_id and self.removed == "same" else None
         self.sorted = by_id and self.pairs is None
-        if self.sorted:
+        if self.sorted and q_ids is not None:
             self.q_ids, self.order_q = q_ids.sort()
             self.q = self.q[self.order_q]
             self.k, self.k_ids, self.order_k = self.q, self.q_ids, self.order_q
@@ -313,9 +313,12 @@ def mutual_gradients(
     wanted = of_q[0].numel() > 0, of_q[1].numel() > 0
     problem = _Problem(q, k, scale, None, q_ids, k_ids, *wanted, bounded_on_cpu(q, k, scale, None), mutual=True)
     to_q, to_k, _ = _weighted_sums(problem, of_q, of_k, need_q or need_scale, need_k, False)
-    to_scale = row_dot(to_q, problem.q).sum() if need_scale else None
-    grad_q = _from_sorted(to_q.mul_(scale), problem.order_q).to(dtype or q.dtype) if need_q else None
-    grad_k = _from_sorted(to_k.mul_(scale), problem.order_k).to(dtype or q.dtype) if need_k else None
+    dtype, grad_q, to_scale = dtype or q.dtype, None, None
+    if to_q is not None and need_scale:
+        to_scale = row_dot(to_q, problem.q).sum()
+    if to_q is not None and need_q:
+        grad_q = _from_sorted(to_q.mul_(scale), problem.order_q).to(dtype)
+    grad_k = None if to_k is None else _from_sorted(to_k.mul_(scale), problem.order_k).to(dtype)
     return grad_q, grad_k, to_scale
 
 

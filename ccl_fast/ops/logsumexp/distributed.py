@@ -231,7 +231,8 @@ class _Halves(NamedTuple):
 
 
 def _halves(z: Tensor) -> _Halves:
-    return _Halves(z.chunk(2) if len(z) else (z, z), torch.arange(len(z) // 2, device=z.device))
+    first, second = z.chunk(2) if len(z) else (z, z)
+    return _Halves((first, second), torch.arange(len(z) // 2, device=z.device))
 
 
 def _of_kind(ids: Tensor | None, wanted: Wanted) -> Tensor | None:

@@ -244,7 +244,8 @@ def _forward(
     with without_autocast(q.device):
         if mutual:
             of_q, of_k = module.mutual_forward(q, k, scale, q_ids, k_ids, want_same, want_other)
-            return *(torch.cat(both) for both in zip(of_q, of_k, strict=True)), scale.new_zeros((), dtype=torch.bool)
+            same, other = (torch.cat(both) for both in zip(of_q, of_k, strict=True))
+            return same, other, scale.new_zeros((), dtype=torch.bool)
         return module.forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other)
 
 

@@ -37,7 +37,8 @@ def mutual_by_relation(
     """The same of the rows of q over those of k and, after them, of the rows of k over those of q."""
     there = logsumexp_by_relation(q, k, scale, None, q_ids, k_ids)
     back = logsumexp_by_relation(k, q, scale, None, k_ids, q_ids)
-    return tuple(torch.cat(both) for both in zip(there, back, strict=True))
+    same, other = (torch.cat(both) for both in zip(there, back, strict=True))
+    return same, other
 
 
 def _masked_logsumexp(logits: Tensor, mask: Tensor) -> Tensor:

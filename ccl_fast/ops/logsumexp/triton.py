@@ -149,15 +149,16 @@ def mutual_gradients(
     ``of_q``, ``of_k``: (same, other, grad_same, grad_other).
     """
     if not (len(q) and len(k)):
-        return *(torch.zeros_like(x, dtype=dtype) for x in (q, k)), scale.new_zeros(())
+        return torch.zeros_like(q, dtype=dtype), torch.zeros_like(k, dtype=dtype), scale.new_zeros(())
     need_q, need_k, need_scale = needs
-    grad_q = grad_k = to_scale = rest = None
+    dtype, grad_q, grad_k, to_scale = dtype or q.dtype, None, None, scale.new_zeros(())
     if need_q or need_scale:
-        grad_q, to_scale = mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k)
+        grad_q, share = mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k)
+        grad_q, to_scale = grad_q.to(dtype), to_scale + share
     if need_k or need_scale:
-        grad_k, rest = mutual_backward(k, q, scale, k_ids, q_ids, of_k, of_q)
-    grad_q, grad_k = (None if grad is None else grad.to(dtype or q.dtype) for grad in (grad_q, grad_k))
-    return grad_q, grad_k, to_scale + rest if need_scale else None
+        grad_k, share = mutual_backward(k, q, scale, k_ids, q_ids, of_k, of_q)
+        grad_k, to_scale = grad_k.to(dtype), to_scale + share
+    return grad_q, grad_k, to_scale if need_scale else None
 
 
 def mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k) -> tuple[Tensor, Tensor]:
