@@ -89,14 +89,13 @@ class SCGCLoss(Loss):
 
         starts = torch.searchsorted(rows, torch.arange(len(z) + 1, device=rows.device))
         logits = edge_similarity(z, z, starts, columns) * scale
-        weights, itself = weights.to(logits.dtype), rows == columns
+        itself = rows == columns
+        logits = logits.masked_fill(itself, 0.0)
+        # Unwanted it stays, as an edge of weight 0: to drop it would need to know the number of edges.
+        weights = weights.to(logits.dtype).masked_fill(itself & (not self.self_term), 0.0)
         candidates = streaming_logsumexp(z, scale=scale, backend=self.backend)
         if self.self_term:
-            logits = logits.masked_fill(itself, 0.0)
             candidates = logaddexp(candidates, torch.zeros_like(candidates))
-        else:
-            # The entry stays, as an edge of weight 0: to drop it would need to know the number of edges.
-            weights = weights.masked_fill(itself, 0.0)
         positives, has_positive = _weighted_logsumexp(logits, weights, rows, len(z))
         losses = candidates - positives
         return self.reduce(losses, has_positive)
