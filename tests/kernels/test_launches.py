@@ -32,6 +32,11 @@ class Gpu:
             "_kernels",
             lambda: (noted, lambda kernel, dtype, d, ids, _: launch_on(architecture, kernel, dtype.itemsize, d, ids)),
         )
+        monkeypatch.setattr(
+            launcher,
+            "takes",
+            lambda kernel, dtype, d, ids, _: launch_on(architecture, kernel, dtype.itemsize, d, ids) is not None,
+        )
         monkeypatch.setattr(launcher, "_device_of", lambda x: contextlib.nullcontext())
         monkeypatch.setattr(launcher, "_processors", lambda device: 132)
         monkeypatch.setattr(launcher, "_memory", lambda device: MEMORY)

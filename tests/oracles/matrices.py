@@ -67,12 +67,13 @@ def hard_contrastive(
 
 
 def cacr_of_two_views(embeddings: Tensor, t_negative: float) -> Tensor:
-    """The one positive has the weight 1."""
-    rows = unit(embeddings).flatten(0, 1)
-    distance = 2 - 2 * rows @ rows.T
-    sample = torch.arange(len(rows), device=rows.device) // 2
-    weights = (-t_negative * distance).masked_fill(sample[:, None] == sample, -torch.inf).softmax(1)
-    return distance.diagonal(1)[::2].mean() - (weights * distance).sum(1).mean()
+    """The one positive has the weight 1; negatives are of the other view."""
+    first, second = unit(embeddings).unbind(1)
+    distance = 2 - 2 * first @ second.T
+    itself = torch.eye(len(distance), dtype=torch.bool, device=distance.device)
+    logits = (-t_negative * distance).masked_fill(itself, -torch.inf)
+    driven = (logits.softmax(1) * distance).sum(1).mean() + (logits.softmax(0) * distance).sum(0).mean()
+    return distance.diagonal().mean() - driven / 2
 
 
 def mlcd(
