@@ -129,7 +129,7 @@ class _Pool:
 def _users() -> list[str]:
     """The modules of tests that have imported `run`."""
     tests = [(name, vars(module)) for name, module in sys.modules.items() if name.startswith("tests.")]
-    return [name for name, content in tests if name != __name__ and run in content.values()]
+    return [name for name, of in tests if name != __name__ and any(value is run for value in of.values())]
 
 
 _pool = _Pool()

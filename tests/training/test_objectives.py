@@ -375,5 +375,7 @@ def test_a_run_of_an_earlier_version_is_refused(swav, tmp_path):
         train(tmp_path / "run", **TINY, resume=True)
     with pytest.raises(ArgumentError, match=r"^output: expected a comparison of this version.* without objective"):
         (tmp_path / "seed0").mkdir()
-        (tmp_path / "seed0" / "report.json").write_text(json.dumps({"arguments": arguments}))
+        (tmp_path / "seed0" / "report.json").write_text(
+            json.dumps({"arguments": arguments, "environment": {}, "titles": {}, "results": {}})
+        )
         compare(tmp_path, [0, 1], resume=True)
