@@ -21,6 +21,7 @@ from torchvision.utils import save_image
 
 from ccl_fast.commands import evaluate, score, train
 from ccl_fast.commands.command_line import main
+from ccl_fast.commands.output import lasting_output
 from ccl_fast.commands.plain_yaml import read_yaml
 from ccl_fast.commands.run_folder import held
 from ccl_fast.errors import ArgumentError
@@ -214,10 +215,24 @@ def test_nul_in_a_path_is_named(tmp_path, capsys):
     assert "output: expected text without NUL" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "redirected",
-    ["| true", *(pytest.param(to, marks=pytest.mark.slow) for to in ("2>&-", ">&-", "2>/dev/full", ">/dev/full"))],
-)
+def test_a_stream_that_fails_is_given_up_with_a_line(monkeypatch, capsys):
+    class Full(io.StringIO):
+        name = "<full>"
+
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    with lasting_output():
+        print("one")
+        print("two")
+    error = capsys.readouterr().err
+    assert error == "<full> cannot be written to any more ([Errno 28] No space left on device); the work goes on\n"
+    assert isinstance(sys.stdout, Full)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("redirected", ["2>&-", ">&-", "2>/dev/full", ">/dev/full", "| true"])
 def test_training_goes_on_when_nobody_listens(redirected, tmp_path):
     out = tmp_path / "run"
     command = " ".join([sys.executable, "-m", "ccl_fast", "train", f"--output={out}", *map(repr, OPTIONS), redirected])

@@ -81,7 +81,7 @@ class Fatal(Dataset):
         return torch.zeros(3, 8, 8), 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_reader_that_is_lost_is_an_error_in_time(number, monkeypatch):
     monkeypatch.setattr(loading, "TIMEOUT", 5)
     start = time.monotonic()

@@ -483,6 +483,7 @@ def test_compiled_reference_is_the_same():
     assert_matches(evaluate(compiled(module), views()), evaluate(module, views()), 1e-12)
 
 
+@pytest.mark.slow
 def test_compiled_loss_follows_the_batch_size():
     module = USES["ccl joint"].learnable()
     fast = compiled(module, dynamic=True)
@@ -496,6 +497,7 @@ def test_compiled_loss_still_refuses_an_id_out_of_range():
         compiled(CCLLoss())(views(), IDS + 1, CENTERS)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own, in torch 2.11
 def test_compiled_by_inductor_is_the_same():
     module = USES["ccl joint"].module(learnable_temperature=True)

@@ -24,6 +24,7 @@ def test_plain_loop():
     assert run("plain_loop", epochs=2, warmup_epochs=1) > 0.6
 
 
+@pytest.mark.slow
 def test_lightning_module(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():

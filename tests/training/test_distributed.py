@@ -311,7 +311,7 @@ def assert_same_numbers(ours, theirs):
         assert_close(ours[name], theirs[name], rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("micro_batch", [None, 4])
+@pytest.mark.parametrize("micro_batch", [None, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_step_is_that_of_a_single_process(micro_batch):
     # Of a batch of 13 two processes have 6 and 7, three have 4, 4 and 5: with 4 at a time one of them needs two.
     single = go_through({})

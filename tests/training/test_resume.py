@@ -71,7 +71,8 @@ def wait_for_epoch(folder, epoch, process):
     raise AssertionError("no epoch in five minutes")
 
 
-@pytest.mark.parametrize("epoch", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("epoch", [1, 3])
 def test_killed_in_the_middle_of_an_epoch(tmp_path, whole, epoch):
     folder = tmp_path / "run"
     process = start(folder)
