@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+# Of a process's peak memory: what the oldest torch that is supported takes more for the same.
+OF_TORCH_2_11 = 8 * 2**20 if torch.__version__.startswith("2.11.") else 0
 # What a result may be off by where plain torch happens to be exact, relative to its magnitude.
 FLOOR = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 

@@ -20,6 +20,7 @@ from benchmarks.losses.contenders import CONTENDERS, find
 from benchmarks.losses.correctness import is_wrong, relative_error
 from benchmarks.pages import readme, scaling
 from tests import ROOT
+from tests.tolerance import OF_TORCH_2_11
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -154,7 +155,7 @@ def test_peak_memory_is_linear_and_within_the_bar(n):
     """One forward and backward in a process of its own: an N x N array alone would be 1 GiB, or 4."""
     size = Size(n, 128)
     peak = peak_on_cpu(find, "ccl", "ours", size)
-    assert peak is not None and 0 < peak <= bar(size), f"{peak / 2**20:.0f} MiB above the inputs"
+    assert peak is not None and 0 < peak <= bar(size) + OF_TORCH_2_11, f"{peak / 2**20:.0f} MiB above the inputs"
 
 
 @pytest.mark.slow  # as `make gpu-dry-run` does

@@ -498,7 +498,6 @@ def test_compiled_loss_still_refuses_an_id_out_of_range():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own, in torch 2.11
 def test_compiled_by_inductor_is_the_same():
     module = USES["ccl joint"].module(learnable_temperature=True)
     z = views(torch.float32)

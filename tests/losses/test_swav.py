@@ -9,6 +9,7 @@ import torch
 from ccl_fast.losses import SwAVLoss
 from tests import ROOT
 from tests.oracles.losses import assert_matches, call, differentiate, learnable, reduced, unit
+from tests.tolerance import OF_TORCH_2_11
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 
@@ -188,4 +189,4 @@ print(step(*map(int, sys.argv[1:])))
 """
     command = [sys.executable, "-c", code, str(n), str(k)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(result.stdout) <= 96 * 2**20, f"{int(result.stdout) / 2**20:.0f} MiB"
+    assert int(result.stdout) <= 96 * 2**20 + OF_TORCH_2_11, f"{int(result.stdout) / 2**20:.0f} MiB"

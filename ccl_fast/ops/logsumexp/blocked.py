@@ -47,8 +47,8 @@ class _Tile:
 class _Problem:
     """The operands in accumulation precision.
 
-    On a CPU they are sorted by id, so that most tiles need no mask; but where nothing is unwanted but a few pairs of
-    one id, these are listed.
+    On a CPU they are sorted by id, if there are several tiles, so that most need no mask; but where nothing is unwanted
+    but a few pairs of one id, these are listed.
     """
 
     def __init__(self, q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, bounded, mutual=False):
@@ -65,7 +65,8 @@ class _Problem:
         # Where one kind alone is wanted the other is removed when a tile is made, and nothing after that needs a mask.
         self.removed = None if want_same == want_other else "other" if want_same else "same"
         block = LARGE_BLOCK if max(len(self.q), len(self.k)) >= LARGE else BLOCK
-        by_id = on_cpu and q_ids is not None
+        # What fits one tile is masked: cheaper than to sort, or to list.
+        by_id = on_cpu and q_ids is not None and max(len(self.q), len(self.k)) > block
         self.pairs = _listed_pairs(self.q_ids, self.k_ids, block) if by_id and self.removed == "same" else None
         self.sorted = by_id and self.pairs is None
         if self.sorted and q_ids is not None:
