@@ -92,7 +92,7 @@ def _watched(loaded: Iterator, readers: Sequence[BaseProcess]) -> Iterator:
                 alarm.cancel()
             yield batch
     except (RuntimeError, OSError, EOFError) as error:  # whatever the queue says, and the DataLoader of the queue
-        if not wait([reader.sentinel for reader in readers], timeout=1):
+        if not _one_has_ended(readers):
             raise
         raise ReaderError(
             f"a process that reads images has ended, or was stopped after {TIMEOUT} seconds without a batch "
@@ -100,6 +100,13 @@ def _watched(loaded: Iterator, readers: Sequence[BaseProcess]) -> Iterator:
         ) from error
     finally:
         del loaded  # the traceback of an error would keep it, and its processes, alive
+
+
+def _one_has_ended(readers: Sequence[BaseProcess]) -> bool:
+    try:
+        return bool(wait([reader.sentinel for reader in readers], timeout=1))
+    except RuntimeError:  # of the DataLoader's signal handler: one has, just now
+        return True
 
 
 class _Attempts(Dataset):
