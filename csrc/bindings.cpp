@@ -46,15 +46,15 @@ void assign(Address x, Address x_norm, Address x_residue, Address centers, Addre
         "kmeans_assign");
 }
 
-void pair(Address x, int dtype, Address centers, int64_t rows, int64_t clusters, int64_t d, int metric, Address origin,
-          Address scale, Address unsure, Address rivals, Address others, Address unsure_count, Address labels,
-          Address open, Address open_count, int64_t blocks, int device, Address stream) {
-  check(ccl_kmeans_pair(pointer<void>(x), dtype, pointer<float>(centers), rows, clusters, d, metric,
-                        pointer<float>(origin), pointer<float>(scale), pointer<int32_t>(unsure),
-                        pointer<int32_t>(rivals), pointer<float>(others), pointer<int32_t>(unsure_count),
-                        pointer<int64_t>(labels), pointer<int32_t>(open), pointer<int32_t>(open_count), blocks, device,
-                        pointer<void>(stream)),
-        "kmeans_pair");
+void runoff(Address x, int dtype, Address centers, int64_t rows, int64_t clusters, int64_t d, int metric, Address origin,
+            Address scale, Address unsure, Address rivals, Address others, Address unsure_count, Address labels,
+            Address open, Address open_count, int64_t blocks, int device, Address stream) {
+  check(ccl_kmeans_runoff(pointer<void>(x), dtype, pointer<float>(centers), rows, clusters, d, metric,
+                          pointer<float>(origin), pointer<float>(scale), pointer<int32_t>(unsure),
+                          pointer<int32_t>(rivals), pointer<float>(others), pointer<int32_t>(unsure_count),
+                          pointer<int64_t>(labels), pointer<int32_t>(open), pointer<int32_t>(open_count), blocks, device,
+                          pointer<void>(stream)),
+          "kmeans_runoff");
 }
 
 void recheck(Address x, int dtype, Address centers, int64_t rows, int64_t clusters, int64_t d, int metric, Address open,
@@ -102,7 +102,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.attr("PAD_CENTERS") = int(CCL_PAD_CENTERS);
   module.def("kmeans_pack", &pack);
   module.def("kmeans_assign", &assign);
-  module.def("kmeans_pair", &pair);
+  module.def("kmeans_runoff", &runoff);
   module.def("kmeans_recheck", &recheck);
   module.def("kmeans_update", &update);
   module.def("kmeans_distance", &distance);

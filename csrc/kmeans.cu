@@ -4,7 +4,7 @@
 #include "kmeans_assign.cuh"
 #include "kmeans_distance.cuh"
 #include "kmeans_pack.cuh"
-#include "kmeans_pair.cuh"
+#include "kmeans_runoff.cuh"
 #include "kmeans_recheck.cuh"
 #include "kmeans_update.cuh"
 
@@ -66,13 +66,13 @@ int ccl_kmeans_assign(const void* x, const float* x_norm, const float* x_residue
   return resident ? run(assign_kernel<true>) : run(assign_kernel<false>);
 }
 
-int ccl_kmeans_pair(const void* x, int dtype, const float* centers, int64_t rows, int64_t clusters, int64_t d, int metric,
-                    const float* origin, const float* scale, const int32_t* unsure, const int32_t* rivals,
-                    const float* others, const int32_t* unsure_count, int64_t* labels, int32_t* open, int32_t* open_count,
-                    int64_t blocks, int device, void* stream) {
+int ccl_kmeans_runoff(const void* x, int dtype, const float* centers, int64_t rows, int64_t clusters, int64_t d, int metric,
+                      const float* origin, const float* scale, const int32_t* unsure, const int32_t* rivals,
+                      const float* others, const int32_t* unsure_count, int64_t* labels, int32_t* open, int32_t* open_count,
+                      int64_t blocks, int device, void* stream) {
   DeviceGuard guard(device);
   return with_dtype(dtype, [&](auto type) {
-    return launch(pair_kernel<std::decay_t<decltype(*type)>>, grid(blocks), 32 * kWarpsPerBlock, 0, stream,
+    return launch(runoff_kernel<std::decay_t<decltype(*type)>>, grid(blocks), 32 * kWarpsPerBlock, 0, stream,
                   static_cast<decltype(type)>(x), centers, rows, clusters, d, metric == CCL_COSINE, origin, scale, unsure,
                   rivals, others, unsure_count, labels, open, open_count);
   });

@@ -35,10 +35,10 @@ int ccl_kmeans_assign(const void* x, const float* x_norm, const float* x_residue
 // The nearer, in float64, of the label and the rival of every row that ccl_kmeans_assign has listed; lowest index on ties.
 // Rows where `others` does not exclude all other centres by then are listed in `open` and counted in `open_count`, which
 // the caller has set to 0. origin and scale are those of ccl_kmeans_pack. `blocks` blocks share the list.
-int ccl_kmeans_pair(const void* x, int dtype, const float* centers, int64_t rows, int64_t clusters, int64_t d, int metric,
-                    const float* origin, const float* scale, const int32_t* unsure, const int32_t* rivals,
-                    const float* others, const int32_t* unsure_count, int64_t* labels, int32_t* open, int32_t* open_count,
-                    int64_t blocks, int device, void* stream);
+int ccl_kmeans_runoff(const void* x, int dtype, const float* centers, int64_t rows, int64_t clusters, int64_t d, int metric,
+                      const float* origin, const float* scale, const int32_t* unsure, const int32_t* rivals,
+                      const float* others, const int32_t* unsure_count, int64_t* labels, int32_t* open, int32_t* open_count,
+                      int64_t blocks, int device, void* stream);
 
 // The exact arg-min of the listed rows, lowest index on ties: float32 with an error bound, float64 where it decides.
 // Starts from the labels that are there. `blocks` blocks share the list.

@@ -9,7 +9,7 @@
 // of which the kernel takes the largest over the centres of a tile. So every score has a lower and an upper bound. The
 // nearest centre is the one with the lowest lower bound if the next lower bound is above some centre's upper bound. The
 // other rows are in doubt: they are listed with the centre of the second lower bound, its rival, and with the third
-// lower bound, which is one of all other centres; kmeans_pair.cuh goes on from there.
+// lower bound, which is one of all other centres; kmeans_runoff.cuh goes on from there.
 #pragma once
 
 #include "device.cuh"

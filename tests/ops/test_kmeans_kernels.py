@@ -247,7 +247,7 @@ def test_a_score_beyond_float32_leaves_rows_open(module, kmeans_device):
 def test_without_more_digits_labels_are_wrong(make, n, least_wrong, metric, module, kmeans_device, monkeypatch):
     """So it is the bound that makes the labels of the other tests right."""
     x, centers = (rows.to(kmeans_device, torch.float32) for rows in make(n, 120, 4))
-    monkeypatch.setattr(extension, "module", without(module, "kmeans_pair", "kmeans_recheck"))
+    monkeypatch.setattr(extension, "module", without(module, "kmeans_runoff", "kmeans_recheck"))
     labels, _, (doubtful, _) = kmeans_assign(x, centers, metric=metric, backend="cuda", return_rechecked=True)
     assert least_wrong <= (labels.cpu() != nearest(x, centers, metric)).sum() <= doubtful
     if make is gaussian:
@@ -298,7 +298,7 @@ def test_two_centers_are_compared_and_the_others_by_their_bound(dtype, metric, b
             listed_rivals, listed_bounds = (v.view(-1)[unsure.long()].contiguous() for v in (rivals.int(), bound))
             labels, open_rows = guesses.clone(), torch.full_like(unsure, -1)
             unsure_count, open_count = torch.tensor([[count], [0]], dtype=torch.int32, device=kmeans_device)
-            module.kmeans_pair(
+            module.kmeans_runoff(
                 address(x), extension.dtype_code(dtype), address(centers), rows, k, d, extension.metric_code(metric),
                 address(prepared.origin), address(prepared.scale), address(unsure), address(listed_rivals),
                 address(listed_bounds), address(unsure_count), address(labels), address(open_rows),
@@ -374,7 +374,7 @@ def all_that_truncation_can_lose(d: int) -> tuple[Tensor, Tensor]:
 def test_the_bound_covers_all_that_truncation_can_lose(d, addends, module, kmeans_device, monkeypatch):
     x, centers = (rows.to(kmeans_device) for rows in all_that_truncation_can_lose(d))
     assert_exact(x, centers, metrics=["euclidean"], only=["cuda"])
-    monkeypatch.setattr(extension, "module", without(module, "kmeans_pair", "kmeans_recheck"))
+    monkeypatch.setattr(extension, "module", without(module, "kmeans_runoff", "kmeans_recheck"))
     labels, _, (doubtful, _) = kmeans_assign(x, centers, backend="cuda", return_rechecked=True)
     assert labels.tolist() == [[0, 1]] and doubtful == 2  # nearest are centres 2 and 3
     module.set_addition(0)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ccl_fast import CCLLoss, streaming_logsumexp
+from ccl_fast import CCLLoss, InfoNCELoss, streaming_logsumexp
 from ccl_fast.kernels import launch as launches
 from ccl_fast.kernels.launch import architecture_of, launch_on
 from ccl_fast.ops.logsumexp import triton as launcher
@@ -157,6 +157,29 @@ def test_tiles_within_a_tower_are_not_visited(skip, backward, monkeypatch):
         # A row of blocks begins at its diagonal.
         assert table.block_m == table.block_n
         assert found == ((rows // 2) * (cols // 2) if skip else rows * (rows + 1) // 2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter counts the products")
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_clip_visits_tiles_between_the_towers_alone(symmetric, monkeypatch):
+    """One pass over n^2 pairs for each direction, and in the backward one for the gradient of each tower."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    n, d = 256, 16
+    monkeypatch.setattr(launcher, "TRIANGLE_MIN_ROWS", 1)
+    queries, keys = (torch.randn(n, d, requires_grad=True) for _ in range(2))
+    products, original = [], InterpreterBuilder.create_dot
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda *x: products.append(1) or original(*x))
+    loss = InfoNCELoss(0.1, symmetric=symmetric, backend="triton")(queries, keys)
+    forward = len(products)
+    loss.backward()
+    tiles = {}
+    for kernel in ("forward_rows", "backward_rows"):
+        table = launch_on(architecture_of(queries.device), kernel, 4, d, True)
+        tiles[kernel] = (n // table.block_m) * (n // table.block_n)
+    assert forward == (2 if symmetric else 1) * tiles["forward_rows"]
+    # A product for the logits, and one for the gradient.
+    assert len(products) - forward == 2 * 2 * tiles["backward_rows"]
 
 
 @pytest.mark.parametrize("precision,expected", [("highest", "tf32x3"), ("high", "tf32"), ("medium", "tf32")])

@@ -69,7 +69,7 @@ class Rows:
             address(labels), address(unsure), address(rivals), address(others), address(unsure_count),
             *extension.where(centers),
         )  # fmt: skip
-        module.kmeans_pair(
+        module.kmeans_runoff(
             address(self.x), kind, address(centers), *shape, address(self.origin), address(self.scale),
             address(unsure), address(rivals), address(others), address(unsure_count), address(labels),
             address(open_rows), address(open_count), *where,

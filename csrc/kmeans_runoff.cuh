@@ -14,11 +14,11 @@ constexpr double kDoubleUnit = 0x1p-53;  // unit roundoff of float64
 // better score is exact by now, only the others' errors are left in the way: most rows are decided here.
 template <class T>
 __global__ void __launch_bounds__(256)
-    pair_kernel(const T* __restrict__ x, const float* __restrict__ centers, int64_t rows, int64_t clusters, int64_t d,
-                bool cosine, const float* __restrict__ origin, const float* __restrict__ scale,
-                const int32_t* __restrict__ unsure, const int32_t* __restrict__ rivals, const float* __restrict__ others,
-                const int32_t* __restrict__ unsure_count, int64_t* __restrict__ labels, int32_t* __restrict__ open,
-                int32_t* __restrict__ open_count) {
+    runoff_kernel(const T* __restrict__ x, const float* __restrict__ centers, int64_t rows, int64_t clusters, int64_t d,
+                  bool cosine, const float* __restrict__ origin, const float* __restrict__ scale,
+                  const int32_t* __restrict__ unsure, const int32_t* __restrict__ rivals, const float* __restrict__ others,
+                  const int32_t* __restrict__ unsure_count, int64_t* __restrict__ labels, int32_t* __restrict__ open,
+                  int32_t* __restrict__ open_count) {
   const int lane = threadIdx.x % 32;
   const int64_t warps = blockDim.x / 32, count = *unsure_count;
   // Relative error of a float64 sum of d products, twice for each of two that are compared.
