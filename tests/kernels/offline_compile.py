@@ -1,6 +1,7 @@
 """Compile the Triton kernels for GPUs that are not there, and read what the machine code needs and its inner loop does.
 
-`make launch-table` prints a line of JSON for every shipped launch and architecture.
+`make launch-table` prints a line of JSON for every shipped launch and architecture, and records in `inner_loops.jsonl`
+those that the tests hold.
 """
 
 import importlib
@@ -25,6 +26,9 @@ SHARED_OF_PROCESSOR = {80: 167_936, 86: 102_400, 89: 102_400, 90: 233_472, 100: 
 REGISTERS_OF_PROCESSOR, WARPS_OF_PROCESSOR = 65_536, {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 RESERVED_BYTES = 1024  # of shared memory, by every block
 ELEMENTS = {"bf16": 2, "fp32": 4}
+# What the tests hold of every launch: a higher count, or fewer blocks, is a slower kernel.
+HELD = ("instructions", "exponentials", "shuffles", "blocks_per_multiprocessor", "copies_in_flight")
+RECORD = Path(__file__).parent / "inner_loops.jsonl"
 # Kernels without products, which are in no launch table: module, name, BLOCK, pointers to int32, arguments left out.
 OTHERS = (
     (kernels.__name__, "prepare_anchors", 256, ("bounded_ptr",), ()),
@@ -225,11 +229,24 @@ def ptx(kernel: str) -> str:
     return compile_kernel(kernel, "bf16", launch_on(90, kernel, 2, 128, False), 128, 90, flag=True).asm["ptx"]
 
 
+def recorded() -> dict[tuple, dict]:
+    """The lines of the table as they were when it was last recorded, by entry, architecture and number of a variant."""
+    lines = map(json.loads, RECORD.read_text().splitlines())
+    return {(*line.pop("entry"), line.pop("arch"), line.pop("number")): line for line in lines}
+
+
 def main() -> None:
-    """Print a line for each launch, variant and architecture."""
+    """Print a line for each launch, variant and architecture, and record what the tests hold."""
+    lines = []
     for entry in shipped():
+        held = planned(entry, quick=True)
         for arch, number in planned(entry, quick=False):
-            print(json.dumps(audit(*entry, arch, number)), flush=True)
+            report = audit(*entry, arch, number)
+            print(json.dumps(report), flush=True)
+            if (arch, number) in held:
+                line = {"entry": entry, "arch": arch, "number": number} | {name: report[name] for name in HELD}
+                lines.append(json.dumps(line))
+    RECORD.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
