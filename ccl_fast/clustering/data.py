@@ -163,12 +163,16 @@ class Data:
         Raises:
             ValueError: a row is not finite.
         """
-        mean = self._moment().to(self.dtype)[:, None]
+        mean = self.mean().to(self.dtype)[:, None]
         if not mean.isfinite().all():  # unless finite values overflowed
             with self.group.together():
                 for chunk in self.chunks():
-                    check_finite("x", chunk.x)
+                    check_finite("X", chunk.x)
         return self._moment(mean)
+
+    def mean(self) -> Tensor:
+        """Return the mean of the rows (for the cosine, of the directions), float64 [problems, d]."""
+        return self._moment()
 
     def _moment(self, origin: Tensor | None = None) -> Tensor:
         """Return the mean of the rows, or of their squared differences from an origin, float64 [problems, d]."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ccl_fast.ops.kmeans.assign_reference import exact_scores
-from ccl_fast.ops.matmul import matmul_nt
+from ccl_fast.ops.matmul import factor_rounding, matmul_nt
 from ccl_fast.ops.normalize import normalize_rows
 from ccl_fast.ops.precision import accumulation_dtype
 from ccl_fast.ops.threads import for_each_block
@@ -26,8 +26,6 @@ NORM_ENTRIES = 1 << 18
 EXACT_ENTRIES = 1 << 23
 # Roundings of the score besides those of its sum, in units of roundoff.
 OTHER_ROUNDINGS = 8
-# Relative rounding of the factors of a product, by torch's setting of the precision of float32 products.
-FACTOR_ROUNDING = {"tf32": 2.0**-10, "bf16": 2.0**-7}
 
 
 class Rows:
@@ -87,7 +85,7 @@ class Rows:
         for_each_block(len(x), size, work, x.device)
 
         info = torch.finfo(self.dtype)
-        gamma = (x.shape[1] + OTHER_ROUNDINGS) * info.eps / 2 + 2 * _factor_rounding(x.device, self.dtype)
+        gamma = (x.shape[1] + OTHER_ROUNDINGS) * info.eps / 2 + 2 * factor_rounding(x.device, self.dtype)
         # The largest |c| has |c|^2 / 2 in its score too.
         length = moved.norm(dim=1).max()
         threshold = best + 2 * gamma * length * (norm + length / 2)
@@ -118,14 +116,6 @@ def _two_lowest(scores: Tensor, label: Tensor, best: Tensor, second: Tensor) -> 
     torch.gather(scores, 1, label[:, None], out=best[:, None])
     scores.scatter_(1, label[:, None], torch.inf)
     torch.amin(scores, 1, out=second)
-
-
-def _factor_rounding(device: torch.device, dtype: torch.dtype) -> float:
-    if dtype != torch.float32:
-        return 0.0
-    backend = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
-    # `matmul` is set when mkldnn is imported.
-    return FACTOR_ROUNDING.get(str(backend.matmul.fp32_precision), 0.0)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _decide(x: Tensor, centers: Tensor, candidates: Tensor, metric: str) -> Tensor:
