@@ -28,7 +28,7 @@ def rows_of(X: Any, estimator: BaseEstimator) -> Tensor:
             raise ArgumentError(f"X: expected {expected}, got {X.dtype} {list(X.shape)}")
         x = X.detach()
     else:
-        batched = getattr(X, "ndim", 2) == 3
+        batched = is_batched(X)
         # Whether all are finite the first pass over the rows tells.
         x = tensor_of(_array(X, "X", allow_nd=batched, estimator=estimator))
     return x if x.ndim == 3 else x[None]
@@ -38,7 +38,7 @@ def weights_of(sample_weight: Any, X: Any, rows: Tensor) -> Tensor | None:
     """Return the weights of rows [problems, rows, d], [problems, rows], not checked but for shape and dtype."""
     if sample_weight is None:
         return None
-    shape = rows.shape[:2] if np.ndim(X) == 3 else rows.shape[1:2]
+    shape = rows.shape[:2] if is_batched(X) else rows.shape[1:2]
     if isinstance(sample_weight, Real):
         return torch.full(rows.shape[:2], float(sample_weight), dtype=torch.float64, device=rows.device)
     weights = sample_weight
@@ -48,6 +48,11 @@ def weights_of(sample_weight: Any, X: Any, rows: Tensor) -> Tensor | None:
         got = f"{weights.dtype} {list(weights.shape)}"
         raise ArgumentError(f"sample_weight: expected floating-point weights {list(shape)}, got {got}")
     return weights.detach() if weights.ndim == 2 else weights.detach()[None]
+
+
+def is_batched(X: Any) -> bool:
+    """Tell whether X are problems; lists are none."""
+    return getattr(X, "ndim", 2) == 3
 
 
 def like(value: Tensor, X: Any) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ccl_fast.checks import check_choice, check_count, check_finite, check_not_negative, check_seed
 from ccl_fast.clustering import empty_clusters
-from ccl_fast.clustering.arrays import like, rows_of, tensor_of, weights_of
+from ccl_fast.clustering.arrays import is_batched, like, rows_of, tensor_of, weights_of
 from ccl_fast.clustering.data import Data
 from ccl_fast.clustering.lloyd import Solution, lloyd
 from ccl_fast.clustering.rejection_sampling import plain_k_means_plus_plus
@@ -252,7 +252,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         """Return the nearest centre of every row of X, ``[M, D]`` or ``[B, M, D]``: int64 ``[M]`` or ``[B, M]``."""
         data, centers = self._new_data(X)
         labels = data.nearest(centers)
-        return like(labels if np.ndim(X) == 3 else labels[0], X)
+        return like(labels if is_batched(X) else labels[0], X)
 
     @overload
     def transform(self, X: Tensor) -> Tensor: ...
@@ -268,7 +268,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
             distances = torch.cat(
                 [_all_distances(chunk.x, centers, self.metric).to(data.x.device) for chunk in data.chunks()], 1
             )
-        return like(distances if np.ndim(X) == 3 else distances[0], X)
+        return like(distances if is_batched(X) else distances[0], X)
 
     @torch.no_grad()
     def score(
@@ -279,7 +279,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         if not data.n:
             raise ArgumentError("X: expected at least 1 row, got 0")
         inertia = data.inertia(centers, data.nearest(centers))
-        return like(-inertia, X) if np.ndim(X) == 3 else -inertia.item()
+        return like(-inertia, X) if is_batched(X) else -inertia.item()
 
     @property
     def _n_features_out(self) -> int:
@@ -357,7 +357,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
     def _check_positive(self, weights: Tensor, data: Data) -> None:
         positive = data.group.sum((weights > 0).sum(1).to(data.device)).min().item()
         if positive < self.n_clusters:
-            least = f"n_clusters={self.n_clusters} positive weights"
+            least = f"n_clusters={self.n_clusters} weights above zero"
             raise ArgumentError(f"sample_weight: expected at least {least}, got {positive}")
 
     def _device(self, x: Tensor) -> torch.device:
@@ -374,7 +374,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         if isinstance(X, Tensor) and X.shape[-1] != centers.shape[-1]:
             raise ArgumentError(f"X: expected {centers.shape[-1]} features as in fit, got {X.shape[-1]}")
         validate_data(self, _one_problem(X, rows), skip_check_array=True, reset=False)
-        if np.ndim(X) != centers.ndim or (centers.ndim == 3 and len(rows) != len(centers)):
+        if is_batched(X) != (centers.ndim == 3) or (centers.ndim == 3 and len(rows) != len(centers)):
             problems = f"[{len(centers)}, rows, features]" if centers.ndim == 3 else "[rows, features]"
             raise ArgumentError(f"X: expected shape {problems} as in fit, got {list(np.shape(X))}")
         check_finite("X", rows)
@@ -405,7 +405,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
 
     def _set_attributes(self, best: Solution, X: Any, rows: Tensor) -> None:
         results = best.centers, best.labels, best.inertia, best.n_iter
-        if np.ndim(X) == 2:
+        if not is_batched(X):
             centers, labels, inertia, n_iter = (result[0] for result in results)
             self.cluster_centers_, self.labels_ = like(centers, X), like(labels, X)
             self.inertia_, self.n_iter_ = inertia.item(), n_iter.item()
@@ -431,7 +431,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
 
 def _one_problem(X: Any, rows: Tensor) -> Any:
     """Rows that have the number of features, and their names, where scikit-learn looks for these."""
-    return X if np.ndim(X) == 2 else rows.flatten(0, 1)
+    return rows.flatten(0, 1) if is_batched(X) else X
 
 
 @torch.autocast("cuda", enabled=False)

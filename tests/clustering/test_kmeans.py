@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from sklearn.base import clone
 from sklearn.cluster import KMeans as Oracle
 from sklearn.cluster import kmeans_plusplus
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
@@ -185,9 +186,16 @@ def test_starts_are_different_rows_of_positive_weight(init):
     assert model.inertia_ == pytest.approx(0, abs=1e-10)
 
 
-def test_fewer_distinct_rows_than_clusters():
-    x = torch.tensor([[0.0, 1.0], [2.0, 3.0]]).repeat(10, 1)
-    model = KMeans(5).fit(x)
+@pytest.mark.parametrize("empty_cluster", ["split", "farthest"])
+@pytest.mark.parametrize("init", ["k-means++", "plain-k-means++", "random"])
+def test_fewer_distinct_rows_than_clusters(empty_cluster, init):
+    x = torch.tensor([[0.0, 1.0], [0.1, 0.3]]).repeat(10, 1)
+    model = KMeans(5, init=init, empty_cluster=empty_cluster)
+    with pytest.warns(ConvergenceWarning, match=r"distinct clusters \(2\) found smaller than n_clusters \(5\)") as seen:
+        model.fit(x)
+    assert seen[0].filename == __file__
+    with pytest.warns(ConvergenceWarning, match=r"distinct clusters \(2\) found smaller than n_clusters \(5\)"):
+        Oracle(5).fit(x.numpy())
     assert model.inertia_ == 0
     assert model.cluster_centers_.isfinite().all()
     assert len(model.labels_.unique()) == 2
@@ -201,7 +209,7 @@ def test_one_cluster_per_row():
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-@pytest.mark.parametrize("batch_size", [1, 7, 399, 400, 1000])
+@pytest.mark.parametrize("batch_size", [7, 399, 400, 1000])
 def test_rows_brought_in_chunks_change_nothing(metric, batch_size):
     x, weights = blobs(3), torch.rand(400, dtype=torch.float64)
     whole = KMeans(9, metric=metric).fit(x, sample_weight=weights)
@@ -217,10 +225,11 @@ def test_a_batch_of_problems_is_each_of_them_alone(metric):
     x = torch.stack([blobs(seed) for seed in range(4)])
     x[2] = x[2, :1]  # one is done at once
     weights = torch.rand(4, 400, dtype=torch.float64)
-    batch = KMeans(9, metric=metric, n_init=2, tol=0).fit(x, sample_weight=weights)
+    ours = KMeans(9, metric=metric, init="plain-k-means++", n_init=2, tol=0, empty_cluster="keep")
+    batch = clone(ours).fit(x, sample_weight=weights)
     assert batch.n_iter_.unique().numel() > 1
     for i in range(4):
-        alone = KMeans(9, metric=metric, n_init=2, tol=0).fit(x[i], weights[i])
+        alone = clone(ours).fit(x[i], sample_weight=weights[i])
         assert batch.labels_[i].equal(alone.labels_)
         assert batch.cluster_centers_[i].equal(alone.cluster_centers_)
         assert batch.inertia_[i].item() == alone.inertia_
@@ -294,12 +303,26 @@ def test_inertia_never_rises(metric, empty_cluster, weighted):
         assert all(later <= earlier * (1 + 1e-12) for earlier, later in itertools.pairwise(inertias))
 
 
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
 @pytest.mark.parametrize("empty_cluster", ["split", "farthest", "keep"])
-def test_constant_features(empty_cluster):
-    model = KMeans(3, empty_cluster=empty_cluster).fit(torch.full((50, 4), 7.0))
-    assert model.inertia_ == 0
-    assert model.labels_.unique().tolist() == [0]
-    assert model.cluster_centers_.isfinite().all()
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_mean_of_equal_rows_is_that_row(empty_cluster, metric, dtype):
+    """Whatever their sum is rounded to: else rows would go to another of the equal centres at every iteration."""
+    x = torch.full((50, 4), 0.1, dtype=dtype)
+    model = KMeans(3, metric=metric, empty_cluster=empty_cluster).fit(x)
+    assert model.inertia_ == pytest.approx(0, abs=0 if metric == "euclidean" else 1e-12)
+    assert model.labels_.unique().tolist() == [0] and model.n_iter_ == 1
+    if metric == "euclidean":
+        assert (model.cluster_centers_[0] == x[0]).all()
+    values = torch.tensor([0.1, 0.7, 1.9], dtype=dtype).repeat(33)[:, None] * torch.tensor([1.0, 3, -1], dtype=dtype)
+    if metric == "cosine":
+        values[::3, 1], values[1::3, 2] = 5, 7
+    weights = torch.rand(99, generator=torch.Generator().manual_seed(0))
+    for given in (None, weights):
+        model = KMeans(6, metric=metric, empty_cluster=empty_cluster).fit(values, sample_weight=given)
+        assert model.n_iter_ <= 2 and len(model.labels_.unique()) == 3
+        assert model.inertia_ == pytest.approx(0, abs=0 if metric == "euclidean" else 1e-12)
 
 
 def test_values_whose_squares_overflow_float32():
@@ -432,14 +455,14 @@ def test_wrong_centers_and_wrong_use():
     for use in (KMeans(3).predict, KMeans(3).transform, KMeans(3).score):
         with pytest.raises(NotFittedError, match="This KMeans instance is not fitted yet"):
             use(x)
-    with pytest.raises(ValueError, match=r"^X: expected 7 features as in fit, got n_samples=2"):
+    with pytest.raises(ValueError, match=r"^X: expected 7 features as in fit, got 2"):
         KMeans(3).fit(x).predict(x[:, :2])
     for weights, got in (
         (torch.ones(3), r"floating-point weights \[400\], got torch.float32 \[3\]"),
         (torch.ones(400, dtype=torch.int64), "floating-point weights .*, got torch.int64"),
         (-torch.ones(400), "weights >= 0, got -1.0"),
         (torch.full((400,), torch.nan), "finite"),
-        (torch.eye(1, 400)[0], "at least n_clusters=3 positive weights, got 1"),
+        (torch.eye(1, 400)[0], "at least n_clusters=3 weights above zero, got 1"),
     ):
         with pytest.raises(ValueError, match=rf"^sample_weight: expected (a )?{got}"):
             KMeans(3).fit(x, sample_weight=weights)
@@ -491,8 +514,8 @@ def test_the_unit_of_weight_does_not_matter():
 
 
 def test_sums_that_overflow_are_an_error():
-    with pytest.raises(ValueError, match=r"^X: expected values whose sums torch.float32 can hold, got up to 3e\+38"):
-        KMeans(2, init="random").fit(torch.full((600, 2), 3e38))
+    with pytest.raises(ValueError, match=r"^X: expected values whose sums torch.float64 can hold, got up to 1.7e\+308"):
+        KMeans(2, init="random").fit(torch.full((600, 2), 1.7e308, dtype=torch.float64))
 
 
 def test_one_subnormal_row_spoils_nothing():

@@ -261,7 +261,7 @@ ALIKE = [
     ("ArgumentError: X: expected at least n_clusters=3 rows, got n_samples=2", {}, torch.ones(1, 7), None),
     ("ArgumentError: X: expected at least one problem and one feature", {}, torch.ones(9, 0), None),
     (
-        "ArgumentError: sample_weight: expected at least n_clusters=3 positive weights, got 2",
+        "ArgumentError: sample_weight: expected at least n_clusters=3 weights above zero, got 2",
         {},
         torch.ones(9, 7),
         torch.eye(1, 9)[0],
