@@ -30,6 +30,8 @@ def split(centers: Tensor, weights: Tensor, deviation: Tensor) -> Tensor:
     centre stays, so no row's distance to its nearest centre grows.
     """
     empty = weights == 0
+    if not (empty.is_cuda or empty.any()):  # asking would make a GPU wait
+        return centers
     largest = weights.argsort(dim=1, descending=True, stable=True)
     donor = largest.gather(1, (empty.cumsum(1) - 1).clamp(min=0))
     sign = 1 - 2 * (torch.arange(centers.shape[2], device=centers.device) % 2)

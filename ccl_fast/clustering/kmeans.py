@@ -230,8 +230,8 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         self, X: ArrayLike, y: object = None, sample_weight: Tensor | ArrayLike | None = None
     ) -> np.ndarray: ...
     def fit_predict(self, X, y=None, sample_weight=None):
-        """``fit(X, sample_weight=sample_weight).labels_``."""
-        return self.fit(X, sample_weight=sample_weight).labels_
+        """``fit(X, y, sample_weight).labels_``."""
+        return self.fit(X, y, sample_weight).labels_
 
     @overload
     def fit_transform(self, X: Tensor, y: object = None, sample_weight: Tensor | ArrayLike | None = None) -> Tensor: ...
@@ -240,8 +240,8 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         self, X: ArrayLike, y: object = None, sample_weight: Tensor | ArrayLike | None = None
     ) -> np.ndarray: ...
     def fit_transform(self, X, y=None, sample_weight=None):
-        """``fit(X, sample_weight=sample_weight).transform(X)``."""
-        return self.fit(X, sample_weight=sample_weight).transform(X)
+        """``fit(X, y, sample_weight).transform(X)``."""
+        return self.fit(X, y, sample_weight).transform(X)
 
     @overload
     def predict(self, X: Tensor) -> Tensor: ...
@@ -344,7 +344,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         if 0 in (rows.shape[0], rows.shape[2]):
             raise ArgumentError(f"X: expected at least one problem and one feature, got shape {list(rows.shape)}")
         if total < self.n_clusters:
-            raise ArgumentError(f"X: expected at least n_clusters={self.n_clusters} rows, got n_samples={total}")
+            raise ArgumentError(f"X: expected at least n_clusters={self.n_clusters} rows, got {total}")
 
     def _weights(self, sample_weight: Any, X: Any, rows: Tensor) -> Tensor | None:
         weights = weights_of(sample_weight, X, rows)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ccl_fast.clustering import empty_clusters
-from ccl_fast.clustering.data import Data, Sweep
 from ccl_fast.ops.normalize import normalize_rows
+
+if TYPE_CHECKING:
+    from ccl_fast.clustering.data import Data, Sweep
 
 # Roundings of a mean direction, in units of the dtype's.
 DIRECTION_ROUNDINGS = 4
@@ -64,16 +66,15 @@ def lloyd(
         new_centers = _update(data, centers, sweep, deviation, empty_cluster)
         new_sweep = data.sweep(new_centers, before=sweep.labels)
         movement = (new_centers - centers).square_().sum((1, 2), dtype=torch.float64)
-        # Problems at rest stay as they are.
-        keep = moving[:, None]
-        centers = torch.where(keep[..., None], new_centers, centers)
-        sweep = Sweep(
-            torch.where(keep, new_sweep.labels, sweep.labels),
-            torch.where(keep[..., None], new_sweep.sums, sweep.sums),
-            torch.where(keep, new_sweep.weights, sweep.weights),
-            new_sweep.changed,
-            new_sweep.rechecked,
-        )
+        if data.problems > 1 or any_moving.late:  # problems at rest stay as they are
+            keep = moving[:, None]
+            new_centers = torch.where(keep[..., None], new_centers, centers)
+            new_sweep = new_sweep._replace(
+                labels=torch.where(keep, new_sweep.labels, sweep.labels),
+                sums=torch.where(keep[..., None], new_sweep.sums, sweep.sums),
+                weights=torch.where(keep, new_sweep.weights, sweep.weights),
+            )
+        centers, sweep = new_centers, new_sweep
         n_iter += moving
         moving = moving & (movement > tolerance)
         if i + 1 < max_iter:
@@ -117,11 +118,11 @@ class LateFlag:
     """
 
     def __init__(self, device: torch.device):
-        self._on_gpu = device.type == "cuda"
+        self.late = device.type == "cuda"
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
 
     def read(self, flag: Tensor) -> bool:
-        if not self._on_gpu:
+        if not self.late:
             return bool(flag)
         arriving = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
         event = torch.cuda.Event()

@@ -428,11 +428,11 @@ def test_wrong_settings(arguments, name):
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (torch.zeros(2, 3), r"^X: expected at least n_clusters=3 rows, got n_samples=2"),
-        (torch.zeros(0, 3), r"^X: expected at least n_clusters=3 rows, got n_samples=0"),
+        (torch.zeros(2, 3), r"^X: expected at least n_clusters=3 rows, got 2"),
+        (torch.zeros(0, 3), r"^X: expected at least n_clusters=3 rows, got 0"),
         (torch.zeros(9), r"^X: expected .*, got torch.float32 \[9\]"),
         (torch.zeros(9, 3, dtype=torch.int64), r"^X: expected .*, got torch.int64"),
-        ([[1.0, 2.0]], r"^X: expected at least n_clusters=3 rows, got n_samples=1"),
+        ([[1.0, 2.0]], r"^X: expected at least n_clusters=3 rows, got 1"),
         ([1.0, 2.0, 3.0], "Expected 2D array, got 1D array instead"),
         (np.zeros((9, 3, 1, 1)), r"Found array with dim 4, while dim <= 2 is required by KMeans"),
         (np.full((9, 3), np.nan), r"^X: expected finite"),

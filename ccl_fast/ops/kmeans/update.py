@@ -71,8 +71,10 @@ def sum_by_cluster(
     problems, _, d = x.shape
     if weights is not None:
         weights = weights.detach().to(accumulation_dtype(x)).flatten()
-    shift = n_clusters * torch.arange(problems, device=x.device)
-    clusters = (labels.long() + shift[:, None]).flatten()
+    clusters = labels.long()
+    if problems > 1:
+        clusters = clusters + n_clusters * torch.arange(problems, device=x.device)[:, None]
+    clusters = clusters.flatten()
     module = chosen_module("kmeans_update", backend, x.device, x.dtype)
     rows = x.detach().reshape(-1, d)
     sums, total_weights = module.sum_by_cluster(rows, clusters, problems * n_clusters, weights)
