@@ -124,6 +124,12 @@ def check_count(name: str, value, least: int = 1) -> None:
         raise ArgumentError(f"{name}: expected {expected}, got {value!r}")
 
 
+def check_seed(name: str, value) -> None:
+    """Check that a value is an integer that seeds a generator."""
+    if not is_integer(value) or not 0 <= value < 2**63:
+        raise ArgumentError(f"{name}: expected an integer >= 0 and below 2^63, got {value!r}")
+
+
 def is_integer(value) -> TypeGuard[int]:
     """Tell whether a value is a whole number, and none of True and False."""
     return isinstance(value, Integral) and not isinstance(value, bool)

@@ -69,7 +69,7 @@ void update(Address x, int dtype, int64_t clusters, int64_t d, Address order, Ad
             int64_t pieces, Address weights, Address partial, Address partial_weight, Address sums, Address total_weight,
             int device, Address stream) {
   check(ccl_kmeans_update(pointer<void>(x), dtype, clusters, d, pointer<int64_t>(order), pointer<int64_t>(offsets),
-                          pointer<int64_t>(piece_offsets), pieces, pointer<float>(weights), pointer<float>(partial),
+                          pointer<int64_t>(piece_offsets), pieces, pointer<float>(weights), pointer<double>(partial),
                           pointer<double>(partial_weight), pointer<double>(sums), pointer<double>(total_weight), device,
                           pointer<void>(stream)),
         "kmeans_update");

@@ -90,7 +90,7 @@ int ccl_kmeans_recheck(const void* x, int dtype, const float* centers, int64_t r
 }
 
 int ccl_kmeans_update(const void* x, int dtype, int64_t clusters, int64_t d, const int64_t* order, const int64_t* offsets,
-                      const int64_t* piece_offsets, int64_t pieces, const float* weights, float* partial,
+                      const int64_t* piece_offsets, int64_t pieces, const float* weights, double* partial,
                       double* partial_weight, double* sums, double* total_weight, int device, void* stream) {
   DeviceGuard guard(device);
   const int error = with_dtype(dtype, [&](auto type) {
@@ -100,7 +100,7 @@ int ccl_kmeans_update(const void* x, int dtype, int64_t clusters, int64_t d, con
   });
   if (error) return error;
   return launch(sum_clusters_kernel, grid(clusters), kUpdateThreads, 0, stream, d, piece_offsets,
-                static_cast<const float*>(partial), static_cast<const double*>(partial_weight), sums, total_weight);
+                static_cast<const double*>(partial), static_cast<const double*>(partial_weight), sums, total_weight);
 }
 
 int ccl_kmeans_distance(const void* x, int dtype, const float* centers, const int64_t* labels, int64_t problems,

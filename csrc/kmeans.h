@@ -48,10 +48,10 @@ int ccl_kmeans_recheck(const void* x, int dtype, const float* centers, int64_t r
 
 // Sums of rows by cluster. order [rows]: row numbers sorted by cluster; offsets [clusters + 1]: where each begins;
 // piece_offsets [clusters + 1]: the same in pieces of at most 256 rows; weights [rows] or null;
-// partial float32 [pieces, d] and partial_weight float64 [pieces]: work space for `pieces` of them, at least the last
+// partial float64 [pieces, d] and partial_weight float64 [pieces]: work space for `pieces` of them, at least the last
 // entry of piece_offsets. Writes sums [clusters, d] and total_weight [clusters].
 int ccl_kmeans_update(const void* x, int dtype, int64_t clusters, int64_t d, const int64_t* order, const int64_t* offsets,
-                      const int64_t* piece_offsets, int64_t pieces, const float* weights, float* partial,
+                      const int64_t* piece_offsets, int64_t pieces, const float* weights, double* partial,
                       double* partial_weight, double* sums, double* total_weight, int device, void* stream);
 
 // distance [problems, rows]: |x - c|^2, or 1 - cos(x, c) (1 if either is zero), to the centre of the row's label.

@@ -2,7 +2,7 @@
 
     python -m pytest -p tests.minimal tests/losses/test_ccl.py  # as `make test-minimal` does
 
-What the tests themselves are made of stays: pytest, hypothesis, scikit-learn (an oracle), what builds the emulation.
+What the tests themselves are made of stays: pytest, hypothesis, what builds the emulation.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 from tests import ROOT
 
-TOOLS = ("pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "scikit-learn", "pybind11", "cmake", "ninja")
+TOOLS = ("pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "pybind11", "cmake", "ninja")
 
 
 def required(names) -> set[str]:

@@ -37,7 +37,7 @@ class KMeansCase:
     contenders: tuple[str, ...]
     iterations: int = ITERATIONS
     final_labels: bool = True  # those of the returned centres: one assignment more
-    seeding: str | None = None  # None: the centres are given
+    seeding: str | None = None  # as our KMeans calls it; None: the centres are given
 
     @property
     def assignments(self) -> int:
@@ -66,6 +66,7 @@ CASES = {
         ),
         KMeansCase("k-means fit", ("ours", *ON_CPU, *ON_GPU, *ON_BOTH, "torch")),
         KMeansCase("k-means random start", ("ours", *ON_CPU, *ON_GPU, *ON_BOTH), seeding="random"),
-        KMeansCase("k-means++ start", ("ours", *ON_CPU), seeding="k-means++"),
+        KMeansCase("k-means++ start", ("ours", "faiss"), seeding="plain-k-means++"),
+        KMeansCase("greedy k-means++ start", ("ours", "scikit-learn"), seeding="k-means++"),
     )
 }

@@ -44,7 +44,8 @@ def _ours(case: KMeansCase) -> Run:
         return Outcome(means.float(), 1, int(rechecked[1]))
 
     def fit(rows: Rows) -> Outcome:
-        model = KMeans(len(rows.centers), init=case.seeding or rows.centers, max_iter=case.iterations, tol=0.0)
+        init = case.seeding or rows.centers
+        model = KMeans(len(rows.centers), init=init, n_init=1, max_iter=case.iterations, tol=0.0)
         model.fit(rows.x)
         return Outcome(model.cluster_centers_, model.n_iter_, model.rechecked_)
 
@@ -63,7 +64,8 @@ def _faiss_assign(x: Tensor, centers: Tensor) -> Tensor:
 def _faiss(case: KMeansCase) -> Run:
     import faiss
 
-    seedings = {"random": faiss.ClusteringInitMethod_RANDOM, "k-means++": faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS}
+    plus_plus = faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS
+    seedings = {"random": faiss.ClusteringInitMethod_RANDOM, "plain-k-means++": plus_plus}
 
     def run(rows: Rows) -> Outcome:
         faiss.omp_set_num_threads(torch.get_num_threads())

@@ -81,7 +81,7 @@ def concentration(
     square = center_distance(x[None], centers[None], ids, metric=metric)
     # |x - c|^2 = 2 (1 - cos) between unit vectors.
     distance = (2 * square if metric == "cosine" else square).sqrt()
-    sums = sum_by_cluster(distance[..., None], ids, k, None, "auto", wide=not group.is_null)
+    sums = sum_by_cluster(distance[..., None], ids, k, None, "auto")
     total, count = group.sums(*sums)
     total, count = total[0, :, 0], count[0]
     usable = count >= 2

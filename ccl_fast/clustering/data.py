@@ -51,8 +51,7 @@ class Data:
     cluster's sum by its direction: its weight there is divided by its length, and no normalised copy is made.
 
     With a group, these rows are a shard of those of all its processes, and results are those of all of them: every
-    method whose docstring does not say "Local" is a collective. Sums are then float64 from the first row (``wide``), as
-    pieces in float32 would begin and end where shards do.
+    method whose docstring does not say "Local" is a collective.
     """
 
     def __init__(
@@ -71,7 +70,6 @@ class Data:
         self.problems, self.n, self.d = x.shape
         self.shards = shards or Shards(NO_GROUP, [self.n])
         self.group = self.shards.group
-        self.wide = not self.group.is_null
         self.dtype = accumulation_dtype(x)
         self.weights = self._weight_unit = None
         if weights is not None:  # at most 1, so that no sum overflows; clusters are the same for every unit of weight
@@ -109,10 +107,10 @@ class Data:
         k, labels, found = centers.shape[1], [], None
         for chunk in self.chunks():
             own, rechecked = chunk.rows.nearest(centers)
-            sums, weights = sum_by_cluster(chunk.x, own, k, chunk.sum_weight, self.backend, wide=self.wide)
+            sums, weights = sum_by_cluster(chunk.x, own, k, chunk.sum_weight, self.backend)
             if self.metric == "cosine":  # the rows count in the sums by another weight than their own
                 each = torch.ones_like(own, dtype=self.dtype) if self.weights is None else self.weights[:, chunk.part]
-                weights = sum_by_cluster(each[..., None], own, k, None, self.backend, wide=self.wide)[0][..., 0]
+                weights = sum_by_cluster(each[..., None], own, k, None, self.backend)[0][..., 0]
             labels.append(own)
             here = sums, weights, rechecked
             found = here if found is None else tuple(a.add_(b) for a, b in zip(found, here, strict=True))
@@ -165,17 +163,20 @@ class Data:
         Raises:
             ValueError: a row is not finite.
         """
-        mean = self._moment().to(self.dtype)[:, None]
+        mean = self.mean().to(self.dtype)[:, None]
         if not mean.isfinite().all():  # unless finite values overflowed
             with self.group.together():
                 for chunk in self.chunks():
-                    check_finite("x", chunk.x)
+                    check_finite("X", chunk.x)
         return self._moment(mean)
+
+    def mean(self) -> Tensor:
+        """Return the mean of the rows (for the cosine, of the directions), float64 [problems, d]."""
+        return self._moment()
 
     def _moment(self, origin: Tensor | None = None) -> Tensor:
         """Return the mean of the rows, or of their squared differences from an origin, float64 [problems, d]."""
         entries = CPU_ENTRIES if self.device.type == "cpu" else DEVICE_ENTRIES
-        dtype = torch.float64 if self.wide else None
         total = torch.zeros(self.problems, self.d, dtype=torch.float64, device=self.device)
         with self.group.together():  # the backend may refuse the rows, which it is given here first
             for chunk in self.chunks():
@@ -185,7 +186,7 @@ class Data:
                         terms = normalize_rows(terms)
                     if origin is not None:
                         terms = (terms - origin).double().square_()
-                    total += terms.sum(1, dtype=dtype).double()
+                    total += terms.sum(1, dtype=torch.float64)
         return self.group.sum(total) / self.shards.total
 
     def _join(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:

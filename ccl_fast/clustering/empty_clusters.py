@@ -30,6 +30,8 @@ def split(centers: Tensor, weights: Tensor, deviation: Tensor) -> Tensor:
     centre stays, so no row's distance to its nearest centre grows.
     """
     empty = weights == 0
+    if not (empty.is_cuda or empty.any()):  # asking would make a GPU wait
+        return centers
     largest = weights.argsort(dim=1, descending=True, stable=True)
     donor = largest.gather(1, (empty.cumsum(1) - 1).clamp(min=0))
     sign = 1 - 2 * (torch.arange(centers.shape[2], device=centers.device) % 2)
@@ -47,6 +49,8 @@ def relocate_to_farthest(data: Data, centers: Tensor, sweep: Sweep) -> Sweep:
     if not empty.any():
         return sweep
     shards, k = data.shards, centers.shape[1]
+    # A cosine of rows of one direction is off by the rounding of a direction squared, or of a sum.
+    on_center = 2 * torch.finfo(centers.dtype).eps ** 2 + 2.0**-50 if data.metric == "cosine" else 0.0
     sums, weights = sweep.sums.clone(), sweep.weights.clone()
     own_weights = torch.ones_like(sweep.labels, dtype=torch.float64) if data.weights is None else data.weights.double()
     distance = data.distance(centers, sweep.labels).masked_fill(own_weights == 0, 0.0)  # those fill no cluster
@@ -54,7 +58,7 @@ def relocate_to_farthest(data: Data, centers: Tensor, sweep: Sweep) -> Sweep:
         labels, row_weights = sweep.labels[problem], own_weights[problem]
         clusters = empty[problem].nonzero()[:, 0]
         far, rows = shards.topk(distance[problem], len(clusters), largest=True)
-        rows = rows[far > 0]  # fewer if there are fewer distinct rows than clusters
+        rows = rows[far > on_center]  # fewer if there are fewer distinct rows than clusters
         taken = data.only(problem).take(rows[None])[0].double()
         previous, weight, size = data.group.sums(
             shards.place(rows, lambda own, labels=labels: labels[own]),

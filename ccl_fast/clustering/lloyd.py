@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ccl_fast.clustering import empty_clusters
-from ccl_fast.clustering.data import Data, Sweep
 from ccl_fast.ops.normalize import normalize_rows
+
+if TYPE_CHECKING:
+    from ccl_fast.clustering.data import Data, Sweep
+
+# Roundings of a mean direction, in units of the dtype's.
+DIRECTION_ROUNDINGS = 4
 
 
 class Solution(NamedTuple):
@@ -19,6 +24,7 @@ class Solution(NamedTuple):
     labels: Tensor  # int64 [problems, n]
     inertia: Tensor  # float64 [problems]
     n_iter: Tensor  # int64 [problems]
+    filled: Tensor  # int64 [problems], clusters that have rows
     rechecked: Tensor  # int64 [2], as in Sweep, of the last assignment of all problems
 
     def or_better(self, other: Solution) -> Solution:
@@ -29,7 +35,7 @@ class Solution(NamedTuple):
             return torch.where(better.view(-1, *[1] * (mine.ndim - 1)), theirs, mine)
 
         rechecked = other.rechecked if better.all() else self.rechecked
-        return Solution(*map(choose, self[:4], other[:4]), rechecked=rechecked)
+        return Solution(*map(choose, self[:5], other[:5]), rechecked=rechecked)
 
 
 def lloyd(
@@ -45,8 +51,9 @@ def lloyd(
     """Move the centres [problems, k, d] to the means of their clusters until they rest.
 
     A problem rests when no label changes, or when its centres' squared movement is at most ``tol`` times the mean of
-    the ``variance`` [problems, d]. ``progress(changed)`` is called after every iteration with the number of labels that
-    changed [problems].
+    the ``variance`` [problems, d]. In the first case the iteration that would find it so counts too, as in
+    scikit-learn. ``progress(changed)`` is called after every iteration with the number of labels that changed
+    [problems].
     """
     variance = variance.nan_to_num(nan=0.0, posinf=0.0)  # of values near the end of their range
     tolerance = tol * variance.mean(1)
@@ -55,26 +62,29 @@ def lloyd(
     moving = torch.ones(data.problems, dtype=torch.bool, device=data.device)
     any_moving = LateFlag(data.device)
     sweep = data.sweep(centers)
-    for _ in range(max_iter):
+    for i in range(max_iter):
         new_centers = _update(data, centers, sweep, deviation, empty_cluster)
         new_sweep = data.sweep(new_centers, before=sweep.labels)
         movement = (new_centers - centers).square_().sum((1, 2), dtype=torch.float64)
-        # Problems at rest stay as they are.
-        keep = moving[:, None]
-        centers = torch.where(keep[..., None], new_centers, centers)
-        sweep = Sweep(
-            torch.where(keep, new_sweep.labels, sweep.labels),
-            torch.where(keep[..., None], new_sweep.sums, sweep.sums),
-            torch.where(keep, new_sweep.weights, sweep.weights),
-            new_sweep.changed,
-            new_sweep.rechecked,
-        )
+        if data.problems > 1 or any_moving.late:  # problems at rest stay as they are
+            keep = moving[:, None]
+            new_centers = torch.where(keep[..., None], new_centers, centers)
+            new_sweep = new_sweep._replace(
+                labels=torch.where(keep, new_sweep.labels, sweep.labels),
+                sums=torch.where(keep[..., None], new_sweep.sums, sweep.sums),
+                weights=torch.where(keep, new_sweep.weights, sweep.weights),
+            )
+        centers, sweep = new_centers, new_sweep
         n_iter += moving
-        moving = moving & (new_sweep.changed > 0) & (movement > tolerance)
+        moving = moving & (movement > tolerance)
+        if i + 1 < max_iter:
+            n_iter += moving & (new_sweep.changed == 0)
+        moving = moving & (new_sweep.changed > 0)
         progress(new_sweep.changed)
         if not any_moving.read(moving.any()):
             break
-    return Solution(centers, sweep.labels, data.inertia(centers, sweep.labels), n_iter, sweep.rechecked)
+    filled = (sweep.weights > 0).sum(1)
+    return Solution(centers, sweep.labels, data.inertia(centers, sweep.labels), n_iter, filled, sweep.rechecked)
 
 
 def _update(data: Data, centers: Tensor, sweep: Sweep, deviation: Tensor, empty_cluster: str) -> Tensor:
@@ -88,6 +98,12 @@ def _update(data: Data, centers: Tensor, sweep: Sweep, deviation: Tensor, empty_
         defined = sweep.weights > 0
         means = sweep.sums / sweep.weights.where(defined, 1.0)[..., None]
     means = torch.where(defined[..., None], means.to(centers.dtype), centers)
+    # A mean that differs from the centre by its own rounding is that centre: of copies of a row it is that row.
+    rounding = data.shards.total * 2.0**-53
+    if data.metric == "cosine":
+        rounding += DIRECTION_ROUNDINGS * torch.finfo(centers.dtype).eps
+    if rounding > torch.finfo(centers.dtype).eps / 2:  # else less than the next number is away
+        means = torch.where((means - centers).abs() <= rounding * centers.abs(), centers, means)
     if empty_cluster == "split":
         means = empty_clusters.split(means, sweep.weights, deviation)
         if data.metric == "cosine":
@@ -102,11 +118,11 @@ class LateFlag:
     """
 
     def __init__(self, device: torch.device):
-        self._on_gpu = device.type == "cuda"
+        self.late = device.type == "cuda"
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
 
     def read(self, flag: Tensor) -> bool:
-        if not self._on_gpu:
+        if not self.late:
             return bool(flag)
         arriving = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
         event = torch.cuda.Event()

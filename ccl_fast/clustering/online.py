@@ -109,12 +109,9 @@ class OnlineClusters(nn.Module):
         self._take_means()
 
     def _half(self, members: Tensor) -> Tensor:
-        half = (
-            KMeans(2, metric="cosine", max_iter=HALVING_STEPS)
-            .fit(self.features[members].to(self.centers.dtype))
-            .labels_
-            == 1
-        )
+        # Of equal rows one of the two is empty, of which "keep" does not warn.
+        halving = KMeans(2, metric="cosine", max_iter=HALVING_STEPS, empty_cluster="keep")
+        half = halving.fit_predict(self.features[members].to(self.centers.dtype)) == 1
         if half.any() and not half.all():
             return half
         return torch.arange(len(members), device=members.device) % 2 == 1  # of equal rows any half

@@ -2,111 +2,132 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from ccl_fast.ops.matmul import factor_rounding
+from ccl_fast.ops.normalize import normalize_rows
+from ccl_fast.ops.precision import without_autocast
 
 if TYPE_CHECKING:
     from ccl_fast.clustering.data import Data
 
-# k-means++ draws this many candidates at once, at most; at the start as many as there are centres.
-MIN_CANDIDATES, MAX_CANDIDATES = 8, 256
+# A row's chance to be drawn when only copies of chosen rows are left, next to nothing before.
+LAST_RESORT = 1e-200
+# Roundings of a distance, in units of the dtype's, below which a row counts as a copy of a centre.
+ROUNDINGS = 16
 
 
 def random_rows(data: Data, k: int, generators: list[torch.Generator]) -> Tensor:
     """Draw k different rows of every problem, without replacement by their weights: [problems, k, d]."""
-    rows = [_draw_distinct(data, _weights(data, i), k, generator) for i, generator in enumerate(generators)]
+    rows = [draw_distinct(data, row_weights(data, i), k, generator) for i, generator in enumerate(generators)]
     return data.take(torch.stack(rows))
 
 
 def k_means_plus_plus(data: Data, k: int, generators: list[torch.Generator]) -> Tensor:
-    """Choose centres by k-means++ for every problem: [problems, k, d].
+    """Choose centres by greedy k-means++ for every problem: [problems, k, d].
 
-    Each centre is a row drawn with probability proportional to its weight times its distance from the centres before
-    it. One pass over the data for each centre would cost as much as many iterations, so candidates are drawn many at a
-    time from the distances of the last pass; the next candidate is accepted with probability (its distance now) /
-    (its distance then). That is rejection sampling of just the distribution that one pass for each centre would have,
-    and a pass is needed only once for many centres. Papers: Arthur and Vassilvitskii, "k-means++: the advantages of
-    careful seeding", 2007; Cohen-Addad et al., "Fast and accurate k-means++ via rejection sampling", 2020.
+    For each centre 2 + log k rows are drawn with probability proportional to weight times distance from the centres
+    before it; the one that leaves the smallest sum of weights times distances becomes a centre. Papers: Arthur and
+    Vassilvitskii, "k-means++: the advantages of careful seeding", 2007; Bhattacharya, Eube, Röglin, Schmidt, "Noisy,
+    greedy and not so greedy k-means++", 2020.
     """
-    rows = [plus_plus_rows(data.only(i), _weights(data, i), k, generator) for i, generator in enumerate(generators)]
+    rows = [greedy_rows(data.only(i), row_weights(data, i), k, generator) for i, generator in enumerate(generators)]
     return data.take(torch.stack(rows))
 
 
-def plus_plus_rows(one: Data, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
+def greedy_rows(one: Data, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """Return the numbers of the rows, [k], of a single problem with weights float64 [n].
 
-    Every process has the distances of its own rows, and all draw the same candidates.
+    The host learns nothing on the way, so that it never waits for a GPU.
     """
-    shards = one.shards
-
-    def potential_to(centers: Tensor) -> Tensor:
-        # Distances that overflow float32 count as very large ones, whose sum is finite.
-        return (weights * one.distance(centers)[0]).clamp(max=torch.finfo(torch.float64).max / shards.total)
-
-    chosen = _draw_distinct(one, weights, 1, generator)
-    potential = potential_to(one.take(chosen[None]))
-    while len(chosen) < k:
-        potential[shards.local(chosen)] = 0.0
-        cumulative = potential.cumsum(0)
-        ends = shards.ends(cumulative)
-        if not ends[-1] > 0:  # only copies of chosen rows are left: any of them, but none twice
-            free = weights.index_fill(0, shards.local(chosen), 0.0)
-            return torch.cat([chosen, _draw_distinct(one, free, k - len(chosen), generator)])
-        count = min(MAX_CANDIDATES, max(MIN_CANDIDATES, len(chosen)))
-        draw = torch.rand(2, count, dtype=torch.float64, generator=generator)
-        candidates = shards.draw(cumulative, ends, draw[0].to(one.device))
-        rows = one.take(candidates[None])
-        then, weight = _of(candidates, one, potential, weights)
-        among = weight[:, None] * _pairwise(rows[0], one.metric)
-        among[candidates[:, None] == candidates] = 0.0  # a row drawn twice, whatever the rounding of its cosine
-        accepted = _accept(then.cpu().numpy(), among.cpu().numpy(), draw[1].numpy(), k - len(chosen))
-        if not accepted:
-            continue
-        accepted = torch.tensor(accepted, device=one.device)
-        chosen = torch.cat([chosen, candidates[accepted]])
-        if len(chosen) < k:
-            potential = torch.minimum(potential, potential_to(rows[:, accepted]))
-    return chosen
+    shards, distances = one.shards, Distances(one)
+    chosen = draw_distinct(one, weights, 1, generator)
+    share = torch.rand(k, 2 + int(math.log(k)), dtype=torch.float64, generator=generator).to(one.device)
+    every, last_resort = [chosen], LAST_RESORT * weights
+    of_sum = None if one.weights is None else weights.to(distances.dtype)
+    potential = distances.to(one.take(chosen[None])[0])[0]
+    for shares in share[1:]:
+        # Copies of a centre have no distance but for rounding, and the centre itself has no last resort either.
+        potential = torch.where(potential > distances.rounding, potential, 0.0)
+        own = shards.local(chosen)
+        potential[own], last_resort[own] = 0.0, 0.0
+        cumulative = torch.addcmul(last_resort, potential.double(), weights).cumsum_(0)
+        candidates = shards.draw(cumulative, shards.ends(cumulative), shares)
+        potentials = torch.minimum(distances.to(one.take(candidates[None])[0]), potential)
+        sums = potentials.sum(1) if of_sum is None else potentials @ of_sum
+        best = one.group.sum(sums).argmin(0, keepdim=True)
+        chosen, potential = candidates[best], potentials[best][0]
+        every.append(chosen)
+    return torch.cat(every)
 
 
-def _accept(then: np.ndarray, among: np.ndarray, draw: np.ndarray, max_accepted: int) -> list[int]:
-    """Choose candidates to accept, one after the other: each by its potential after those accepted before it.
+class Distances:
+    """Distances of all rows of a single problem to a few at a time, by one product of matrices.
 
-    then [m]: the potentials they were drawn by; among [m, m]: that of each if only the other were a centre.
+    A row x and a centre c get columns more, so that the product is the distance: ``[x, |x|^2, 1] [-2c, 1, |c|^2]`` or,
+    of unit vectors, ``[x, 1] [-c, 1]``. Rows are moved to their mean, and scaled so that no square overflows. With a
+    group all is float64: how float32 rounds may depend on where in a matrix a row is, and so on the shards.
+
+    Attributes:
+        rounding: a distance that is rounding alone, of every row: [n].
     """
-    now = then.copy()
-    accepted: list[int] = []
-    for i in range(len(then)):
-        if draw[i] * then[i] < now[i] and len(accepted) < max_accepted:
-            accepted.append(i)
-            now = np.minimum(now, among[:, i])
-    return accepted
+
+    def __init__(self, one: Data):
+        self.one, self.dtype = one, one.dtype if one.group.is_null else torch.float64
+        self._euclidean = one.metric == "euclidean"
+        self._rows: Tensor | None = None  # of all chunks, if there is one
+        eps = torch.finfo(self.dtype).eps + factor_rounding(one.device, self.dtype)
+        if not self._euclidean:
+            self.rounding = torch.full((one.n,), ROUNDINGS * eps, dtype=self.dtype, device=one.device)
+            return
+        largest = [torch.zeros((), device=one.device), *(chunk.x.abs().amax() for chunk in one.chunks())]
+        exponent = torch.frexp(one.group.max(torch.stack(largest).amax().to(self.dtype))).exponent
+        self._scale = torch.exp2(-1 - exponent.clamp(-126, 125).to(self.dtype))  # differences are below 1
+        self._origin = one.mean()[0].to(self.dtype) * self._scale
+        square = [self._placed(chunk.x[0]).square_().sum(1) for chunk in one.chunks()]
+        self.rounding = ROUNDINGS * eps * (torch.cat(square) if square else self._origin.new_zeros(0))
+
+    def to(self, centers: Tensor) -> Tensor:
+        """Return the distances [m, n] to centres [m, d]; scaled, for the Euclidean ones."""
+        c = self._placed(centers)
+        one = torch.ones_like(c[:, :1])
+        columns = [-2 * c, one, c.square().sum(1, keepdim=True)] if self._euclidean else [-c, one]
+        c = torch.cat(columns, 1)
+        with without_autocast(self.one.device):
+            parts = [c @ rows.mT for rows in self._every()]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts, 1) if parts else c.new_zeros(len(c), 0)
+
+    def _placed(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype)
+        return (x * self._scale).sub_(self._origin) if self._euclidean else normalize_rows(x)
+
+    def _every(self):
+        if self._rows is not None:
+            yield self._rows
+            return
+        for chunk in self.one.chunks():
+            x = self._placed(chunk.x[0])
+            one = torch.ones_like(x[:, :1])
+            rows = torch.cat([x, x.square().sum(1, keepdim=True), one] if self._euclidean else [x, one], 1)
+            if len(rows) == self.one.n:
+                self._rows = rows
+            yield rows
 
 
-def _pairwise(rows: Tensor, metric: str) -> Tensor:
-    """Return the distances between rows, float64 [m, m]."""
-    rows = rows.double()
-    if metric == "cosine":
-        return (1 - rows @ rows.T).clamp_(min=0)
-    return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square_()
-
-
-def _weights(data: Data, problem: int) -> Tensor:
+def row_weights(data: Data, problem: int) -> Tensor:
     """Return the weights of a problem's rows, float64 [n]."""
     if data.weights is None:
         return torch.ones(data.n, dtype=torch.float64, device=data.device)
     return data.weights[problem].double()
 
 
-def _of(rows: Tensor, one: Data, *values: Tensor) -> tuple[Tensor, ...]:
-    """Return the entries of each of the values [n] at the rows [m], wherever these are."""
-    return one.group.sums(*(one.shards.place(rows, lambda own, x=x: x[own]) for x in values))
-
-
-def _draw_distinct(data: Data, weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def draw_distinct(data: Data, weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Draw the numbers of ``count`` different rows, one after the other with probabilities proportional to the weights.
 
     The rows whose exponential clocks, of rates ``weights``, ring first (Efraimidis and Spirakis, 2006).

@@ -66,6 +66,9 @@ class Shards:
 
     def draw(self, cumulative: Tensor, ends: Tensor, share: Tensor) -> Tensor:
         """Find the rows [m] where the running sum of all rows exceeds each share of its end, in [0, 1)."""
+        if self.group.is_null:
+            end = cumulative[-1]
+            return torch.searchsorted(cumulative, torch.minimum(share * end, end.nextafter(end - end)), right=True)
         # Below the end, also after rounding: then the process is one that has rows.
         wanted = torch.minimum(share * ends[-1], ends[-1].nextafter(torch.zeros_like(ends[-1])))
         owner = torch.searchsorted(ends, wanted, right=True)  # right=True: never a row that adds nothing

@@ -80,7 +80,7 @@ def _neighbor(n: int) -> int:
 def cluster(features: Mapping[str, Tensor], clusters: int, seed: int) -> dict[str, KMeans]:
     """Cluster training images for the detectors of each level; the clusters of "layers" are the encoder's."""
     of_level = {
-        level: KMeans(clusters, metric="cosine", n_init=STARTS, seed=seed).fit(features[level])
+        level: KMeans(clusters, metric="cosine", n_init=STARTS, random_state=seed).fit(features[level])
         for level in ("head", "encoder")
     }
     return of_level | {"layers": of_level["encoder"]}

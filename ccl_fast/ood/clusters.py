@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_count, check_seed
 from ccl_fast.clustering import KMeans
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ood.detector import FeatureDetector
@@ -30,7 +31,8 @@ class ClusterDetector(FeatureDetector):
         super().__init__(model)
 
     def _check_hyperparameters(self) -> None:
-        KMeans(self.n_clusters, seed=self.seed)  # raises ValueError
+        check_count("n_clusters", self.n_clusters)
+        check_seed("seed", self.seed)
 
     def _clusters(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, int]:
         """Ids [N] and their number."""
@@ -38,7 +40,7 @@ class ClusterDetector(FeatureDetector):
         return ids, int(ids.max()) + 1
 
     def _found(self, x: Tensor) -> Tensor:
-        ids = KMeans(self.n_clusters, metric="cosine", seed=self.seed).fit_predict(x)
+        ids = KMeans(self.n_clusters, metric="cosine", random_state=self.seed).fit_predict(x)
         return ids.unique(return_inverse=True)[1]  # copies of a row can leave a cluster empty
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 # Multiplications up to which oneDNN's setting up takes longer than MKL's product.
 ONEDNN_ENTRY = 1 << 19
+# Relative rounding of the factors of a product, by torch's setting of the precision of float32 products.
+FACTOR_ROUNDING = {"tf32": 2.0**-10, "bf16": 2.0**-7}
 
 
 def matmul_nt(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,3 +33,12 @@ def _onednn_linear():
         return linear if result.tolist() == [[6.0], [15.0]] else None
     except (AttributeError, RuntimeError):
         return None
+
+
+def factor_rounding(device: torch.device, dtype: torch.dtype) -> float:
+    """How much the factors of a product are rounded before it, relatively."""
+    if dtype != torch.float32:
+        return 0.0
+    backend = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
+    # `matmul` is set when mkldnn is imported.
+    return FACTOR_ROUNDING.get(str(backend.matmul.fp32_precision), 0.0)  # pyright: ignore[reportAttributeAccessIssue]

@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
+from ccl_fast.ops.precision import without_autocast
+
 # Blocks for each thread below which the calling thread does them, with torch's threads in every operation: those spin
 # for some milliseconds after what came before, and would keep ours from the cores (benchmarks/LOG.md).
 MIN_BLOCKS_PER_THREAD = 8
@@ -28,9 +30,13 @@ def for_each_block(rows: int, size: int, work: Callable[[slice], None], device: 
     inference = torch.is_inference_mode_enabled()  # of this thread alone
 
     def work_on() -> None:
-        with torch.inference_mode(inference), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), without_autocast(device):
             for start in starts:  # shared: whoever is free takes the next
                 work(slice(start, min(start + size, rows)))
+
+    def work_in_thread() -> None:
+        with torch.inference_mode(inference):
+            work_on()
 
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     if threads == 1 or rows <= size * MIN_BLOCKS_PER_THREAD * threads:
@@ -38,7 +44,7 @@ def for_each_block(rows: int, size: int, work: Callable[[slice], None], device: 
         return
     with _creation:
         pool = _single_threaded(threads)
-    for done in wait([pool.submit(work_on) for _ in range(threads)]).done:
+    for done in wait([pool.submit(work_in_thread) for _ in range(threads)]).done:
         done.result()
 
 

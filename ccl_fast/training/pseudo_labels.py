@@ -113,7 +113,12 @@ class PseudoLabels:
             return self._given(embeddings, classes, k)
         start, starts = (before["centers"], 1) if before else ("k-means++", STARTS)
         kmeans = KMeans(
-            k, metric="cosine", init=start, n_init=starts, seed=self.seed, process_group=self.group.process_group
+            k,
+            metric="cosine",
+            init=start,
+            n_init=starts,
+            random_state=self.seed,
+            process_group=self.group.process_group,
         )
         return kmeans.fit_predict(embeddings), kmeans.cluster_centers_
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-for extra in ("torchmetrics", "matplotlib", "jinja2", "sklearn", "kornia"):
+for extra in ("torchmetrics", "matplotlib", "jinja2", "kornia"):
     pytest.importorskip(extra)  # the extra "train"
 
 from ccl_fast.evaluation import knn, knn_accuracy

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-for extra in ("torchmetrics", "matplotlib", "jinja2", "sklearn", "kornia"):
+for extra in ("torchmetrics", "matplotlib", "jinja2", "kornia"):
     pytest.importorskip(extra)  # the extra "train"
 
 import matplotlib

@@ -492,7 +492,7 @@ def test_wrong_arguments_of_detectors(features):
         NearestNeighbor(200).fit_features(x)
     with pytest.raises(ValueError, match=r"^x: expected at least k=90 rows, got 80"):
         NearestNeighbor(90).fit_features(x, torch.where(y == 1, -1, y))
-    with pytest.raises(ValueError, match=r"^x: expected at least n_clusters=121 rows, got 120"):
+    with pytest.raises(ValueError, match=r"^X: expected at least n_clusters=121 rows, got 120"):
         NearestCenter(121).fit_features(x)
     with pytest.raises(ValueError, match=r"^n_clusters: expected a positive integer, got 0"):
         Mahalanobis(0)

@@ -36,9 +36,8 @@ def exact_sums(x: Tensor, labels: Tensor, k: int, weights: Tensor | None) -> tup
     return sums, torch.stack([weights[m].sum() for m in members])
 
 
-def assert_sums(x: Tensor, labels: Tensor, k: int, weights: Tensor | None = None, rtol: float | None = None) -> None:
+def assert_sums(x: Tensor, labels: Tensor, k: int, weights: Tensor | None = None, rtol: float = 1e-13) -> None:
     """Every backend's sums err relatively to the sum of magnitudes; [n, d] or [b, n, d]."""
-    rtol = rtol or (1e-13 if x.dtype == torch.float64 else 1e-5)
     batch = x if x.ndim == 3 else x[None]
     by_problem = [
         (rows, labels.reshape(batch.shape[:2])[i], k, None if weights is None else weights.reshape(batch.shape[:2])[i])
@@ -176,13 +175,13 @@ def test_large_clusters_far_from_the_origin_are_summed_accurately(dtype, kmeans_
     n = 20_000 if kmeans_device.type == "cpu" and dtype in HALF else 200_000
     x = (1e3 + torch.randn(n, 3)).to(kmeans_device, dtype)
     labels = torch.zeros(n, dtype=torch.int64, device=kmeans_device)
-    assert_sums(x, labels, 1, rtol=1e-6)
-    assert_sums(x, labels, 1, torch.rand(n, device=kmeans_device), rtol=1e-6)
+    assert_sums(x, labels, 1, rtol=1e-12)
+    assert_sums(x, labels, 1, torch.rand(n, device=kmeans_device), rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sums_of_256_rows_are_added_in_float64(dtype, kmeans_device):
-    """Integers: of 256 rows float32 holds the sum, of all it does not."""
+def test_sums_are_exact_where_float64_holds_them(dtype, kmeans_device):
+    """Integers whose sum float32 does not hold."""
     n = 100_000
     x = torch.randint(-20, 200, (n, 2)).to(kmeans_device, dtype)
     weights = torch.randint(100, (n,), device=kmeans_device).to(dtype)
@@ -194,11 +193,16 @@ def test_sums_of_256_rows_are_added_in_float64(dtype, kmeans_device):
             assert torch.equal(sums.cpu(), expected[0]) and torch.equal(totals.cpu(), expected[1]), backend
 
 
-def test_rounding_does_not_grow_with_the_cluster(kmeans_device):
-    """Equal rows, whose roundings do not average out: at most 256 of them are summed in float32."""
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_the_mean_of_equal_rows_is_that_row(dtype, kmeans_device):
     labels = torch.zeros(100_000, dtype=torch.int64, device=kmeans_device)
-    for value in (1000.1, 1 / 3, 16_777_217 / 3):
-        assert_sums(torch.full((100_000, 1), value, device=kmeans_device), labels, 1, rtol=8e-6)
+    weights = torch.rand(100_000, device=kmeans_device)
+    for value in (1000.1, 1 / 3, 16_777_217 / 3e3):
+        x = torch.full((100_000, 1), value, device=kmeans_device).to(dtype)
+        for backend in backends(x):
+            for w in (None, weights):
+                sums, totals = kmeans_update(x, labels, 1, w, backend=backend)
+                assert (sums / totals).to(dtype).item() == x[0].item(), backend
 
 
 def test_a_number_that_is_not_finite_stays_in_its_cluster(kmeans_device):

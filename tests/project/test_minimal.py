@@ -19,7 +19,7 @@ def without_extras(code: str, *arguments: str) -> subprocess.CompletedProcess:
 def test_everything_public_imports_and_the_metrics_work_without_extras():
     done = without_extras("""
 import importlib
-for name in ("jsonargparse", "kornia", "lightning", "matplotlib", "PIL", "sklearn", "torchmetrics", "torchvision"):
+for name in ("jsonargparse", "kornia", "lightning", "matplotlib", "PIL", "torchmetrics", "torchvision"):
     try:
         importlib.import_module(name)
     except ModuleNotFoundError:

@@ -282,7 +282,7 @@ def test_every_figure_is_of_a_detector_fitted_to_training_features_of_its_level(
         seen.append(Columns(of_maps, slice(start, start + 10), clusters=False))
     detectors["layers/ensemble"] = Ensemble(seen, seed=1)
     kmeans = {
-        level: KMeans(3, metric="cosine", n_init=STARTS, seed=1).fit(features["train"][level])
+        level: KMeans(3, metric="cosine", n_init=STARTS, random_state=1).fit(features["train"][level])
         for level in ("encoder", "head")
     }
     kmeans["layers"] = kmeans["encoder"]

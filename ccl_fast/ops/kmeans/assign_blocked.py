@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ccl_fast.ops.kmeans.assign_reference import exact_scores
-from ccl_fast.ops.matmul import matmul_nt
+from ccl_fast.ops.matmul import factor_rounding, matmul_nt
 from ccl_fast.ops.normalize import normalize_rows
-from ccl_fast.ops.precision import accumulation_dtype
+from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 from ccl_fast.ops.threads import for_each_block
 
 # Rows of one block and entries of its scores: on a CPU they should stay in the cache, but a block of few clusters be
@@ -26,8 +26,6 @@ NORM_ENTRIES = 1 << 18
 EXACT_ENTRIES = 1 << 23
 # Roundings of the score besides those of its sum, in units of roundoff.
 OTHER_ROUNDINGS = 8
-# Relative rounding of the factors of a product, by torch's setting of the precision of float32 products.
-FACTOR_ROUNDING = {"tf32": 2.0**-10, "bf16": 2.0**-7}
 
 
 class Rows:
@@ -56,14 +54,16 @@ class Rows:
 
     def nearest(self, centers: Tensor) -> tuple[Tensor, Tensor]:
         """Labels int64 [problems, rows], and how many rows were in doubt and re-checked, int64 [2]: the same ones."""
-        with torch.autocast(centers.device.type, enabled=False):  # the products are float32's
-            labels, unsure = zip(*(self._nearest(i, c) for i, c in enumerate(centers)), strict=True)
-        return torch.stack(labels), torch.tensor([sum(unsure)] * 2, device=centers.device)
+        labels = torch.empty(self.x.shape[:2], dtype=torch.int64, device=centers.device)
+        with without_autocast(centers.device):  # the products are float32's
+            unsure = sum(self._nearest(i, c, labels[i]) for i, c in enumerate(centers))
+        return labels, torch.tensor([unsure] * 2, device=centers.device)
 
     def _moved(self, problem: int, rows: Tensor) -> Tensor:
         return (rows.to(self.dtype) - self.origin[problem]).mul_(self.scale[problem])
 
-    def _nearest(self, problem: int, centers: Tensor) -> tuple[Tensor, int]:
+    def _nearest(self, problem: int, centers: Tensor, labels: Tensor) -> int:
+        """Write the labels, and return how many rows were in doubt."""
         x, norm = self.x[problem], self.norm[problem]
         if self.metric == "cosine":
             moved = normalize_rows(centers.double()).to(self.dtype)
@@ -77,7 +77,6 @@ class Rows:
         def scores_of(rows: Tensor) -> Tensor:
             return matmul_nt(rows, towards, half_square)
 
-        labels = torch.empty(len(x), dtype=torch.int64, device=x.device)
         best, second = torch.empty_like(norm), torch.empty_like(norm)
         size = _block_rows(len(centers), x.device)
 
@@ -87,19 +86,19 @@ class Rows:
         for_each_block(len(x), size, work, x.device)
 
         info = torch.finfo(self.dtype)
-        gamma = (x.shape[1] + OTHER_ROUNDINGS) * info.eps / 2 + 2 * _factor_rounding(x.device, self.dtype)
+        gamma = (x.shape[1] + OTHER_ROUNDINGS) * info.eps / 2 + 2 * factor_rounding(x.device, self.dtype)
         # The largest |c| has |c|^2 / 2 in its score too.
         length = moved.norm(dim=1).max()
         threshold = best + 2 * gamma * length * (norm + length / 2)
         # Float64 distances are rounded too, and what they call equal goes to the lowest index; then, for underflow.
         threshold += 2 * (x.shape[1] + OTHER_ROUNDINGS) * 2.0**-53 * (norm + length).square() + x.shape[1] * info.tiny
         unsure = (~(second > threshold)).nonzero()[:, 0]  # also where something is not a number
-        for rows in unsure.split(size):
+        for rows in unsure.split(size) if len(unsure) else ():
             scores = scores_of(self._moved(problem, x[rows]))
             candidates = ~(scores > threshold[rows, None])
             candidates.scatter_(1, labels[rows, None], True)
             labels[rows] = _decide(x[rows], centers, candidates, self.metric)
-        return labels, len(unsure)
+        return len(unsure)
 
 
 def _block_rows(clusters: int, device: torch.device) -> int:
@@ -118,14 +117,6 @@ def _two_lowest(scores: Tensor, label: Tensor, best: Tensor, second: Tensor) -> 
     torch.gather(scores, 1, label[:, None], out=best[:, None])
     scores.scatter_(1, label[:, None], torch.inf)
     torch.amin(scores, 1, out=second)
-
-
-def _factor_rounding(device: torch.device, dtype: torch.dtype) -> float:
-    if dtype != torch.float32:
-        return 0.0
-    backend = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
-    # `matmul` is set when mkldnn is imported.
-    return FACTOR_ROUNDING.get(str(backend.matmul.fp32_precision), 0.0)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _decide(x: Tensor, centers: Tensor, candidates: Tensor, metric: str) -> Tensor:

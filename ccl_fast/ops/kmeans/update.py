@@ -17,8 +17,9 @@ def kmeans_update(
     .. math::
         S_k = \sum_{i: y_i = k} w_i x_i, \qquad W_k = \sum_{i: y_i = k} w_i
 
-    Rows are sorted by cluster and summed in that order, at most 256 at a time in float32 and then in float64: no
-    atomics, so the same input gives the same bits. No gradient flows.
+    Sums are float64's from the first row, so they hardly depend on how rows are parted, and not at all where their
+    digits suffice, as for float32 rows of similar magnitude. No atomics: the same input gives the same bits. No
+    gradient flows.
 
     Args:
         x: ``[n, d]``, or ``[b, n, d]`` for b independent problems; float64, float32, bfloat16 or float16.
@@ -61,21 +62,20 @@ def kmeans_update(
 
 
 def sum_by_cluster(
-    x: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | None, backend: str, *, wide: bool = False
+    x: Tensor, labels: Tensor, n_clusters: int, weights: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     """As :func:`kmeans_update`, for [problems, rows, d], without its checks: it does not make the host wait.
 
     A backend's own takes rows [n, d] and the clusters 0 ... count - 1 of all problems.
-
-    ``wide`` sums are float64 from the first row (but for the extension's): they hardly depend on how rows are parted,
-    and not at all where their digits suffice, as for float32 rows of similar magnitude.
     """
     problems, _, d = x.shape
     if weights is not None:
         weights = weights.detach().to(accumulation_dtype(x)).flatten()
-    shift = n_clusters * torch.arange(problems, device=x.device)
-    clusters = (labels.long() + shift[:, None]).flatten()
+    clusters = labels.long()
+    if problems > 1:
+        clusters = clusters + n_clusters * torch.arange(problems, device=x.device)[:, None]
+    clusters = clusters.flatten()
     module = chosen_module("kmeans_update", backend, x.device, x.dtype)
     rows = x.detach().reshape(-1, d)
-    sums, total_weights = module.sum_by_cluster(rows, clusters, problems * n_clusters, weights, wide)
+    sums, total_weights = module.sum_by_cluster(rows, clusters, problems * n_clusters, weights)
     return sums.view(problems, n_clusters, d), total_weights.view(problems, n_clusters)
