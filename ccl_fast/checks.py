@@ -129,6 +129,16 @@ def is_integer(value) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def as_number(value):
+    """Return a number of NumPy's, or that of an array or a tensor of no dimensions, as Python's; all else as it is.
+
+    A tensor that requires a gradient stays one: it would get none.
+    """
+    if isinstance(value, np.ndarray | np.generic | Tensor) and value.ndim == 0:
+        return value if isinstance(value, Tensor) and value.requires_grad else value.item()
+    return value
+
+
 def check_positive(name: str, value) -> None:
     """Check that a value is a number above 0, and finite."""
     check_number(name, value, "a positive number", lambda x: 0 < x < math.inf)
