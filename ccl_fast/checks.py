@@ -49,6 +49,22 @@ def check_integer(name: str, x: Tensor) -> None:
         raise ArgumentError(f"{name}: expected int32 or int64, got {x.dtype}")
 
 
+def whole_numbers(x):
+    """Return a tensor of integers, bool or floats that are whole numbers as int64; all else as it is, for the checks.
+
+    On a GPU and to the compiler all floats are whole: the device tells of others, as it does of wrong ids.
+    """
+    if not isinstance(x, Tensor) or x.is_complex():
+        return x
+    if x.is_floating_point():
+        whole = (x == x.trunc()).all() & x.isfinite().all()
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            assert_on_device(whole, "labels: expected whole numbers")
+        elif not whole:
+            return x
+    return x.long()
+
+
 def check_same(name: str, x: Tensor, other_name: str, other: Tensor, dtype: bool = True) -> None:
     """Check that x is on the device of another tensor and, unless ``dtype`` is False, of its dtype."""
     if x.device != other.device:

@@ -35,8 +35,8 @@ class RecomputationError(RuntimeError):
         return cls(
             f"the model gave other embeddings for the same inputs the second time (a row differs by {difference:.1%} "
             "of its length), so the gradients that were added are wrong. It draws from a generator of its own, or "
-            "keeps state outside of its buffers. Draw from the global generators of torch, NumPy or Python, keep state in "
-            "buffers, or embed all inputs at once (micro_batch >= n)"
+            "keeps state outside of its buffers. Draw from the global generators of torch, NumPy or Python, keep "
+            "state in buffers, or embed all inputs at once (micro_batch >= n)"
         )
 
 
@@ -48,6 +48,10 @@ def first_line(error: Exception) -> str:
 def first_sentence(error: Exception) -> str:
     """Return what went wrong without the advice that Gloo adds."""
     return first_line(error).split(". ")[0]
+
+
+class NotFittedError(RuntimeError):
+    """A detector is asked for scores before it has been fitted."""
 
 
 class MissingPackages(ModuleNotFoundError):

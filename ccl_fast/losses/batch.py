@@ -14,6 +14,7 @@ from ccl_fast.checks import (
     check_same,
     check_tensor,
     check_vector,
+    whole_numbers,
 )
 from ccl_fast.distributed import Exchange
 from ccl_fast.errors import ArgumentError
@@ -48,18 +49,12 @@ def labels_as_ids(labels: Tensor, embeddings: Tensor, unassigned: int | None = -
     them. If none of them means "unassigned" each is a class: they are numbered where the process is ``alone``, else
     folded over 0. What is no vector of whole numbers is left to the checks.
     """
-    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_complex():
+    if not isinstance(labels, Tensor) or labels.ndim != 1:
         return labels
     if labels.device.type == "cpu" and isinstance(embeddings, Tensor):
         labels = labels.to(embeddings.device)
-    if labels.is_floating_point():
-        whole = (labels == labels.trunc()).all() & labels.isfinite().all()
-        if labels.device.type != "cpu" or torch.compiler.is_compiling():
-            assert_on_device(whole, "labels: expected whole numbers")
-        elif not whole:
-            return labels
-    labels = labels.long()
-    if unassigned is not None:
+    labels = whole_numbers(labels)
+    if unassigned is not None or labels.dtype != torch.int64:
         return labels
     return consecutive_ids(labels) if alone else torch.where(labels < 0, -2 * labels - 1, 2 * labels)
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import ccl_fast
+import ccl_fast.ood
 from tests import ROOT
 from tests.oracles import supcontrast
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAGE = ROOT / "docs" / "coming-from.md"
-PACKAGES = ("pytorch_metric_learning", "lightly")
+PACKAGES = ("pytorch_metric_learning", "pytorch_ood", "lightly")
 
 
 def pairs():
@@ -45,7 +46,17 @@ def names():
     queue = torch.nn.functional.normalize(rows(30)).T.contiguous()
     mask = torch.rand(12, 12, generator=generator) * (torch.rand(12, 12, generator=generator) < 0.4)
     given = {"labels": labels, "ref_labels": labels.flip(0), "mask": mask, "queue": queue}
+    given |= images_and_detector(generator)
     return leaves, known | given | {"torch": torch, "ccl_fast": ccl_fast}
+
+
+def images_and_detector(generator):
+    """A loader of two batches, of which some images are outliers."""
+    loader = [(torch.randn(15, 2, 3, generator=generator), torch.arange(15) % classes - 1) for classes in (3, 4)]
+    encoder = torch.nn.Flatten()
+    detector = ccl_fast.ood.Mahalanobis(encoder).fit(loader)
+    new = torch.randn(9, 2, 3, generator=generator)
+    return {"loader": loader, "encoder": encoder, "detector": detector, "new_images": new}
 
 
 @pytest.mark.parametrize("before, after", pairs())
@@ -55,12 +66,15 @@ def test_the_page(before, after):
     for package in PACKAGES:
         if f"{package}." in before:
             known[package] = pytest.importorskip(package)
-            for part in re.findall(rf"{package}\.(losses|loss|miners)\b", before):
+            for part in re.findall(rf"{package}\.(losses|loss|miners|detector|metrics)\b", before):
                 importlib.import_module(f"{package}.{part}")
     results = []
     for lines in (before, after):
         space = dict(known)
         exec(lines, space)
+        if "scores" in space:  # of a detector
+            results.append(([], torch.as_tensor(space["scores"], dtype=torch.float64), []))
+            continue
         used = [name for name in leaves if re.search(rf"\b{name}\b", lines)]
         results.append(
             (
