@@ -49,6 +49,22 @@ def check_integer(name: str, x: Tensor) -> None:
         raise ArgumentError(f"{name}: expected int32 or int64, got {x.dtype}")
 
 
+def whole_numbers(x):
+    """Return a tensor of integers, bool or floats that are whole numbers as int64; all else as it is, for the checks.
+
+    On a GPU and to the compiler all floats are whole: the device tells of others, as it does of wrong ids.
+    """
+    if not isinstance(x, Tensor) or x.is_complex():
+        return x
+    if x.is_floating_point():
+        whole = (x == x.trunc()).all() & x.isfinite().all()
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            assert_on_device(whole, "labels: expected whole numbers")
+        elif not whole:
+            return x
+    return x.long()
+
+
 def check_same(name: str, x: Tensor, other_name: str, other: Tensor, dtype: bool = True) -> None:
     """Check that x is on the device of another tensor and, unless ``dtype`` is False, of its dtype."""
     if x.device != other.device:
@@ -133,6 +149,16 @@ def check_seed(name: str, value) -> None:
 def is_integer(value) -> TypeGuard[int]:
     """Tell whether a value is a whole number, and none of True and False."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def as_number(value):
+    """Return a number of NumPy's, or that of an array or a tensor of no dimensions, as Python's; all else as it is.
+
+    A tensor that requires a gradient stays one: it would get none.
+    """
+    if isinstance(value, np.ndarray | np.generic | Tensor) and value.ndim == 0:
+        return value if isinstance(value, Tensor) and value.requires_grad else value.item()
+    return value
 
 
 def check_positive(name: str, value) -> None:

@@ -26,6 +26,20 @@ class ReaderError(RuntimeError):
     """A process that reads images has ended, or has not answered in time."""
 
 
+class RecomputationError(RuntimeError):
+    """A model gave other embeddings when it was run a second time, so that its gradients are wrong."""
+
+    @classmethod
+    def of(cls, difference: float) -> RecomputationError:
+        """What is said of a row that differs by that much of its length."""
+        return cls(
+            f"the model gave other embeddings for the same inputs the second time (a row differs by {difference:.1%} "
+            "of its length), so the gradients that were added are wrong. It draws from a generator of its own, or "
+            "keeps state outside of its buffers. Draw from the global generators of torch, NumPy or Python, keep "
+            "state in buffers, or embed all inputs at once (micro_batch >= n)"
+        )
+
+
 def first_line(error: Exception) -> str:
     """Return what went wrong in one line."""
     return (str(error) or type(error).__name__).splitlines()[0]
@@ -34,6 +48,10 @@ def first_line(error: Exception) -> str:
 def first_sentence(error: Exception) -> str:
     """Return what went wrong without the advice that Gloo adds."""
     return first_line(error).split(". ")[0]
+
+
+class NotFittedError(RuntimeError):
+    """A detector is asked for scores before it has been fitted."""
 
 
 class MissingPackages(ModuleNotFoundError):

@@ -43,6 +43,10 @@ def concentration(
     cluster of fewer than two rows has none of its own and gets the largest of the others. As in the
     paper's code, values are then clipped to their 10th and 90th percentile.
 
+    They are positive, as temperatures have to be: a cluster whose rows lie on its centre gets the smallest of those
+    that have a spread, and if no cluster has any (collapsed features), all get ``mean``, or 1 without it. (The paper's
+    code divides 0 by 0 there.)
+
     Args:
         x: features ``[n, d]``, floating point.
         cluster_ids: ``[n]``, int64 or int32 in ``[0, k)``.
@@ -55,7 +59,7 @@ def concentration(
             same bits on every process.
 
     Returns:
-        ``[k]`` float32 (float64 for float64 x), positive unless all rows lie on their centres.
+        ``[k]`` float32 (float64 for float64 x), positive.
 
     Raises:
         ValueError: no cluster has two rows; an argument has a wrong shape or value. With a process group on every
@@ -90,9 +94,12 @@ def concentration(
         raise ArgumentError(f"cluster_ids: expected a cluster of at least two rows, got {got}")
     phi = total / (count * torch.log(count + smoothing)).clamp(min=1)
     phi = torch.where(usable, phi, phi[usable].max())
+    if not phi.any():
+        return torch.full_like(phi, 1.0 if mean is None else mean, dtype=centers.dtype)
     low, high = phi.quantile(torch.tensor([CLIPPED_SHARE, 1 - CLIPPED_SHARE], dtype=phi.dtype, device=phi.device))
-    phi = phi.clamp(low, high)
-    if mean is not None and phi.mean() > 0:
+    low = low.clamp(min=phi[phi > 0].min())
+    phi = phi.clamp(low, high.clamp(min=low))
+    if mean is not None:
         phi = phi * (mean / phi.mean())
     return phi.to(centers.dtype)
 

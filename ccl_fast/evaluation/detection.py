@@ -45,11 +45,11 @@ def make_detectors(n: int, clusters: int, seed: int, widths: Sequence[int]) -> d
     """
     detectors: dict[str, FeatureDetector] = {}
     for level in ("head", "encoder"):
-        ensemble = [NearestNeighbor(), Mahalanobis(clusters)]
+        ensemble = [NearestNeighbor(), Mahalanobis(n_clusters=clusters)]
         of_level = {
-            "nearest_neighbor": NearestNeighbor(_neighbor(n)),
-            "nearest_center": NearestCenter(clusters),
-            "mahalanobis": Mahalanobis(clusters),
+            "nearest_neighbor": NearestNeighbor(k=_neighbor(n)),
+            "nearest_center": NearestCenter(n_clusters=clusters),
+            "mahalanobis": Mahalanobis(n_clusters=clusters),
             "cosine_norm": CosineNorm(),
             "ensemble": Ensemble(ensemble, folds=min(FOLDS, n), seed=seed),
         }
@@ -65,7 +65,9 @@ def _layers_ensemble(n: int, clusters: int, seed: int, widths: Sequence[int]) ->
     """
     ends = list(itertools.accumulate(widths))
     features, *layers = (slice(end - width, end) for end, width in zip(ends, widths, strict=True))
-    detectors = [Columns(detector, features) for detector in (NearestNeighbor(_neighbor(n)), Mahalanobis(clusters))]
+    detectors = [
+        Columns(detector, features) for detector in (NearestNeighbor(k=_neighbor(n)), Mahalanobis(n_clusters=clusters))
+    ]
     weights = [1 / len(detectors)] * len(detectors) + [1 / len(layers) for _ in layers]
     for columns in layers:
         distance = Mahalanobis(shrinkage=OF_LAYERS, normalize=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ccl_fast.checks import Candidates, check_choice, check_positive
+from ccl_fast.checks import Candidates, as_number, check_choice, check_positive
 from ccl_fast.distributed import EXCHANGES, NO_GROUP, Exchange, ExchangeWay, Group, check_process_group
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses import processes
@@ -43,8 +43,8 @@ class Loss(nn.Module):
     One that cannot honour an option refuses all of its values but the default.
 
     Args:
-        temperature: T, > 0; the initial value if learnable. It may be set later (``loss.temperature = 0.1``), as a
-            schedule does.
+        temperature: T, > 0, a number, also NumPy's or a tensor's of no dimensions; the initial value if learnable. It
+            may be set later (``loss.temperature = 0.1``), as a schedule does.
         learnable_temperature: make log T a parameter (``log_temperature``).
         normalize: scale embeddings, and what they are compared with, to unit length; if not, they are used as they
             come.
@@ -88,6 +88,7 @@ class Loss(nn.Module):
         exchange: ExchangeWay = "all-gather",
     ):
         super().__init__()
+        temperature = as_number(temperature)
         given = {
             "temperature": temperature,
             "learnable_temperature": learnable_temperature,
@@ -134,6 +135,7 @@ class Loss(nn.Module):
     @temperature.setter
     def temperature(self, value: float) -> None:
         """Set it, as a schedule does; of a learnable temperature it is where learning goes on."""
+        value = as_number(value)
         if "temperature" in self.unsupported:
             self._check_supported("temperature", value)
         check_positive("temperature", value)

@@ -14,10 +14,11 @@ from ccl_fast.checks import (
     check_same,
     check_tensor,
     check_vector,
+    whole_numbers,
 )
 from ccl_fast.distributed import Exchange
 from ccl_fast.errors import ArgumentError
-from ccl_fast.ops.ids import consecutive_ids
+from ccl_fast.ops.ids import consecutive_ids, separate_unassigned
 
 
 class Batch(NamedTuple):
@@ -41,18 +42,50 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def labels_as_ids(labels: Tensor, unassigned: int | None, alone: bool) -> Tensor:
+def labels_as_ids(labels: Tensor, embeddings: Tensor, unassigned: int | None = -1, alone: bool = True) -> Tensor:
     """Return labels as the ids of `check_ids`.
 
-    If none of them means "unassigned" each is a class: they are numbered where the process is ``alone``, else folded
-    over 0. What is no vector of integers is left to the checks.
+    They may be of any integer dtype, bool, or whole numbers of a floating one, and on the CPU, as data loaders leave
+    them. If none of them means "unassigned" each is a class: they are numbered where the process is ``alone``, else
+    folded over 0. What is no vector of whole numbers is left to the checks.
     """
-    if unassigned is not None or not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+    if not isinstance(labels, Tensor) or labels.ndim != 1:
         return labels
-    if labels.dtype == torch.bool or labels.ndim != 1:
+    if labels.device.type == "cpu" and isinstance(embeddings, Tensor):
+        labels = labels.to(embeddings.device)
+    labels = whole_numbers(labels)
+    if unassigned is not None or labels.dtype != torch.int64:
         return labels
-    labels = labels.long()
     return consecutive_ids(labels) if alone else torch.where(labels < 0, -2 * labels - 1, 2 * labels)
+
+
+def ids_of_references(
+    embeddings: Tensor, labels: Tensor | None, ref_emb: Tensor, ref_labels: Tensor | None, unassigned: int | None
+) -> tuple[Tensor, Tensor]:
+    """Ids of rows [n, d] and of references [m, d], equal where the labels are; all are checked."""
+    check_references(embeddings, ref_emb)
+    both = []
+    for name, ids, rows in (("labels", labels, embeddings), ("ref_labels", ref_labels, ref_emb)):
+        if ids is None:
+            raise ArgumentError(f"{name}: expected integers [{len(rows)}] with ref_emb, got None")
+        ids = labels_as_ids(ids, rows)
+        check_vector(name, ids, len(rows))
+        check_integers(name, ids, rows)
+        if unassigned is not None:
+            check_id_range(name, ids, None)
+        both.append(ids)
+    together = torch.cat(both)
+    together = consecutive_ids(together) if unassigned is None else separate_unassigned(together)
+    return together[: len(embeddings)], together[len(embeddings) :]
+
+
+def check_references(embeddings: Tensor, ref_emb: Tensor | None) -> None:
+    """Rows [n, d] and, if there are, references [m, d]."""
+    check_matrix("embeddings", embeddings)
+    check_floating("embeddings", embeddings)
+    if ref_emb is not None:
+        check_matrix("ref_emb", ref_emb, columns=embeddings.shape[1])
+        check_same("ref_emb", ref_emb, "embeddings", embeddings)
 
 
 def ceil_of_share(share: float, total: int) -> int:
@@ -123,33 +156,41 @@ def check_center_temperature(value: float | Tensor | None, name: str = "center_t
 
 
 def check_queries(
-    queries: Tensor, keys: Tensor | None, negatives: Tensor | None = None, *, required: tuple[str, ...] = ()
+    queries: Tensor,
+    keys: Tensor | None,
+    negatives: Tensor | None = None,
+    *,
+    required: tuple[str, ...] = (),
+    names: tuple[str, str] = ("queries", "keys"),
 ) -> tuple[int, int]:
     """Queries [n, d] with keys [n, d], or two views [n, 2, d] without; further keys [m, d].
 
     Args:
         required: which of "keys" and "negatives" may not be None.
+        names: of the first two arguments.
 
     Returns:
         Numbers of samples, and of rows of each.
     """
+    of_queries, of_keys = names
     if keys is None and "keys" not in required:
         if not isinstance(queries, Tensor) or queries.ndim != 3 or queries.shape[1] != 2:
             got = list(queries.shape) if isinstance(queries, Tensor) else type(queries).__name__
-            raise ArgumentError(f"queries: expected shape [n, 2, d] without keys, got {got}")
+            raise ArgumentError(f"{of_queries}: expected shape [n, 2, d] without {of_keys}, got {got}")
     else:
-        check_tensor("keys", keys)
+        check_tensor(of_keys, keys)
         assert keys is not None
-        check_matrix("queries", queries)
-        check_matrix("keys", keys, columns=queries.shape[1])
-        check_same("keys", keys, "queries", queries)
+        check_matrix(of_queries, queries)
+        check_matrix(of_keys, keys, columns=queries.shape[1])
+        check_same(of_keys, keys, of_queries, queries)
         if keys.shape != queries.shape:
-            raise ArgumentError(f"keys: expected shape {list(queries.shape)} (that of queries), got {list(keys.shape)}")
-    check_floating("queries", queries)
+            expected = f"{list(queries.shape)} (that of {of_queries})"
+            raise ArgumentError(f"{of_keys}: expected shape {expected}, got {list(keys.shape)}")
+    check_floating(of_queries, queries)
     if negatives is not None or "negatives" in required:
         check_matrix("negatives", negatives, columns=queries.shape[-1])
         assert negatives is not None
-        check_same("negatives", negatives, "queries", queries)
+        check_same("negatives", negatives, of_queries, queries)
     return len(queries), 2
 
 

@@ -162,13 +162,13 @@ class CCLLoss(Loss):
         of_instance = None
         if self.instance_weight:
             # A row with a single positive has one other view: it is that one.
-            of_instance = _loss_of(rest, _mean_of_own_views(batch) * scale, single)
+            of_instance = loss_of_mean(rest, _mean_of_own_views(batch) * scale, single)
         mean = positives / count.clamp(min=1)
         if to_centers is None:
-            return _loss_of(rest, mean, single), of_instance, count > 0
+            return loss_of_mean(rest, mean, single), of_instance, count > 0
         weight = to_centers.weight
         if self.form == "split":
-            local = _loss_of(rest, mean, single).masked_fill(count == 0, 0.0)
+            local = loss_of_mean(rest, mean, single).masked_fill(count == 0, 0.0)
             losses = local + weight * cross_entropy(to_centers.others, to_centers.own)
             return losses, of_instance, count + weight > 0
         total = count + weight
@@ -178,7 +178,7 @@ class CCLLoss(Loss):
         partner = positives.masked_fill(~single | only, -torch.inf)
         center = to_centers.own.masked_fill(~batch.assigned | (only & ~single), -torch.inf)
         rest = logaddexp(logaddexp(rest, to_centers.others), logaddexp(partner, center))
-        return _loss_of(rest, mean, only), of_instance, total > 0
+        return loss_of_mean(rest, mean, only), of_instance, total > 0
 
     def _inside(self, batch: Batch, scale: float | Tensor, to_centers: _ToCenters | None) -> _Parts:
         """The same of "inside"."""
@@ -245,7 +245,7 @@ def logsumexp_by_id(batch: Batch, scale: float | Tensor, backend: ContrastBacken
     return other, same, same_id_count(ids) == 1
 
 
-def _loss_of(rest: Tensor, mean: Tensor, only: Tensor) -> Tensor:
+def loss_of_mean(rest: Tensor, mean: Tensor, only: Tensor) -> Tensor:
     """-log of the positives' softmax in the mean: the rest of the sum is without a positive that is the only one."""
     return torch.where(only, cross_entropy(rest, mean), rest - mean)
 

@@ -54,6 +54,8 @@ class InfoNCELoss(Loss):
         torch.Size([8])
     """
 
+    _names = ("queries", "keys")  # the first two arguments of `forward`
+
     def __init__(
         self,
         temperature: float = 0.1,
@@ -81,13 +83,13 @@ class InfoNCELoss(Loss):
         Raises:
             ValueError: an argument has the wrong type, shape, dtype, device or value.
         """
-        rows = {"queries": queries, "keys": keys}
+        rows = dict(zip(self._names, (queries, keys), strict=True))
         _, exchange, first = self.join_processes(lambda: self._check(queries, keys, negatives), rows)
         losses, shape = self._losses(queries, keys, negatives, exchange, first)
         return self.reduce(losses, shape=shape, group=exchange.group)
 
     def _check(self, queries: Tensor, keys: Tensor | None, negatives: Tensor | None) -> tuple[int, int]:
-        counts = check_queries(queries, keys, negatives)
+        counts = check_queries(queries, keys, negatives, names=self._names)
         if negatives is None and not self.in_batch_negatives:
             raise ArgumentError("negatives: expected rows [m, d] with in_batch_negatives=False, got None")
         return counts

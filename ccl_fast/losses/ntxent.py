@@ -8,8 +8,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions
-from ccl_fast.losses.batch import check_queries, check_unassigned, labels_as_ids
+from ccl_fast.losses.batch import (
+    check_unassigned,
+    ids_of_references,
+    labels_as_ids,
+)
 from ccl_fast.losses.infonce import InfoNCELoss
+from ccl_fast.losses.pairs import positive_and_negative_pairs
 from ccl_fast.ops import cross_entropy, edge_similarity, row_dot, streaming_logsumexp
 
 # Pairs of one label that are held at a time, at least; of more of them each part is computed anew in the backward.
@@ -54,43 +59,67 @@ class NTXentLoss(InfoNCELoss):
         torch.Size([])
     """
 
+    _names = ("embeddings", "labels")
+
     def __init__(self, temperature: float = 0.5, *, unassigned: int | None = -1, **common: Unpack[CommonOptions]):
         super().__init__(temperature, **common)
         check_unassigned(unassigned)
         self.unassigned = unassigned
 
-    def forward(self, queries: Tensor, keys: Tensor | None = None, *, negatives: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: tuple[Tensor, ...] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        *,
+        negatives: Tensor | None = None,
+    ) -> Tensor:
         """Return the loss.
 
         Args:
-            queries: ``[n, d]``, the first view, or without ``keys`` ``[n, 2, d]``, both; with labels ``[n, d]``, the
-                rows, or ``[n, views, d]``. float64, float32, bfloat16 or float16.
-            keys: ``[n, d]``, the second view; or ``[n]``, integers, the labels of the rows.
+            embeddings: ``[n, d]``, the first view, or without ``labels`` ``[n, 2, d]``, both; with labels ``[n, d]``,
+                the rows, or ``[n, views, d]``. float64, float32, bfloat16 or float16.
+            labels: ``[n, d]``, the second view; or ``[n]``, the labels of the rows, of any integer dtype, bool, or
+                whole numbers of a floating one.
+            indices_tuple: a miner's (anchors, positives, anchors, negatives), or triplets (anchors, positives,
+                negatives), int64 vectors: the pairs (a, p) and N(a), as often as they are listed, whatever the labels.
+            ref_emb: ``[m, d]``, references, which get a gradient too: p and N(a) are of these.
+            ref_labels: ``[m]``, as ``labels``; required with references, unless there is a tuple.
             negatives: ``[m, d]``, a memory bank: it takes the place of the batch's negatives, and the first views alone
                 are anchors. Not with labels.
 
         Returns:
             The loss, float32 (float64 for float64 input). With reduction "none" ``[n, 2]`` for views, ``[n]`` with a
-            bank, and with labels a number for each row.
+            bank, and with labels or a tuple a number for each row.
 
         Raises:
             ValueError: an argument has the wrong type, shape, dtype, device or value.
-            IndexError: a label is below -1 while ``unassigned`` is -1 (on a GPU: an assertion on the device).
+            IndexError: a label is below -1 while ``unassigned`` is -1 (on a GPU: an assertion on the device), or an
+                index of the tuple is none of a row.
         """
-        if isinstance(keys, Tensor) and not keys.is_floating_point():
+        of_labels = isinstance(labels, Tensor) and labels.ndim == 1
+        given = {"indices_tuple": indices_tuple, "ref_emb": ref_emb, "ref_labels": ref_labels}
+        pairs = ["labels"] * of_labels + [name for name, value in given.items() if value is not None]
+        if pairs:
             if negatives is not None:
-                raise ArgumentError("negatives: expected None with labels, got a tensor")
-            return self._of_labels(queries, keys)
+                raise ArgumentError(f"negatives: expected None with {pairs[0]}, got a tensor")
+            if self.process_group is not None:
+                raise ArgumentError(f"{pairs[0]}: expected two views with process_group, got {pairs[0]}")
+            if indices_tuple is not None:
+                return self._of_pairs(embeddings, indices_tuple, ref_emb)
+            return self._of_labels(embeddings, labels, ref_emb, ref_labels)
         if negatives is not None:
-            return self._with_bank(queries, keys, negatives)
-        if keys is not None and _same_shape(queries, keys):
+            return self._with_bank(embeddings, labels, negatives)
+        if labels is not None and _same_shape(embeddings, labels):
             # Two views, not two towers: rows of one view are negatives of each other too.
-            queries, keys = torch.stack((queries, keys), dim=1), None
-        return super().forward(queries, keys)
+            embeddings, labels = torch.stack((embeddings, labels), dim=1), None
+        return super().forward(embeddings, labels)
 
     def _with_bank(self, queries: Tensor, keys: Tensor | None, negatives: Tensor) -> Tensor:
-        rows = {"queries": queries, "keys": keys}
-        _, exchange, _ = self.join_processes(lambda: check_queries(queries, keys, negatives), rows)
+        rows = dict(zip(self._names, (queries, keys), strict=True))
+        _, exchange, _ = self.join_processes(lambda: self._check(queries, keys, negatives), rows)
         if keys is None:
             queries, keys = queries.unbind(1)
         anchors, scale = self.unit(queries), 1.0 / self.shared(self.temperature, exchange.group)
@@ -98,44 +127,73 @@ class NTXentLoss(InfoNCELoss):
         losses = cross_entropy(rest, row_dot(anchors, self.unit(keys)) * scale)
         return self.reduce(losses, group=exchange.group)
 
-    def _of_labels(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        if self.process_group is not None:
-            raise ArgumentError("keys: expected the second view with process_group, got labels")
-        batch = self.prepare(embeddings, labels_as_ids(labels, self.unassigned, alone=True), "keys")
+    def _of_labels(
+        self, embeddings: Tensor, labels: Tensor | None, ref_emb: Tensor | None, ref_labels: Tensor | None
+    ) -> Tensor:
         scale = 1.0 / self.temperature
-        # Sorted by label the positives of a row are those around it.
-        ids, order = batch.ids.sort()
-        z = batch.z[order]
-        negatives = streaming_logsumexp(z, scale=scale, q_ids=ids, candidates="other_id", backend=self.backend)
-        first = torch.searchsorted(ids, ids)
-        number = torch.searchsorted(ids, ids, right=True) - first
+        among = {"scale": scale, "candidates": "other_id", "backend": self.backend}
+        # Sorted by label the positives of a row are those around it, or a run of the references.
+        if ref_emb is None:
+            if ref_labels is not None:
+                raise ArgumentError("ref_emb: expected rows [m, d] with ref_labels, got None")
+            batch = self.prepare(embeddings, labels_as_ids(labels, embeddings, self.unassigned), "labels")
+            (ids, order), shape = batch.ids.sort(), batch.shape
+            q = k = batch.z[order]
+            k_ids, negatives = ids, streaming_logsumexp(q, q_ids=ids, **among)
+        else:
+            ids, k_ids = ids_of_references(embeddings, labels, ref_emb, ref_labels, self.unassigned)
+            (ids, order), (k_ids, order_of_keys), shape = ids.sort(), k_ids.sort(), ids.shape
+            q, k = self.unit(embeddings)[order], self.unit(ref_emb)[order_of_keys]
+            negatives = streaming_logsumexp(q, k, q_ids=ids, k_ids=k_ids, **among)
+        first = torch.searchsorted(k_ids, ids)
+        number = torch.searchsorted(k_ids, ids, right=True) - first
         ends = number.cumsum(0)
         # How many pairs there are decides how much is computed, so the host must know it.
-        parts = _parts(ends.tolist(), max(PAIRS, len(z)))
+        parts = _parts(ends.tolist(), max(PAIRS, len(q)))
         sums = [
-            _sums_of_pairs(z, negatives, first, number, scale, *part)
+            _sums_of_pairs(q, k, negatives, first, number, scale, *part)
             if len(parts) == 1
-            else checkpoint(_sums_of_pairs, z, negatives, first, number, scale, *part, use_reentrant=False)
+            else checkpoint(_sums_of_pairs, q, k, negatives, first, number, scale, *part, use_reentrant=False)
             for part in parts
         ]
         losses = torch.cat(sums) if sums else negatives
         losses = torch.empty_like(losses).index_copy(0, order, losses)
+        return self._mean_over_pairs(losses.view(shape), number.sum() - (len(q) if q is k else 0))
+
+    def _of_pairs(self, embeddings: Tensor, indices_tuple: tuple[Tensor, ...], ref_emb: Tensor | None) -> Tensor:
+        positive, negative = positive_and_negative_pairs(indices_tuple, embeddings, ref_emb, distinct=False)
+        q, scale = self.unit(embeddings), 1.0 / self.temperature
+        k = q if ref_emb is None else self.unit(ref_emb)
+        rest = negative.logsumexp(negative.logits(q, k, scale), len(q))
+        losses = cross_entropy(rest[positive.rows], positive.logits(q, k, scale))
+        return self._mean_over_pairs(positive.sums(losses, len(q)), len(positive.rows))
+
+    def _mean_over_pairs(self, losses: Tensor, pairs: Tensor | int) -> Tensor:
+        """Losses of rows, each the sum of its pairs', as the reduction wants them."""
         if self.reduction == "none":
-            return losses.view(batch.shape)
-        pairs = (number - 1).sum()
-        return losses.sum() / (pairs.clamp(min=1) if self.reduction == "mean" else 1)
+            return losses
+        return losses.sum() / (max(int(pairs), 1) if self.reduction == "mean" else 1)
 
 
 def _sums_of_pairs(
-    z: Tensor, negatives: Tensor, first: Tensor, number: Tensor, scale: float | Tensor, start: int, stop: int
+    q: Tensor,
+    k: Tensor,
+    negatives: Tensor,
+    first: Tensor,
+    number: Tensor,
+    scale: float | Tensor,
+    start: int,
+    stop: int,
 ) -> Tensor:
     """For each of the rows [start, stop) the sum of the losses of its pairs."""
     part = slice(start, stop)
-    of_row = torch.arange(start, stop, device=z.device).repeat_interleave(number[part])
+    of_row = torch.arange(start, stop, device=q.device).repeat_interleave(number[part])
     ends = torch.nn.functional.pad(number[part].cumsum(0), (1, 0))
-    columns = torch.arange(len(of_row), device=z.device) - ends[of_row - start] + first[of_row]
-    logits = edge_similarity(z[part], z, ends, columns) * scale
-    losses = cross_entropy(negatives[of_row], logits).masked_fill(columns == of_row, 0.0)
+    columns = torch.arange(len(of_row), device=q.device) - ends[of_row - start] + first[of_row]
+    logits = edge_similarity(q[part], k, ends, columns) * scale
+    losses = cross_entropy(negatives[of_row], logits)
+    if q is k:
+        losses = losses.masked_fill(columns == of_row, 0.0)
     return losses.new_zeros(stop - start).index_add(0, of_row - start, losses)
 
 

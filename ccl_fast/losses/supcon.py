@@ -1,16 +1,38 @@
 """Supervised contrastive learning."""
 
-from typing import Literal, Unpack, get_args
+from typing import Literal, NamedTuple, Unpack, get_args
 
+import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_choice
+from ccl_fast.checks import check_choice, check_tensor
+from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions
-from ccl_fast.losses.batch import check_unassigned, labels_as_ids
-from ccl_fast.losses.ccl import CCLLoss
+from ccl_fast.losses.batch import check_unassigned, ids_of_references, labels_as_ids
+from ccl_fast.losses.ccl import CCLLoss, loss_of_mean
+from ccl_fast.losses.mask import check_mask, masked_similarity
+from ccl_fast.losses.pairs import positive_and_negative_pairs
+from ccl_fast.ops import cross_entropy, logaddexp, row_dot, same_id_similarity, streaming_logsumexp
+from ccl_fast.ops.ids import consecutive_ids
+from ccl_fast.ops.precision import accumulation_dtype
 
 Form = Literal["outside", "inside"]
 FORMS: tuple[Form, ...] = get_args(Form)
+ContrastMode = Literal["all", "one"]
+CONTRAST_MODES: tuple[ContrastMode, ...] = get_args(ContrastMode)
+
+
+class _Sums(NamedTuple):
+    """Of every anchor: log-sum-exps over the others' logits and the positives', sum and number of the latter."""
+
+    other: Tensor
+    same: Tensor
+    positives: Tensor
+    count: Tensor
+
+    def __add__(self, more: "_Sums") -> "_Sums":
+        other, same = logaddexp(self.other, more.other), logaddexp(self.same, more.same)
+        return _Sums(other, same, self.positives + more.positives, self.count + more.count)
 
 
 class SupConLoss(CCLLoss):
@@ -25,13 +47,20 @@ class SupConLoss(CCLLoss):
     mean is over the anchors that have a positive. (The paper's "inside" adds the constant log |P(i)|, which has no
     gradient.) Khosla et al., "Supervised Contrastive Learning" (arXiv:2004.11362).
 
+    Positives may also come by a mask, as in the authors' code, whose entries are weights:
+    :math:`\ell_i = \log \sum_{j \in A(i)} e^{s_{ij}} - \sum_j m_{ij} s_{ij} / \sum_j m_{ij}`. And as in
+    pytorch-metric-learning A(i) may be references, such as a memory of earlier batches, or what a miner lists, so that
+    its trainers and wrappers take this loss as their own.
+
     Args:
         temperature: T, > 0; the initial value if learnable.
         form: "outside" (the paper's L_out) or "inside" (L_in) of the logarithm.
+        contrast_mode: which views are anchors: "all", or "one", the first of each sample.
         unassigned: the label of rows that have none, -1: their only positives are their own views, and they are
             negatives of all others. With None every label is a class, also those below 0, as in
             pytorch-metric-learning and SupContrast.
-        learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `Loss`.
+        learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `Loss`. Several processes
+            take embeddings and labels alone, and ``contrast_mode="all"``.
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
@@ -39,8 +68,11 @@ class SupConLoss(CCLLoss):
     Example:
         >>> import torch
         >>> from ccl_fast import SupConLoss
-        >>> loss = SupConLoss(temperature=0.1)(torch.randn(8, 2, 16), torch.arange(8) % 3)
-        >>> loss.shape
+        >>> loss_fn, labels = SupConLoss(temperature=0.1), torch.arange(8) % 3
+        >>> loss_fn(torch.randn(8, 2, 16), labels).shape
+        torch.Size([])
+        >>> memory, labels_of_memory = torch.randn(32, 16), torch.arange(32) % 3
+        >>> loss_fn(torch.randn(8, 16), labels, ref_emb=memory, ref_labels=labels_of_memory).shape
         torch.Size([])
     """
 
@@ -51,28 +83,142 @@ class SupConLoss(CCLLoss):
         temperature: float = 0.1,
         *,
         form: Form = "outside",
+        contrast_mode: ContrastMode = "all",
         unassigned: int | None = -1,
         **common: Unpack[CommonOptions],
     ):
         check_choice("form", form, FORMS)
         super().__init__(temperature, form="joint" if form == "outside" else form, **common)
+        check_choice("contrast_mode", contrast_mode, CONTRAST_MODES)
         check_unassigned(unassigned)
-        self.form, self.unassigned = form, unassigned
+        self.form, self.contrast_mode, self.unassigned = form, contrast_mode, unassigned
+        if self.process_group is not None and contrast_mode != "all":
+            raise ArgumentError(f"contrast_mode: expected 'all' with process_group, got {contrast_mode!r}")
 
-    def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: tuple[Tensor, ...] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Return the loss.
 
         Args:
-            embeddings: ``[n, d]`` (one row per view) or ``[n, views, d]``.
-            labels: ``[n]``, integers, -1 for unlabelled (see ``unassigned``); None (with [n, views, d]) is NT-Xent.
+            embeddings: ``[n, d]`` (one row per view) or ``[n, views, d]`` (further dimensions are flattened);
+                ``[n, d]`` with references or a miner's tuple.
+            labels: ``[n]``, of any integer dtype, bool, or whole numbers of a floating one; -1 for unlabelled (see
+                ``unassigned``). None (with [n, views, d]) is NT-Xent.
+            indices_tuple: a miner's (anchors, positives, anchors, negatives), or triplets (anchors, positives,
+                negatives), int64 vectors: A(i) are the rows (or references) that are listed with anchor i, each once,
+                and P(i) the positives among them, whatever the labels. Memory is linear in the tuple.
+            ref_emb: ``[m, d]``, references, which get a gradient too: A(i) are these, and the rows are anchors alone.
+            ref_labels: ``[m]``, as ``labels``; required with references, unless there is a tuple.
+            mask: ``[n, n]``, dense or CSR, bool, integers or floating point, in the place of labels: row i has the
+                weights, >= 0, of the samples whose views are i's positives (its own weight is that of its other views).
+                It need not be symmetric, and gets no gradient. With CSR memory is linear in n and in its entries. For
+                the form "outside".
 
         Returns:
-            The loss, float32 (float64 for float64 embeddings).
+            The loss, float32 (float64 for float64 embeddings). With reduction "none" a loss per anchor.
 
         Raises:
             ValueError: an argument has the wrong type, shape, dtype, device or value.
-            IndexError: a label is below -1 while ``unassigned`` is -1 (on a GPU: an assertion on the device).
+            IndexError: a label is below -1 while ``unassigned`` is -1 (on a GPU: an assertion on the device), or an
+                index of the tuple is none of a row.
         """
+        if isinstance(embeddings, Tensor) and embeddings.ndim > 3:
+            embeddings = embeddings.flatten(2)
+        given = {"indices_tuple": indices_tuple, "ref_emb": ref_emb, "ref_labels": ref_labels, "mask": mask}
+        given = {name: value for name, value in given.items() if value is not None}
+        if self.process_group is not None and given:
+            raise ArgumentError(f"{next(iter(given))}: expected None with process_group")
+        if mask is not None:
+            if labels is not None or len(given) > 1:
+                others = ["labels"] if labels is not None else [name for name in given if name != "mask"]
+                raise ArgumentError(f"mask: expected None with {others[0]}, got both")
+            return self._of_mask(embeddings, mask)
+        if indices_tuple is not None:
+            return self._of_pairs(embeddings, indices_tuple, ref_emb)
+        if given:
+            return self._of_references(embeddings, labels, ref_emb, ref_labels)
         if labels is not None:
-            labels = labels_as_ids(labels, self.unassigned, self.process_group is None)
+            labels = labels_as_ids(labels, embeddings, self.unassigned, self.process_group is None)
+        if self.contrast_mode == "one":
+            return self._of_first_views(embeddings, labels)
         return super().forward(embeddings, labels)
+
+    def _of_first_views(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
+        batch = self.prepare(embeddings, labels, self._ids_name)
+        if embeddings.ndim == 2:  # all rows are first views
+            return self._reduced(self._sums_of_ids(batch.z, batch.ids))
+        z, ids = batch.z.view(embeddings.shape), batch.ids.view(batch.shape)
+        further = z[:, 1:].flatten(0, 1), ids[:, 1:].flatten()
+        return self._reduced(self._sums_of_ids(z[:, 0], ids[:, 0]) + self._sums_of_ids(z[:, 0], ids[:, 0], *further))
+
+    def _of_references(self, embeddings: Tensor, labels, ref_emb: Tensor | None, ref_labels) -> Tensor:
+        if ref_emb is None:
+            raise ArgumentError("ref_emb: expected rows [m, d] with ref_labels, got None")
+        ids, ref_ids = ids_of_references(embeddings, labels, ref_emb, ref_labels, self.unassigned)
+        return self._reduced(self._sums_of_ids(self.unit(embeddings), ids, self.unit(ref_emb), ref_ids))
+
+    def _of_pairs(self, embeddings: Tensor, indices_tuple: tuple[Tensor, ...], ref_emb: Tensor | None) -> Tensor:
+        positive, negative = positive_and_negative_pairs(indices_tuple, embeddings, ref_emb, distinct=True)
+        q = self.unit(embeddings)
+        k = q if ref_emb is None else self.unit(ref_emb)
+        n, scale = len(q), 1.0 / self.temperature
+        logits = positive.logits(q, k, scale)
+        other = negative.logsumexp(negative.logits(q, k, scale), n)
+        count = positive.sums(torch.ones_like(logits), n)
+        return self._reduced(_Sums(other, positive.logsumexp(logits, n), positive.sums(logits, n), count))
+
+    def _of_mask(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        if self.form != "outside":
+            raise ArgumentError(f"mask: expected None with form={self.form!r}, got a mask")
+        check_tensor("embeddings", embeddings)
+        batch = self.prepare(embeddings, torch.arange(len(embeddings), device=embeddings.device), "mask")
+        check_mask(mask, embeddings)
+        z, scale = batch.z.view(len(embeddings), -1, batch.z.shape[1]), 1.0 / self.temperature
+        anchors = z if self.contrast_mode == "all" else z[:, :1]
+        rest = streaming_logsumexp(anchors.flatten(0, 1), scale=scale, backend=self.backend)
+        if self.contrast_mode == "one":
+            further = streaming_logsumexp(z[:, 0], z[:, 1:].flatten(0, 1), scale=scale, backend=self.backend)
+            rest = logaddexp(rest, further)
+        positives, weight = masked_similarity(z, anchors, mask)
+        shape = batch.shape if self.contrast_mode == "all" else batch.shape[:1]
+        has_positive = weight > 0
+        return self.reduce(rest - positives * scale / torch.where(has_positive, weight, 1.0), has_positive, shape)
+
+    def _sums_of_ids(self, q: Tensor, ids: Tensor, k: Tensor | None = None, k_ids: Tensor | None = None) -> _Sums:
+        """Of anchors against other rows, or against each other."""
+        scale = 1.0 / self.temperature
+        among = {"q_ids": ids, "k_ids": k_ids, "candidates": "other_id", "backend": self.backend}
+        other, same = streaming_logsumexp(q, k, scale=scale, return_same=True, **among)
+        if k is None or k_ids is None:
+            positives, count = same_id_similarity(q, ids)
+        else:
+            positives, count = _similarity_to(q, ids, k, k_ids)
+        return _Sums(other, same, positives * scale, count)
+
+    def _reduced(self, sums: _Sums) -> Tensor:
+        other, same, positives, count = sums
+        has_positive = count > 0
+        if self.form == "inside":
+            other, same = (x.masked_fill(~has_positive, 0.0) for x in (other, same))
+            return self.reduce(cross_entropy(other, same), has_positive)
+        single = count == 1
+        rest = torch.where(single, other, logaddexp(same, other))
+        return self.reduce(loss_of_mean(rest, positives / count.clamp(min=1), single), has_positive)
+
+
+def _similarity_to(q: Tensor, ids: Tensor, k: Tensor, k_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of a row's inner products with the keys of its id, and their number, in O((n + m) d)."""
+    group = consecutive_ids(torch.cat((ids, k_ids)))
+    of_rows, of_keys = group[: len(q)], group[len(q) :]
+    wide = k.to(accumulation_dtype(k))
+    sums = wide.new_zeros(len(group), k.shape[1]).index_add(0, of_keys, wide)
+    count = wide.new_zeros(len(group)).index_add(0, of_keys, wide.new_ones(len(k)))
+    return row_dot(sums[of_rows], q), count[of_rows]

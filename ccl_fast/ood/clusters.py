@@ -8,9 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_count, check_seed
+from ccl_fast.checks import check_count, check_flag, check_seed, check_share
 from ccl_fast.clustering import KMeans
-from ccl_fast.errors import ArgumentError
 from ccl_fast.ood.detector import FeatureDetector
 from ccl_fast.ood.neighbors import largest_cosine
 from ccl_fast.ops.kmeans.update import kmeans_update
@@ -26,7 +25,7 @@ class ClusterDetector(FeatureDetector):
 
     hyperparameter_space: ClassVar[dict[str, list]] = {"n_clusters": [1, 2, 5, 10, 20, 50, 100]}
 
-    def __init__(self, n_clusters: int = 1, *, seed: int = 0, model: Callable[[Tensor], Tensor] | None = None):
+    def __init__(self, model: Callable[[Tensor], Tensor] | None = None, n_clusters: int = 1, *, seed: int = 0):
         self.n_clusters, self.seed = n_clusters, seed
         super().__init__(model)
 
@@ -51,9 +50,9 @@ class NearestCenter(ClusterDetector):
         s(x) = 1 - \max_c \cos(x, \mu_c), \qquad \mu_c = \sum_{i: y_i = c} x_i / |x_i|
 
     Args:
+        model: see :class:`FeatureDetector`.
         n_clusters: number of spherical k-means clusters made when fitted without labels.
         seed: seed of that k-means.
-        model: see :class:`FeatureDetector`.
     """
 
     def _fit(self, x: Tensor, y: Tensor | None) -> None:
@@ -75,11 +74,11 @@ class Mahalanobis(ClusterDetector):
     standard deviation. Small clusters have singular covariances, so ``C_c = (1 - s) cov_c + s (tr cov_c / D) I``.
 
     Args:
+        model: see :class:`FeatureDetector`.
         n_clusters: number of spherical k-means clusters made when fitted without labels.
         shrinkage: s, in (0, 1].
         normalize: False: the length of x counts.
         seed: seed of that k-means.
-        model: see :class:`FeatureDetector`.
 
     Paper: Sehwag, Chiang, Mittal, "SSD: a unified framework for self-supervised outlier detection", 2021 (s = 0 there).
     """
@@ -91,22 +90,20 @@ class Mahalanobis(ClusterDetector):
 
     def __init__(
         self,
+        model: Callable[[Tensor], Tensor] | None = None,
         n_clusters: int = 1,
         *,
         shrinkage: float = 0.1,
         normalize: bool = True,
         seed: int = 0,
-        model: Callable[[Tensor], Tensor] | None = None,
     ):
         self.shrinkage, self.normalize = shrinkage, normalize
-        super().__init__(n_clusters, seed=seed, model=model)
+        super().__init__(model, n_clusters, seed=seed)
 
     def _check_hyperparameters(self) -> None:
         super()._check_hyperparameters()
-        if not isinstance(self.shrinkage, int | float) or not 0 < self.shrinkage <= 1:
-            raise ArgumentError(f"shrinkage: expected a number in (0, 1], got {self.shrinkage!r}")
-        if not isinstance(self.normalize, bool):
-            raise ArgumentError(f"normalize: expected True or False, got {self.normalize!r}")
+        check_share("shrinkage", self.shrinkage)
+        check_flag("normalize", self.normalize)
 
     def _fit(self, x: Tensor, y: Tensor | None) -> None:
         y, n_clusters = self._clusters(x, y)

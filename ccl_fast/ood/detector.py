@@ -11,8 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ccl_fast.checks import check_finite, check_floating, check_integer, check_matrix, check_vector
-from ccl_fast.errors import ArgumentError
+from ccl_fast.checks import check_finite, check_floating, check_matrix, check_tensor, check_vector, whole_numbers
+from ccl_fast.errors import ArgumentError, NotFittedError
 from ccl_fast.ops.precision import accumulation_dtype
 
 
@@ -21,7 +21,8 @@ class FeatureDetector(ABC):
 
     Names and behaviour are those of ``FeaturesDetector`` in pytorch-ood 0.4, which this package does not need: if
     pytorch-ood has been imported by the time a detector is made, its benchmarks and its grid search take the detector
-    for one of their own.
+    for one of their own. What is raised without a model or before the fit is then its ``ModelNotSetException`` or its
+    ``RequiresFittingException`` too.
 
     Features are finite, of any floating-point dtype; float64 is computed with in float64, all others in float32, also
     under autocast. Fitted tensors live on ``device``, inputs are moved there, scores come from there.
@@ -64,7 +65,7 @@ class FeatureDetector(ABC):
         """``fit_features`` on the model's features of a loader's images.
 
         Args:
-            data_loader: of batches ``(images, labels)``, labels int [n]: clusters, below 0 ignored; or of images alone.
+            data_loader: of batches ``(images, labels)``, labels [n] as those of ``fit_features``; or of images alone.
             device: where model and detector go first; None: they stay, and the images come to the model.
 
         Returns:
@@ -79,11 +80,11 @@ class FeatureDetector(ABC):
         features, labels = [], []
         with _evaluation(model):
             for batch in data_loader:
-                images, *y = [batch] if isinstance(batch, Tensor) else batch
-                if y:
-                    inside = y[0] >= 0
-                    images = images[inside]
-                    labels.append(y[0][inside])
+                images, y = _images_and_labels(batch)
+                if y is not None:
+                    inside = y >= 0
+                    images = images[inside.to(images.device)]
+                    labels.append(y[inside])
                 if len(images):
                     features.append(self._embed(model, images))
         if not features:
@@ -93,6 +94,7 @@ class FeatureDetector(ABC):
     def predict(self, x: Tensor) -> Tensor:
         """Scores [n] of images x, [n, ...], through the model; ``detector(x)`` is the same. Raises ValueError."""
         model = self._needed_model("predict")
+        check_tensor("x", x)
         with _evaluation(model):
             features = self._embed(model, x)
         return self.predict_features(features)
@@ -105,7 +107,8 @@ class FeatureDetector(ABC):
 
         Args:
             x: floating point [N, D], finite.
-            y: cluster ids, int [N]; rows with y < 0 are ignored. None: a detector that needs clusters makes its own.
+            y: cluster ids [N], integers or whole numbers of a floating dtype; rows with y < 0 are ignored. None: a
+                detector that needs clusters makes its own.
 
         Returns:
             self.
@@ -116,8 +119,7 @@ class FeatureDetector(ABC):
         check_matrix("x", x)
         check_floating("x", x)
         if y is not None:
-            check_vector("y", y, len(x))
-            check_integer("y", y)
+            y = _cluster_ids("y", y, len(x))
             inside = y >= 0
             x, y = x[inside.to(x.device)], y[inside].unique(return_inverse=True)[1]
         if not len(x):
@@ -140,11 +142,12 @@ class FeatureDetector(ABC):
             [M], float32 (float64 if the training features were).
 
         Raises:
-            RuntimeError: the detector is not fitted.
+            NotFittedError: (a RuntimeError) the detector is not fitted.
             ValueError: naming the argument, what was expected and what came.
         """
         if self._width is None:
-            raise RuntimeError(f"this {type(self).__name__} is not fitted yet: call fit or fit_features first")
+            not_fitted = _also_theirs(NotFittedError, "RequiresFittingException")
+            raise not_fitted(f"this {type(self).__name__} is not fitted yet: call fit or fit_features first")
         check_matrix("x", x, self._width)
         check_floating("x", x)
         x = x.to(self.device, self._dtype)
@@ -185,7 +188,8 @@ class FeatureDetector(ABC):
 
     def _needed_model(self, method: str) -> Callable[[Tensor], Tensor]:
         if self.model is None:
-            raise ArgumentError(f"model: expected one for {method}, got None; or use {method}_features")
+            no_model = _also_theirs(ArgumentError, "ModelNotSetException")
+            raise no_model(f"model: expected one for {method}, got None; or use {method}_features")
         return self.model
 
     def _embed(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
@@ -193,6 +197,33 @@ class FeatureDetector(ABC):
         features = model(images if device is None else images.to(device))
         check_matrix("model(images)", features)
         return features
+
+
+def _also_theirs(error: type[Exception], name: str) -> type[Exception]:
+    """An error that is also pytorch-ood's of that name, which only those can catch who have imported it."""
+    theirs = getattr(sys.modules.get("pytorch_ood.api"), name, None)
+    return error if theirs is None else type(error.__name__, (error, theirs), {})
+
+
+def _images_and_labels(batch) -> tuple[Tensor, Tensor | None]:
+    """Of a loader's batch."""
+    images, y = (batch, None) if isinstance(batch, Tensor) else (None, None)
+    if isinstance(batch, tuple | list) and batch:
+        images, y = batch[0], batch[1] if len(batch) > 1 else None
+    if not isinstance(images, Tensor):
+        got = type(batch).__name__ if images is None else f"images of type {type(images).__name__}"
+        raise ArgumentError(f"data_loader: expected batches (images, labels) or images, as tensors, got {got}")
+    return images, None if y is None else _cluster_ids("data_loader's labels", y, len(images))
+
+
+def _cluster_ids(name: str, y, n: int) -> Tensor:
+    """Checked ids [n], int64; those that are bool are a mask."""
+    check_vector(name, y, n)
+    if y.dtype != torch.bool:
+        y = whole_numbers(y)
+    if y.dtype != torch.int64:
+        raise ArgumentError(f"{name}: expected whole numbers, got {y.dtype}")
+    return y
 
 
 @contextlib.contextmanager

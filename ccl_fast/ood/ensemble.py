@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_count
+from ccl_fast.checks import check_count, is_integer
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ood.detector import FeatureDetector
 
@@ -52,18 +53,18 @@ class Ensemble(FeatureDetector):
         wrong = [type(d).__name__ for d in self.detectors if not hasattr(d, "predict_features")]
         if wrong or not self.detectors:
             raise ArgumentError(f"detectors: expected a sequence of detectors of features, got {wrong or 'none'}")
-        right = [isinstance(w, int | float) and 0 < w < math.inf for w in self.weights]
+        right = [isinstance(w, Real) and not isinstance(w, bool) and 0 < w < math.inf for w in self.weights]
         if len(right) != len(self.detectors) or not all(right):
             expected = f"a positive number for each of {len(self.detectors)} detectors"
             raise ArgumentError(f"weights: expected {expected}, got {self.weights}")
         check_count("folds", self.folds, least=2)
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+        if not is_integer(self.seed):
             raise ArgumentError(f"seed: expected an integer, got {self.seed!r}")
 
     def _fit(self, x: Tensor, y: Tensor | None) -> None:
         if len(x) < self.folds:
             raise ArgumentError(f"x: expected at least folds={self.folds} rows, got {len(x)}")
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(int(self.seed))
         fold = (torch.randperm(len(x), generator=generator) % self.folds).to(x.device)
         moments = []
         for detector in self.detectors:

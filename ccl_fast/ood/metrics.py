@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,12 +17,12 @@ Positive = Literal["ood", "id"]
 POSITIVES: tuple[Positive, ...] = get_args(Positive)
 
 
-def ood_metrics(scores: Tensor, is_ood: Tensor) -> dict[str, float]:
+def ood_metrics(scores: Tensor | np.ndarray, is_ood: Tensor | np.ndarray) -> dict[str, float]:
     """All metrics of this file at once.
 
     Args:
-        scores: floating point [N], higher = more outlying.
-        is_ood: bool [N], with both kinds present.
+        scores: floating point [N], a tensor or an array, higher = more outlying.
+        is_ood: bool [N], a tensor or an array, with both kinds present.
 
     Returns:
         ``{"auroc", "aupr_ood", "aupr_id", "fpr95_ood", "fpr95_id"}``; ``_ood`` and ``_id`` name the positive class.
@@ -29,6 +30,7 @@ def ood_metrics(scores: Tensor, is_ood: Tensor) -> dict[str, float]:
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
+    scores, is_ood = _checked(scores, is_ood)
     return {
         "auroc": auroc(scores, is_ood),
         "aupr_ood": aupr(scores, is_ood, positive="ood"),
@@ -38,7 +40,7 @@ def ood_metrics(scores: Tensor, is_ood: Tensor) -> dict[str, float]:
     }
 
 
-def aupr(scores: Tensor, is_ood: Tensor, positive: Positive) -> float:
+def aupr(scores: Tensor | np.ndarray, is_ood: Tensor | np.ndarray, positive: Positive) -> float:
     """Area under the precision-recall curve, by the trapezoidal rule.
 
     That is the rule of OpenOOD and pytorch-ood (AUPR-OUT: ``positive="ood"``, AUPR-IN: ``positive="id"``). Average
@@ -46,8 +48,8 @@ def aupr(scores: Tensor, is_ood: Tensor, positive: Positive) -> float:
     two numbers differ, and the positive class has no default.
 
     Args:
-        scores: floating point [N], higher = more outlying.
-        is_ood: bool [N], with both kinds present.
+        scores: floating point [N], a tensor or an array, higher = more outlying.
+        is_ood: bool [N], a tensor or an array, with both kinds present.
         positive: "ood" or "id".
 
     Returns:
@@ -62,12 +64,12 @@ def aupr(scores: Tensor, is_ood: Tensor, positive: Positive) -> float:
     return (torch.trapezoid(precision, caught) / caught[-1]).item()
 
 
-def auroc(scores: Tensor, is_ood: Tensor) -> float:
+def auroc(scores: Tensor | np.ndarray, is_ood: Tensor | np.ndarray) -> float:
     """Area under the ROC curve: ``P(score of an OOD sample > score of an ID sample) + P(equal) / 2``.
 
     Args:
-        scores: floating point [N], higher = more outlying.
-        is_ood: bool [N], with both kinds present.
+        scores: floating point [N], a tensor or an array, higher = more outlying.
+        is_ood: bool [N], a tensor or an array, with both kinds present.
 
     Returns:
         A float in [0, 1]; 0.5 is chance.
@@ -77,16 +79,16 @@ def auroc(scores: Tensor, is_ood: Tensor) -> float:
     """
     from scipy.stats import rankdata
 
-    _check(scores, is_ood)
+    scores, is_ood = _checked(scores, is_ood)
     # Mann and Whitney's count of pairs: halves, which float64 adds without rounding. Trapezoids would be rounded.
-    positive = is_ood.cpu().numpy()
+    positive = is_ood.numpy()
     n_ood = int(positive.sum())
     n_id = len(positive) - n_ood
-    pairs = rankdata(scores.detach().double().cpu().numpy())[positive].sum() - n_ood * (n_ood + 1) / 2
+    pairs = rankdata(scores.double().numpy())[positive].sum() - n_ood * (n_ood + 1) / 2
     return float(pairs / (n_ood * n_id))
 
 
-def fpr95(scores: Tensor, is_ood: Tensor, positive: Positive) -> float:
+def fpr95(scores: Tensor | np.ndarray, is_ood: Tensor | np.ndarray, positive: Positive) -> float:
     """False-positive rate at the threshold that catches at least 95 % of the positive class.
 
     With ``positive="ood"``: the share of ID samples flagged as OOD when 95 % of the OOD samples are.
@@ -94,8 +96,8 @@ def fpr95(scores: Tensor, is_ood: Tensor, positive: Positive) -> float:
     Publications use both, and the numbers differ, so the positive class has no default.
 
     Args:
-        scores: floating point [N], higher = more outlying.
-        is_ood: bool [N], with both kinds present.
+        scores: floating point [N], a tensor or an array, higher = more outlying.
+        is_ood: bool [N], a tensor or an array, with both kinds present.
         positive: "ood" or "id".
 
     Returns:
@@ -108,7 +110,9 @@ def fpr95(scores: Tensor, is_ood: Tensor, positive: Positive) -> float:
     return (alarms / alarms[-1])[caught / caught[-1] >= 0.95][0].item()
 
 
-def _check(scores: Tensor, is_ood: Tensor) -> None:
+def _checked(scores: Tensor | np.ndarray, is_ood: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
+    """Tensors [N] on the CPU, without gradient."""
+    scores, is_ood = _as_tensor("scores", scores), _as_tensor("is_ood", is_ood)
     if scores.ndim != 1 or not scores.is_floating_point():
         raise ArgumentError(f"scores: expected a floating-point tensor [N], got {scores.dtype} {list(scores.shape)}")
     if scores.isnan().any():
@@ -117,15 +121,29 @@ def _check(scores: Tensor, is_ood: Tensor) -> None:
         raise ArgumentError(f"is_ood: expected bool {list(scores.shape)}, got {is_ood.dtype} {list(is_ood.shape)}")
     if is_ood.all() or not is_ood.any():
         raise ArgumentError("is_ood: expected both ID and OOD samples, got only one kind")
+    return scores, is_ood
 
 
-def _curve(scores: Tensor, is_ood: Tensor, positive: Positive) -> tuple[Tensor, Tensor]:
+def _as_tensor(name: str, x) -> Tensor:
+    if isinstance(x, Tensor):
+        return x.detach().cpu()
+    # A masked array is one too, but its mask would be without effect.
+    if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):
+        raise ArgumentError(f"{name}: expected a tensor or an array, got {type(x).__name__}")
+    kind = next((kind for kind in (np.bool_, np.floating, np.integer) if np.issubdtype(x.dtype, kind)), None)
+    if kind is None:
+        raise ArgumentError(f"{name}: expected numbers, got an array of {x.dtype}")
+    # Whatever its precision, its strides and the order of its bytes.
+    return torch.from_numpy(np.array(x, {np.bool_: bool, np.floating: np.float64, np.integer: np.int64}[kind]))
+
+
+def _curve(scores: Tensor | np.ndarray, is_ood: Tensor | np.ndarray, positive: Positive) -> tuple[Tensor, Tensor]:
     """Count those of the positive class and the others beyond a threshold at each distinct score, as float64.
 
     The threshold that catches least comes first.
     """
     check_choice("positive", positive, POSITIVES)
-    _check(scores, is_ood)
+    scores, is_ood = _checked(scores, is_ood)
     scores, is_positive = (-scores, is_ood) if positive == "ood" else (scores, ~is_ood)
     distinct, place = scores.unique(return_inverse=True)
     caught, alarms = (place[kind].bincount(minlength=len(distinct)).cumsum(0) for kind in (is_positive, ~is_positive))

@@ -28,15 +28,15 @@ class NearestNeighbor(FeatureDetector):
     Memory grows with N + M: the matrix of cosines is made in tiles. A training sample is its own nearest neighbour.
 
     Args:
-        k: which neighbour; N >= k.
         model: see :class:`FeatureDetector`.
+        k: which neighbour; N >= k.
 
     Paper: Sun, Ming, Zhu, Li, "Out-of-distribution detection with deep nearest neighbors", 2022.
     """
 
     hyperparameter_space: ClassVar[dict[str, list]] = {"k": [1, 5, 10, 20, 50, 100, 200]}
 
-    def __init__(self, k: int = 1, *, model: Callable[[Tensor], Tensor] | None = None):
+    def __init__(self, model: Callable[[Tensor], Tensor] | None = None, k: int = 1):
         self.k = k
         super().__init__(model)
 

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from ccl_fast.clustering import concentration
+from ccl_fast.losses import ProtoNCELoss
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
@@ -37,6 +38,32 @@ def test_looser_clusters_have_larger_ones():
     x = spread[:, None] * torch.randn(300, 4)
     phi = concentration(x, ids, torch.zeros(3, 4), metric="euclidean")
     assert phi[0] < phi[1] < phi[2]
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("mean, expected", [(0.2, 0.2), (None, 1.0)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_collapsed_features_have_equal_ones_which_a_loss_takes(metric, mean, expected, dtype):
+    """All rows on their centres: the mean of distances is 0."""
+    centers = torch.eye(4, dtype=dtype)
+    ids = torch.arange(12) % 4
+    phi = concentration(centers[ids], ids, centers, metric=metric, mean=mean)
+    assert phi.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(phi, torch.full_like(phi, expected))
+    of_loss = ProtoNCELoss()(torch.randn(12, 2, 4), [ids], [centers.float()], center_temperature=[phi.float()])
+    assert of_loss.isfinite()
+
+
+@pytest.mark.parametrize("collapsed", [1, 5, 9])
+def test_a_collapsed_cluster_has_the_smallest_of_those_with_a_spread(collapsed):
+    """However many they are: the percentiles that clip may be 0."""
+    ids, centers = torch.arange(40) % 10, torch.zeros(10, 3)
+    spread = torch.arange(10) >= collapsed
+    x = torch.eye(3)[ids % 3] * (spread * (1.0 + torch.arange(10)))[ids, None]
+    phi = concentration(x, ids, centers, metric="euclidean")
+    assert (phi > 0).all() and (phi[~spread] == phi.min()).all() and phi.min() <= phi[spread].min()
+    assert phi.min() >= (1.0 + collapsed) / math.log(14) - 1e-5
+    assert concentration(x, ids, centers, metric="euclidean", mean=0.1).mean() == pytest.approx(0.1)
 
 
 def test_wrong_arguments():

@@ -603,9 +603,11 @@ def test_temperature_must_be_positive(loss, learnable_temperature, temperature):
 
 
 @every_loss
-def test_temperature_as_a_tensor_is_an_error(loss):
-    with pytest.raises(ValueError, match=r"temperature: expected .* number, got .*tensor"):
-        loss(temperature=torch.tensor(0.1))
+def test_temperature_as_a_tensor_is_that_of_its_number(loss):
+    assert loss(temperature=torch.tensor(0.5)).temperature == 0.5
+    for tensor in (torch.tensor([0.5]), torch.tensor(0.5, requires_grad=True), torch.tensor(-0.5)):
+        with pytest.raises(ValueError, match=r"temperature: expected .* number, got "):
+            loss(temperature=tensor)
 
 
 @every_loss

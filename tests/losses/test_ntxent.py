@@ -165,11 +165,11 @@ def test_a_batch_without_pairs_or_rows():
     "call, message",
     (
         (lambda: NTXentLoss(unassigned=3), "unassigned: expected -1 or None, got 3"),
-        (lambda: NTXentLoss()(rows(), LABELS[:4].clamp(min=0)), r"keys: expected shape \[11\]"),
+        (lambda: NTXentLoss()(rows(), LABELS[:4].clamp(min=0)), r"labels: expected shape \[11\]"),
         (lambda: NTXentLoss()(rows(), LABELS.clamp(min=0), negatives=rows()), "negatives: expected None with labels"),
-        (lambda: NTXentLoss()(rows(), rows(5)), r"keys: expected shape \[11, 6\]"),
+        (lambda: NTXentLoss()(rows(), rows(5)), r"labels: expected shape \[11, 6\]"),
         (lambda: NTXentLoss()(rows(), rows(), negatives=rows(d=5)), "negatives: expected shape"),
-        (lambda: NTXentLoss()(rows()), r"queries: expected shape \[n, 2, d\] without keys"),
+        (lambda: NTXentLoss()(rows()), r"embeddings: expected shape \[n, 2, d\] without labels"),
     ),
 )
 def test_errors(call, message):
@@ -178,5 +178,5 @@ def test_errors(call, message):
 
 
 def test_labels_below_minus_one():
-    with pytest.raises(IndexError, match="keys: expected ids at least -1"):
+    with pytest.raises(IndexError, match="labels: expected ids at least -1"):
         NTXentLoss()(rows(), LABELS)

@@ -76,7 +76,7 @@ SIGNATURES = {
         "queries keys * negatives generator",
     ),
     "PamCLoss": (0.1, "form", "exchange", "queries keys cluster_ids"),
-    "NTXentLoss": (0.5, "unassigned", "", "queries keys * negatives"),
+    "NTXentLoss": (0.5, "unassigned", "", "embeddings labels indices_tuple ref_emb ref_labels * negatives"),
     "ProtoNCELoss": (0.1, "in_batch_negatives", "", "queries cluster_ids centers * center_temperature keys negatives"),
     "SBCLLoss": (0.1, "class_weight own_views", "", "embeddings labels cluster_ids * class_temperature"),
     "SCGCLoss": (1.0, "self_term", ONE_PROCESS, "embeddings * influence"),
@@ -86,12 +86,18 @@ SIGNATURES = {
         "reduction process_group exchange",
         "embeddings * salient is_target",
     ),
-    "SupConLoss": (0.1, "form unassigned", "", "embeddings labels"),
+    "SupConLoss": (
+        0.1,
+        "form contrast_mode unassigned",
+        "",
+        "embeddings labels indices_tuple ref_emb ref_labels * mask",
+    ),
     "SwAVLoss": (0.1, "epsilon iterations global_views", "exchange", "embeddings prototypes * queue"),
     "WhitenedCSELoss": (0.05, "groups eps head through_covariance", ONE_PROCESS, "embeddings * shuffles generator"),
 }
-# One word for one thing, in this order where several come by place.
-POSITIONAL = ("embeddings", "queries", "keys", "labels", "cluster_ids", "centers", "prototypes")
+# One word for one thing, in this order where several come by place; those between are pytorch-metric-learning's words.
+METRIC_LEARNING = ("indices_tuple", "ref_emb", "ref_labels")
+POSITIONAL = ("embeddings", "queries", "keys", "labels", *METRIC_LEARNING, "cluster_ids", "centers", "prototypes")
 every_name = pytest.mark.parametrize("name", losses_of_the_library())
 
 

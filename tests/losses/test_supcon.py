@@ -145,7 +145,9 @@ def test_no_pair_gives_zero_loss_and_zero_gradients(form, labels, backend):
 
 ERRORS = {
     "shape": (torch.zeros(7).long(), r"labels: .*\[8\].*\[7\]"),
-    "dtype": (torch.zeros(8), r"labels: expected integers, got .*float32"),
+    "dtype": (torch.full((8,), 0.5), r"labels: expected integers, got .*float32"),
+    "NaN": (torch.full((8,), torch.nan), r"labels: expected integers, got .*float32"),
+    "infinite": (torch.full((8,), torch.inf), r"labels: expected integers, got .*float32"),
     "type": ([0] * 8, "labels: .*Tensor.*list"),
     "device": (torch.zeros(8, dtype=torch.int64, device="meta"), "labels: .*cpu.*meta"),
     "missing": (None, "labels: .*None"),

@@ -4,6 +4,7 @@ import copy
 import pickle
 import sys
 
+import numpy as np
 import pytest
 import torch
 from sklearn.metrics import auc, precision_recall_curve, roc_auc_score, roc_curve
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
+from ccl_fast.errors import ArgumentError, NotFittedError
 from ccl_fast.ood import (
     Columns,
     CosineNorm,
@@ -125,6 +127,51 @@ def test_wrong_arguments_of_metrics():
         auroc(scores.long(), is_ood)
 
 
+NO_NUMBERS = {
+    "a dict": ({"scores": 1}, "a tensor or an array, got dict"),
+    "a list": ([0.5] * 127, "a tensor or an array, got list"),
+    "None": (None, "a tensor or an array, got NoneType"),
+    "a masked array": (np.ma.masked_array(np.zeros(127), np.arange(127) > 3), "a tensor or an array, got MaskedArray"),
+    "objects": (np.array([None] * 127), "numbers, got an array of object"),
+    "names": (np.array(["a"] * 127), "numbers, got an array of <U1"),
+    "complex numbers": (np.zeros(127, complex), "numbers, got an array of complex128"),
+}
+
+
+@pytest.mark.parametrize("wrong, message", NO_NUMBERS.values(), ids=NO_NUMBERS)
+def test_metrics_of_what_is_no_tensor(wrong, message):
+    scores, is_ood = scored(0)
+    for metric in (ood_metrics, auroc, lambda *given: aupr(*given, "id"), lambda *given: fpr95(*given, "ood")):
+        with pytest.raises(ValueError, match=f"^scores: expected {message}"):
+            metric(wrong, is_ood)
+        with pytest.raises(ValueError, match=f"^is_ood: expected {message}"):
+            metric(scores, wrong)
+
+
+@pytest.mark.parametrize("dtype", (np.float16, np.float32, np.float64, np.longdouble, ">f8"))
+def test_metrics_of_arrays(dtype):
+    scores, is_ood = scored(0)
+    array = scores.numpy().astype(dtype)
+    expected = ood_metrics(torch.from_numpy(array.astype(float)), is_ood)
+    array.flags.writeable = False
+    reverse = slice(None, None, -1)  # strides below 0
+    assert ood_metrics(array, is_ood.numpy()) == ood_metrics(array, is_ood) == expected
+    assert ood_metrics(array[reverse], is_ood.numpy()[reverse]) == expected
+    assert auroc(array, is_ood.numpy()) == expected["auroc"]
+    for positive in ("ood", "id"):
+        assert aupr(array, is_ood.numpy(), positive) == expected[f"aupr_{positive}"]
+        assert fpr95(array, is_ood.numpy(), positive) == expected[f"fpr95_{positive}"]
+    with pytest.raises(ValueError, match=r"^is_ood: expected bool \[127\], got torch.int64 \[127\]"):
+        ood_metrics(array, is_ood.numpy().astype(np.uint8))
+    with pytest.raises(ValueError, match=r"^scores: expected a floating-point tensor \[N\], got torch.int64"):
+        ood_metrics(array.astype(np.int16), is_ood)
+
+
+def test_metrics_of_scores_with_a_gradient():
+    scores, is_ood = scored(0)
+    assert ood_metrics(scores.clone().requires_grad_(), is_ood) == ood_metrics(scores, is_ood)
+
+
 @pytest.fixture
 def features():
     """Training features of three clusters of different size and shape, and others."""
@@ -147,7 +194,7 @@ def test_nearest_neighbor_in_tiles_of_any_size(features, k, tile, monkeypatch):
     x, _, new = features
     monkeypatch.setattr(neighbors, "CPU_TILE", tile)
     expected = 1 - cosine(new, x).sort(1, descending=True).values[:, k - 1]
-    torch.testing.assert_close(NearestNeighbor(k).fit_features(x).predict_features(new), expected)
+    torch.testing.assert_close(NearestNeighbor(k=k).fit_features(x).predict_features(new), expected)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -165,7 +212,9 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("detector", [NearestNeighbor(), NearestNeighbor(5), CosineNorm(), NearestCenter(400)])
+@pytest.mark.parametrize(
+    "detector", [NearestNeighbor(), NearestNeighbor(k=5), CosineNorm(), NearestCenter(n_clusters=400)]
+)
 def test_the_matrix_of_cosines_never_exists(detector, monkeypatch):
     monkeypatch.setattr(neighbors, "CPU_TILE", (64, 64))
     x = torch.randn(600, 8)
@@ -208,11 +257,13 @@ def test_mahalanobis(features):
 
 DETECTORS = {
     "nearest neighbour": NearestNeighbor,
-    "third neighbour": lambda **options: NearestNeighbor(3, **options),
+    "third neighbour": lambda **options: NearestNeighbor(k=3, **options),
     "cosine x norm": CosineNorm,
-    "centre": lambda **options: NearestCenter(3, **options),
-    "mahalanobis": lambda **options: Mahalanobis(3, **options),
-    "ensemble": lambda **options: Ensemble([NearestNeighbor(3), NearestCenter(3), Mahalanobis(3)], **options),
+    "centre": lambda **options: NearestCenter(n_clusters=3, **options),
+    "mahalanobis": lambda **options: Mahalanobis(n_clusters=3, **options),
+    "ensemble": lambda **options: Ensemble(
+        [NearestNeighbor(k=3), NearestCenter(n_clusters=3), Mahalanobis(n_clusters=3)], **options
+    ),
 }
 every_detector = pytest.mark.parametrize("make", DETECTORS.values(), ids=DETECTORS)
 
@@ -235,6 +286,17 @@ def test_rows_with_a_negative_label_are_ignored(features, make):
     scores = make().fit_features(x, y).predict_features(new)
     mixed, labels = torch.cat([new[:9], x]), torch.cat([torch.full((9,), -1), y])
     torch.testing.assert_close(make().fit_features(mixed, labels).predict_features(new), scores)
+
+
+@every_detector
+@pytest.mark.parametrize("dtype", (torch.int8, torch.int16, torch.int32, torch.float16, torch.float32, torch.float64))
+def test_dtypes_of_labels(features, make, dtype):
+    x, y, new = features
+    y = torch.where(torch.arange(len(y)) % 5 == 0, -1, y)
+    scores = make().fit_features(x, y).predict_features(new)
+    torch.testing.assert_close(make().fit_features(x, y.to(dtype)).predict_features(new), scores)
+    loader = DataLoader(TensorDataset(x, y.to(dtype)), batch_size=50)
+    torch.testing.assert_close(make(model=nn.Identity()).fit(loader).predict(new), scores)
 
 
 @every_detector
@@ -346,11 +408,14 @@ def test_an_ensemble_repeats_and_survives_a_detector_that_scores_all_alike():
 
 def test_detectors_of_some_columns_share_a_score_by_their_weights(features):
     x, y, new = features
-    parts = [Columns(NearestNeighbor(2), slice(3)), Columns(Mahalanobis(2), slice(3, None), clusters=False)]
+    parts = [
+        Columns(NearestNeighbor(k=2), slice(3)),
+        Columns(Mahalanobis(n_clusters=2), slice(3, None), clusters=False),
+    ]
     found = Ensemble(parts, weights=[3, 1]).fit_features(x, y).predict_features(new)
     alone = [
-        Ensemble([NearestNeighbor(2)]).fit_features(x[:, :3], y),
-        Ensemble([Mahalanobis(2)]).fit_features(x[:, 3:]),
+        Ensemble([NearestNeighbor(k=2)]).fit_features(x[:, :3], y),
+        Ensemble([Mahalanobis(n_clusters=2)]).fit_features(x[:, 3:]),
     ]
     first, second = alone[0].predict_features(new[:, :3]), alone[1].predict_features(new[:, 3:])
     torch.testing.assert_close(found, (3 * first + second) / 4)
@@ -428,8 +493,8 @@ def test_a_loader_and_a_model_do_as_features_do(make, callable_of):
 
 def test_a_loader_of_images_alone_means_clusters_of_the_detector_itself():
     images, _ = images_and_labels()
-    detector = NearestCenter(2, model=nn.Flatten())
-    expected = NearestCenter(2).fit_features(images.flatten(1)).predict_features(images.flatten(1))
+    detector = NearestCenter(n_clusters=2, model=nn.Flatten())
+    expected = NearestCenter(n_clusters=2).fit_features(images.flatten(1)).predict_features(images.flatten(1))
     for loader in (images.split(7), DataLoader(TensorDataset(images), batch_size=7)):
         torch.testing.assert_close(detector.fit(loader).predict(images), expected)
 
@@ -467,8 +532,19 @@ def test_wrong_features(features, make):
     x, y, _ = features
     with pytest.raises(ValueError, match=r"^y: expected shape \[120\], got \[119\]"):
         make().fit_features(x, y[1:])
-    with pytest.raises(ValueError, match=r"^y: expected int32 or int64, got torch.float64"):
-        make().fit_features(x, y.double())
+    with pytest.raises(ValueError, match=r"^y: expected whole numbers, got torch.float32"):
+        make().fit_features(x, y + 0.5)
+    with pytest.raises(ValueError, match=r"^y: expected whole numbers, got torch.bool"):
+        make().fit_features(x, y >= 0)
+    with pytest.raises(ValueError, match=r"^y: expected a torch.Tensor, got ndarray"):
+        make().fit_features(x, y.numpy())
+    for wrong, name in ((x.numpy(), "ndarray"), ({"x": x}, "dict"), (None, "NoneType")):
+        with pytest.raises(ValueError, match=rf"^x: expected a torch.Tensor, got {name}"):
+            make().fit_features(wrong, y)
+        with pytest.raises(ValueError, match=rf"^x: expected a torch.Tensor, got {name}"):
+            make().fit_features(x, y).predict_features(wrong)
+        with pytest.raises(ValueError, match=rf"^x: expected a torch.Tensor, got {name}"):
+            make(model=nn.Identity()).fit_features(x, y).predict(wrong)
     with pytest.raises(ValueError, match=r"^x: expected shape \[rows, d\], got \[6\]"):
         make().fit_features(x[0])
     with pytest.raises(ValueError, match=r"^x: expected .* got torch.int64"):
@@ -484,18 +560,88 @@ def test_wrong_features(features, make):
             make().fit_features(x, y).predict_features(spoilt)
 
 
+WRONG_BATCHES = {
+    "a dict": ({"images": torch.zeros(4, 3), "labels": torch.zeros(4)}, "batches .* as tensors, got dict"),
+    "an array": (np.zeros((4, 3)), "batches .* as tensors, got ndarray"),
+    "arrays": ((np.zeros((4, 3)), np.zeros(4)), "batches .* as tensors, got images of type ndarray"),
+    "nothing": ((), "batches .* as tensors, got tuple"),
+}
+WRONG_LABELS = {
+    "an array": (np.zeros(4), "a torch.Tensor, got ndarray"),
+    "a list": ([0, 1, 2, 3], "a torch.Tensor, got list"),
+    "masks": (torch.zeros(4, 3), r"shape \[4\], got \[4, 3\]"),
+    "too few": (torch.zeros(3), r"shape \[4\], got \[3\]"),
+    "a mask": (torch.zeros(4).bool(), "whole numbers, got torch.bool"),
+    "fractions": (torch.full((4,), 0.5), "whole numbers, got torch.float32"),
+}
+
+
+@pytest.mark.parametrize("batch, message", WRONG_BATCHES.values(), ids=WRONG_BATCHES)
+def test_wrong_batches(batch, message):
+    with pytest.raises(ValueError, match=f"^data_loader: expected {message}"):
+        NearestNeighbor(nn.Identity()).fit([batch])
+
+
+@pytest.mark.parametrize("labels, message", WRONG_LABELS.values(), ids=WRONG_LABELS)
+def test_wrong_labels_of_batches(labels, message):
+    with pytest.raises(ValueError, match=f"^data_loader's labels: expected {message}"):
+        NearestNeighbor(nn.Identity()).fit([(torch.zeros(4, 3), labels)])
+
+
+def test_the_model_comes_first():
+    x = torch.randn(20, 4)
+    for made, named in (
+        (NearestNeighbor(flatten, 3), NearestNeighbor(model=flatten, k=3)),
+        (NearestCenter(flatten, 2), NearestCenter(model=flatten, n_clusters=2)),
+        (Mahalanobis(flatten, 2), Mahalanobis(model=flatten, n_clusters=2)),
+        (CosineNorm(flatten), CosineNorm(model=flatten)),
+    ):
+        assert made.encoder is flatten
+        assert torch.equal(made.fit([x]).predict(x), named.fit([x]).predict(x))
+    with pytest.raises(ValueError, match=r"^model: expected a callable images -> features or None, got int"):
+        NearestNeighbor(5)
+
+
+def test_options_of_numpy():
+    x = torch.randn(20, 4)
+    expected = Ensemble([NearestNeighbor(k=2), Mahalanobis(n_clusters=2, shrinkage=0.25)], weights=[1, 0.5], folds=3)
+    detector = Ensemble(
+        [
+            NearestNeighbor(k=np.int64(2)),
+            Mahalanobis(n_clusters=np.int64(2), shrinkage=np.float32(0.25), normalize=np.True_),
+        ],
+        weights=np.array([1, 0.5], np.float32),
+        folds=np.int64(3),
+        seed=np.int64(0),
+    )
+    for part in (expected, detector):
+        part.fit_features(x)
+    torch.testing.assert_close(detector.predict_features(x), expected.predict_features(x))
+
+
+def test_errors_of_pytorch_ood():
+    """They are both ours and theirs."""
+    api = pytest.importorskip("pytorch_ood.api")
+    for kind in (RuntimeError, NotFittedError, api.RequiresFittingException):
+        with pytest.raises(kind, match=r"^this NearestNeighbor is not fitted yet: call fit or fit_features first"):
+            NearestNeighbor(flatten).predict(torch.zeros(4, 3))
+    for kind in (ArgumentError, api.ModelNotSetException):
+        with pytest.raises(kind, match=r"^model: expected one for predict, got None; or use predict_features"):
+            NearestNeighbor().fit_features(torch.randn(4, 3)).predict(torch.zeros(4, 3))
+
+
 def test_wrong_arguments_of_detectors(features):
     x, y, _ = features
     with pytest.raises(ValueError, match=r"^k: expected a positive integer, got 0"):
-        NearestNeighbor(0)
+        NearestNeighbor(k=0)
     with pytest.raises(ValueError, match=r"^x: expected at least k=200 rows, got 120"):
-        NearestNeighbor(200).fit_features(x)
+        NearestNeighbor(k=200).fit_features(x)
     with pytest.raises(ValueError, match=r"^x: expected at least k=90 rows, got 80"):
-        NearestNeighbor(90).fit_features(x, torch.where(y == 1, -1, y))
+        NearestNeighbor(k=90).fit_features(x, torch.where(y == 1, -1, y))
     with pytest.raises(ValueError, match=r"^X: expected at least n_clusters=121 rows, got 120"):
-        NearestCenter(121).fit_features(x)
+        NearestCenter(n_clusters=121).fit_features(x)
     with pytest.raises(ValueError, match=r"^n_clusters: expected a positive integer, got 0"):
-        Mahalanobis(0)
+        Mahalanobis(n_clusters=0)
     with pytest.raises(ValueError, match=r"^seed: expected an integer.*, got 0.5"):
         NearestCenter(seed=0.5)
     with pytest.raises(ValueError, match=r"^shrinkage: expected"):
@@ -532,6 +678,9 @@ def test_detectors_do_without_pytorch_ood(features, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "pytorch_ood", None)  # now importing it fails
     assert NearestNeighbor().fit_features(x).predict_features(new).shape == (50,)
+    with pytest.raises(NotFittedError) as caught:
+        NearestNeighbor().predict_features(new)
+    assert caught.type is NotFittedError
 
 
 def flatten(images):
@@ -573,7 +722,8 @@ def test_pytorch_ood_benchmarks_take_these_detectors_and_compute_features_once(b
         batches.append(len(images))
         return images.flatten(1)
 
-    ours = [make(model=model) for make in DETECTORS.values()]
+    by_place = [NearestNeighbor(model, 3), NearestCenter(model, 3), Mahalanobis(model, 3), CosineNorm(model)]
+    ours = [*(make(model=model) for make in DETECTORS.values()), *by_place]
     training = DataLoader(benchmark_of_images.train_set(), batch_size=32)
     detectors = [detector.fit(training) for detector in [*ours, knn(model, k=3)]]
     batches.clear()
@@ -634,7 +784,7 @@ def test_scores_of_the_nearest_neighbor_are_half_the_squared_ones_of_pytorch_ood
     knn = pytest.importorskip("pytorch_ood.detector").KNN
     x, y, new = features
     theirs = knn(None, k=4).fit_features(x, y).predict_features(new)
-    torch.testing.assert_close(NearestNeighbor(4).fit_features(x, y).predict_features(new), theirs.square() / 2)
+    torch.testing.assert_close(NearestNeighbor(k=4).fit_features(x, y).predict_features(new), theirs.square() / 2)
 
 
 def test_an_ensemble_takes_detectors_of_pytorch_ood(features):

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import ccl_fast
+import ccl_fast.ood
 from tests import ROOT
+from tests.oracles import supcontrast
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAGE = ROOT / "docs" / "coming-from.md"
-PACKAGES = ("pytorch_metric_learning", "lightly", "sklearn", "faiss")
+PACKAGES = ("pytorch_metric_learning", "pytorch_ood", "lightly", "sklearn", "faiss")
 
 
 def pairs():
@@ -27,28 +29,6 @@ def pairs():
     return found
 
 
-class SupConLoss(torch.nn.Module):
-    """The formula of SupContrast's losses.py (Khosla et al.), with contrast_mode "all"."""
-
-    def __init__(self, temperature=0.07, base_temperature=0.07):
-        super().__init__()
-        self.temperature, self.base_temperature = temperature, base_temperature
-
-    def forward(self, features, labels=None):
-        n, views = features.shape[:2]
-        labels = torch.arange(n) if labels is None else labels
-        rows = torch.cat(features.unbind(1))
-        same = (labels[:, None] == labels).repeat(views, views).to(rows.dtype)
-        others = 1 - torch.eye(n * views, dtype=rows.dtype)
-        logits = rows @ rows.T / self.temperature
-        logits = logits - logits.amax(1, keepdim=True).detach()
-        log_prob = logits - (logits.exp() * others).sum(1, keepdim=True).log()
-        positive = same * others
-        number = positive.sum(1)
-        mean_log_prob = (positive * log_prob).sum(1) / torch.where(number < 1e-6, 1, number)
-        return -(self.temperature / self.base_temperature) * mean_log_prob.mean()
-
-
 # What the code that is replaced expects to be of unit length already.
 UNIT = ("features", "q", "k", "images", "texts")
 
@@ -60,13 +40,25 @@ def names():
     def rows(*shape):
         return torch.randn(*shape, 8, generator=generator, dtype=torch.float64)
 
-    leaves = {name: rows(12) for name in ("embeddings", "view0", "view1", "q", "k", "images", "texts")}
+    leaves = {name: rows(12) for name in ("embeddings", "references", "view0", "view1", "q", "k", "images", "texts")}
     leaves["features"] = rows(12, 2)
     leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
     known = leaves | {name: torch.nn.functional.normalize(leaves[name], dim=-1) for name in UNIT}
     labels = torch.tensor([0, 1, 2, -1, 0, 1, -7, -1, 0, 5, -7, 0])
     queue = torch.nn.functional.normalize(rows(30)).T.contiguous()
-    return leaves, known | {"labels": labels, "queue": queue, "torch": torch, "ccl_fast": ccl_fast}
+    mask = torch.rand(12, 12, generator=generator) * (torch.rand(12, 12, generator=generator) < 0.4)
+    given = {"labels": labels, "ref_labels": labels.flip(0), "mask": mask, "queue": queue}
+    given |= images_and_detector(generator)
+    return leaves, known | given | {"torch": torch, "ccl_fast": ccl_fast}
+
+
+def images_and_detector(generator):
+    """A loader of two batches, of which some images are outliers."""
+    loader = [(torch.randn(15, 2, 3, generator=generator), torch.arange(15) % classes - 1) for classes in (3, 4)]
+    encoder = torch.nn.Flatten()
+    detector = ccl_fast.ood.Mahalanobis(encoder).fit(loader)
+    new = torch.randn(9, 2, 3, generator=generator)
+    return {"loader": loader, "encoder": encoder, "detector": detector, "new_images": new}
 
 
 def assert_same_clusters(before, after):
@@ -85,11 +77,11 @@ def assert_same_clusters(before, after):
 @pytest.mark.parametrize("before, after", pairs())
 def test_the_page(before, after):
     leaves, known = names()
-    known["SupConLoss"] = SupConLoss
+    known["SupConLoss"] = supcontrast.SupConLoss
     for package in PACKAGES:
         if f"{package}." in before:
             known[package] = pytest.importorskip(package)
-            for part in re.findall(rf"{package}\.(losses|loss|cluster)\b", before):
+            for part in re.findall(rf"{package}\.(losses|loss|miners|detector|metrics|cluster)\b", before):
                 importlib.import_module(f"{package}.{part}")
     if "KMeans(" in after:
         assert_same_clusters(before, after)
@@ -98,6 +90,9 @@ def test_the_page(before, after):
     for lines in (before, after):
         space = dict(known)
         exec(lines, space)
+        if "scores" in space:  # of a detector
+            results.append(([], torch.as_tensor(space["scores"], dtype=torch.float64), []))
+            continue
         used = [name for name in leaves if re.search(rf"\b{name}\b", lines)]
         results.append(
             (

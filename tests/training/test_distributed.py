@@ -400,6 +400,32 @@ def test_cached_gradients_of_a_plain_ddp_model_are_those_of_the_whole_batch(micr
         assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+class TimesCalls(nn.Module):
+    """Multiplies by the number of its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return x * self.calls
+
+
+def buffers_of_cached_steps(micro_batches):
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(12, 8), TimesCalls()))
+    before, inputs = [], torch.randn(10, 12)
+    for _ in range(3):
+        cached_backward(model, inputs, lambda z: z.sum(), micro_batches[dist.get_rank()])
+        before.append(model.module[1].calls.item())
+    return before
+
+
+def test_buffers_that_another_process_sends_are_those_of_both_passes():
+    """DistributedDataParallel sends those of the first process at the start of a step."""
+    assert run_in_processes(buffers_of_cached_steps, 2, (5, 2)) == [[2, 4, 6], [5, 7, 9]]
+
+
 def cached_problem():
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(1)

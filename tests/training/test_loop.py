@@ -270,13 +270,13 @@ def test_every_figure_is_of_a_detector_fitted_to_training_features_of_its_level(
         features[name] = evaluation.features[name] | {"layers": torch.cat([encoded, *statistics], 1)}
     of_level = {
         "nearest_neighbor": NearestNeighbor(),
-        "nearest_center": NearestCenter(3),
-        "mahalanobis": Mahalanobis(3),
+        "nearest_center": NearestCenter(n_clusters=3),
+        "mahalanobis": Mahalanobis(n_clusters=3),
         "cosine_norm": CosineNorm(),
-        "ensemble": Ensemble([NearestNeighbor(), Mahalanobis(3)], seed=1),
+        "ensemble": Ensemble([NearestNeighbor(), Mahalanobis(n_clusters=3)], seed=1),
     }
     detectors = {f"{level}/{name}": of for level in ("encoder", "head") for name, of in copy.deepcopy(of_level).items()}
-    seen = [Columns(of, slice(5)) for of in (NearestNeighbor(), Mahalanobis(3))]
+    seen = [Columns(of, slice(5)) for of in (NearestNeighbor(), Mahalanobis(n_clusters=3))]
     for start in (5, 15):
         of_maps = Mahalanobis(shrinkage=0.01, normalize=False)
         seen.append(Columns(of_maps, slice(start, start + 10), clusters=False))
