@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ccl_fast.checks import check_has_values, product_dtype
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions
 from ccl_fast.losses.batch import check_queries, check_unassigned, labels_as_ids
@@ -102,6 +103,7 @@ class NTXentLoss(InfoNCELoss):
         if self.process_group is not None:
             raise ArgumentError("keys: expected the second view with process_group, got labels")
         batch = self.prepare(embeddings, labels_as_ids(labels, self.unassigned, alone=True), "keys")
+        check_has_values("keys", labels, "which decide how many pairs there are")
         scale = 1.0 / self.temperature
         # Sorted by label the positives of a row are those around it.
         ids, order = batch.ids.sort()
@@ -111,7 +113,7 @@ class NTXentLoss(InfoNCELoss):
         number = torch.searchsorted(ids, ids, right=True) - first
         ends = number.cumsum(0)
         # How many pairs there are decides how much is computed, so the host must know it.
-        parts = _parts(ends.tolist(), max(PAIRS, len(z)))
+        parts = _parts(ends.tolist(), max(PAIRS, z.shape[0]))
         sums = [
             _sums_of_pairs(z, negatives, first, number, scale, *part)
             if len(parts) == 1
@@ -133,7 +135,7 @@ def _sums_of_pairs(
     part = slice(start, stop)
     of_row = torch.arange(start, stop, device=z.device).repeat_interleave(number[part])
     ends = torch.nn.functional.pad(number[part].cumsum(0), (1, 0))
-    columns = torch.arange(len(of_row), device=z.device) - ends[of_row - start] + first[of_row]
+    columns = torch.arange(of_row.shape[0], device=z.device) - ends[of_row - start] + first[of_row]
     logits = edge_similarity(z[part], z, ends, columns) * scale
     losses = cross_entropy(negatives[of_row], logits).masked_fill(columns == of_row, 0.0)
     return losses.new_zeros(stop - start).index_add(0, of_row - start, losses)
@@ -150,4 +152,6 @@ def _parts(ends: list[int], most: int) -> list[tuple[int, int]]:
 
 
 def _same_shape(a, b) -> bool:
-    return isinstance(a, Tensor) and a.ndim == 2 and a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+    if not isinstance(a, Tensor) or a.ndim != 2 or a.shape != b.shape:
+        return False
+    return product_dtype(a) == product_dtype(b) and a.device == b.device
