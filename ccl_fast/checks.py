@@ -177,7 +177,7 @@ def check_count(name: str, value, least: int = 1) -> None:
 
 def is_integer(value) -> TypeGuard[int]:
     """Tell whether a value is a whole number, and none of True and False."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return isinstance(value, Integral | torch.SymInt) and not isinstance(value, bool)
 
 
 def check_positive(name: str, value) -> None:

@@ -112,8 +112,9 @@ class NTXentLoss(InfoNCELoss):
         first = torch.searchsorted(ids, ids)
         number = torch.searchsorted(ids, ids, right=True) - first
         ends = number.cumsum(0)
-        # How many pairs there are decides how much is computed, so the host must know it.
-        parts = _parts(ends.tolist(), max(PAIRS, z.shape[0]))
+        # How many pairs there are decides how much is computed, so the host must know it, unless all is but traced.
+        traced = torch.compiler.is_compiling()
+        parts = [(0, z.shape[0])] if traced else _parts(ends.tolist(), max(PAIRS, z.shape[0]))
         sums = [
             _sums_of_pairs(z, negatives, first, number, scale, *part)
             if len(parts) == 1
