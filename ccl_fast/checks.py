@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeGuard, get_args
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ccl_fast.errors import ArgumentError
 
@@ -66,11 +67,24 @@ def whole_numbers(x):
 
 
 def check_same(name: str, x: Tensor, other_name: str, other: Tensor, dtype: bool = True) -> None:
-    """Check that x is on the device of another tensor and, unless ``dtype`` is False, of its dtype."""
+    """Check that x is on the device of another tensor and, unless ``dtype`` is False, comes to the same dtype.
+
+    Under autocast that is autocast's for both, unless one is float64.
+    """
     if x.device != other.device:
         raise ArgumentError(f"{name}: expected device {other.device} (that of {other_name}), got {x.device}")
-    if dtype and x.dtype != other.dtype:
+    if dtype and x.dtype != other.dtype and product_dtype(x) != product_dtype(other):
         raise ArgumentError(f"{name}: expected dtype {other.dtype} (that of {other_name}), got {x.dtype}")
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """That x has in matrix products: autocast's, unless x is float64, or its own."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x.device) and x.dtype != torch.float64 else x.dtype
+
+
+def autocasts(device: torch.device) -> bool:
+    """Tell whether autocast is on for a device; meta tensors have none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def check_ids(name: str, ids, rows: Tensor) -> None:
@@ -86,14 +100,51 @@ def check_choice(name: str, value, choices: tuple) -> None:
         raise ArgumentError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_has_values(name: str, x: Tensor, why: str) -> None:
+    """Check that x is not a meta tensor, where its values decide how much there is to do."""
+    if x.is_meta:
+        raise ArgumentError(f"{name}: expected a tensor with values, {why}, got a meta tensor")
+
+
 def check_finite(name: str, x: Tensor) -> None:
     """Waits for the device. The sum, which is quicker, tells unless finite values overflow it."""
     if not x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite() and not x.isfinite().all():
         raise ArgumentError(f"{name}: expected finite values, got NaN or Inf")
 
 
+def host_knows(x: Tensor) -> bool:
+    """Tell whether the host may look at the values of x without waiting: on a CPU, where nothing but plain torch runs.
+
+    What torch.compile and torch.export trace, fake and meta tensors, and those under torch.func.vmap have none to see.
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and is_plain(x) and not _is_batched(x)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Tell whether a tensor is torch's own and holds numbers; others follow shapes alone, or record what is done."""
+    return type(x) in (Tensor, Parameter) and not x.is_meta
+
+
+def _is_batched(x: Tensor) -> bool:
+    return _unwrapped(x).ndim != x.ndim
+
+
+def _unwrapped(x: Tensor) -> Tensor:
+    """What torch.func's transforms have wrapped; under vmap it has a dimension more."""
+    if torch.compiler.is_compiling():
+        return x
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        x = functorch.get_unwrapped(x)
+    return x
+
+
 def assert_on_device(condition: Tensor, message: str) -> None:
-    """Stop the program on the device if a condition does not hold; the host does not wait."""
+    """Stop the program on the device if a condition does not hold, for any call under vmap; the host does not wait."""
+    if condition.is_meta:
+        return
+    if _is_batched(condition):
+        condition = _unwrapped(condition).all()
     torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage] - it has no public name
 
 
@@ -120,7 +171,7 @@ def check_logits(q: Tensor, k: Tensor | None, scale, key_bias) -> None:
     """What makes logits of the similarities of rows q and keys k, which are checked."""
     check_scale("scale", scale)
     if key_bias is not None:
-        check_vector("key_bias", key_bias, len(q if k is None else k))
+        check_vector("key_bias", key_bias, (q if k is None else k).shape[0])
         check_floating("key_bias", key_bias)
         check_same("key_bias", key_bias, "q", q, dtype=False)
 
@@ -148,7 +199,7 @@ def check_seed(name: str, value) -> None:
 
 def is_integer(value) -> TypeGuard[int]:
     """Tell whether a value is a whole number, and none of True and False."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return isinstance(value, Integral | torch.SymInt) and not isinstance(value, bool)
 
 
 def as_number(value):

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ccl_fast.checks import check_count, check_floating, check_matrix, check_same
+from ccl_fast.checks import check_count, check_floating, check_matrix, check_same, host_knows
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.batch import check_ids, check_queries
 from ccl_fast.losses.meow import MEOWLoss
@@ -75,8 +75,8 @@ class AdaMEOWLoss(MEOWLoss):
         """
         check_queries(queries, keys)
         _check_weights(weights, queries)
-        check_ids("cluster_ids", cluster_ids, queries, len(weights), "clusters with weights")
-        samples, scale = torch.arange(len(queries), device=queries.device), 1.0 / self.temperature
+        check_ids("cluster_ids", cluster_ids, queries, weights.shape[0], "clusters with weights")
+        samples, scale = torch.arange(queries.shape[0], device=queries.device), 1.0 / self.temperature
 
         def losses(anchors: Tensor, positives: Tensor, keys: Tensor | None) -> Tensor:
             views = 2 if keys is None else 1
@@ -87,7 +87,7 @@ class AdaMEOWLoss(MEOWLoss):
             if not self.weigh_positive:
                 among = {"q_ids": of_sample, "k_ids": of_sample, "candidates": "other_id"}
             elif keys is None:  # all but itself
-                each = torch.arange(len(rows), device=rows.device)
+                each = torch.arange(rows.shape[0], device=rows.device)
                 among = {"q_ids": each, "k_ids": each, "candidates": "other_id"}
             weighted = streaming_logsumexp(rows, columns, scale=scale, backend=self.backend, **among)
             found = self._losses(weighted, logits)
@@ -97,7 +97,7 @@ class AdaMEOWLoss(MEOWLoss):
 
     def _with_weights(self, anchors: Tensor, keys: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [n, d + k], whose inner products are theirs plus T log w."""
-        if len(weights) == 0:
+        if weights.shape[0] == 0:
             return anchors, keys
         wide = accumulation_dtype(anchors)
         weights, unassigned = weights.to(wide), (ids < 0)[:, None]
@@ -106,14 +106,14 @@ class AdaMEOWLoss(MEOWLoss):
         log_weights = self.temperature * weights.masked_fill(removed, 1.0).log()
         rows = torch.where(removed, self._removed(anchors, keys), log_weights)
         anchors_more = rows.index_select(0, ids.clamp(min=0)).masked_fill(unassigned, 0.0)
-        keys_more = ids[:, None] == torch.arange(len(weights), device=ids.device)
+        keys_more = ids[:, None] == torch.arange(weights.shape[0], device=ids.device)
         return torch.cat((anchors, anchors_more.to(anchors.dtype)), 1), torch.cat((keys, keys_more.to(keys.dtype)), 1)
 
     @torch.no_grad()
     def _removed(self, anchors: Tensor, keys: Tensor) -> Tensor:
         """What stands for T log 0: no embeddings outweigh it."""
         norms = torch.cat((anchors, keys)).to(accumulation_dtype(anchors)).square().sum(1)
-        largest = norms.amax() if len(norms) else norms.sum()
+        largest = norms.amax() if norms.shape[0] else norms.sum()
         return (self.temperature * REMOVED - 2.0 * largest).clamp(min=torch.finfo(anchors.dtype).min)
 
 
@@ -166,10 +166,10 @@ class PairWeights(nn.Module):
 def _nothing_left(ids: Tensor, weights: Tensor) -> Tensor:
     """Of which rows every key is removed, their positives too: [n] bool."""
     assigned = ids >= 0
-    present = torch.zeros(len(weights) + 1, dtype=torch.bool, device=ids.device)
-    present[torch.where(assigned, ids, len(weights))] = True  # the last: unassigned keys, which nothing removes
+    present = torch.zeros(weights.shape[0] + 1, dtype=torch.bool, device=ids.device)
+    present[torch.where(assigned, ids, weights.shape[0])] = True  # the last: unassigned keys, which nothing removes
     kept = ((weights > 0) & present[:-1]).any(1) | present[-1]
-    return assigned & ~kept[ids.clamp(min=0)] if len(weights) else torch.zeros_like(assigned)
+    return assigned & ~kept[ids.clamp(min=0)] if weights.shape[0] else torch.zeros_like(assigned)
 
 
 def _check_weights(weights: Tensor, queries: Tensor) -> None:
@@ -178,7 +178,7 @@ def _check_weights(weights: Tensor, queries: Tensor) -> None:
     check_same("weights", weights, "queries", queries, dtype=False)
     if weights.shape[0] != weights.shape[1]:
         raise ArgumentError(f"weights: expected shape [k, k], got {list(weights.shape)}")
-    if weights.device.type == "cpu" and not torch.compiler.is_compiling() and weights.numel():
+    if host_knows(weights) and weights.numel():
         low, high = (float(x) for x in weights.detach().aminmax())
         if not 0 <= low <= high < math.inf:
             raise ArgumentError(f"weights: expected finite numbers >= 0, got {low:g} to {high:g}")

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ccl_fast.checks import Candidates, as_number, check_choice, check_positive
+from ccl_fast.checks import Candidates, as_number, check_choice, check_positive, product_dtype
 from ccl_fast.distributed import EXCHANGES, NO_GROUP, Exchange, ExchangeWay, Group, check_process_group
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses import processes
-from ccl_fast.losses.batch import Batch, check_batch, product_dtype
+from ccl_fast.losses.batch import Batch, check_batch
 from ccl_fast.ops import streaming_logsumexp
 from ccl_fast.ops.backends import ContrastBackend, check_backend
 from ccl_fast.ops.ids import separate_unassigned
@@ -300,7 +300,7 @@ class Loss(nn.Module):
         """
         if keys is None:
             z = self.unit(queries.transpose(0, 1).flatten(0, 1))
-            return losses(z, z.roll(len(queries), dims=0), None).view(2, -1).T
+            return losses(z, z.roll(queries.shape[0], dims=0), None).view(2, -1).T
         q, k = self.unit(queries), self.unit(keys)
         rows = losses(q, k, k)
         return torch.stack((rows, losses(k, q, q)), dim=1) if symmetric else rows

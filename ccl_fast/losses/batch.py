@@ -14,6 +14,7 @@ from ccl_fast.checks import (
     check_same,
     check_tensor,
     check_vector,
+    host_knows,
     whole_numbers,
 )
 from ccl_fast.distributed import Exchange
@@ -33,13 +34,6 @@ class Batch(NamedTuple):
     @property
     def assigned(self) -> Tensor:
         return self.ids >= 0
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """That the matrix products shall have: autocast's, or that of x."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
 
 
 def labels_as_ids(labels: Tensor, embeddings: Tensor, unassigned: int | None = -1, alone: bool = True) -> Tensor:
@@ -119,7 +113,7 @@ def check_batch(
             raise ArgumentError(f"{ids_name}: expected integers [n] with centers, got None")
         check_centers(centers, embeddings, center_temperature, at)
     if ids is not None:
-        check_ids(f"{ids_name}{at}", ids, embeddings, None if centers is None else len(centers))
+        check_ids(f"{ids_name}{at}", ids, embeddings, None if centers is None else centers.shape[0])
     return embeddings.shape[0], embeddings.shape[1] if embeddings.ndim == 3 else 1
 
 
@@ -135,7 +129,7 @@ def check_centers(
     if isinstance(center_temperature, Tensor):
         check_same(name, center_temperature, "embeddings", embeddings, dtype=False)
         if center_temperature.ndim == 1:
-            check_vector(name, center_temperature, len(centers))
+            check_vector(name, center_temperature, centers.shape[0])
 
 
 def check_unassigned(value: int | None) -> None:
@@ -149,7 +143,8 @@ def check_center_temperature(value: float | Tensor | None, name: str = "center_t
     if isinstance(value, Tensor):
         if not value.is_floating_point() or value.ndim > 1:
             raise ArgumentError(f"{name}: expected floating point of shape [k], got {value.dtype} {list(value.shape)}")
-        if value.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((value > 0).all()):
+        are_positive = (value > 0).all()
+        if host_knows(are_positive) and not are_positive:
             raise ArgumentError(f"{name}: expected positive numbers, got a smallest of {value.min():g}")
     elif value is not None:
         check_positive(name, value)
@@ -191,18 +186,18 @@ def check_queries(
         check_matrix("negatives", negatives, columns=queries.shape[-1])
         assert negatives is not None
         check_same("negatives", negatives, of_queries, queries)
-    return len(queries), 2
+    return queries.shape[0], 2
 
 
 def check_some(name: str, x: Tensor) -> None:
     """Check that there is a row."""
-    if len(x) == 0:
+    if x.shape[0] == 0:
         raise ArgumentError(f"{name}: expected at least one row, got none")
 
 
 def check_ids(name: str, ids: Tensor, rows: Tensor, number: int | None = None, of: str = "centers") -> None:
     """Ids [n] of rows [n, ...], of any integer dtype: -1 <= ids < number (None: however large)."""
-    check_vector(name, ids, len(rows))
+    check_vector(name, ids, rows.shape[0])
     check_integers(name, ids, rows)
     check_id_range(name, ids, number, of)
 
@@ -218,7 +213,7 @@ def check_id_range(name: str, ids: Tensor, number: int | None, of: str = "center
     """-1 <= ids < number: an IndexError on a CPU; on a GPU an assertion on the device, as torch's own indexing."""
     expected = "at least -1" if number is None else f"from -1 to {number - 1} (there are {number} {of})"
     ids = ids.long()
-    if torch.compiler.is_compiling() or ids.device.type != "cpu":
+    if not host_knows(ids):
         inside = ids >= -1 if number is None else (ids >= -1) & (ids < number)
         assert_on_device(inside.all(), f"{name}: expected ids {expected}")
     elif ids.numel():

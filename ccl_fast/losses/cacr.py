@@ -106,11 +106,11 @@ class CACRLoss(Loss):
                 )
             attraction = _distance_between_views(z.view(embeddings.shape), self.t_positive).flatten()
             has_positive = torch.ones_like(batch.ids, dtype=torch.bool)
-            has_negative = torch.full_like(has_positive, len(embeddings) > 1)
+            has_negative = torch.full_like(has_positive, embeddings.shape[0] > 1)
         else:
             group = consecutive_ids(batch.ids)
             size = torch.zeros_like(group).index_add_(0, group, torch.ones_like(group))[group]
-            has_positive, has_negative = size > 1, size < len(z)
+            has_positive, has_negative = size > 1, size < z.shape[0]
             attraction = self._distance(z, batch.ids, self.t_positive, "same_id", has_positive)
         if labels is None and self.negatives_of == "other views":
             repulsion = self._distance_to_other_views(z.view(embeddings.shape)).masked_fill(~has_negative, 0.0)
@@ -123,7 +123,7 @@ class CACRLoss(Loss):
 
         Weights are e^(-t |.|^2) among the rows of one other view.
         """
-        samples, found = torch.arange(len(z), device=z.device), []
+        samples, found = torch.arange(z.shape[0], device=z.device), []
         options = {"scale": 2.0 * self.t_negative, "q_ids": samples, "k_ids": samples, "candidates": "other_id"}
         views = z.unbind(1)
         for v, anchors in enumerate(views):

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, Unpack, get_args
 import torch
 from torch import Tensor, nn
 
-from ccl_fast.checks import check_choice, check_not_negative, check_number
+from ccl_fast.checks import check_choice, check_not_negative, check_number, host_knows
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import Batch, check_center_temperature
@@ -225,10 +225,10 @@ def logsumexp_and_positives(
     positives, count = same_id_similarity(z, ids)
     single = count == 1
     # On a CPU it is known whether there is such a row at all.
-    if z.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(single.any()):
+    if host_knows(single) and not bool(single.any()):
         return streaming_logsumexp(z, scale=scale, backend=backend), positives * scale, count, single
     group = consecutive_ids(ids)
-    pairs = torch.where(single, group, len(group) + torch.arange(len(group), device=group.device))
+    pairs = torch.where(single, group, group.shape[0] + torch.arange(group.shape[0], device=group.device))
     rest = streaming_logsumexp(z, scale=scale, q_ids=pairs, candidates="other_id", backend=backend)
     return rest, positives * scale, count, single
 

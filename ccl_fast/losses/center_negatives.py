@@ -57,10 +57,10 @@ class CenterNegativesLoss(Loss):
         batch = self.prepare(embeddings, cluster_ids, "cluster_ids", centers, check=check)
         scale = 1.0 / self.shared(self.temperature, batch.exchange.group)
         z, rows = batch.z, batch.z.unflatten(0, (-1, 2))
-        samples = torch.arange(batch.first, batch.first + len(rows), device=z.device).repeat_interleave(2)
+        samples = torch.arange(batch.first, batch.first + rows.shape[0], device=z.device).repeat_interleave(2)
         among_rows = self.logsumexp_over_rows(z, samples, "other_id", scale, batch.exchange)
         keys = self.unit(centers.detach().to(torch.promote_types(centers.dtype, torch.float32))).to(z.dtype)
-        number = torch.arange(len(keys), device=keys.device)
+        number = torch.arange(keys.shape[0], device=keys.device)
         among_centers = streaming_logsumexp(
             z,
             keys,

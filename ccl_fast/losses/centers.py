@@ -10,6 +10,7 @@ from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import Loss
 from ccl_fast.losses.batch import Batch, check_batch
 from ccl_fast.ops import cross_entropy, row_dot, streaming_logsumexp
+from ccl_fast.ops.differentiable import Differentiable
 from ccl_fast.ops.precision import accumulation_dtype
 
 
@@ -25,7 +26,7 @@ def center_logits(
     accumulation = accumulation_dtype(batch.z)
     centers = loss.unit(centers.detach().to(accumulation)).to(batch.z.dtype)
     own = batch.ids.clamp(min=0)
-    own_center = _OwnCenter.apply(batch.z, centers, own)
+    own_center = _OWN_CENTER(batch.z, centers, own)
     if isinstance(temperature, Tensor):
         temperature = temperature.to(accumulation)
     if isinstance(temperature, Tensor) and temperature.ndim == 1:
@@ -34,7 +35,7 @@ def center_logits(
     else:
         scale = scale if temperature is None else 1.0 / temperature
         own_center = own_center * scale
-    number = torch.arange(len(centers), device=centers.device)
+    number = torch.arange(centers.shape[0], device=centers.device)
     others = streaming_logsumexp(
         batch.z,
         centers,
@@ -47,19 +48,23 @@ def center_logits(
     return others, own_center.masked_fill(~batch.assigned, 0.0)
 
 
-class _OwnCenter(torch.autograd.Function):
-    """<z_i, c_{y_i}> in float32: linear in z, so nothing of the size of z is kept for the backward."""
+def _own_center(z: Tensor, centers: Tensor, ids: Tensor) -> Tensor:
+    return row_dot(z, centers[ids])
 
-    @staticmethod
-    def forward(ctx, z, centers, ids):
-        ctx.save_for_backward(centers, ids)
-        ctx.dtype = z.dtype
-        return row_dot(z, centers[ids])
 
-    @staticmethod
-    def backward(ctx, grad):
-        centers, ids = ctx.saved_tensors
-        return (grad[:, None] * centers[ids]).to(ctx.dtype), None, None
+def _save(ctx, inputs, output) -> None:
+    z, centers, ids = inputs
+    ctx.save_for_backward(centers, ids)
+    ctx.dtype = z.dtype
+
+
+def _gradients(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    centers, ids = ctx.saved_tensors
+    return (grad[:, None] * centers[ids]).to(ctx.dtype), None, None
+
+
+# <z_i, c_{y_i}> in float32: linear in z, so nothing of the size of z is kept for the backward.
+_OWN_CENTER = Differentiable("own_center", _own_center, _save, _gradients)
 
 
 def check_clusterings(

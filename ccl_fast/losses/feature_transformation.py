@@ -172,7 +172,7 @@ def interpolate_negatives(
     check_matrix("negatives", negatives)
     check_floating("negatives", negatives)
     weights = _mixing_weights(negatives, alpha, per_dimension, generator)
-    order = torch.randperm(len(negatives), generator=generator, device=_device(negatives, generator))
+    order = torch.randperm(negatives.shape[0], generator=generator, device=_device(negatives, generator))
     return _mix(negatives, negatives[order.to(negatives.device)], weights)
 
 
@@ -193,7 +193,7 @@ def symmetric_beta(
 
 def _mixing_weights(x: Tensor, alpha: float, per_dimension: bool, generator: torch.Generator | None) -> Tensor:
     check_positive("alpha", alpha)
-    shape = (len(x), x.shape[1] if per_dimension else 1)
+    shape = (x.shape[0], x.shape[1] if per_dimension else 1)
     weights = symmetric_beta(shape, alpha, _device(x, generator), generator)
     return weights.to(x.device, accumulation_dtype(x))
 

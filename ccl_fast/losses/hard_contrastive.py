@@ -85,14 +85,14 @@ class HardContrastiveLoss(Loss):
     def _losses(self, anchors: Tensor, positives: Tensor, keys: Tensor | None, extra: Tensor | None) -> Tensor:
         """Losses of the anchors against keys (None: two views, against each other) and extra rows."""
         scale, views = 1.0 / self.temperature, 2 if keys is None else 1
-        n = len(anchors) // views
+        n = anchors.shape[0] // views
         negatives = views * max(n - 1, 0)
         ids = torch.arange(n, device=anchors.device).repeat(views)
         key_ids = None if keys is None else ids
         if extra is not None:
-            negatives += len(extra)
+            negatives += extra.shape[0]
             keys = torch.cat((anchors if keys is None else keys, extra))
-            key_ids = torch.cat((ids, ids.new_full((len(extra),), -1)))
+            key_ids = torch.cat((ids, ids.new_full((extra.shape[0],), -1)))
         if self.alpha == 1:
             logsumexp = streaming_logsumexp(
                 anchors, keys, scale=scale, q_ids=ids, k_ids=key_ids, candidates="other_id", backend=self.backend

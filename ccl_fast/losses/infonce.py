@@ -99,7 +99,8 @@ class InfoNCELoss(Loss):
     ) -> tuple[Tensor, torch.Size]:
         """Of every anchor, and their shape; all is checked."""
         scale = 1.0 / self.shared(self.temperature, exchange.group)
-        n, shape = len(queries), queries.shape[:1] if keys is not None and not self.symmetric else (len(queries), 2)
+        n = queries.shape[0]
+        shape = (n,) if keys is not None and not self.symmetric else (n, 2)
         if keys is None:
             anchors = self.unit(queries.flatten(0, 1))
             positives = anchors.unflatten(0, (n, 2)).flip(1).flatten(0, 1)
@@ -127,16 +128,16 @@ class InfoNCELoss(Loss):
 
         Anchors are both views of a sample, ``q`` [2 n, d], or queries, or all queries and then all keys.
         """
-        samples = torch.arange(first, first + len(q), device=q.device)
+        samples = torch.arange(first, first + q.shape[0], device=q.device)
         if k is None:
-            samples = samples[: len(q) // 2].repeat_interleave(2)
+            samples = samples[: q.shape[0] // 2].repeat_interleave(2)
             return self.logsumexp_over_rows(q, samples, "other_id", scale, exchange)
         if not exchange.group.is_null:
-            towers = torch.arange(2, device=q.device).repeat_interleave(len(q))
+            towers = torch.arange(2, device=q.device).repeat_interleave(q.shape[0])
             wanted = Wanted(other=True, by_id=True, partners=True)
             rows, options = torch.cat((q, k)), {"exchange": exchange, "backend": self.backend}
             found = global_contrast(rows, towers, scale=scale, wanted=wanted, **options)["other"]
-            return found if self.symmetric else found[: len(q)]
+            return found if self.symmetric else found[: q.shape[0]]
         among = {"q_ids": samples, "k_ids": samples, "candidates": "other_id", "backend": self.backend}
         if self.symmetric:
             return torch.cat(mutual_logsumexp(q, k, scale=scale, **among))

@@ -113,7 +113,7 @@ class InterCLRLoss(Loss):
         check_same("bank", bank, "queries", queries)
         check_some("bank", bank)
         check_ids("bank_cluster_ids", bank_cluster_ids, bank)
-        check_vector("indices", indices, len(queries))
+        check_vector("indices", indices, queries.shape[0])
         check_integers("indices", indices, queries)
         scale, q = 1.0 / self.temperature, self.unit(queries)
         intra = _info_nce(
@@ -145,12 +145,12 @@ class InterCLRLoss(Loss):
         generator: torch.Generator | None,
     ) -> Tensor:
         own = ids.index_select(0, indices)
-        which, drawn = self.draw(len(q), len(bank), q, generator)
+        which, drawn = self.draw(q.shape[0], bank.shape[0], q, generator)
         ordered, order = ids.sort(stable=True)  # the same draw everywhere
         first, end = torch.searchsorted(ordered, own), torch.searchsorted(ordered, own, right=True)
         place = first + (which * (end - first)).long()
         positives = self.unit(bank[order[place]])
-        hardest = ceil_of_share(self.pool, len(drawn))
+        hardest = ceil_of_share(self.pool, drawn.shape[0])
         return _info_nce(
             (row_dot(q, positives) - self.margin) * scale,
             topk_logsumexp(

@@ -79,7 +79,7 @@ class MCLLoss(Loss):
             check, {"queries": queries, "keys": keys}, lambda: {"cluster_ids": f"{len(cluster_ids)} tensors"}
         )
         stages = [separate_unassigned(ids.long(), first) for ids in cluster_ids]
-        ids = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+        ids = torch.zeros(queries.shape[0], dtype=torch.int64, device=queries.device)
         if stages:
             samples = exchange._replace(counts=[rows // 2 for rows in exchange.counts])
             ids = samples.own(joint_ids(*(samples.gather(each) for each in stages)))

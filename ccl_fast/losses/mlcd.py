@@ -108,8 +108,9 @@ class MLCDLoss(Loss):
         self._check(embeddings, cluster_ids, prototypes)
         ids = cluster_ids.long()
         if self.sample < 1:
-            drawn = draw_prototypes(ids, len(prototypes), self.sample, generator)
-            place = ids.new_zeros(len(prototypes)).index_copy_(0, drawn, torch.arange(len(drawn), device=ids.device))
+            drawn = draw_prototypes(ids, prototypes.shape[0], self.sample, generator)
+            number = torch.arange(drawn.shape[0], device=ids.device)
+            place = ids.new_zeros(prototypes.shape[0]).index_copy_(0, drawn, number)
             prototypes, ids = prototypes[drawn], place[ids.clamp(min=0)].masked_fill(ids < 0, -1)
         scale = 1.0 / self.temperature
         z = self.unit(embeddings)
@@ -141,17 +142,17 @@ class MLCDLoss(Loss):
         check_some("prototypes", prototypes)
         check_matrix("cluster_ids", cluster_ids)
         check_integers("cluster_ids", cluster_ids, embeddings)
-        if len(cluster_ids) != len(embeddings) or cluster_ids.shape[1] == 0:
-            expected = f"shape [{len(embeddings)}, l] with l of at least 1"
+        if cluster_ids.shape[0] != embeddings.shape[0] or cluster_ids.shape[1] == 0:
+            expected = f"shape [{embeddings.shape[0]}, l] with l of at least 1"
             raise ArgumentError(f"cluster_ids: expected {expected}, got {list(cluster_ids.shape)}")
-        check_id_range("cluster_ids", cluster_ids, len(prototypes), "prototypes")
+        check_id_range("cluster_ids", cluster_ids, prototypes.shape[0], "prototypes")
 
 
 def draw_prototypes(ids: Tensor, k: int, share: float, generator: torch.Generator | None) -> Tensor:
     """The prototypes of a batch, ascending: those of all its clusters, and others at random up to ``share * k``."""
     own = ids[ids >= 0].unique()  # the host waits: it must know how many
     priority = torch.rand(k, generator=generator, device=ids.device).index_fill_(0, own, 2.0)
-    count = max(len(own), ceil_of_share(share, k))
+    count = max(own.shape[0], ceil_of_share(share, k))
     return priority.topk(count, sorted=False).indices.sort().values
 
 

@@ -119,7 +119,7 @@ class MoCHiLoss(Loss):
 
     def _similarity_of_mixtures(self, q: Tensor, negatives: Tensor, generator: torch.Generator | None) -> Tensor:
         """<q_i, h> of all mixtures of each anchor, [n, s + s']."""
-        n, hardest = len(q), min(self.num_hardest, len(negatives))
+        n, hardest = q.shape[0], min(self.num_hardest, negatives.shape[0])
         hard = streaming_topk(q, negatives, topk=hardest)[1]
         similarity = edge_similarity(
             q, negatives, torch.arange(n + 1, device=q.device) * hardest, hard.flatten()
@@ -152,6 +152,6 @@ def _mixed(weight: Tensor, similarity: tuple[Tensor, Tensor], products: tuple[Te
 def _similarity_at(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """<x_a, x_b> of index pairs of any shape, by the row of a."""
     ordered, order = a.flatten().sort()
-    rows = torch.searchsorted(ordered, torch.arange(len(x) + 1, device=x.device))
+    rows = torch.searchsorted(ordered, torch.arange(x.shape[0] + 1, device=x.device))
     found = edge_similarity(x, x, rows, b.flatten()[order])
     return torch.empty_like(found).index_copy_(0, order, found).view(a.shape)

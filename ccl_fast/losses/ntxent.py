@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ccl_fast.checks import check_has_values, product_dtype
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions
 from ccl_fast.losses.batch import (
@@ -145,11 +146,13 @@ class NTXentLoss(InfoNCELoss):
             (ids, order), (k_ids, order_of_keys), shape = ids.sort(), k_ids.sort(), ids.shape
             q, k = self.unit(embeddings)[order], self.unit(ref_emb)[order_of_keys]
             negatives = streaming_logsumexp(q, k, q_ids=ids, k_ids=k_ids, **among)
+        check_has_values("labels", ids, "which decide how many pairs there are")
         first = torch.searchsorted(k_ids, ids)
         number = torch.searchsorted(k_ids, ids, right=True) - first
         ends = number.cumsum(0)
-        # How many pairs there are decides how much is computed, so the host must know it.
-        parts = _parts(ends.tolist(), max(PAIRS, len(q)))
+        # How many pairs there are decides how much is computed, so the host must know it, unless all is but traced.
+        traced = torch.compiler.is_compiling()
+        parts = [(0, q.shape[0])] if traced else _parts(ends.tolist(), max(PAIRS, q.shape[0]))
         sums = [
             _sums_of_pairs(q, k, negatives, first, number, scale, *part)
             if len(parts) == 1
@@ -189,7 +192,7 @@ def _sums_of_pairs(
     part = slice(start, stop)
     of_row = torch.arange(start, stop, device=q.device).repeat_interleave(number[part])
     ends = torch.nn.functional.pad(number[part].cumsum(0), (1, 0))
-    columns = torch.arange(len(of_row), device=q.device) - ends[of_row - start] + first[of_row]
+    columns = torch.arange(of_row.shape[0], device=q.device) - ends[of_row - start] + first[of_row]
     logits = edge_similarity(q[part], k, ends, columns) * scale
     losses = cross_entropy(negatives[of_row], logits)
     if q is k:
@@ -208,4 +211,6 @@ def _parts(ends: list[int], most: int) -> list[tuple[int, int]]:
 
 
 def _same_shape(a, b) -> bool:
-    return isinstance(a, Tensor) and a.ndim == 2 and a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+    if not isinstance(a, Tensor) or a.ndim != 2 or a.shape != b.shape:
+        return False
+    return product_dtype(a) == product_dtype(b) and a.device == b.device

@@ -5,7 +5,7 @@ from typing import Literal, Unpack, get_args
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_choice
+from ccl_fast.checks import check_choice, check_has_values
 from ccl_fast.distributed import Exchange
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_ids, check_queries
@@ -88,7 +88,8 @@ class PamCLoss(Loss):
         def check() -> tuple[int, int]:
             check_queries(queries, keys, required=("keys",))
             check_ids("cluster_ids", cluster_ids, queries)
-            return len(queries), 1
+            check_has_values("cluster_ids", cluster_ids, "which decide how many clusters there are")
+            return queries.shape[0], 1
 
         n, exchange, first = self.join_processes(check, {"queries": queries, "keys": keys})
         scale = 1.0 / self.shared(self.temperature, exchange.group)
@@ -103,7 +104,7 @@ class PamCLoss(Loss):
         if self.form == "node":
             logsumexp = streaming_logsumexp(q, key_means, **options)
         else:
-            each = torch.arange(len(size), device=q.device)
+            each = torch.arange(size.shape[0], device=q.device)
             to_others = streaming_logsumexp(
                 _means(q, group, size, exchange), key_means, q_ids=each, k_ids=each, candidates="other_id", **options
             )
@@ -114,5 +115,5 @@ class PamCLoss(Loss):
 
 
 def _means(x: Tensor, group: Tensor, size: Tensor, exchange: Exchange) -> Tensor:
-    sums = torch.zeros(len(size), x.shape[1], dtype=size.dtype, device=x.device).index_add(0, group, x.to(size.dtype))
+    sums = size.new_zeros(size.shape[0], x.shape[1]).index_add(0, group, x.to(size.dtype))
     return (exchange.group.sum_with_gradient(sums) / size[:, None]).to(x.dtype)

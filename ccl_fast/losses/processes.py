@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import product_dtype
 from ccl_fast.distributed import Exchange, Group, TorchGroup, outside_of_graphs
 from ccl_fast.errors import ArgumentError
-from ccl_fast.losses.batch import product_dtype
 from ccl_fast.ops.backends import choose_backend
 
 if TYPE_CHECKING:

@@ -132,7 +132,7 @@ class SBCLLoss(Loss):
         """
         if not self.own_views or views == 1:
             return outside - rest / count.clamp(min=1)
-        itself = torch.eye(views, dtype=torch.bool, device=z.device).repeat(len(z) // views, 1)
+        itself = torch.eye(views, dtype=torch.bool, device=z.device).repeat(z.shape[0] // views, 1)
         logits = _products_of_views(z, views) * (scale[:, None] if isinstance(scale, Tensor) and scale.ndim else scale)
         mean = (rest + logits.masked_fill(itself, 0.0).sum(1)) / (count + views - 1)
         of_views = logits.masked_fill(itself, -torch.inf).logsumexp(1)
@@ -147,7 +147,7 @@ class SBCLLoss(Loss):
             raise ArgumentError(f"class_temperature: expected shape [k], got {list(value.shape)}")
         if self.process_group is not None:
             raise ArgumentError("class_temperature: expected None with process_group, got a tensor")
-        check_ids("labels", labels, embeddings, len(value), "class temperatures")
+        check_ids("labels", labels, embeddings, value.shape[0], "class temperatures")
 
 
 def _products_of_views(z: Tensor, views: int) -> Tensor:

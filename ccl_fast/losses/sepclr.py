@@ -6,10 +6,9 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_floating, check_not_negative, check_same, check_tensor, check_vector
+from ccl_fast.checks import check_floating, check_not_negative, check_same, check_tensor, check_vector, product_dtype
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
-from ccl_fast.losses.batch import product_dtype
 from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
@@ -129,7 +128,7 @@ class SepCLRLoss(Loss):
             return streaming_logsumexp(x, scale=scale, key_bias=-half_square, backend=self.backend) - half_square
 
     def _uniformity(self, views: list[Tensor]) -> Tensor | float:
-        n = len(views[0])
+        n = views[0].shape[0]
         if n < 2:
             return 0.0
         return sum(self._kernel(x).logsumexp(0) for x in views) - 2 * math.log(n * (n - 1))
@@ -138,7 +137,7 @@ class SepCLRLoss(Loss):
         # Squared distances of features side by side are added up: their kernel is the product of both.
         others = [self._kernel(torch.cat((c, s.to(c.dtype)), 1)) for c, s in zip(common, salient, strict=True)]
         first, second = (logaddexp(x, torch.zeros_like(x)) for x in others)  # with itself
-        return _mean(0.5 * (first + second), everywhere) - math.log(max(len(everywhere), 1))
+        return _mean(0.5 * (first + second), everywhere) - math.log(max(everywhere.shape[0], 1))
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
@@ -159,9 +158,10 @@ def _check(embeddings: Tensor, salient: Tensor, is_target: Tensor) -> None:
             raise ArgumentError(f"{name}: expected shape [n, 2, d], got {list(x.shape)}")
         check_floating(name, x)
     check_same("salient", salient, "embeddings", embeddings)
-    if len(salient) != len(embeddings):
-        raise ArgumentError(f"salient: expected {len(embeddings)} samples (those of embeddings), got {len(salient)}")
-    check_vector("is_target", is_target, len(embeddings))
+    if salient.shape[0] != embeddings.shape[0]:
+        expected = f"{embeddings.shape[0]} samples (those of embeddings)"
+        raise ArgumentError(f"salient: expected {expected}, got {salient.shape[0]}")
+    check_vector("is_target", is_target, embeddings.shape[0])
     if is_target.dtype != torch.bool:
         raise ArgumentError(f"is_target: expected bool, got {is_target.dtype}")
     check_same("is_target", is_target, "embeddings", embeddings, dtype=False)

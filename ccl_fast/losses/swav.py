@@ -108,7 +108,7 @@ class SwAVLoss(Loss):
             plan_scale=1.0 / self.epsilon,
             backend=self.backend,
         )
-        losses = losses / (self.global_views * (len(z) - 1))
+        losses = losses / (self.global_views * (z.shape[0] - 1))
         return self.reduce(losses, group=exchange.group)
 
     def _check(self, embeddings: Tensor, prototypes: Tensor, queue: Tensor | None) -> tuple[int, int]:

@@ -13,10 +13,12 @@ from ccl_fast.checks import (
     check_positive,
     check_same,
     check_tensor,
+    host_knows,
 )
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.ops import cross_entropy, row_dot, streaming_logsumexp
+from ccl_fast.ops.differentiable import Differentiable
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
 
@@ -98,11 +100,11 @@ class WhitenedCSELoss(Loss):
         if shuffles is None:
             shuffles = torch.stack([_draw(d, embeddings.device, generator) for _ in range(views)])
         check_matrix("shuffles", shuffles, columns=d)
-        if len(shuffles) != views:
-            raise ArgumentError(f"shuffles: expected {views} rows (one per view), got {len(shuffles)}")
+        if shuffles.shape[0] != views:
+            raise ArgumentError(f"shuffles: expected {views} rows (one per view), got {shuffles.shape[0]}")
         scale = 1.0 / self.temperature
         anchors, *positives = (self._embed(embeddings[:, v], shuffles[v]) for v in range(views))
-        samples = torch.arange(len(embeddings), device=embeddings.device)
+        samples = torch.arange(embeddings.shape[0], device=embeddings.device)
 
         def losses(keys: Tensor) -> Tensor:
             rest = streaming_logsumexp(
@@ -190,33 +192,38 @@ def shuffled_group_whitening(
         covariance = centered.mT @ centered / max(n, 1)
         if not through_covariance:
             covariance = covariance.detach()
-        whitened = centered @ _InverseRoot.apply(covariance, eps)
+        whitened = centered @ _INVERSE_ROOT(covariance, eps)[0]
     return whitened.transpose(0, 1).flatten(1)[:, shuffle.argsort()].to(x.dtype)
 
 
-class _InverseRoot(torch.autograd.Function):
-    """(A + eps I)^(-1/2) of symmetric A, none of whose eigenvalues is negative but for rounding.
+def _inverse_root(a: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(A + eps I)^(-1/2) of symmetric A, none of whose eigenvalues is negative but for rounding; and `_eigen`'s."""
+    vectors, roots = _eigen(a, eps)
+    return (vectors / roots[..., None, :]) @ vectors.mT, vectors, roots
 
-    Its derivative needs, in the basis of the eigenvectors, the divided differences of the root, which have a form
-    without a difference of eigenvalues. (That of the eigenvectors divides by these, and several may be equal.)
+
+def _save(ctx, inputs, output) -> None:
+    a, ctx.eps = inputs
+    _, vectors, roots = output
+    ctx.mark_non_differentiable(vectors, roots)
+    ctx.save_for_backward(a, vectors, roots)
+
+
+def _gradients(ctx, grad: Tensor, *_) -> tuple[Tensor, None]:
+    """In the basis of the eigenvectors, by the divided differences of the root, without a difference of eigenvalues.
+
+    (The derivative of the eigenvectors divides by these, and several may be equal.)
     """
+    a, vectors, roots = ctx.saved_tensors
+    with without_autocast(a.device):
+        if torch.is_grad_enabled():  # to be differentiated again
+            vectors, roots = _eigen(a, ctx.eps)
+        rows, columns = roots[..., :, None], roots[..., None, :]
+        inner = vectors.mT @ grad @ vectors / (rows * columns * (rows + columns))
+        return -vectors @ inner @ vectors.mT, None
 
-    @staticmethod
-    def forward(ctx, a, eps):
-        ctx.eps = eps
-        vectors, roots = _eigen(a, eps)
-        ctx.save_for_backward(a, vectors, roots)
-        return (vectors / roots[..., None, :]) @ vectors.mT
 
-    @staticmethod
-    def backward(ctx, grad):
-        a, vectors, roots = ctx.saved_tensors
-        with without_autocast(a.device):
-            if torch.is_grad_enabled():  # to be differentiated again
-                vectors, roots = _eigen(a, ctx.eps)
-            rows, columns = roots[..., :, None], roots[..., None, :]
-            inner = vectors.mT @ grad @ vectors / (rows * columns * (rows + columns))
-            return -vectors @ inner @ vectors.mT, None
+_INVERSE_ROOT = Differentiable("whiten", _inverse_root, _save, _gradients)
 
 
 def _eigen(a: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -238,6 +245,5 @@ def _check_shuffle(shuffle: Tensor, x: Tensor) -> None:
     if shuffle.dtype != torch.int64:
         raise ArgumentError(f"shuffle: expected int64, got {shuffle.dtype}")
     check_same("shuffle", shuffle, "the embeddings", x, dtype=False)
-    on_host = shuffle.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_host and not torch.equal(shuffle.sort().values, torch.arange(len(shuffle))):
-        raise ArgumentError(f"shuffle: expected a permutation of 0 to {len(shuffle) - 1}, got {shuffle.tolist()}")
+    if host_knows(shuffle) and not torch.equal(shuffle.sort().values, torch.arange(shuffle.shape[0])):
+        raise ArgumentError(f"shuffle: expected a permutation of 0 to {shuffle.shape[0] - 1}, got {shuffle.tolist()}")

@@ -6,8 +6,17 @@ import warnings
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import assert_on_device, check_floating, check_integer, check_matrix, check_same, check_tensor
+from ccl_fast.checks import (
+    assert_on_device,
+    check_floating,
+    check_integer,
+    check_matrix,
+    check_same,
+    check_tensor,
+    host_knows,
+)
 from ccl_fast.errors import ArgumentError
+from ccl_fast.ops.differentiable import Differentiable, GradientOperator
 from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, without_autocast
 from ccl_fast.ops.rowwise.half_product import factor, product
 
@@ -42,24 +51,24 @@ def edge_similarity(q: Tensor, k: Tensor, crow_indices: Tensor, col_indices: Ten
         check_same(name, indices, "q", q, dtype=False)
         if indices.ndim != 1:
             raise ArgumentError(f"{name}: expected one dimension, got shape {list(indices.shape)}")
-    if len(crow_indices) != len(q) + 1:
-        raise ArgumentError(f"crow_indices: expected shape [{len(q) + 1}], got {list(crow_indices.shape)}")
+    if crow_indices.shape[0] != q.shape[0] + 1:
+        raise ArgumentError(f"crow_indices: expected shape [{q.shape[0] + 1}], got {list(crow_indices.shape)}")
     check_same("col_indices", col_indices, "crow_indices", crow_indices)
-    _check_values(crow_indices, col_indices, len(k))
+    _check_values(crow_indices, col_indices, k.shape[0])
     q = in_autocast_dtype(q)
-    return _op(q, k.to(q.dtype), crow_indices, col_indices)
+    return _SIMILARITY(q, k.to(q.dtype), crow_indices, col_indices)
 
 
 def _check_values(crow_indices: Tensor, col_indices: Tensor, m: int) -> None:
     # What lies outside would be read all the same.
-    ends = crow_indices[0] == 0, crow_indices[-1] == len(col_indices), (crow_indices.diff() >= 0).all()
+    ends = crow_indices[0] == 0, crow_indices[-1] == col_indices.shape[0], (crow_indices.diff() >= 0).all()
     inside = ((col_indices >= 0) & (col_indices < m)).all()
-    if crow_indices.device.type != "cpu" or torch.compiler.is_compiling():
+    if not (host_knows(crow_indices) and host_knows(col_indices)):
         assert_on_device(torch.stack((*ends, inside)).all(), "edge_similarity: crow_indices or col_indices")
         return
     if not all(ends):
         raise ArgumentError(
-            f"crow_indices: expected increasing numbers from 0 to {len(col_indices)} (of col_indices), got "
+            f"crow_indices: expected increasing numbers from 0 to {col_indices.shape[0]} (of col_indices), got "
             f"{crow_indices.min():d} to {crow_indices[-1]:d}"
         )
     if not inside:
@@ -69,33 +78,31 @@ def _check_values(crow_indices: Tensor, col_indices: Tensor, m: int) -> None:
         )
 
 
-# ---- registration: one operator forward, one backward, so that torch.compile sees two opaque nodes ----
+# ---- one operator forward, one backward: two opaque nodes for what traces them ----
 
 
-@torch.library.custom_op("ccl_fast::edge_similarity", mutates_args=())
-def _op(q: Tensor, k: Tensor, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
+def _forward(q: Tensor, k: Tensor, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
     with without_autocast(q.device):
         dtype = accumulation_dtype(q)
-        pattern = _matrix(crow_indices, col_indices, q.new_zeros(len(col_indices), dtype=dtype), len(k))
-        if len(col_indices) == 0:
+        pattern = _matrix(crow_indices, col_indices, q.new_zeros(col_indices.shape[0], dtype=dtype), k.shape[0])
+        if col_indices.shape[0] == 0:
             return q.new_zeros(0, dtype=dtype)
-        if len(col_indices) > len(q) * len(
-            k
-        ):  # torch refuses: some edges are repeated, and the whole matrix is smaller
+        if col_indices.shape[0] > q.shape[0] * k.shape[0]:
+            # torch refuses: some edges are repeated, and the whole matrix is smaller.
             return product(factor(q), factor(k))[_rows(crow_indices, col_indices), col_indices]
         return torch.sparse.sampled_addmm(pattern, q.to(dtype), k.to(dtype).T, beta=0.0).values().clone()  # no view
 
 
 def _matrix(crow_indices: Tensor, col_indices: Tensor, values: Tensor, m: int) -> Tensor:
-    size = (len(crow_indices) - 1, m)
+    size = (crow_indices.shape[0] - 1, m)
     _warn_no_more()
     return torch.sparse_csr_tensor(crow_indices, col_indices, values, size, check_invariants=False)
 
 
 def _rows(crow_indices: Tensor, col_indices: Tensor) -> Tensor:
     """i of each edge."""
-    rows = torch.arange(len(crow_indices) - 1, device=col_indices.device, dtype=col_indices.dtype)
-    return rows.repeat_interleave(crow_indices.diff(), output_size=len(col_indices))
+    rows = torch.arange(crow_indices.shape[0] - 1, device=col_indices.device, dtype=col_indices.dtype)
+    return rows.repeat_interleave(crow_indices.diff(), output_size=col_indices.shape[0])
 
 
 @functools.cache
@@ -106,30 +113,27 @@ def _warn_no_more() -> None:
         torch.sparse_csr_tensor([0], [], [], (0, 0), check_invariants=False)
 
 
-@_op.register_fake
-def _(q, k, crow_indices, col_indices):
+def _empty(q, k, crow_indices, col_indices):
     return q.new_empty(col_indices.shape[0], dtype=accumulation_dtype(q))
 
 
-@torch.library.custom_op("ccl_fast::edge_similarity_backward", mutates_args=())
-def _backward_op(
+def _backward(
     q: Tensor, k: Tensor, crow_indices: Tensor, col_indices: Tensor, grad: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
     with without_autocast(q.device):
-        (n, m), need_q, need_k = (len(q), len(k)), *needs
+        (n, m), need_q, need_k = (q.shape[0], k.shape[0]), *needs
         grad_q, grad_k = q.new_empty(0), q.new_empty(0)  # an operator's results must not share memory
         if need_q:
             grad_q = (_matrix(crow_indices, col_indices, grad, m) @ k.to(grad.dtype)).to(q.dtype)
         if need_k:
             rows = torch.arange(n, device=q.device, dtype=col_indices.dtype)
-            rows = rows.repeat_interleave(crow_indices.diff(), output_size=len(col_indices))
+            rows = rows.repeat_interleave(crow_indices.diff(), output_size=col_indices.shape[0])
             transposed = torch.sparse_coo_tensor(torch.stack((col_indices, rows)), grad, (m, n), check_invariants=False)
             grad_k = torch.sparse.mm(transposed, q.to(grad.dtype)).to(k.dtype)
         return grad_q, grad_k
 
 
-@_backward_op.register_fake
-def _(q, k, crow_indices, col_indices, grad, needs):
+def _empty_gradients(q, k, crow_indices, col_indices, grad, needs):
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) if need else q.new_empty(0)
         for x, need in zip((q, k), needs, strict=True)
@@ -142,15 +146,9 @@ def _save(ctx, inputs, output) -> None:
 
 def _gradients(ctx, grad: Tensor):
     needs = list(ctx.needs_input_grad[:2])
-    grads = _backward_op(*ctx.saved_tensors, grad, needs)
+    grads = _GRADIENT(*ctx.saved_tensors, grad, needs)
     return (*(g if n else None for g, n in zip(grads, needs, strict=True)), None, None)
 
 
-def _double_backward(ctx, *grads):
-    raise RuntimeError(
-        "edge_similarity: the gradient of its gradient is not implemented (double backward, create_graph=True)."
-    )
-
-
-_op.register_autograd(_gradients, setup_context=_save)
-_backward_op.register_autograd(_double_backward)
+_SIMILARITY = Differentiable("edge_similarity", _forward, _save, _gradients, _empty)
+_GRADIENT = GradientOperator("edge_similarity_backward", _backward, _empty_gradients, of="edge_similarity")

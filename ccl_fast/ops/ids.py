@@ -20,12 +20,12 @@ def same_id_count(ids: Tensor) -> Tensor:
 
 def separate_unassigned(ids: Tensor, first: int = 0) -> Tensor:
     """Give each sample whose id is below 0 one of its own, below 0 too; ``first`` is the number of the first sample."""
-    return torch.where(ids < 0, -1 - torch.arange(first, first + len(ids), device=ids.device), ids)
+    return torch.where(ids < 0, -1 - torch.arange(first, first + ids.shape[0], device=ids.device), ids)
 
 
 def joint_ids(*ids: Tensor) -> Tensor:
     """Ids, int64 [n], that are equal where all of the given ones are."""
     joint = consecutive_ids(ids[0])
     for further in ids[1:]:
-        joint = consecutive_ids(joint * len(joint) + consecutive_ids(further))
+        joint = consecutive_ids(joint * joint.shape[0] + consecutive_ids(further))
     return joint

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import host_knows
 from ccl_fast.ops.precision import accumulation_dtype
 
 # Exponents of lengths whose squares are normal float32 numbers. Below the first a gradient is that of a row of this
@@ -24,7 +25,7 @@ def normalize_embeddings(x: Tensor) -> Tensor:
     """
     x = x.to(accumulation_dtype(x))
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and _all_usual(norm):
+    if host_knows(norm) and _all_usual(norm):
         return x * norm.reciprocal()
     x, is_zero = _of_length_one_or_so(x)
     return (x * torch.linalg.vector_norm(x, dim=1, keepdim=True).reciprocal()).masked_fill(is_zero, 0.0)
@@ -41,7 +42,7 @@ def _of_length_one_or_so(x: Tensor) -> tuple[Tensor, Tensor]:
     For autograd the power is a constant, as the direction does not depend on it. Rows of zeros become ones.
     """
     if x.shape[1] == 0:
-        return x, x.new_ones(len(x), 1, dtype=torch.bool)
+        return x, x.new_ones(x.shape[0], 1, dtype=torch.bool)
     constant = x.detach()
     largest = constant.abs().amax(1, keepdim=True)
     exponent = torch.frexp(largest).exponent

@@ -5,6 +5,8 @@ import contextlib
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import autocasts, product_dtype
+
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """Of sums, and of all that follows the products of x: float32; float64 for float64."""
@@ -21,13 +23,11 @@ def scale_tensor(scale: float | Tensor, q: Tensor) -> Tensor:
 
 def in_autocast_dtype(x: Tensor) -> Tensor:
     """Under autocast x in its dtype, unless it is float64."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
+    return x.to(product_dtype(x))
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Where autocast is off already, nothing: a context costs as much as a small operation."""
-    if torch.is_autocast_enabled(device.type):
+    if autocasts(device):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ccl_fast.ops.differentiable import Differentiable
 from ccl_fast.ops.ids import consecutive_ids
 from ccl_fast.ops.precision import accumulation_dtype
 from ccl_fast.ops.row_dot import row_dot
@@ -28,22 +29,25 @@ def same_id_similarity(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     group = consecutive_ids(ids)
     counts = torch.zeros(z.shape[0], dtype=accumulation_dtype(z), device=z.device)
     counts = counts.index_add(0, group, torch.ones_like(counts))[group] - 1
-    return _SameIdSimilarity.apply(z, group), counts
+    return _SIMILARITY(z, group), counts
 
 
-class _SameIdSimilarity(torch.autograd.Function):
-    """Keeps z and the ids only; autograd would keep three more arrays of the size of z."""
+def _similarity(z: Tensor, group: Tensor) -> Tensor:
+    x = _accumulated(z)
+    return row_dot(_group_sums(x, group).sub_(x), x)
 
-    @staticmethod
-    def forward(ctx, z, group):
-        ctx.save_for_backward(z, group)
-        x = _accumulated(z)
-        return row_dot(_group_sums(x, group).sub_(x), x)
 
-    @staticmethod
-    def backward(ctx, grad):
-        z, group = ctx.saved_tensors
-        return _gradient(z, group, grad).to(z.dtype), None
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    z, group = ctx.saved_tensors
+    return _gradient(z, group, grad).to(z.dtype), None
+
+
+# Keeps z and the ids only; autograd would keep three more arrays of the size of z.
+_SIMILARITY = Differentiable("same_id_similarity", _similarity, _save, _gradients)
 
 
 def same_id_similarity_gradient(z: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
@@ -71,14 +75,14 @@ def mutual_similarity(z: Tensor, ids: Tensor, others: Tensor, other_ids: Tensor)
     """
     group, other_group = _groups_of_first(ids, other_ids)
     x = _accumulated(z)
-    ones, other_ones = x.new_ones(len(z)), x.new_ones(len(others))
-    own_sums, sums = _by_group(len(z), x, group), torch.zeros(len(z) + 1, z.shape[1], dtype=x.dtype, device=x.device)
+    ones, other_ones = x.new_ones(z.shape[0]), x.new_ones(others.shape[0])
+    own_sums, sums = _by_group(z.shape[0], x, group), x.new_zeros(z.shape[0] + 1, z.shape[1])
     of_others = torch.empty_like(other_ones)
     for part, y in _parts(others):
         sums.index_add_(0, other_group[part], y)
         of_others[part] = row_dot(own_sums[other_group[part]], y)
-    counts = _by_group(len(z), other_ones, other_group)[group]
-    return (row_dot(sums[group], x), counts), (of_others, _by_group(len(z), ones, group)[other_group])
+    counts = _by_group(z.shape[0], other_ones, other_group)[group]
+    return (row_dot(sums[group], x), counts), (of_others, _by_group(z.shape[0], ones, group)[other_group])
 
 
 def mutual_similarity_gradient(
@@ -86,7 +90,7 @@ def mutual_similarity_gradient(
 ) -> Tensor:
     """Gradient of z in `mutual_similarity`, given those of both sums: [n, d] in accumulation precision."""
     group, other_group = _groups_of_first(ids, other_ids)
-    sums, weighted = (torch.zeros(len(z) + 1, z.shape[1], dtype=grad.dtype, device=z.device) for _ in range(2))
+    sums, weighted = (torch.zeros(z.shape[0] + 1, z.shape[1], dtype=grad.dtype, device=z.device) for _ in range(2))
     for part, y in _parts(others):
         sums.index_add_(0, other_group[part], y)
         weighted.index_add_(0, other_group[part], other_grad[part, None] * y)
@@ -97,8 +101,8 @@ def _groups_of_first(ids: Tensor, other_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Consecutive numbers for the ids [n], n > 0; for the others those of the same id, and n if there is none."""
     group = consecutive_ids(ids)
     ordered, order = ids.sort()
-    place = torch.searchsorted(ordered, other_ids).clamp_(max=len(ids) - 1)
-    return group, torch.where(ordered[place] == other_ids, group[order[place]], len(ids))
+    place = torch.searchsorted(ordered, other_ids).clamp_(max=ids.shape[0] - 1)
+    return group, torch.where(ordered[place] == other_ids, group[order[place]], ids.shape[0])
 
 
 def _by_group(n: int, x: Tensor, group: Tensor) -> Tensor:
@@ -108,7 +112,7 @@ def _by_group(n: int, x: Tensor, group: Tensor) -> Tensor:
 
 def _parts(x: Tensor):
     """Some rows after the others, in accumulation precision."""
-    for start in range(0, len(x), PART_ROWS):
+    for start in range(0, x.shape[0], PART_ROWS):
         part = slice(start, start + PART_ROWS)
         yield part, _accumulated(x[part])
 

@@ -296,10 +296,10 @@ class Live(TorchDispatchMode):
         return result
 
 
-def run_inside(custom_op, *arguments):
+def run_inside(function, *arguments):
     """A registered operator's own function, in which the mode sees everything: of the operator it sees one call."""
     with torch.no_grad(), Live() as live:
-        custom_op._init_fn(*arguments)
+        function(*arguments)
     return live.most
 
 
@@ -317,21 +317,21 @@ def test_a_pair_takes_no_more_bytes_than_blocks_are_sized_for(dtype, monkeypatch
     few, rows = torch.zeros(n, 3, dtype=torch.int64), (q, k, scale)
     among, views, all_four = (ids, of_keys, None), torch.stack((q, q)), [True] * 4
     taken = {
-        "mean": run_inside(softmax._op, *rows, bias, *among, "other_id", 0, True),
-        "hardest": run_inside(softmax._op, *rows, None, *among, "other_id", m, False),
-        "excluding": run_inside(softmax._op, *rows, None, None, None, few, "all", 0, False),
+        "mean": run_inside(softmax._forward, *rows, bias, *among, "other_id", 0, True),
+        "hardest": run_inside(softmax._forward, *rows, None, *among, "other_id", m, False),
+        "excluding": run_inside(softmax._forward, *rows, None, None, None, few, "all", 0, False),
         "mean, backward": run_inside(
-            softmax._backward_op, *rows, bias, *among, vector, vector, none, vector, vector, "other_id", all_four
+            softmax._backward, *rows, bias, *among, vector, vector, none, vector, vector, "other_id", all_four
         ),
         "hardest, backward": run_inside(
-            softmax._backward_op, *rows, None, *among, vector, none, vector, vector, none, "other_id",
+            softmax._backward, *rows, None, *among, vector, none, vector, vector, none, "other_id",
             [True, True, True, False],
         ),
-        "top-k": run_inside(topk._op, q, k, ids, of_keys, "other_id", 400),
-        "histogram": run_inside(histogram._op, q, k, ids, of_keys, "other_id", 10, -1.0, 1.0),
-        "swapped": run_inside(swapped_prediction._op, views, k, torch.zeros(2, m), scale, 2.0) // 2,
+        "top-k": run_inside(topk._op._init_fn, q, k, ids, of_keys, "other_id", 400),
+        "histogram": run_inside(histogram._op._init_fn, q, k, ids, of_keys, "other_id", 10, -1.0, 1.0),
+        "swapped": run_inside(swapped_prediction._forward, views, k, torch.zeros(2, m), scale, 2.0) // 2,
         "swapped, backward": run_inside(
-            swapped_prediction._backward_op, views, k, torch.zeros(2, m), scale, vector, 2.0, all_four[:3]
+            swapped_prediction._backward, views, k, torch.zeros(2, m), scale, vector, 2.0, all_four[:3]
         ) // 2,
     }  # fmt: skip
     # Sums for the keys, and what is as small, aside.

@@ -77,7 +77,8 @@ class LightGCLLoss(Loss):
         if nodes is not None:
             _check_nodes(nodes, queries)
             queries, positives = (x.index_select(0, nodes.long()) for x in (queries, keys))
-        anchors, scale, every = self.unit(queries), 1.0 / self.temperature, torch.arange(len(keys), device=keys.device)
+        anchors, scale = self.unit(queries), 1.0 / self.temperature
+        every = torch.arange(keys.shape[0], device=keys.device)
         among = {"q_ids": every if nodes is None else nodes.long(), "k_ids": every, "candidates": "other_id"}
         rest = streaming_logsumexp(anchors, keys, scale=scale, backend=self.backend, **among)
         logits = row_dot(anchors, positives) * scale
@@ -154,8 +155,8 @@ class SVDView(nn.Module):
         check_floating("embeddings", embeddings)
         check_same("embeddings", embeddings, "the adjacency", self.u, dtype=False)
         to, source = (self.v, self.u) if transposed else (self.u, self.v)
-        if len(embeddings) != len(source):
-            raise ArgumentError(f"embeddings: expected {len(source)} rows, got {len(embeddings)}")
+        if embeddings.shape[0] != source.shape[0]:
+            raise ArgumentError(f"embeddings: expected {source.shape[0]} rows, got {embeddings.shape[0]}")
         wide = torch.promote_types(embeddings.dtype, accumulation_dtype(self.u))
         with without_autocast(embeddings.device):
             spectrum = self.s.to(wide)[:, None] * (source.to(wide).T @ embeddings.to(wide))

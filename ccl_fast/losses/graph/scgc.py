@@ -14,6 +14,7 @@ from ccl_fast.checks import (
     check_matrix,
     check_same,
     check_tensor,
+    host_knows,
 )
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
@@ -82,12 +83,12 @@ class SCGCLoss(Loss):
         """
         check_matrix("embeddings", embeddings)
         check_floating("embeddings", embeddings)
-        check_graph("influence", influence, len(embeddings))
+        check_graph("influence", influence, embeddings.shape[0])
         check_same("influence", influence, "embeddings", embeddings, dtype=False)
         rows, columns, weights = _edges(influence.detach())
         z, scale = self.unit(embeddings), 1.0 / self.temperature
 
-        starts = torch.searchsorted(rows, torch.arange(len(z) + 1, device=rows.device))
+        starts = torch.searchsorted(rows, torch.arange(z.shape[0] + 1, device=rows.device))
         logits = edge_similarity(z, z, starts, columns) * scale
         itself = rows == columns
         logits = logits.masked_fill(itself, 0.0)
@@ -96,7 +97,7 @@ class SCGCLoss(Loss):
         candidates = streaming_logsumexp(z, scale=scale, backend=self.backend)
         if self.self_term:
             candidates = logaddexp(candidates, torch.zeros_like(candidates))
-        positives, has_positive = _weighted_logsumexp(logits, weights, rows, len(z))
+        positives, has_positive = _weighted_logsumexp(logits, weights, rows, z.shape[0])
         losses = candidates - positives
         return self.reduce(losses, has_positive)
 
@@ -138,7 +139,7 @@ def influence_matrix(
         raise ArgumentError(f"adjacency: expected float32 or float64, got {adjacency.dtype}")
     check_count("hops", hops)
     check_choice("normalization", normalization, NORMALIZATIONS)
-    n = len(adjacency)
+    n = adjacency.shape[0]
     rows, columns, weights = _edges(adjacency.detach())
     loops = torch.arange(n, device=rows.device)
     rows, columns = torch.cat((rows, loops)), torch.cat((columns, loops))
@@ -167,9 +168,10 @@ def check_graph(name: str, x: Tensor, nodes: int | None = None) -> None:
         raise ArgumentError(f"{name}: expected two sparse dimensions, got {x.sparse_dim()}")
     weights = x._values() if x.layout == torch.sparse_coo else x.values()
     message = f"{name}: expected weights >= 0"
-    if x.device.type != "cpu":
-        assert_on_device((weights >= 0).all(), message)
-    elif not (weights >= 0).all():
+    are_weights = (weights >= 0).all()
+    if not host_knows(are_weights):
+        assert_on_device(are_weights, message)
+    elif not are_weights:
         raise ArgumentError(f"{message}, got a smallest of {weights.min():g}")
 
 
@@ -180,8 +182,8 @@ def _edges(graph: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows, columns = graph.indices()
         return rows, columns, graph.values()
     starts, columns, weights = graph.crow_indices(), graph.col_indices(), graph.values()
-    nodes = torch.arange(len(graph), device=starts.device)
-    rows = nodes.repeat_interleave(starts.diff(), output_size=len(columns))
+    nodes = torch.arange(graph.shape[0], device=starts.device)
+    rows = nodes.repeat_interleave(starts.diff(), output_size=columns.shape[0])
     return rows, columns.long(), weights
 
 

@@ -23,7 +23,7 @@ from ccl_fast.ops.backends import BACKENDS, ContrastBackend, choose_backend
 from ccl_fast.ops.ids import consecutive_ids
 from ccl_fast.ops.logsumexp.operator import logaddexp, streaming_logsumexp
 from ccl_fast.ops.logsumexp.reference import logsumexp_by_relation, mutual_by_relation
-from ccl_fast.ops.precision import accumulation_dtype
+from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 from ccl_fast.ops.row_dot import row_dot
 from ccl_fast.ops.same_id_similarity import (
     mutual_similarity,
@@ -93,7 +93,7 @@ def _contrast_of_all_rows(
     chosen = choose_backend("streaming_logsumexp", backend, z.device, z.dtype)
     accumulation = accumulation_dtype(z)
     scale = torch.as_tensor(scale, dtype=accumulation, device=z.device).reshape(())
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z.device):
         if chosen == "reference":
             return _reference(z, ids, scale, wanted, exchange)
         kernels = BACKENDS["streaming_logsumexp"][chosen].module
@@ -172,7 +172,7 @@ class _GlobalContrast(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        with torch.autocast(grads[0].device.type, enabled=False):
+        with without_autocast(grads[0].device):
             return _GlobalContrast._backward(ctx, *grads)
 
     @staticmethod

@@ -4,11 +4,11 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from ccl_fast.checks import Candidates, check_candidates, check_logits
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.backends import BACKENDS, ContrastBackend, choose_backend
+from ccl_fast.ops.differentiable import Differentiable, GradientOperator
 from ccl_fast.ops.logsumexp.bound import bounded_on_cpu
 from ccl_fast.ops.logsumexp.reference import logsumexp_by_relation, mutual_by_relation
 from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, scale_tensor, without_autocast
@@ -96,8 +96,8 @@ def streaming_logsumexp(
     if chosen_backend == "reference":
         same, other = logsumexp_by_relation(q, k, scale, key_bias, q_ids, k_ids)
     else:
-        run = _Eager.apply if _is_eager(q) else _op
-        same, other, _bounded = run(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, False, chosen_backend)
+        wanted = (want_same, want_other, False)
+        same, other, _bounded = _LOGSUMEXP(q, k, scale, key_bias, q_ids, k_ids, *wanted, chosen_backend)
     if q_ids is None:
         return other
     chosen = {"all": lambda: logaddexp(same, other), "other_id": lambda: other, "same_id": lambda: same}
@@ -141,10 +141,9 @@ def mutual_logsumexp(
     if backend == "reference":
         same, other = mutual_by_relation(q, k, scale, q_ids, k_ids)
     else:
-        run = _Eager.apply if _is_eager(q) else _op
-        same, other, _bounded = run(q, k, scale, None, q_ids, k_ids, want_same, want_other, True, backend)
+        same, other, _bounded = _LOGSUMEXP(q, k, scale, None, q_ids, k_ids, want_same, want_other, True, backend)
     found = other if not want_same else same if not want_other else logaddexp(same, other)
-    return found[: len(q)], found[len(q) :]
+    return found[: q.shape[0]], found[q.shape[0] :]
 
 
 def softmax_sums(
@@ -179,13 +178,14 @@ def softmax_sums(
     chosen = choose_backend("streaming_logsumexp", backend, q.device, q.dtype)
     scale = scale_tensor(scale, q)
     if chosen == "reference":
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device):
             p = (scale * (q @ k.T).to(scale.dtype) + key_bias - logsumexp[:, None]).exp() * weights[:, None]
             return p @ k.to(p.dtype) if of == "keys" else p.T @ q.to(p.dtype)
     bounded = bounded_on_cpu(q, k, scale, key_bias)
-    run, none = _EagerBackward.apply if _is_eager(q) else _backward_op, logsumexp.new_empty(0)
+    none = logsumexp.new_empty(0)
     needs = [of == "keys", of == "queries", False, False]
-    sums = run(q, k, scale, key_bias, None, None, none, logsumexp, bounded, none, weights, needs, False, chosen)
+    known = (none, logsumexp, bounded, none, weights)
+    sums = _GRADIENT(q, k, scale, key_bias, None, None, *known, needs, False, chosen)
     return sums[0 if of == "keys" else 1].to(scale.dtype) / scale
 
 
@@ -209,11 +209,6 @@ def cross_entropy(rest: Tensor, positive: Tensor) -> Tensor:
     return torch.nn.functional.softplus(rest - positive, threshold=40.0)
 
 
-def _is_eager(q: Tensor) -> bool:
-    """Torch.library's dispatch costs as much as a small batch: it is for those who need to see one operator."""
-    return type(q) in (Tensor, Parameter) and not torch.compiler.is_compiling()
-
-
 def _check(q, k, scale, key_bias, q_ids, k_ids, candidates, return_same) -> None:
     check_candidates(q, k, q_ids, k_ids, candidates)
     check_logits(q, k, scale, key_bias)
@@ -221,7 +216,7 @@ def _check(q, k, scale, key_bias, q_ids, k_ids, candidates, return_same) -> None
         raise ArgumentError("q_ids: expected integers [n] for return_same, got None")
 
 
-# ---- registration: one operator forward, one backward, so that torch.compile sees two opaque nodes ----
+# ---- one operator forward, one backward: two opaque nodes for what traces them ----
 
 
 def _forward(
@@ -249,11 +244,7 @@ def _forward(
         return module.forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other)
 
 
-_op = torch.library.custom_op("ccl_fast::streaming_logsumexp", _forward, mutates_args=())
-
-
-@_op.register_fake
-def _(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, mutual, backend):
+def _empty(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, mutual, backend):
     n, dtype = q.shape[0] + (k.shape[0] if mutual else 0), accumulation_dtype(q)
     sizes = n if want_same else 0, n if want_other else 0
     return *(q.new_empty(size, dtype=dtype) for size in sizes), q.new_empty((), dtype=torch.bool)
@@ -279,7 +270,7 @@ def _backward(
     with without_autocast(q.device):
         if mutual:
             numbers = (same, other, grad_same, grad_other)
-            of_q, of_k = (tuple(x[part] for x in numbers) for part in (slice(len(q)), slice(len(q), None)))
+            of_q, of_k = (tuple(x[part] for x in numbers) for part in (slice(q.shape[0]), slice(q.shape[0], None)))
             grads = *module.mutual_gradients(q, k, scale, q_ids, k_ids, of_q, of_k, needs[:3]), None
             grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
         else:
@@ -290,11 +281,9 @@ def _backward(
     return to_q, to_k, to_scale, to_bias
 
 
-_backward_op = torch.library.custom_op("ccl_fast::streaming_logsumexp_backward", _backward, mutates_args=())
-
-
-@_backward_op.register_fake
-def _(q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs, mutual, backend):
+def _empty_gradients(
+    q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs, mutual, backend
+):
     inputs = (q, k, scale, key_bias)
     shapes = [(x.shape, x.dtype) if n else ((0,), q.dtype) for x, n in zip(inputs, needs, strict=True)]
     return tuple(q.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
@@ -306,43 +295,17 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors, *output)
 
 
-def _gradients(ctx, backward, grad_same: Tensor, grad_other: Tensor, _grad_bounded: None):
+def _gradients(ctx, grad_same: Tensor, grad_other: Tensor, _grad_bounded: None):
     needs = list(ctx.needs_input_grad[:4])
-    grads = backward(*ctx.saved_tensors, grad_same, grad_other, needs, ctx.mutual, ctx.backend)
+    grads = _GRADIENT(*ctx.saved_tensors, grad_same, grad_other, needs, ctx.mutual, ctx.backend)
     return (*(g if n else None for g, n in zip(grads, needs, strict=True)), *[None] * 6)
 
 
-def _double_backward(ctx, *grads):
-    raise RuntimeError(
-        "streaming_logsumexp: the gradient of its gradient is not implemented (double backward, "
-        'create_graph=True). Use backend="reference", which is dense and differentiable any number of times.'
-    )
-
-
-torch.library.register_autograd(
-    "ccl_fast::streaming_logsumexp", lambda ctx, *grads: _gradients(ctx, _backward_op, *grads), setup_context=_save
+_LOGSUMEXP = Differentiable("streaming_logsumexp", _forward, _save, _gradients, _empty)
+_GRADIENT = GradientOperator(
+    "streaming_logsumexp_backward",
+    _backward,
+    _empty_gradients,
+    of="streaming_logsumexp",
+    instead=' Use backend="reference", which is dense and differentiable any number of times.',
 )
-torch.library.register_autograd("ccl_fast::streaming_logsumexp_backward", _double_backward)
-
-
-class _Eager(torch.autograd.Function):
-    """The same without torch.library; with a ``setup_context`` torch would bind signatures at every call."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _save(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx, *grads):
-        # Only a graph of the gradient (create_graph) needs a node, which refuses to be differentiated.
-        return _gradients(ctx, _EagerBackward.apply if torch.is_grad_enabled() else _backward, *grads)
-
-
-class _EagerBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        return _backward(*inputs)
-
-    backward = staticmethod(_double_backward)

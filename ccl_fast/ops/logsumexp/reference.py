@@ -25,7 +25,7 @@ def logsumexp_by_relation(
         logits = logits + key_bias
     excluded = torch.zeros_like(logits, dtype=torch.bool)
     if k is None:
-        excluded.fill_diagonal_(True)
+        excluded = torch.eye(q.shape[0], dtype=torch.bool, device=q.device)
         k_ids = q_ids
     same = torch.zeros_like(excluded) if q_ids is None or k_ids is None else q_ids[:, None] == k_ids[None, :]
     return _masked_logsumexp(logits, same & ~excluded), _masked_logsumexp(logits, ~same & ~excluded)

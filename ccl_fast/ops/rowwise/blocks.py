@@ -59,10 +59,10 @@ class RowBlocks:
         self.k = self.q if k is None else factor(k)
         self.q_ids, self.k_ids, self.candidates = q_ids, q_ids if k is None else k_ids, candidates
         self.excluded = excluded
-        self.size = block_rows(len(self.k), q.device)
+        self.size = block_rows(self.k.shape[0], q.device)
 
     def __iter__(self) -> Iterator[slice]:
-        return blocks_of(len(self.q), self.size)
+        return blocks_of(self.q.shape[0], self.size)
 
     def similarities(self, rows: slice) -> Tensor:
         return product(self.q[rows], self.k)

@@ -11,8 +11,10 @@ from ccl_fast.checks import (
     check_logits,
     check_matrix,
     check_same,
+    host_knows,
 )
 from ccl_fast.errors import ArgumentError
+from ccl_fast.ops.differentiable import Differentiable, GradientOperator
 from ccl_fast.ops.precision import in_autocast_dtype, scale_tensor, without_autocast
 from ccl_fast.ops.row_dot import row_dot
 from ccl_fast.ops.rowwise.blocks import RowBlocks
@@ -120,11 +122,10 @@ def logsumexp_excluding(q: Tensor, k: Tensor, excluded: Tensor, *, scale: float 
     check_matrix("excluded", excluded)
     check_integer("excluded", excluded)
     check_same("excluded", excluded, "k", k, dtype=False)
-    if len(excluded) != len(q):
-        raise ArgumentError(f"excluded: expected {len(q)} rows (those of q), got {len(excluded)}")
-    on_host = excluded.device.type == "cpu" and not torch.compiler.is_compiling() and excluded.numel() > 0
-    if on_host and excluded.max() >= len(k):
-        raise IndexError(f"excluded: expected rows of k, below {len(k)}, got {excluded.max():d}")
+    if excluded.shape[0] != q.shape[0]:
+        raise ArgumentError(f"excluded: expected {q.shape[0]} rows (those of q), got {excluded.shape[0]}")
+    if host_knows(excluded) and excluded.numel() and excluded.max() >= k.shape[0]:
+        raise IndexError(f"excluded: expected rows of k, below {k.shape[0]}, got {excluded.max():d}")
     return _row_softmax(q, k, scale, None, None, None, excluded.long(), "all", 0, "logsumexp")
 
 
@@ -135,15 +136,14 @@ def _row_softmax(q, k, scale, key_bias, q_ids, k_ids, excluded, candidates, topk
     k = None if k is None else k.to(q.dtype)
     scale = scale_tensor(scale, q)
     key_bias = None if key_bias is None else key_bias.to(scale.dtype)
-    logsumexp, mean, _ = _op(q, k, scale, key_bias, q_ids, k_ids, excluded, candidates, topk, wanted == "mean")
+    logsumexp, mean, _ = _SOFTMAX(q, k, scale, key_bias, q_ids, k_ids, excluded, candidates, topk, wanted == "mean")
     return mean if wanted == "mean" else logsumexp
 
 
-# ---- registration: one operator forward, one backward, so that torch.compile sees two opaque nodes ----
+# ---- one operator forward, one backward: two opaque nodes for what traces them ----
 
 
-@torch.library.custom_op("ccl_fast::row_softmax", mutates_args=())
-def _op(
+def _forward(
     q: Tensor,
     k: Tensor | None,
     scale: Tensor,
@@ -167,7 +167,7 @@ def _op(
             if topk:
                 threshold[rows] = kth_largest(blocks.only_candidates_(x.clone(), rows), topk)
             logits = _logits(blocks, x, rows, scale, key_bias, threshold)
-            maximum = logits.amax(1) if logits.shape[1] else logits.new_full((len(logits),), -torch.inf)
+            maximum = logits.amax(1) if logits.shape[1] else logits.new_full((logits.shape[0],), -torch.inf)
             weights = _exp_(logits, maximum)
             total = weights.sum(1)
             logsumexp[rows] = maximum + total.log()
@@ -186,20 +186,18 @@ def _logits(
 ) -> Tensor:
     """Of similarities x; -inf for keys that do not take part. Forward and backward they are rounded alike."""
     logits = blocks.only_candidates_(x * scale if key_bias is None else torch.addcmul(key_bias, x, scale), rows)
-    return logits.masked_fill_(x < threshold[rows, None], -torch.inf) if len(threshold) else logits
+    return logits.masked_fill_(x < threshold[rows, None], -torch.inf) if threshold.shape[0] else logits
 
 
 def _exp_(logits: Tensor, shift: Tensor) -> Tensor:
     return logits.sub_(shift.masked_fill(shift == -torch.inf, 0.0)[:, None]).exp_()
 
 
-@_op.register_fake
-def _(q, k, scale, key_bias, q_ids, k_ids, excluded, candidates, topk, with_mean):
+def _empty(q, k, scale, key_bias, q_ids, k_ids, excluded, candidates, topk, with_mean):
     return tuple(scale.new_empty(size) for size in _sizes(q, topk, with_mean))
 
 
-@torch.library.custom_op("ccl_fast::row_softmax_backward", mutates_args=())
-def _backward_op(
+def _backward(
     q: Tensor,
     k: Tensor | None,
     scale: Tensor,
@@ -249,8 +247,7 @@ def _backward_op(
         )
 
 
-@_backward_op.register_fake
-def _(
+def _empty_gradients(
     q, k, scale, key_bias, q_ids, k_ids, excluded, logsumexp, mean, threshold, grad_logsumexp, grad_mean, candidates,
     needs,
 ):  # fmt: skip
@@ -271,16 +268,14 @@ def _save(ctx, inputs, output) -> None:
 
 def _gradients(ctx, grad_logsumexp: Tensor, grad_mean: Tensor, _grad_threshold: None):
     needs = list(ctx.needs_input_grad[:4])
-    grads = _backward_op(*ctx.saved_tensors, grad_logsumexp, grad_mean, ctx.candidates, needs)
+    grads = _GRADIENT(*ctx.saved_tensors, grad_logsumexp, grad_mean, ctx.candidates, needs)
     return (*(g if n else None for g, n in zip(grads, needs, strict=True)), *(6 * [None]))
 
 
-def _double_backward(ctx, *grads):
-    raise RuntimeError(
-        "topk_logsumexp, logsumexp_excluding, expected_similarity: the gradient of their gradient is not implemented "
-        "(double backward, create_graph=True)."
-    )
-
-
-_op.register_autograd(_gradients, setup_context=_save)
-_backward_op.register_autograd(_double_backward)
+_SOFTMAX = Differentiable("row_softmax", _forward, _save, _gradients, _empty)
+_GRADIENT = GradientOperator(
+    "row_softmax_backward",
+    _backward,
+    _empty_gradients,
+    of="topk_logsumexp, logsumexp_excluding, expected_similarity",
+)

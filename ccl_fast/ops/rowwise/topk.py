@@ -52,7 +52,7 @@ def _op(
     with without_autocast(q.device):
         blocks = RowBlocks(q, k, q_ids, k_ids, candidates)
         values, indices = _empty(q, topk)
-        found = min(topk, len(blocks.k))
+        found = min(topk, blocks.k.shape[0])
         values[:, found:], indices[:, found:] = -torch.inf, -1
         for rows in blocks:
             best, where = _largest(blocks.only_candidates_(blocks.similarities(rows), rows), found)
@@ -81,7 +81,7 @@ def _largest(x: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     first = best.topk(topk, sorted=False).indices * GROUP
     where = (first[:, :, None] + torch.arange(GROUP, device=x.device)).flatten(1)
     if grouped < x.shape[1]:
-        rest = torch.arange(grouped, x.shape[1], device=x.device).expand(len(x), -1)
+        rest = torch.arange(grouped, x.shape[1], device=x.device).expand(x.shape[0], -1)
         where = torch.cat((where, rest), dim=1)
     values, order = x.gather(1, where).topk(topk)
     return values, where.gather(1, order)
@@ -101,7 +101,7 @@ def kth_largest(x: Tensor, k: int) -> Tensor:
     """Of every row [n, m] the k-th largest value; the least one if there are fewer."""
     k = min(k, x.shape[1])
     if k == 0:
-        return x.new_full((len(x),), -torch.inf)
+        return x.new_full((x.shape[0],), -torch.inf)
     if x.device.type == "cpu":
         place = x.shape[1] - k
         return torch.from_numpy(np.partition(x.numpy(), place, axis=1)[:, place])

@@ -10,6 +10,7 @@ from ccl_fast.checks import check_count, check_floating, check_matrix, check_sam
 from ccl_fast.distributed import NO_GROUP, Group, outside_of_graphs
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.backends import ContrastBackend, choose_backend
+from ccl_fast.ops.differentiable import Differentiable
 from ccl_fast.ops.logsumexp.blocked import LOG2E
 from ccl_fast.ops.logsumexp.bound import logits_are_bounded
 from ccl_fast.ops.logsumexp.operator import softmax_sums, streaming_logsumexp
@@ -82,11 +83,11 @@ def column_potentials(
     on_cpu = choose_backend("streaming_logsumexp", backend, z.device, z.dtype) == "blocked" and z.device.type == "cpu"
     if not group.is_null:
         return _column_potentials_of_all(z, centers, scale, iterations, backend, on_cpu, group)
-    if len(z) == 0:
-        return scale.new_zeros(len(centers))
+    if z.shape[0] == 0:
+        return scale.new_zeros(centers.shape[0])
     if on_cpu:
         return _column_potentials_on_cpu(z, centers, scale, iterations)
-    return _by_logsumexp(z, centers, scale, iterations, backend, math.log(len(z) / len(centers)))
+    return _by_logsumexp(z, centers, scale, iterations, backend, math.log(z.shape[0] / centers.shape[0]))
 
 
 @outside_of_graphs
@@ -95,8 +96,8 @@ def _column_potentials_of_all(
 ) -> Tensor:
     # All take the same way, for they meet on it.
     unbounded = not (on_cpu and logits_are_bounded(z, centers, scale, None, limit=UNSCALED_LIMIT))
-    rows, unbounded = group.sum(scale.new_tensor([len(z), unbounded], dtype=torch.float64))
-    mass = rows / len(centers)
+    rows, unbounded = group.sum(scale.new_tensor([z.shape[0], unbounded], dtype=torch.float64))
+    mass = rows / centers.shape[0]
     if on_cpu and not unbounded:
         with without_autocast(z.device):
             v = _by_products(z, centers, scale, iterations, mass, group.sum)
@@ -108,7 +109,7 @@ def _column_potentials_of_all(
 @torch.library.custom_op("ccl_fast::sinkhorn_column_potentials", mutates_args=())
 def _column_potentials_on_cpu(z: Tensor, centers: Tensor, scale: Tensor, iterations: int) -> Tensor:
     with without_autocast(z.device):
-        mass = len(z) / len(centers)
+        mass = z.shape[0] / centers.shape[0]
         if logits_are_bounded(z, centers, scale, None, limit=UNSCALED_LIMIT):
             return _by_products(z, centers, scale, iterations, mass)
         return _by_logsumexp(z, centers, scale, iterations, "blocked", math.log(mass))
@@ -149,7 +150,7 @@ def _by_products(
     blocks = RowBlocks(z.to(scale.dtype) * (scale * LOG2E), centers.to(scale.dtype))
     weights = None  # e^v
     for _ in range(iterations):
-        columns = scale.new_zeros(len(centers))
+        columns = scale.new_zeros(centers.shape[0])
         for rows in blocks:
             e = blocks.similarities(rows).exp2_()
             columns += e.sum(0) if weights is None else (e @ weights).reciprocal_() @ e
@@ -185,35 +186,40 @@ def barycentric_projection(
     """
     _check(z, centers)
     for i, rows in enumerate((z, centers)):
-        check_vector(f"potentials[{i}]", potentials[i], len(rows))
+        check_vector(f"potentials[{i}]", potentials[i], rows.shape[0])
         check_same(f"potentials[{i}]", potentials[i], "z", z, dtype=False)
     u, v = (x.detach() for x in potentials)
     if isinstance(scale, Tensor):
         scale = scale.detach()
-    return _BarycentricProjection.apply(in_autocast_dtype(z.detach()), in_autocast_dtype(centers), u, v, scale, backend)
+    return _PROJECTION(in_autocast_dtype(z.detach()), in_autocast_dtype(centers), u, v, scale, backend)
 
 
-class _BarycentricProjection(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z, centers, u, v, scale, backend):
-        ctx.save_for_backward(z, centers, u, v)
-        ctx.options = {"scale": scale, "backend": backend}
-        # Rows of the plan have the sum 1: -u is their log-sum-exp with v as bias.
-        return softmax_sums(z, centers, -u, torch.ones_like(u), key_bias=v, of="keys", **ctx.options)
+def _project(z: Tensor, centers: Tensor, u: Tensor, v: Tensor, scale: float | Tensor, backend) -> Tensor:
+    # Rows of the plan have the sum 1: -u is their log-sum-exp with v as bias.
+    return softmax_sums(z, centers, -u, torch.ones_like(u), scale=scale, key_bias=v, of="keys", backend=backend)
 
-    @staticmethod
-    def backward(ctx, grad):
-        """sum_i q_ik grad_i. In further dimensions, where the keys are 0, queries change no logit, but are summed."""
-        z, centers, u, v = ctx.saved_tensors
-        (n, d), k = z.shape, len(centers)
-        if n == 0:
-            return None, torch.zeros_like(centers), None, None, None, None
-        # Of length 1 at most, and columns of mass 1 in the mean: in the range of float16, and of unshifted logits.
-        largest = grad.norm(dim=1).max().clamp(min=torch.finfo(grad.dtype).tiny)
-        queries = torch.cat((z, (grad / largest).to(z.dtype)), dim=1)
-        keys = torch.cat((centers, torch.zeros_like(centers)), dim=1)
-        sums = softmax_sums(queries, keys, -u, torch.full_like(u, k / n), key_bias=v, of="queries", **ctx.options)
-        return None, (sums[:, d:] * (largest * n / k)).to(centers.dtype), None, None, None, None
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, scale, backend = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.options = {"scale": scale, "backend": backend}
+
+
+def _gradients(ctx, grad: Tensor):
+    """sum_i q_ik grad_i. In further dimensions, where the keys are 0, queries change no logit, but are summed."""
+    z, centers, u, v = ctx.saved_tensors
+    (n, d), k = z.shape, centers.shape[0]
+    if n == 0:
+        return None, torch.zeros_like(centers), None, None, None, None
+    # Of length 1 at most, and columns of mass 1 in the mean: in the range of float16, and of unshifted logits.
+    largest = grad.norm(dim=1).max().clamp(min=torch.finfo(grad.dtype).tiny)
+    queries = torch.cat((z, (grad / largest).to(z.dtype)), dim=1)
+    keys = torch.cat((centers, torch.zeros_like(centers)), dim=1)
+    sums = softmax_sums(queries, keys, -u, torch.full_like(u, k / n), key_bias=v, of="queries", **ctx.options)
+    return None, (sums[:, d:] * (largest * n / k)).to(centers.dtype), None, None, None, None
+
+
+_PROJECTION = Differentiable("barycentric_projection", _project, _save, _gradients)
 
 
 def _check(z: Tensor, centers: Tensor) -> None:
@@ -221,5 +227,5 @@ def _check(z: Tensor, centers: Tensor) -> None:
     check_floating("z", z)
     check_matrix("centers", centers, columns=z.shape[1])
     check_same("centers", centers, "z", z)
-    if len(centers) == 0:
+    if centers.shape[0] == 0:
         raise ArgumentError("centers: expected at least one row, got [0, d]")

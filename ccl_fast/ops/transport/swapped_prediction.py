@@ -6,6 +6,7 @@ from torch import Tensor
 from ccl_fast.checks import check_floating, check_matrix, check_same, check_scale, check_tensor
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.backends import ContrastBackend, choose_backend
+from ccl_fast.ops.differentiable import Differentiable, GradientOperator
 from ccl_fast.ops.logsumexp.operator import streaming_logsumexp
 from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, scale_tensor, without_autocast
 from ccl_fast.ops.row_dot import row_dot
@@ -57,14 +58,14 @@ def swapped_prediction(
         return _dense(z, centers, potentials, scale, plan_scale)
     if chosen == "triton":
         return _by_logsumexp(z, centers, potentials, scale, plan_scale)
-    return _op(z, centers, potentials, scale, plan_scale)
+    return _PREDICTION(z, centers, potentials, scale, plan_scale)
 
 
 def _dense(z: Tensor, centers: Tensor, potentials: Tensor, scale: Tensor, plan_scale: float) -> Tensor:
     x = (z @ centers.T).to(scale.dtype)
-    q = (plan_scale * x.detach()[: len(potentials)] + potentials[:, None]).softmax(2)
+    q = (plan_scale * x.detach()[: potentials.shape[0]] + potentials[:, None]).softmax(2)
     log_p = (scale * x).log_softmax(2)
-    return -(q * (log_p.sum(0) - log_p[: len(potentials)])).sum((0, 2))
+    return -(q * (log_p.sum(0) - log_p[: potentials.shape[0]])).sum((0, 2))
 
 
 def _by_logsumexp(z: Tensor, centers: Tensor, potentials: Tensor, scale: Tensor, plan_scale: float) -> Tensor:
@@ -76,7 +77,7 @@ def _by_logsumexp(z: Tensor, centers: Tensor, potentials: Tensor, scale: Tensor,
         average = barycentric_projection(own, centers, (u, v), scale=plan_scale, backend="triton")
         result = result - scale * row_dot(total - own, average)
     logsumexp = streaming_logsumexp(z.flatten(0, 1), centers, scale=scale, backend="triton").view(views, n)
-    return result + _times_assigned(logsumexp, len(potentials)).sum(0)
+    return result + _times_assigned(logsumexp, potentials.shape[0]).sum(0)
 
 
 def _times_assigned(x: Tensor, assigned: int) -> Tensor:
@@ -84,7 +85,7 @@ def _times_assigned(x: Tensor, assigned: int) -> Tensor:
     return torch.cat((x[:assigned] * (assigned - 1), x[assigned:] * assigned))
 
 
-# ---- some rows against all centres at a time; one operator forward, one backward, opaque to torch.compile ----
+# ---- some rows against all centres at a time; one operator forward, one backward, opaque to what traces them ----
 
 
 class _Rows:
@@ -93,8 +94,8 @@ class _Rows:
     def __init__(self, z: Tensor, centers: Tensor, potentials: Tensor, scale: Tensor, plan_scale: float):
         self.z, self.centers = z, factor(centers)
         self.potentials, self.scale, self.plan_scale = potentials, scale, plan_scale
-        self.assigned = len(potentials)
-        self.size = block_rows(len(z) * len(centers), z.device)
+        self.assigned = potentials.shape[0]
+        self.size = block_rows(z.shape[0] * centers.shape[0], z.device)
 
     def __iter__(self):
         return blocks_of(self.z.shape[1], self.size)
@@ -104,14 +105,13 @@ class _Rows:
         return factor(self.z[:, rows].flatten(0, 1))
 
     def scores(self, points: Tensor) -> Tensor:
-        return product(points, self.centers).view(len(self.z), -1, len(self.centers))
+        return product(points, self.centers).view(self.z.shape[0], -1, self.centers.shape[0])
 
     def plans(self, x: Tensor) -> Tensor:
         return torch.add(self.potentials[:, None], x[: self.assigned], alpha=self.plan_scale).softmax(2)
 
 
-@torch.library.custom_op("ccl_fast::swapped_prediction", mutates_args=())
-def _op(z: Tensor, centers: Tensor, potentials: Tensor, scale: Tensor, plan_scale: float) -> Tensor:
+def _forward(z: Tensor, centers: Tensor, potentials: Tensor, scale: Tensor, plan_scale: float) -> Tensor:
     with without_autocast(z.device):
         block, result = _Rows(z, centers, potentials, scale, plan_scale), scale.new_empty(z.shape[1])
         for rows in block:
@@ -122,13 +122,11 @@ def _op(z: Tensor, centers: Tensor, potentials: Tensor, scale: Tensor, plan_scal
         return result
 
 
-@_op.register_fake
-def _(z, centers, potentials, scale, plan_scale):
+def _empty(z, centers, potentials, scale, plan_scale):
     return scale.new_empty(z.shape[1])
 
 
-@torch.library.custom_op("ccl_fast::swapped_prediction_backward", mutates_args=())
-def _backward_op(
+def _backward(
     z: Tensor,
     centers: Tensor,
     potentials: Tensor,
@@ -162,8 +160,7 @@ def _backward_op(
         return grad_z, grad_centers, to_scale
 
 
-@_backward_op.register_fake
-def _(z, centers, potentials, scale, grad, plan_scale, needs):
+def _empty_gradients(z, centers, potentials, scale, grad, plan_scale, needs):
     of_z, of_centers = (
         torch.empty_like(x, memory_format=torch.contiguous_format) if need else z.new_empty(0)
         for x, need in zip((z, centers), needs[:2], strict=True)
@@ -179,21 +176,19 @@ def _save(ctx, inputs, output) -> None:
 def _gradients(ctx, grad: Tensor):
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     of_z, of_centers, of_scale = (
-        g if n else None
-        for g, n in zip(_backward_op(*ctx.saved_tensors, grad, ctx.plan_scale, needs), needs, strict=True)
+        g if n else None for g, n in zip(_GRADIENT(*ctx.saved_tensors, grad, ctx.plan_scale, needs), needs, strict=True)
     )
     return of_z, of_centers, None, of_scale, None
 
 
-def _double_backward(ctx, *grads):
-    raise RuntimeError(
-        "swapped_prediction: the gradient of its gradient is not implemented (double backward, create_graph=True). "
-        'Use backend="reference", which is dense and differentiable any number of times.'
-    )
-
-
-_op.register_autograd(_gradients, setup_context=_save)
-_backward_op.register_autograd(_double_backward)
+_PREDICTION = Differentiable("swapped_prediction", _forward, _save, _gradients, _empty)
+_GRADIENT = GradientOperator(
+    "swapped_prediction_backward",
+    _backward,
+    _empty_gradients,
+    of="swapped_prediction",
+    instead=' Use backend="reference", which is dense and differentiable any number of times.',
+)
 
 
 def _check(z: Tensor, centers: Tensor, potentials: Tensor) -> None:
@@ -201,11 +196,11 @@ def _check(z: Tensor, centers: Tensor, potentials: Tensor) -> None:
     check_floating("z", z)
     if z.ndim != 3:
         raise ArgumentError(f"z: expected shape [views, n, d], got {list(z.shape)}")
-    for name, x, columns in (("centers", centers, z.shape[2]), ("potentials", potentials, len(centers))):
+    for name, x, columns in (("centers", centers, z.shape[2]), ("potentials", potentials, centers.shape[0])):
         check_matrix(name, x, columns=columns)
         check_floating(name, x)
         check_same(name, x, "z", z, dtype=name == "centers")
-    if len(centers) == 0:
+    if centers.shape[0] == 0:
         raise ArgumentError("centers: expected at least one row, got [0, d]")
-    if len(potentials) > len(z):
-        raise ArgumentError(f"potentials: expected those of at most {len(z)} views, got {len(potentials)}")
+    if potentials.shape[0] > z.shape[0]:
+        raise ArgumentError(f"potentials: expected those of at most {z.shape[0]} views, got {potentials.shape[0]}")
