@@ -34,13 +34,6 @@ class Batch(NamedTuple):
         return self.ids >= 0
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """That the matrix products shall have: autocast's, or that of x."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
-
-
 def labels_as_ids(labels: Tensor, unassigned: int | None, alone: bool) -> Tensor:
     """Return labels as the ids of `check_ids`.
 

@@ -85,6 +85,10 @@ class NTXentLoss(InfoNCELoss):
             return self._with_bank(queries, keys, negatives)
         if keys is not None and _same_shape(queries, keys):
             # Two views, not two towers: rows of one view are negatives of each other too.
+            check_queries(queries, keys)
+            in_one_tile = self.of_views_in_one_tile(queries, keys)
+            if in_one_tile is not None:
+                return in_one_tile
             queries, keys = torch.stack((queries, keys), dim=1), None
         return super().forward(queries, keys)
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ccl_fast.distributed import Exchange, Group, TorchGroup, outside_of_graphs
 from ccl_fast.errors import ArgumentError
-from ccl_fast.losses.batch import product_dtype
 from ccl_fast.ops.backends import choose_backend
+from ccl_fast.ops.precision import product_dtype
 
 if TYPE_CHECKING:
     from ccl_fast.losses.base import Loss

@@ -9,9 +9,8 @@ from torch import Tensor
 from ccl_fast.checks import check_floating, check_not_negative, check_same, check_tensor, check_vector
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
-from ccl_fast.losses.batch import product_dtype
 from ccl_fast.ops import logaddexp, row_dot, streaming_logsumexp
-from ccl_fast.ops.precision import accumulation_dtype, without_autocast
+from ccl_fast.ops.precision import accumulation_dtype, product_dtype, without_autocast
 
 
 class SepCLRLoss(Loss):

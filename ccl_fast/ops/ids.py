@@ -20,6 +20,8 @@ def same_id_count(ids: Tensor) -> Tensor:
 
 def separate_unassigned(ids: Tensor, first: int = 0) -> Tensor:
     """Give each sample whose id is below 0 one of its own, below 0 too; ``first`` is the number of the first sample."""
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel() and ids.min().item() >= 0:
+        return ids
     return torch.where(ids < 0, -1 - torch.arange(first, first + len(ids), device=ids.device), ids)
 
 

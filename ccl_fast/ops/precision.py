@@ -19,11 +19,16 @@ def scale_tensor(scale: float | Tensor, q: Tensor) -> Tensor:
     return torch.full((), scale, dtype=dtype, device=q.device)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """That the matrix products shall have: autocast's, or that of x, which is float64 or under no autocast."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
 def in_autocast_dtype(x: Tensor) -> Tensor:
     """Under autocast x in its dtype, unless it is float64."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
+    return x.to(product_dtype(x))
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:

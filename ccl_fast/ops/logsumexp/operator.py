@@ -96,7 +96,7 @@ def streaming_logsumexp(
     if chosen_backend == "reference":
         same, other = logsumexp_by_relation(q, k, scale, key_bias, q_ids, k_ids)
     else:
-        run = _Eager.apply if _is_eager(q) else _op
+        run = _Eager.apply if is_eager(q) else _op
         same, other, _bounded = run(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, False, chosen_backend)
     if q_ids is None:
         return other
@@ -141,7 +141,7 @@ def mutual_logsumexp(
     if backend == "reference":
         same, other = mutual_by_relation(q, k, scale, q_ids, k_ids)
     else:
-        run = _Eager.apply if _is_eager(q) else _op
+        run = _Eager.apply if is_eager(q) else _op
         same, other, _bounded = run(q, k, scale, None, q_ids, k_ids, want_same, want_other, True, backend)
     found = other if not want_same else same if not want_other else logaddexp(same, other)
     return found[: len(q)], found[len(q) :]
@@ -183,7 +183,7 @@ def softmax_sums(
             p = (scale * (q @ k.T).to(scale.dtype) + key_bias - logsumexp[:, None]).exp() * weights[:, None]
             return p @ k.to(p.dtype) if of == "keys" else p.T @ q.to(p.dtype)
     bounded = bounded_on_cpu(q, k, scale, key_bias)
-    run, none = _EagerBackward.apply if _is_eager(q) else _backward_op, logsumexp.new_empty(0)
+    run, none = _EagerBackward.apply if is_eager(q) else _backward_op, logsumexp.new_empty(0)
     needs = [of == "keys", of == "queries", False, False]
     sums = run(q, k, scale, key_bias, None, None, none, logsumexp, bounded, none, weights, needs, False, chosen)
     return sums[0 if of == "keys" else 1].to(scale.dtype) / scale
@@ -209,7 +209,7 @@ def cross_entropy(rest: Tensor, positive: Tensor) -> Tensor:
     return torch.nn.functional.softplus(rest - positive, threshold=40.0)
 
 
-def _is_eager(q: Tensor) -> bool:
+def is_eager(q: Tensor) -> bool:
     """Torch.library's dispatch costs as much as a small batch: it is for those who need to see one operator."""
     return type(q) in (Tensor, Parameter) and not torch.compiler.is_compiling()
 
@@ -312,7 +312,8 @@ def _gradients(ctx, backward, grad_same: Tensor, grad_other: Tensor, _grad_bound
     return (*(g if n else None for g, n in zip(grads, needs, strict=True)), *[None] * 6)
 
 
-def _double_backward(ctx, *grads):
+def refuse_double_backward(ctx, *grads):
+    """The backward of what is a gradient already."""
     raise RuntimeError(
         "streaming_logsumexp: the gradient of its gradient is not implemented (double backward, "
         'create_graph=True). Use backend="reference", which is dense and differentiable any number of times.'
@@ -322,7 +323,7 @@ def _double_backward(ctx, *grads):
 torch.library.register_autograd(
     "ccl_fast::streaming_logsumexp", lambda ctx, *grads: _gradients(ctx, _backward_op, *grads), setup_context=_save
 )
-torch.library.register_autograd("ccl_fast::streaming_logsumexp_backward", _double_backward)
+torch.library.register_autograd("ccl_fast::streaming_logsumexp_backward", refuse_double_backward)
 
 
 class _Eager(torch.autograd.Function):
@@ -345,4 +346,4 @@ class _EagerBackward(torch.autograd.Function):
     def forward(ctx, *inputs):
         return _backward(*inputs)
 
-    backward = staticmethod(_double_backward)
+    backward = staticmethod(refuse_double_backward)
