@@ -1,5 +1,5 @@
 """python -m benchmarks cpu [--quick] | memory | gpu [--dry-run] | import FOLDER... | predict [FOLDER] | readme FILE |
-natural FOLDER... | plots FILE... | scaling
+natural FOLDER... | plots FILE... | scaling | dispatches
 
 cpu and gpu take --only PART.
 """
@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.clustering import kmeans
 from benchmarks.harness.results import DIRECTORY
-from benchmarks.losses import cpu, distributed, gpu, objectives
+from benchmarks.losses import cpu, dispatches, distributed, gpu, objectives
 from benchmarks.pages import scaling
 from benchmarks.pages.readme import update
 from benchmarks.training import natural, parts, whole_step
@@ -52,12 +52,17 @@ def main() -> None:
     harvest.add_argument("--commit", help="that was measured, if the folder does not name it")
     predict = what.add_parser("predict", help="predicted times of a harvest on an H200, from the compiled code")
     predict.add_argument("folder", type=Path, nargs="?", help="a harvest whose ceilings replace the assumed ones")
+    what.add_parser(
+        "dispatches", help="operations that a step of a small batch dispatches; Triton's too with TRITON_INTERPRET=1"
+    )
     plan = what.add_parser("scaling", help="the plan for many GPUs, as in docs/scaling.md")
     for name, (value, text) in scaling.ASSUMED.items():
         plan.add_argument(f"--{name.replace('_', '-')}", type=float, default=value, help=f"{text} ({value:g})")
     a = parser.parse_args()
     if a.what == "scaling":
         print(scaling.plan(**{name: getattr(a, name) for name in scaling.ASSUMED}))
+    elif a.what == "dispatches":
+        print(dispatches.table())
     elif a.what == "import":
         from benchmarks.harvest.importing import ImportRefused, import_folders
 

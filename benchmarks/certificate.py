@@ -1,7 +1,8 @@
 """How many rows the certificate of k-means leaves in doubt, and how many of them must meet all centres again.
 
-`python -m benchmarks.certificate` needs no GPU: it repeats the arithmetic of csrc/kmeans_assign.cuh and kmeans_runoff.cuh
-with torch, from the same packed rows (rounded to float16) and the same bounds; a test compares it with the kernels.
+`python -m benchmarks.certificate` needs no GPU: it repeats the arithmetic of csrc/kmeans_assign.cuh and
+kmeans_runoff.cuh with torch, from the same packed rows (rounded to float16) and the same bounds; a test compares it
+with the kernels.
 Beside stands the former rule, by which every row in doubt met all centres.
 """
 

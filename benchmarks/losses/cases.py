@@ -11,6 +11,7 @@ from benchmarks.harness.ceilings import Work
 from benchmarks.harness.contender import Size
 from benchmarks.harness.timing import Step
 from ccl_fast import CCLLoss, InfoNCELoss
+from tests.oracles import plain
 
 TEMPERATURE = 0.1
 
@@ -35,6 +36,12 @@ class Case:
     def loss(self, backend: str = "auto") -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
         """A module of embeddings, cluster ids and centres."""
         return CCLLoss(temperature=TEMPERATURE, form=self.form, backend=backend)
+
+    def plain(self, embeddings: Tensor, ids: Tensor | None, centers: Tensor | None) -> Tensor:
+        """The formula as a user writes it, dense."""
+        if ids is None:
+            return plain.nt_xent(embeddings, temperature=TEMPERATURE)
+        return plain.supervised(embeddings, ids, centers, temperature=TEMPERATURE, inside=self.form == "inside")
 
     def units(self, size: Size, device: torch.device) -> float:
         """N x N x D matrix products: the upper triangle forward; backward the same again, and both directions."""
@@ -83,6 +90,9 @@ class TwoTowers(Case):
     def loss(self, backend: str = "auto") -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
         module = InfoNCELoss(temperature=TEMPERATURE, backend=backend)
         return lambda embeddings, *_: module(*embeddings.unbind(1))
+
+    def plain(self, embeddings: Tensor, ids: Tensor | None, centers: Tensor | None) -> Tensor:
+        return plain.clip(embeddings, temperature=TEMPERATURE)
 
     def units(self, size: Size, device: torch.device) -> float:
         """A product of the towers forward; backward the same again and one for each tower: a quarter of N x N each.

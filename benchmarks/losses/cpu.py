@@ -18,12 +18,15 @@ CPU = torch.device("cpu")
 NO_MEMORY = ("dense compiled", "two products")
 QUICK_SECONDS, SECONDS = 2.0, 3.0
 QUICK = tuple((case, Size(n, 128), None) for case in CASES.values() for n in (512, 2048))
-# All cases at three sizes; and how CCL grows: with the batch, with the width of the embeddings, with the centres.
+# All cases: small batches against the plain formula alone, then three sizes; and how CCL grows: with the batch, with
+# the width of the embeddings, with the centres.
 GROWTH = ("ours", "dense")
+DENSE = (*GROWTH, "dense compiled")
 FULL = (
+    *((case, Size(n, 128), DENSE) for case in CASES.values() if case.backward for n in (32, 64, 128, 256)),
     *((case, Size(n, 128), None) for case in CASES.values() for n in (512, 2048, 8192)),
     *((case, Size(32_768, 128), ("ours",)) for name, case in CASES.items() if name != "ccl"),
-    *((CASES["ccl"], Size(n, 128), GROWTH) for n in (64, 256, 1024, 4096, 16384, 32768, 65536)),
+    *((CASES["ccl"], Size(n, 128), GROWTH) for n in (1024, 4096, 16384, 32768, 65536)),
     *((CASES["ccl"], Size(4096, d), GROWTH) for d in (64, 256, 512, 1024, 2048)),
     *((CASES["ccl"], Size(8192, 128, clusters=k), GROWTH[:1]) for k in (10, 1000, 10_000, 100_000)),
 )

@@ -16,6 +16,7 @@ from ccl_fast.losses import processes
 from ccl_fast.losses.batch import Batch, check_batch
 from ccl_fast.ops import streaming_logsumexp
 from ccl_fast.ops.backends import ContrastBackend, check_backend
+from ccl_fast.ops.contrast_tile import fits
 from ccl_fast.ops.ids import separate_unassigned
 from ccl_fast.ops.logsumexp.distributed import Wanted, global_contrast
 from ccl_fast.ops.normalize import normalize_embeddings
@@ -165,7 +166,12 @@ class Loss(nn.Module):
 
     # ---- the batch ----
 
-    def prepare(
+    def prepare(self, *given, **options) -> Batch:
+        """The batch `as_given`, normalised."""
+        batch = self.as_given(*given, **options)
+        return batch._replace(z=self.unit(batch.z))
+
+    def as_given(
         self,
         embeddings: Tensor,
         ids: Tensor | None,
@@ -174,7 +180,7 @@ class Loss(nn.Module):
         center_temperature: float | Tensor | None = None,
         check: Callable[[], object] = lambda: None,
     ) -> Batch:
-        """Flatten views into rows, give each unassigned sample an id of its own, normalise; join other processes.
+        """Flatten views into rows, give each unassigned sample an id of its own; join other processes.
 
         Args:
             check: of further arguments.
@@ -201,7 +207,7 @@ class Loss(nn.Module):
         shape = embeddings.shape[:-1]
         if embeddings.ndim == 3:
             row_ids = row_ids.repeat_interleave(embeddings.shape[1])
-        return Batch(self.unit(embeddings.flatten(0, -2)), row_ids, shape, exchange, first)
+        return Batch(embeddings.flatten(0, -2), row_ids, shape, exchange, first)
 
     def join_processes(
         self, check: Callable[[], tuple[int, int]], rows: dict, same: Callable[[], dict] = dict
@@ -247,6 +253,10 @@ class Loss(nn.Module):
         if not self.normalize:
             return x.to(dtype)
         return normalize_embeddings(x).to(dtype)
+
+    def is_tile(self, rows: Tensor, keys: int) -> bool:
+        """Tell whether the whole of a batch's contrast may be a single dense tile."""
+        return self.backend == "auto" and self.process_group is None and fits(rows, keys)
 
     # ---- sums over rows ----
 

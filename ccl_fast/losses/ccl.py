@@ -12,6 +12,7 @@ from ccl_fast.losses.batch import Batch, check_center_temperature
 from ccl_fast.losses.centers import center_logits
 from ccl_fast.ops import cross_entropy, logaddexp, row_dot, same_id_similarity, streaming_logsumexp
 from ccl_fast.ops.backends import ContrastBackend
+from ccl_fast.ops.contrast_tile import self_contrast
 from ccl_fast.ops.ids import consecutive_ids, same_id_count
 from ccl_fast.ops.logsumexp.distributed import Wanted, global_contrast
 from ccl_fast.ops.precision import accumulation_dtype
@@ -139,12 +140,16 @@ class CCLLoss(Loss):
         """
         if center_temperature is None:
             center_temperature = self.center_temperature
-        batch = self.prepare(
+        batch = self.as_given(
             embeddings, cluster_ids, self._ids_name, centers, center_temperature, lambda: self._check_views(embeddings)
         )
         if centers is not None and centers.shape[0] == 0:  # before the first clustering: all unassigned
             centers = None
         scale = 1.0 / self.shared(self.temperature, batch.exchange.group)
+        in_one_tile = self._in_one_tile(batch, centers, center_temperature, scale)
+        if in_one_tile is not None:
+            return in_one_tile
+        batch = batch._replace(z=self.unit(batch.z))
         to_centers = None
         if centers is not None:
             others, own = center_logits(self, batch, centers, center_temperature, scale)
@@ -155,6 +160,35 @@ class CCLLoss(Loss):
         if of_instance is not None:
             losses = (1 - self.instance_weight) * losses + self.instance_weight * of_instance
         return self.reduce(losses, has_positive, batch.shape, batch.exchange.group)
+
+    def _in_one_tile(
+        self, batch: Batch, centers: Tensor | None, center_temperature: float | Tensor | None, scale: float | Tensor
+    ) -> Tensor | None:
+        """The loss of a small batch, its rows as they came, by a single node; None where that does not serve."""
+        inside, keys = self.form == "inside", len(batch.z) + (0 if centers is None else len(centers))
+        if not self.is_tile(batch.z, keys) or self.form == "split" or self.instance_weight:
+            return None
+        center_scale = None
+        if centers is not None:
+            learns = isinstance(center_temperature, Tensor) and center_temperature.requires_grad
+            if learns or self.center_weight == 0 or (inside and self.center_weight != 1):
+                return None
+            if isinstance(center_temperature, Tensor):
+                center_scale = center_temperature.to(accumulation_dtype(batch.z)).reciprocal()
+            elif center_temperature is not None:
+                center_scale = 1.0 / center_temperature
+        losses = self_contrast(
+            batch.z,
+            batch.ids,
+            scale=scale,
+            centers=centers,
+            center_scale=center_scale,
+            center_weight=self.center_weight,
+            inside=inside,
+            normalize=self.normalize,
+            reduction=self.reduction,
+        )
+        return losses if losses is None or self.reduction != "none" else losses.view(batch.shape)
 
     def _outside(self, batch: Batch, scale: float | Tensor, to_centers: _ToCenters | None) -> _Parts:
         """Losses of "joint" and "split"; of the instance alone, if it has a weight; who has a positive."""

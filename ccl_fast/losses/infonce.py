@@ -11,6 +11,7 @@ from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_queries
 from ccl_fast.ops import cross_entropy, logaddexp, mutual_logsumexp, row_dot, streaming_logsumexp
+from ccl_fast.ops.contrast_tile import tower_contrast, views_contrast
 from ccl_fast.ops.logsumexp.distributed import Wanted, global_contrast
 
 
@@ -83,6 +84,11 @@ class InfoNCELoss(Loss):
         Raises:
             ValueError: an argument has the wrong type, shape, dtype, device or value.
         """
+        if negatives is None and self.process_group is None:
+            self._check(queries, keys, negatives)
+            in_one_tile = self._in_one_tile(queries, keys)
+            if in_one_tile is not None:
+                return in_one_tile
         rows = dict(zip(self._names, (queries, keys), strict=True))
         _, exchange, first = self.join_processes(lambda: self._check(queries, keys, negatives), rows)
         losses, shape = self._losses(queries, keys, negatives, exchange, first)
@@ -93,6 +99,22 @@ class InfoNCELoss(Loss):
         if negatives is None and not self.in_batch_negatives:
             raise ArgumentError("negatives: expected rows [m, d] with in_batch_negatives=False, got None")
         return counts
+
+    def _in_one_tile(self, queries: Tensor, keys: Tensor | None) -> Tensor | None:
+        """The loss of a small batch by a single node; None where that does not serve."""
+        if keys is None:
+            return self.of_views_in_one_tile(queries, None)
+        if not self.is_tile(queries, queries.shape[0]):
+            return None
+        options = {"scale": 1.0 / self.temperature, "normalize": self.normalize, "reduction": self.reduction}
+        return tower_contrast(queries, keys, symmetric=self.symmetric, **options)
+
+    def of_views_in_one_tile(self, first: Tensor, second: Tensor | None) -> Tensor | None:
+        """The loss of two views of a small batch, [n, d] each or both [n, 2, d], likewise."""
+        if not self.is_tile(first[..., 0, :] if second is None else first, 4 * first.shape[0]):
+            return None
+        options = {"scale": 1.0 / self.temperature, "normalize": self.normalize, "reduction": self.reduction}
+        return views_contrast(first, second, **options)
 
     def _losses(
         self, queries: Tensor, keys: Tensor | None, negatives: Tensor | None, exchange: Exchange, first: int

@@ -115,6 +115,11 @@ class NTXentLoss(InfoNCELoss):
             return self._with_bank(embeddings, labels, negatives)
         if labels is not None and _same_shape(embeddings, labels):
             # Two views, not two towers: rows of one view are negatives of each other too.
+            if self.process_group is None:
+                self._check(embeddings, labels, None)
+                in_one_tile = self.of_views_in_one_tile(embeddings, labels)
+                if in_one_tile is not None:
+                    return in_one_tile
             embeddings, labels = torch.stack((embeddings, labels), dim=1), None
         return super().forward(embeddings, labels)
 

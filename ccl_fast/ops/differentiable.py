@@ -45,7 +45,7 @@ class Differentiable:
         def save_in(ctx, inputs, output) -> None:
             save(ctx, inputs, output)
 
-        refuse = {"jvp": staticmethod(self._refuse_forward_mode)}
+        refuse = {"jvp": staticmethod(refuse_forward_mode(name))}
         # The compiler traces no Function with a `jvp`.
         self._traced = _function(name, {"forward": run, "backward": gradients})
         self._eager = type(name, (self._traced,), refuse)
@@ -79,12 +79,6 @@ class Differentiable:
         results = tuple(torch.stack(results) for results in zip(*calls, strict=True))
         return results, (0,) * len(results)
 
-    def _refuse_forward_mode(self, *_) -> None:
-        raise RuntimeError(
-            f"{self.name}: forward-mode derivatives (torch.func.jvp, jacfwd, forward_ad) are not implemented. "
-            "Use the reverse mode's (torch.func.grad, vjp, jacrev, backward)."
-        )
-
 
 class GradientOperator(Differentiable):
     """A gradient as an operator of torch.library of its own, which refuses to be differentiated.
@@ -96,11 +90,7 @@ class GradientOperator(Differentiable):
     """
 
     def __init__(self, name: str, forward: Callable, fake: Callable, of: str, instead: str = ""):
-        def refuse(ctx, *grads):
-            raise RuntimeError(
-                f"{of}: the gradient of its gradient is not implemented (double backward, create_graph=True).{instead}"
-            )
-
+        refuse = refuse_double_backward(of, instead)
         super().__init__(name, forward, lambda ctx, inputs, output: None, refuse, fake)
 
     def __call__(self, *inputs) -> Any:
@@ -108,6 +98,29 @@ class GradientOperator(Differentiable):
         if torch.is_grad_enabled() or is_traced(inputs[0]) or are_transforms_active():
             return super().__call__(*inputs)
         return self.forward(*inputs)
+
+
+def refuse_forward_mode(name: str) -> Callable:
+    """Return a ``jvp`` that raises."""
+
+    def refuse(*_):
+        raise RuntimeError(
+            f"{name}: forward-mode derivatives (torch.func.jvp, jacfwd, forward_ad) are not implemented. "
+            "Use the reverse mode's (torch.func.grad, vjp, jacrev, backward)."
+        )
+
+    return refuse
+
+
+def refuse_double_backward(of: str, instead: str = "") -> Callable:
+    """Return a ``backward`` of a gradient that raises."""
+
+    def refuse(*_):
+        raise RuntimeError(
+            f"{of}: the gradient of its gradient is not implemented (double backward, create_graph=True).{instead}"
+        )
+
+    return refuse
 
 
 def _need_gradients(inputs: tuple) -> bool:

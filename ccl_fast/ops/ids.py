@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import host_knows
+
 
 def consecutive_ids(ids: Tensor) -> Tensor:
     """Relabel ids to 0, 1, ... in their order, int64 [n]; unlike torch.unique without a host copy."""
@@ -20,6 +22,8 @@ def same_id_count(ids: Tensor) -> Tensor:
 
 def separate_unassigned(ids: Tensor, first: int = 0) -> Tensor:
     """Give each sample whose id is below 0 one of its own, below 0 too; ``first`` is the number of the first sample."""
+    if host_knows(ids) and ids.shape[0] and ids.min().item() >= 0:
+        return ids
     return torch.where(ids < 0, -1 - torch.arange(first, first + ids.shape[0], device=ids.device), ids)
 
 

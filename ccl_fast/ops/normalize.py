@@ -25,15 +25,16 @@ def normalize_embeddings(x: Tensor) -> Tensor:
     """
     x = x.to(accumulation_dtype(x))
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    if host_knows(norm) and _all_usual(norm):
+    if host_knows(norm) and x.shape[0] and lengths_are_usual(norm.detach()):
         return x * norm.reciprocal()
     x, is_zero = _of_length_one_or_so(x)
     return (x * torch.linalg.vector_norm(x, dim=1, keepdim=True).reciprocal()).masked_fill(is_zero, 0.0)
 
 
-def _all_usual(norm: Tensor) -> bool:
-    """Tell whether this is the usual case; only a CPU knows without waiting."""
-    return bool(((norm >= 2.0**SHORTEST) & (norm <= 2.0**LONGEST)).all())
+def lengths_are_usual(norm: Tensor) -> bool:
+    """Tell whether this is the usual case, at least one row; only a CPU knows without waiting."""
+    low, high = norm.aminmax()
+    return low.item() >= 2.0**SHORTEST and high.item() <= 2.0**LONGEST
 
 
 def _of_length_one_or_so(x: Tensor) -> tuple[Tensor, Tensor]:

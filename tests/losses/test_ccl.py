@@ -24,7 +24,7 @@ from tests.oracles.losses import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FORMS = ("joint", "split", "inside")
-BACKENDS = ("reference", "blocked")
+BACKENDS = ("reference", "blocked", "auto")
 every_form = pytest.mark.parametrize("form", FORMS)
 
 

@@ -31,6 +31,7 @@ from ccl_fast.losses import (
     SwAVLoss,
     WhitenedCSELoss,
 )
+from ccl_fast.ops import contrast_tile
 from ccl_fast.ops.logsumexp import blocked
 from tests.losses.test_adameow import adameow
 from tests.losses.test_cluster_negatives import center_negatives, definition
@@ -91,11 +92,20 @@ class Use:
         loss = getattr(self.loss, "func", self.loss)
         return {name: value for name, value in options.items() if name not in loss.unsupported}
 
+    def in_one_tile(self):
+        """The same, as "auto" has it of a small batch in the place of "blocked"."""
+        return InOneTile(self.loss, self.oracle, self.arguments, self.fullgraph, **self.options)
+
     def exact(self, z, **options):
         def oracle(z, **options):
             return self.oracle(*self.arguments(z), **options)
 
         return evaluate_oracle(oracle, z, **self.options, **options)
+
+
+class InOneTile(Use):
+    def supported(self, options):
+        return super().supported(options | ({"backend": "auto"} if options.get("backend") == "blocked" else {}))
 
 
 class MoCHi(MoCHiLoss):
@@ -229,6 +239,8 @@ USES = {
     ),
     "infonce queue": Use(InfoNCELoss, infonce, lambda z: (z[:5, 0], z[:5, 1], z[5:, 0]), symmetric=False),
 }
+TILED = ("ccl joint", "ccl inside", "ccl with concentrations", "supcon outside", "infonce views", "infonce towers")
+USES |= {f"{name}, a tile": USES[name].in_one_tile() for name in TILED}
 every_use = pytest.mark.parametrize("use", USES.values(), ids=USES)
 FIRST_OF_A_LOSS = {name.partition(" ")[0]: name for name in reversed(USES)}.values()
 every_loss = pytest.mark.parametrize("loss", LOSSES)
@@ -418,7 +430,8 @@ def test_inputs_are_left_alone_and_results_repeat_bit_for_bit(use, backend):
 
 
 @every_use
-def test_auto_is_blocked_on_a_cpu(use):
+def test_auto_is_blocked_on_a_cpu(use, monkeypatch):
+    monkeypatch.setattr(contrast_tile, "MAX_ELEMENTS", 0)  # as of a batch that is no single tile
     results = zip(evaluate(use.module(), views()), evaluate(use.module(backend="blocked"), views()), strict=True)
     assert all(torch.equal(a, b) for a, b in results)
 

@@ -89,6 +89,8 @@ BACKENDS = (
     ("blocked", torch.float32),
     ("blocked", torch.bfloat16),
     ("blocked", torch.float16),
+    ("auto", torch.float32),
+    ("auto", torch.bfloat16),
     ("triton", torch.float32),
     ("triton", torch.float16),
 )

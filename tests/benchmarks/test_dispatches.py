@@ -1,0 +1,31 @@
+"""A step of a small batch dispatches no more operations than these, on any machine."""
+
+import pytest
+
+from benchmarks.losses.dispatches import count_all
+
+# By loss: on a CPU, on a GPU (a few of them are views, which launch nothing).
+MAX_OPERATIONS = {"CCL": (60, 88), "SupCon": (50, 80), "NT-Xent": (48, 58), "CLIP": (56, 68)}
+
+
+@pytest.fixture(scope="module")
+def counts():
+    return count_all()
+
+
+@pytest.mark.parametrize("loss", MAX_OPERATIONS)
+def test_one_tile(counts, loss):
+    on_cpu, on_gpu = MAX_OPERATIONS[loss]
+    found = counts[loss]
+    assert found["cpu"].operations <= min(on_cpu, found["plain"].operations)
+    assert found["gpu"].operations <= on_gpu
+    assert found["cpu"].kernels == found["gpu"].kernels == 0
+
+
+@pytest.mark.parametrize("loss", MAX_OPERATIONS)
+def test_several_tiles(counts, loss):
+    """What a larger batch takes; SupCon and CCL list what has a single positive."""
+    operations, kernels = {"CCL": (420, 6), "SupCon": (190, 3), "NT-Xent": (165, 3), "CLIP": (245, 8)}[loss]
+    assert counts[loss]["blocked"].operations <= operations
+    assert counts[loss]["triton"].operations <= operations
+    assert counts[loss]["triton"].kernels == kernels

@@ -1,0 +1,138 @@
+"""A small batch as a single node: against the dense backend, on a CPU and as on a GPU, which does not wait."""
+
+import pytest
+import torch
+
+from ccl_fast import CCLLoss, InfoNCELoss, NTXentLoss, SupConLoss
+from ccl_fast.ops import contrast_tile
+from ccl_fast.ops.normalize import SHORTEST
+from tests.tolerance import assert_as_accurate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+N, D, K = 13, 6, 5
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def rows(*shape, seed=0):
+    return torch.randn(*shape, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+IDS = torch.tensor([0, 1, 1, -1, 2, 0, 0, 3, -1, 1, 4, 4, 2])
+ALONE = torch.arange(N)
+CENTERS, SCALES = rows(K, seed=1), torch.rand(K, generator=torch.Generator().manual_seed(2)) + 0.2
+# What is built, and called with the leaves.
+CASES = {
+    "ccl": (CCLLoss, {}, lambda f, x: f(x, IDS, CENTERS.to(x.dtype)), 1),
+    "ccl, weight": (CCLLoss, {"center_weight": 0.5}, lambda f, x: f(x, IDS, CENTERS.to(x.dtype)), 1),
+    "ccl, temperature": (CCLLoss, {"center_temperature": 0.4}, lambda f, x: f(x, IDS, CENTERS.to(x.dtype)), 1),
+    "ccl, temperatures": (CCLLoss, {"center_temperature": SCALES}, lambda f, x: f(x, IDS, CENTERS.to(x.dtype)), 1),
+    "ccl, inside": (CCLLoss, {"form": "inside"}, lambda f, x: f(x, IDS, CENTERS.to(x.dtype)), 1),
+    "supcon": (SupConLoss, {}, lambda f, x: f(x, IDS), 1),
+    "supcon, inside": (SupConLoss, {"form": "inside"}, lambda f, x: f(x, IDS), 1),
+    "supcon, no positives": (SupConLoss, {}, lambda f, x: f(x, ALONE), 1),
+    "supcon, one class": (SupConLoss, {}, lambda f, x: f(x, 0 * ALONE), 1),
+    "ccl, views": (CCLLoss, {}, lambda f, x, y: f(torch.stack((x, y), 1), IDS, CENTERS.to(x.dtype)), 2),
+    "nt-xent": (NTXentLoss, {}, lambda f, x, y: f(x, y), 2),
+    "infonce of views": (InfoNCELoss, {}, lambda f, x, y: f(torch.stack((x, y), 1)), 2),
+    "towers": (InfoNCELoss, {}, lambda f, x, y: f(x, y), 2),
+    "one tower": (InfoNCELoss, {"symmetric": False}, lambda f, x, y: f(x, y), 2),
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+@pytest.fixture(params=(True, False), ids=("cpu", "gpu"), autouse=True)
+def is_known(request, monkeypatch):
+    if not request.param:
+        monkeypatch.setattr(contrast_tile, "is_known", lambda x: False)
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """How often a node of this kind was made."""
+    made = []
+    for name in ("_SelfContrast", "_ViewsContrast", "_TowerContrast"):
+        node = getattr(contrast_tile, name)
+        monkeypatch.setattr(node, "apply", lambda *inputs, apply=node.apply: made.append(1) or apply(*inputs))
+    return made
+
+
+def evaluate(case, dtype, backend, leaves=None, temperature=0.2, **options):
+    """Losses and gradients of all that learns, each loss with a weight of its own."""
+    loss, own, call, count = CASES[case]
+    module = loss(temperature, backend=backend, learnable_temperature=True, **own, **options)
+    if dtype == torch.float64:
+        module.double()
+    if leaves is None:
+        leaves = [rows(N, seed=3 + i) for i in range(count)]
+    leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in leaves]
+    losses = call(module, *leaves)
+    weights = torch.linspace(1, 2, losses.numel(), dtype=losses.dtype).view(losses.shape)
+    grads = torch.autograd.grad((losses * weights).sum(), [*leaves, module.log_temperature])
+    return {"losses": losses.detach(), **dict(zip((*"xy"[: len(leaves)], "temperature"), grads, strict=True))}
+
+
+@every_case
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("normalize", (True, False))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+def test_as_accurate_as_the_dense_backend(case, reduction, normalize, dtype, tiles):
+    options = {"reduction": reduction, "normalize": normalize}
+    exact = evaluate(case, torch.float64, "reference", **options)
+    plain = evaluate(case, dtype, "reference", **options)
+    found = evaluate(case, dtype, "auto", **options)
+    assert len(tiles) == 1
+    for name in found:
+        assert found[name].dtype == plain[name].dtype
+        # The temperature's gradient is a sum that may cancel: in units of what it sums.
+        magnitude = exact["x"].abs().sum() * rows(N, seed=3).abs().max() if name == "temperature" else None
+        assert_as_accurate(found[name], exact[name], plain[name], dtype, name, magnitude=magnitude)
+
+
+@every_case
+@pytest.mark.parametrize("length", (1e-30, 1e-8, 1e25))
+def test_rows_of_any_length_have_their_direction(case, length, tiles):
+    """One of them, beside usual ones, and one of zeros: the gradient is that of its direction, or 0."""
+    count = CASES[case][3]
+    usual = [rows(N, seed=3 + i) for i in range(count)]
+    leaves = [x.clone() for x in usual]
+    leaves[0][4] *= length / leaves[0][4].norm()
+    leaves[0][6] = usual[0][6] = 0.0
+    found = evaluate(case, torch.float32, "auto", leaves, reduction="none")
+    expected = evaluate(case, torch.float64, "reference", usual, reduction="none")
+    assert len(tiles) == 1
+    torch.testing.assert_close(found["losses"].double(), expected["losses"], rtol=1e-5, atol=1e-5)
+    assert not found["x"][6].any()
+    of_length = expected["x"][4] * usual[0][4].norm() / max(length, 2.0**SHORTEST)
+    torch.testing.assert_close(found["x"][4].double(), of_length, rtol=1e-4, atol=1e-4 * float(of_length.abs().max()))
+
+
+def test_positives_that_vanish_beside_the_others():
+    """Inside: their share of the sum is below what float32 holds."""
+    x = torch.eye(4, D, dtype=torch.float64)
+    x[1], x[2], x[3] = -x[0], x[0] + 0.01 * x[2], x[1] * 1.0
+    labels, options = torch.tensor([0, 0, 1, 2]), {"form": "inside", "reduction": "none"}
+    for backend, dtype in (("reference", torch.float64), ("auto", torch.float32)):
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        losses = SupConLoss(0.01, backend=backend, **options)(leaf, labels)
+        (grad,) = torch.autograd.grad(losses.sum(), leaf)
+        if backend == "reference":
+            expected = losses.detach(), grad
+    assert 100 < losses[0] < 300
+    torch.testing.assert_close(losses.detach().double(), expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad.double(), expected[1], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", ({"form": "split"}, {"instance_weight": 0.3}, {"backend": "blocked"}))
+def test_what_it_does_not_serve_goes_the_other_way(options, tiles):
+    x = torch.stack((rows(N), rows(N, seed=1)), 1)
+    found = CCLLoss(0.2, **options)(x, IDS, CENTERS)
+    assert not tiles
+    torch.testing.assert_close(found, CCLLoss(0.2, **(options | {"backend": "reference"}))(x, IDS, CENTERS))
+
+
+def test_a_larger_batch_goes_the_other_way(tiles, monkeypatch):
+    monkeypatch.setattr(contrast_tile, "MAX_ELEMENTS", N * N)
+    SupConLoss(0.2)(rows(N), IDS)
+    assert len(tiles) == 1
+    SupConLoss(0.2)(rows(N + 1), torch.zeros(N + 1, dtype=torch.int64))
+    assert len(tiles) == 1
