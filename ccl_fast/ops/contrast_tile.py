@@ -74,6 +74,8 @@ def self_contrast(
     Returns:
         A scalar, or ``[n]``.
     """
+    if centers is not None and centers.requires_grad:
+        centers = centers.detach()
     return _SelfContrast.apply(x, centers, scale, center_scale, ids, center_weight, inside, normalize, reduction)
 
 
