@@ -34,7 +34,7 @@ SIGNATURES = {
     "AdaMEOWLoss": (0.1, "symmetric weigh_positive", ONE_PROCESS, "queries cluster_ids * weights keys"),
     "CACRLoss": (
         1.0,
-        "t_positive t_negative negatives_of",
+        "t_positive t_negative negatives_of rbf",
         "temperature learnable_temperature backend process_group exchange",
         "embeddings labels",
     ),
