@@ -9,6 +9,7 @@ from torch import Tensor
 from ccl_fast.checks import check_choice, check_not_negative, check_positive
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
+from ccl_fast.losses.batch import labels_as_ids
 from ccl_fast.ops import expected_similarity, row_dot, streaming_logsumexp
 from ccl_fast.ops.ids import consecutive_ids
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
@@ -97,8 +98,8 @@ class CACRLoss(Loss):
 
         Args:
             embeddings: ``[n, views, d]``, or ``[n, d]`` with labels; float64, float32, bfloat16, float16.
-            labels: ``[n]``, integers: the positives are the rows of the class, and the negatives those of other
-                classes. -1 is unlabelled: a class of its own. None: each sample is a class.
+            labels: ``[n]``, whole numbers of any dtype: the positives are the rows of the class, and the negatives
+                those of other classes. -1 is unlabelled: a class of its own. None: each sample is a class.
 
         Returns:
             The loss, float32 (float64 for float64 embeddings). A row without a positive has the loss 0 and does not
@@ -108,6 +109,7 @@ class CACRLoss(Loss):
             ValueError: an argument has the wrong type, shape, dtype, device or value.
             IndexError: a label is below -1 (on a GPU: an assertion on the device).
         """
+        labels = None if labels is None else labels_as_ids(labels, embeddings)
         batch = self.prepare(embeddings, labels, "labels")
         z = batch.z
         if not self.normalize:

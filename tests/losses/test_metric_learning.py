@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import ccl_fast
-from ccl_fast.losses import ntxent
+from ccl_fast.losses import CACRLoss, SBCLLoss, ntxent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ("SupConLoss", "NTXentLoss")
@@ -258,6 +258,15 @@ def test_dtypes_of_labels(name, dtype):
     torch.testing.assert_close(
         ours(x, labels.to(dtype), None, refs, labels.to(dtype)), ours(x, labels, None, refs, labels)
     )
+
+
+@pytest.mark.parametrize("dtype", (*INTEGERS, torch.bool, torch.float16, torch.float32))
+def test_dtypes_of_labels_of_other_losses(dtype):
+    x, labels = rows().view(11, 1, 6), torch.arange(11) % (2 if dtype == torch.bool else 3)
+    for loss in (CACRLoss(), lambda x, labels: SBCLLoss()(x, labels, torch.arange(11) % 4)):
+        torch.testing.assert_close(loss(x, labels.to(dtype)), loss(x, labels))
+        with pytest.raises(ValueError, match=r"labels: expected integers, got torch.float32"):
+            loss(x, labels + 0.5)
 
 
 TEMPERATURES = {

@@ -78,7 +78,12 @@ SIGNATURES = {
     "PamCLoss": (0.1, "form", "exchange", "queries keys cluster_ids * positives"),
     "NTXentLoss": (0.5, "unassigned", "", "embeddings labels indices_tuple ref_emb ref_labels * negatives"),
     "ProtoNCELoss": (0.1, "in_batch_negatives", "", "queries cluster_ids centers * center_temperature keys negatives"),
-    "SBCLLoss": (0.1, "class_weight own_views", "", "embeddings labels cluster_ids * class_temperature"),
+    "SBCLLoss": (
+        0.1,
+        "class_weight base_temperature own_views",
+        "",
+        "embeddings labels cluster_ids * class_temperature",
+    ),
     "SCGCLoss": (1.0, "self_term", ONE_PROCESS, "embeddings * influence"),
     "SepCLRLoss": (
         0.5,
