@@ -159,6 +159,7 @@ class CACRLoss(Loss):
 
         A row's mean is the ratio of two sums: of e^(-(t_negative + t) |.|^2) and of the weights before they sum to 1.
         """
+        assert self.rbf is not None
         norm = 2.0
         if not self.normalize:
             q, k, norm = _with_norms(q, k)
