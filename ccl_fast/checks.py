@@ -178,7 +178,7 @@ def check_logits(q: Tensor, k: Tensor | None, scale, key_bias) -> None:
 
 def check_scale(name: str, scale) -> None:
     """Check that a scale is a number or a tensor of one element."""
-    if isinstance(scale, bool) or not isinstance(scale, Tensor | int | float):
+    if isinstance(scale, bool) or not isinstance(scale, Tensor | Real):
         raise ArgumentError(f"{name}: expected a number or a tensor of one element, got {scale!r}")
     if isinstance(scale, Tensor) and scale.numel() != 1:
         raise ArgumentError(f"{name}: expected a number or a tensor of one element, got shape {tuple(scale.shape)}")

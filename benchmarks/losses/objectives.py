@@ -234,7 +234,10 @@ OBJECTIVES = {
             "DeepClusterV2Loss",
             _module("DeepClusterV2Loss", lambda loss, x: loss(x.embeddings, [x.cluster_ids], [x.centers])),
         ),
-        Objective("PamCLoss", _module("PamCLoss", lambda loss, x: loss(*x.embeddings.unbind(1), x.cluster_ids))),
+        Objective(
+            "PamCLoss",
+            _module("PamCLoss", lambda loss, x: loss(*x.embeddings.unbind(1), x.cluster_ids), form="node"),
+        ),
         Objective("MCLLoss", _module("MCLLoss", lambda loss, x: loss(x.embeddings, [x.cluster_ids])), clusters=32),
         Objective("MEOWLoss", _module("MEOWLoss", lambda loss, x: loss(x.embeddings, x.cluster_ids))),
         Objective(

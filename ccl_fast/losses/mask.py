@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import assert_on_device, check_same, check_tensor
+from ccl_fast.checks import assert_on_device, check_same, check_tensor, host_knows
 from ccl_fast.errors import ArgumentError
+from ccl_fast.losses.pairs import entries
 from ccl_fast.ops import row_dot
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
@@ -22,7 +23,7 @@ def check_mask(mask: Tensor, rows: Tensor) -> None:
     check_same("mask", mask, "embeddings", rows, dtype=False)
     values = mask.values() if mask.layout == torch.sparse_csr else mask
     inside = ((values >= 0) & values.isfinite()).all()
-    if values.device.type != "cpu" or torch.compiler.is_compiling():
+    if not host_knows(inside):
         assert_on_device(inside, "mask: expected weights >= 0")
     elif not inside:
         raise ArgumentError(f"mask: expected finite weights >= 0, got {values.min():g} to {values.max():g}")
@@ -45,24 +46,17 @@ def masked_similarity(z: Tensor, anchors: Tensor, mask: Tensor) -> tuple[Tensor,
     """
     wide = accumulation_dtype(z)
     with without_autocast(z.device):
-        mask = mask.detach()
         if mask.layout == torch.sparse_csr:
-            rows, columns = _edges(mask)
-            weights = mask.values().to(wide)
-            matrix = torch.sparse_coo_tensor(torch.stack((rows, columns)), weights, mask.shape, check_invariants=False)
-            total = weights.new_zeros(len(z)).index_add(0, rows, weights)
-            own = weights.new_zeros(len(z)).index_add(0, rows, weights.masked_fill(rows != columns, 0.0))
+            pairs, weights = entries(mask)
+            weights = weights.to(wide)
+            matrix = torch.sparse_coo_tensor(torch.stack(pairs), weights, mask.shape, check_invariants=False)
+            total = pairs.sums(weights, len(z))
+            own = pairs.sums(weights.masked_fill(~pairs.diagonal, 0.0), len(z))
         else:
-            matrix = mask.to(wide)
+            matrix = mask.detach().to(wide)
             total, own = matrix.sum(1), matrix.diagonal()
         # The product with the sums of the views: no similarity is computed but that of each row with its own.
         wanted = matrix @ z.to(wide).sum(1)
     own = own[:, None].expand(anchors.shape[:2])
     positives = row_dot(anchors, wanted[:, None]) - own * row_dot(anchors, anchors)
     return positives.flatten(), (z.shape[1] * total[:, None] - own).flatten()
-
-
-def _edges(mask: Tensor) -> tuple[Tensor, Tensor]:
-    columns = mask.col_indices().long()
-    rows = torch.arange(len(mask), device=mask.device)
-    return rows.repeat_interleave(mask.crow_indices().diff(), output_size=len(columns)), columns

@@ -142,6 +142,7 @@ class NTXentLoss(InfoNCELoss):
         if ref_emb is None:
             if ref_labels is not None:
                 raise ArgumentError("ref_emb: expected rows [m, d] with ref_labels, got None")
+            assert labels is not None
             batch = self.prepare(embeddings, labels_as_ids(labels, embeddings, self.unassigned), "labels")
             (ids, order), shape = batch.ids.sort(), batch.shape
             q = k = batch.z[order]

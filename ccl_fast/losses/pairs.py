@@ -1,39 +1,81 @@
-"""Pairs of rows and references that a miner lists, as pytorch-metric-learning's do."""
+"""Lists of pairs of rows: those of a miner, as pytorch-metric-learning's, or the entries of a sparse matrix."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_same, check_tensor
+from ccl_fast.checks import assert_on_device, check_floating, check_same, check_tensor, host_knows
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.batch import check_references
 from ccl_fast.ops import edge_similarity
 
+LAYOUTS = (torch.sparse_coo, torch.sparse_csr)
+
 
 class Pairs(NamedTuple):
-    """Listed pairs: row ``rows[e]``, int64, ascending, with reference ``columns[e]``."""
+    """Listed pairs: row ``rows[e]``, int64, ascending, with ``columns[e]``, int64."""
 
     rows: Tensor
     columns: Tensor
 
+    @property
+    def diagonal(self) -> Tensor:
+        """Which are a row with itself."""
+        return self.rows == self.columns
+
     def logits(self, q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:
         """Return the scaled similarities of all, in O(pairs) memory."""
-        number = torch.zeros(len(q) + 1, dtype=torch.int64, device=q.device)
-        number.index_add_(0, self.rows + 1, torch.ones_like(self.rows))
-        return edge_similarity(q, k, number.cumsum(0), self.columns) * scale
+        starts = torch.searchsorted(self.rows, torch.arange(len(q) + 1, device=q.device))
+        return edge_similarity(q, k, starts, self.columns) * scale
 
     def sums(self, x: Tensor, n: int) -> Tensor:
         """Return the sum ``[n]`` over each row's pairs."""
         return x.new_zeros(n).index_add(0, self.rows, x)
 
-    def logsumexp(self, logits: Tensor, n: int) -> Tensor:
-        """Return the log-sum-exp ``[n]`` over each row's pairs; -inf, with zero gradient, where there is none."""
+    def logsumexp(self, logits: Tensor, n: int, weights: Tensor | None = None) -> Tensor:
+        """Return log sum w e^s ``[n]`` over each row's pairs; -inf, with zero gradient, where there is none, w > 0."""
+        if weights is not None:
+            logits = logits.masked_fill(weights == 0, -torch.inf)
         largest = logits.new_full((n,), -torch.inf).scatter_reduce(0, self.rows, logits.detach(), "amax")
         empty = largest == -torch.inf
         largest = largest.masked_fill(empty, 0.0)
-        total = self.sums((logits - largest[self.rows]).exp(), n)
+        terms = (logits - largest[self.rows]).exp()
+        total = self.sums(terms if weights is None else weights * terms, n)
         return (total.masked_fill(empty, 1.0).log() + largest).masked_fill(empty, -torch.inf)
+
+
+def entries(matrix: Tensor) -> tuple[Pairs, Tensor]:
+    """Pairs and weights of the entries of a sparse matrix, CSR or COO."""
+    matrix = matrix.detach()
+    if matrix.layout == torch.sparse_coo:
+        matrix = matrix.coalesce()
+        return Pairs(*matrix.indices()), matrix.values()
+    columns = matrix.col_indices().long()
+    rows = torch.arange(len(matrix), device=columns.device)
+    rows = rows.repeat_interleave(matrix.crow_indices().diff(), output_size=len(columns))
+    return Pairs(rows, columns), matrix.values()
+
+
+def check_graph(name: str, x: Tensor, nodes: int | None = None) -> None:
+    """Check a square sparse matrix of weights >= 0; on a GPU the device tells of a wrong weight, later."""
+    check_tensor(name, x)
+    if x.layout not in LAYOUTS:
+        raise ArgumentError(f"{name}: expected a sparse tensor, CSR or COO, got layout {x.layout}")
+    check_floating(name, x)
+    shape = list(x.shape)
+    nodes = shape[0] if nodes is None else nodes
+    if shape != [nodes, nodes]:
+        raise ArgumentError(f"{name}: expected shape [{nodes}, {nodes}], got {shape}")
+    if x.sparse_dim() != 2:
+        raise ArgumentError(f"{name}: expected two sparse dimensions, got {x.sparse_dim()}")
+    weights = x._values() if x.layout == torch.sparse_coo else x.values()
+    message = f"{name}: expected weights >= 0"
+    are_weights = (weights >= 0).all()
+    if not host_knows(are_weights):
+        assert_on_device(are_weights, message)
+    elif not are_weights:
+        raise ArgumentError(f"{message}, got a smallest of {weights.min():g}")
 
 
 def positive_and_negative_pairs(

@@ -5,10 +5,10 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_flag, check_not_negative, check_same, check_tensor
+from ccl_fast.checks import check_flag, check_not_negative, check_positive, check_same, check_tensor
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
-from ccl_fast.losses.batch import check_center_temperature, check_ids
+from ccl_fast.losses.batch import check_center_temperature, check_ids, labels_as_ids
 from ccl_fast.ops import cross_entropy, logaddexp, streaming_logsumexp
 from ccl_fast.ops.ids import joint_ids, separate_unassigned
 from ccl_fast.ops.logsumexp.distributed import Wanted, global_contrast, global_same_id_similarity
@@ -27,10 +27,10 @@ class SBCLLoss(Loss):
               \log \frac{e^{s_{ip}}}{\sum_{j \in (A(i) \setminus M(i)) \cup V(i)} e^{s_{ij}}}, \qquad
         R(i) = (P(i) \setminus M(i)) \cup V(i)
 
-    with V(i) the other views of the anchor's sample, which are of its subclass, or with ``own_views=False`` none. A
-    term without positives is 0; the mean is over the anchors that have a positive. Where subclasses are classes it
-    is SupCon, with ``own_views=False``. One pass gives both log-sum-exps. Memory is linear in n; a second derivative
-    raises.
+    with V(i) the other views of the anchor's sample, which are of its subclass, or with ``own_views=False`` none. With
+    a base temperature :math:`T_0` the first term is times :math:`T / T_0`. A term without positives is 0; the mean is
+    over the anchors that have a positive. Where subclasses are classes it is SupCon, with ``own_views=False``. One pass
+    gives both log-sum-exps. Memory is linear in n; a second derivative raises.
 
     Hou et al., "Subclass-balancing Contrastive Learning for Long-tailed Recognition" (arXiv:2306.15925), where the
     subclasses of head classes are clusters of about the size of a tail class, and the second term has a temperature
@@ -39,6 +39,7 @@ class SBCLLoss(Loss):
     Args:
         temperature: T, > 0; the initial value if learnable.
         class_weight: beta, >= 0; the default is that of the authors' code.
+        base_temperature: :math:`T_0`, > 0, in the weight of the first term; 0.07 in the authors' code. None: T.
         own_views: embeddings ``[n, views, d]`` have their own views in the second term too, as in the authors' code.
         learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `Loss`.
 
@@ -59,13 +60,16 @@ class SBCLLoss(Loss):
         temperature: float = 0.1,
         *,
         class_weight: float = 0.25,
+        base_temperature: float | None = None,
         own_views: bool = True,
         **common: Unpack[CommonOptions],
     ):
         super().__init__(temperature, **common)
         check_not_negative("class_weight", class_weight)
         check_flag("own_views", own_views)
-        self.class_weight, self.own_views = class_weight, own_views
+        if base_temperature is not None:
+            check_positive("base_temperature", base_temperature)
+        self.class_weight, self.base_temperature, self.own_views = class_weight, base_temperature, own_views
 
     def forward(
         self,
@@ -79,7 +83,7 @@ class SBCLLoss(Loss):
 
         Args:
             embeddings: ``[n, d]`` (one row per view) or ``[n, views, d]``; float64, float32, bfloat16, float16.
-            labels: ``[n]``, integers: the classes; -1 is unlabelled, a class of its own.
+            labels: ``[n]``, whole numbers of any dtype: the classes; -1 is unlabelled, a class of its own.
             cluster_ids: ``[n]``, integers: the subclasses, found within each class: the same number in two classes is
                 two subclasses. -1: a subclass of its own.
             class_temperature: ``[k]``, positive, T of the second term for each class, whose labels are then below k;
@@ -93,6 +97,7 @@ class SBCLLoss(Loss):
             ValueError: an argument has the wrong type, shape, dtype, device or value.
             IndexError: a label or a cluster id is below -1 (on a GPU: an assertion on the device).
         """
+        labels = labels_as_ids(labels, embeddings)
 
         def check() -> None:
             check_ids("cluster_ids", cluster_ids, embeddings)
@@ -112,6 +117,8 @@ class SBCLLoss(Loss):
         rest, rest_count = mates - own, mates_count - own_count
         own = own * scale / own_count.clamp(min=1)
         by_subclass = torch.where(own_count == 1, cross_entropy(outside, own), logaddexp(outside, inside) - own)
+        if self.base_temperature is not None:
+            by_subclass = by_subclass / (scale * self.base_temperature)
         if class_temperature is not None:
             temperature = class_temperature.to(outside.dtype)[classes.clamp(min=0)]
             queries = (z / temperature[:, None]).to(z.dtype)

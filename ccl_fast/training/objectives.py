@@ -140,7 +140,7 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
     ),
     "pamc": Objective(
         "PamC",
-        PamCLoss,
+        functools.partial(PamCLoss, form="node"),
         _mean(_pamc),
         "clusters",
         OF_CLUSTERS,

@@ -1,5 +1,7 @@
 """CACRLoss against its definition, its limits in t, and a loss whose softmax sees no other row."""
 
+import functools
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ def views(n=9, count=3, d=6, dtype=torch.float64, seed=0):
 
 
 def cacr(
-    embeddings, labels=None, *, t_positive=1.0, t_negative=2.0, negatives_of="other views", normalize=True,
+    embeddings, labels=None, *, t_positive=1.0, t_negative=2.0, negatives_of="other views", rbf=None, normalize=True,
     reduction="mean",
 ):  # fmt: skip
     z, ids, shape = as_rows(embeddings, labels, normalize)
@@ -25,6 +27,17 @@ def cacr(
     def mean_distance(i, others, t):
         distances = torch.stack([(z[i] - z[j]).square().sum() for j in others])
         return (torch.softmax(t * distances, 0) * distances).sum()
+
+    @functools.cache
+    def log_of_costs(rows, candidates):
+        """Of rows that share candidates, each but those of its own id."""
+        costs = []
+        for i in rows:
+            distances = [(z[i] - z[j]).square().sum() for j in candidates if ids[j] != ids[i]]
+            if distances:
+                distances = torch.stack(distances)
+                costs.append((torch.softmax(-t_negative * distances, 0) * torch.exp(-rbf * distances)).sum())
+        return torch.stack(costs).mean().log()
 
     losses, counted = [], []
     for i in range(len(z)):
@@ -38,7 +51,13 @@ def cacr(
                 views = embeddings.shape[1]
                 others = [v for v in range(views) if v != i % views]
                 groups = [[j for j in negatives if j % views == v] for v in others]
-            loss = loss - sum(mean_distance(i, group, -t_negative) for group in groups) / len(groups)
+            if rbf is None:
+                loss = loss - sum(mean_distance(i, group, -t_negative) for group in groups) / len(groups)
+            elif labels is None and negatives_of == "other views":
+                rows = [range(v, len(z), views) for v in range(views)]
+                loss = loss + sum(log_of_costs(rows[i % views], rows[v]) for v in others) / len(others)
+            else:
+                loss = loss + log_of_costs(range(len(z)), range(len(z)))
         losses.append(loss)
     return reduced(losses, counted, shape, reduction, embeddings)
 
@@ -85,10 +104,76 @@ def test_options(labels, normalize, t_positive, t_negative):
 
 
 @pytest.mark.parametrize("labels", (None, LABELS), ids=("samples", "classes"))
+@pytest.mark.parametrize("negatives_of", ("other views", "all views"))
+@pytest.mark.parametrize("normalize", (True, False))
+@pytest.mark.parametrize("rbf, t_negative", ((2.0, 2.0), (2, 0), (0.5, 20.0), (30.0, 0.3)))
+def test_rbf_cost(labels, negatives_of, normalize, rbf, t_negative):
+    check(views(), labels, 1e-9, rbf=rbf, t_negative=t_negative, negatives_of=negatives_of, normalize=normalize)
+    for reduction in ("sum", "none"):
+        check(views(), labels, 1e-9, rbf=rbf, negatives_of=negatives_of, normalize=normalize, reduction=reduction)
+    if labels is not None:
+        check(views()[:, 0], labels, 1e-9, rbf=rbf, normalize=normalize)
+
+
+def test_rbf_cost_of_the_authors():
+    """A matrix of costs without its diagonal, the logarithm of the mean over its rows; here of both directions."""
+    z = views(count=2)
+    x, y = unit(z).unbind(1)
+    found = []
+    for a, b in ((x, y), (y, x)):
+        away = ~torch.eye(9, dtype=torch.bool)
+        cost = (-2.0 * (a[:, None] - b).norm(dim=-1) ** 2).exp()[away].view(9, 8)
+        weights = (cost.log() * 3.0 / 2.0).softmax(1)
+        found.append((cost * weights).sum(1).mean().log())
+    expected = (x - y).square().sum(1).mean() + sum(found) / 2
+    torch.testing.assert_close(CACRLoss(t_negative=3.0, rbf=2.0)(z), expected)
+
+
+@pytest.mark.parametrize("labels", (None, torch.zeros(9, dtype=torch.long), torch.arange(9)))
+@pytest.mark.parametrize("normalize", (True, False))
+def test_rbf_cost_of_no_negatives_or_positives(labels, normalize):
+    z = views(1 if labels is None else 9).requires_grad_()
+    z = z if labels is None else z[:, 0]
+    loss = CACRLoss(rbf=2.0, normalize=normalize)(z, labels)
+    (gradient,) = torch.autograd.grad(loss, z)
+    assert loss.isfinite() and gradient.isfinite().all() and (loss == 0) == (labels is not None and bool(labels.any()))
+
+
+def test_rbf_cost_without_weights_is_uniformity():
+    z = views()
+    attraction = (
+        CACRLoss(t_negative=0.0, rbf=2.0)(z)
+        - sum(
+            torch.cdist(a, b).square().mul(-2.0).exp()[~torch.eye(9, dtype=torch.bool)].mean().log()
+            for v, a in enumerate(unit(z).unbind(1))
+            for w, b in enumerate(unit(z).unbind(1))
+            if v != w
+        )
+        / 6
+    )
+    one = CACRLoss(t_negative=0.0)(z)
+    x = unit(z)
+    mean = sum(
+        torch.cdist(x[:, v], x[:, w]).square()[~torch.eye(9, dtype=torch.bool)].mean()
+        for v in range(3)
+        for w in range(3)
+        if v != w
+    )
+    torch.testing.assert_close(attraction, one + mean / 6)
+
+
+def test_a_wrong_rbf():
+    for wrong in (0, -1.0, "2", True):
+        with pytest.raises(ValueError, match="rbf: expected a positive number"):
+            CACRLoss(rbf=wrong)
+
+
+@pytest.mark.parametrize("rbf", (None, 2.0))
+@pytest.mark.parametrize("labels", (None, LABELS), ids=("samples", "classes"))
 @pytest.mark.parametrize("normalize", (True, False))
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 0.005)))
-def test_dtypes(labels, normalize, dtype, tolerance):
-    loss, gradient = check(views(dtype=dtype), labels, tolerance, normalize=normalize)
+def test_dtypes(labels, normalize, dtype, tolerance, rbf):
+    loss, gradient = check(views(dtype=dtype), labels, tolerance, normalize=normalize, rbf=rbf)
     assert loss.dtype == torch.float32 and gradient.dtype == dtype
 
 
@@ -263,7 +348,7 @@ def test_errors():
         ((views()[:, :1],), "embeddings: expected at least two views without labels, got 1"),
         ((views()[:, 0],), r"labels: expected integers \[n\] with embeddings \[n, d\], got None"),
         ((views(), LABELS[:4]), r"labels: expected shape \[9\], got \[4\]"),
-        ((views(), LABELS.double()), "labels: expected integers, got torch.float64"),
+        ((views(), LABELS / 2.0), "labels: expected integers, got torch.float32"),
         ((views().long(),), "embeddings: expected float64"),
     ):
         with pytest.raises(ValueError, match=message):

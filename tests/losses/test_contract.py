@@ -182,6 +182,10 @@ USES = {
     "protonce": Use(ProtoNCELoss, protonce, lambda z: (z, *clusterings(IDS, z), [CONCENTRATIONS])),
     "deepcluster": Use(DeepClusterV2Loss, deepcluster, lambda z: (z, *clusterings(ASSIGNED, z))),
     "pamc": Use(PamCLoss, pamc, lambda z: (z[:, 0], z[:, 1], IDS[: len(z)])),
+    "pamc of a graph": Use(
+        PamCLoss, pamc, lambda z: (z[:, 0], None, IDS[: len(z)], graph(len(z)).to_sparse()), fullgraph=False
+    ),
+    "pamc of nodes": Use(PamCLoss, pamc, lambda z: (z[:, 0], z[:, 1], IDS[: len(z)]), form="node"),
     "mcl": Use(MCLLoss, functools.partial(definition, MCLLoss), lambda z: (z, [IDS[: len(z)]])),
     "meow": Use(MEOWLoss, functools.partial(definition, MEOWLoss), lambda z: (z, IDS[: len(z)])),
     "center negatives": Use(CenterNegativesLoss, center_negatives, with_centers),
@@ -740,8 +744,11 @@ def test_a_row_of_zeros_gets_no_gradient_and_leaves_the_others_theirs(use, dtype
     z[0, 0] = 0
     _, gradient, *_ = evaluate(use.module(learnable_temperature=True), z)
     assert gradient.isfinite().all() and gradient.float().norm() < 1e3
-    # (SepCLR's salient features are not of unit length, and whitened rows are not those that came.)
-    assert (gradient[0, 0] == 0).all() or isinstance(use.module().loss_fn, SepCLRLoss | WhitenedCSELoss)
+    # (SepCLR's salient features are not of unit length, whitened rows are not those that came, and meta-nodes are sums
+    # of rows as they come.)
+    loss_fn = use.module().loss_fn
+    others = isinstance(loss_fn, SepCLRLoss | WhitenedCSELoss) or getattr(loss_fn, "form", None) == "meta-node"
+    assert (gradient[0, 0] == 0).all() or others
 
 
 @every_loss

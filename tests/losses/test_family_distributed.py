@@ -52,6 +52,11 @@ USES = {
     "mcl first stage": (MCLLoss, lambda x: (x["z"], []), ["z"]),
     "mcl towers": (MCLLoss, lambda x: (x["z"][:, 0], x["ids"], x["keys"]), ["z"]),
     "pamc": (PamCLoss, lambda x: (x["z"][:, 0], x["keys"], x["ids"][0]), ["z", "keys"]),
+    "pamc of nodes": (
+        functools.partial(PamCLoss, form="node"),
+        lambda x: (x["z"][:, 0], x["keys"], x["ids"][0]),
+        ["z", "keys"],
+    ),
     "pamc of clusters": (
         functools.partial(PamCLoss, form="cluster"),
         lambda x: (x["z"][:, 0], x["keys"], x["ids"][1]),
@@ -148,7 +153,7 @@ def test_reductions(use, reduction):
 
 
 @pytest.mark.parametrize("sizes", [(4,), (0,), (1, 0), (0, 0), (1, 1, 1), (40, 3, 17)], ids=str)
-@pytest.mark.parametrize("use", [*SEVERAL, "pamc of clusters"])
+@pytest.mark.parametrize("use", [*SEVERAL, "pamc of nodes", "pamc of clusters"])
 def test_any_sizes(use, sizes):
     assert_exact(use, sizes)
 
@@ -318,7 +323,7 @@ def double(*shape):
         ("mcl", {"ids": []}, {}, "cluster_ids: .* got 2 tensors on process 0 and 0 tensors on process 1"),
         ("mcl towers", {}, {}, r"keys: expected None with process_group \(views"),
         ("meow", {}, {"symmetric": False}, "symmetric: "),
-        ("pamc", {}, {"form": "cluster"}, "form: .* got node on process 0 and cluster on process 1"),
+        ("pamc", {}, {"form": "cluster"}, "form: .* got meta-node on process 0 and cluster on process 1"),
         ("sbcl", {}, {"class_weight": 0.5}, "class_weight: "),
         ("swav", {"prototypes": double(8, 10)}, {}, r"prototypes: .*float64 \[7, 10\] on process 0 and float64 \[8"),
         ("swav", {}, {"epsilon": 0.1}, "epsilon: .* got 0.05 on process 0 and 0.1 on process 1"),

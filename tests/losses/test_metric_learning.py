@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import ccl_fast
-from ccl_fast.losses import ntxent
+from ccl_fast.losses import CACRLoss, CCLLoss, SBCLLoss, ntxent
+from ccl_fast.losses.batch import labels_as_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ("SupConLoss", "NTXentLoss")
@@ -260,6 +261,15 @@ def test_dtypes_of_labels(name, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", (*INTEGERS, torch.bool, torch.float16, torch.float32))
+def test_dtypes_of_labels_of_other_losses(dtype):
+    x, labels = rows().view(11, 1, 6), torch.arange(11) % (2 if dtype == torch.bool else 3)
+    for loss in (CACRLoss(), lambda x, labels: SBCLLoss()(x, labels, torch.arange(11) % 4)):
+        torch.testing.assert_close(loss(x, labels.to(dtype)), loss(x, labels))
+        with pytest.raises(ValueError, match=r"labels: expected integers, got torch.float32"):
+            loss(x, labels + 0.5)
+
+
 TEMPERATURES = {
     "float32": np.float32(0.25),
     "float16": np.float16(0.25),
@@ -287,6 +297,30 @@ def test_temperatures(name, temperature, learnable_temperature):
             make(wrong)
     with pytest.raises(ValueError, match=r"temperature: expected a positive number, got tensor.*requires_grad"):
         make(torch.tensor(0.1, requires_grad=True))
+
+
+def test_other_options_of_numpy():
+    """They are numbers wherever they come to, the scale of a log-sum-exp too."""
+    x, ids, centers = rows(18).view(9, 2, 6), torch.arange(9) % 3, rows(3)
+    for made in (
+        lambda of: CCLLoss(of(0.5), center_weight=of(0.25), center_temperature=of(0.5), instance_weight=of(0.5)),
+        lambda of: CCLLoss(of(0.5), form="split", center_temperature=of(0.25)),
+    ):
+        expected = made(float)(x, ids, centers)
+        for of in (np.float32, np.float64, np.float16):
+            torch.testing.assert_close(made(of)(x, ids, centers), expected)
+    for of in (np.float32, np.float64):
+        actual = CACRLoss(t_positive=of(1), t_negative=of(2), rbf=of(2))(x)
+        torch.testing.assert_close(actual, CACRLoss(rbf=2.0)(x))
+        torch.testing.assert_close(
+            SBCLLoss(class_weight=of(0.5), base_temperature=of(0.25))(x, ids, ids),
+            SBCLLoss(class_weight=0.5, base_temperature=0.25)(x, ids, ids),
+        )
+
+
+def test_labels_on_the_cpu_go_to_the_embeddings():
+    """As data loaders leave them, and as SelfSupervisedLoss makes them."""
+    assert labels_as_ids(torch.arange(3), torch.empty(3, 2, device="meta"), None).device.type == "meta"
 
 
 # ---- wrappers and the trainer ----

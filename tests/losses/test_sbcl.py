@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 
 def sbcl(
     embeddings, labels, subclasses, *, temperature=0.1, class_weight=0.25, normalize=True, reduction="mean",
-    own_views=True,
+    base_temperature=None, own_views=True,
 ):  # fmt: skip
     z, classes, shape = as_rows(embeddings, labels, normalize)
     _, within, _ = as_rows(embeddings, subclasses, normalize)
@@ -42,7 +42,8 @@ def sbcl(
             outside, rest = outside + same, rest + same
         s, loss = z @ z[i] / temperature, 0.0 * z.sum()
         if own:
-            loss = loss - (s[own] - s[others].logsumexp(0)).mean()
+            weight = 1.0 if base_temperature is None else temperature / base_temperature
+            loss = loss - weight * (s[own] - s[others].logsumexp(0)).mean()
         if rest:
             loss = loss - class_weight * (s[rest] - s[outside].logsumexp(0)).mean()
         losses.append(loss)
@@ -60,7 +61,7 @@ def test_the_definition(views, reduction, backend):
 
 @pytest.mark.parametrize("options", (
     {"temperature": 0.01}, {"temperature": 1.0}, {"normalize": False, "temperature": 0.5}, {"class_weight": 0},
-    {"class_weight": 3.0},
+    {"class_weight": 3.0}, {"base_temperature": 0.07}, {"base_temperature": 3, "temperature": 1.0},
 ))  # fmt: skip
 def test_options(options, backend):
     z = batch(11, 2, 6, 1)[0]
@@ -114,6 +115,8 @@ def test_errors():
     z = batch(11, 2, 6, 1)[0]
     with pytest.raises(ValueError, match="class_weight: expected a number >= 0, got -1"):
         SBCLLoss(class_weight=-1)
+    with pytest.raises(ValueError, match="base_temperature: expected a positive number, got 0"):
+        SBCLLoss(base_temperature=0)
     for arguments, error, message in (
         ((z, LABELS[:3], SUBCLASSES), ValueError, r"labels: expected shape \[11\], got \[3\]"),
         ((z, LABELS, SUBCLASSES[:3]), ValueError, r"cluster_ids: expected shape \[11\], got \[3\]"),
@@ -136,6 +139,8 @@ def test_it_is_the_authors(backend):
     torch.testing.assert_close(loss_fn(*given).item(), 1.8145075327, rtol=0, atol=1e-9)
     of_class = torch.tensor([0.4, 0.6], dtype=torch.float64)
     torch.testing.assert_close(loss_fn(*given, class_temperature=of_class).item(), 1.8842627089, rtol=0, atol=1e-9)
+    weighted, first = SBCLLoss(0.5, base_temperature=0.07, backend=backend), SBCLLoss(0.5, class_weight=0)
+    torch.testing.assert_close(weighted(*given), loss_fn(*given) + (0.5 / 0.07 - 1) * first(*given))
 
 
 @pytest.mark.parametrize("views", (1, 2, 3))

@@ -34,7 +34,7 @@ SIGNATURES = {
     "AdaMEOWLoss": (0.1, "symmetric weigh_positive", ONE_PROCESS, "queries cluster_ids * weights keys"),
     "CACRLoss": (
         1.0,
-        "t_positive t_negative negatives_of",
+        "t_positive t_negative negatives_of rbf",
         "temperature learnable_temperature backend process_group exchange",
         "embeddings labels",
     ),
@@ -75,10 +75,15 @@ SIGNATURES = {
         ONE_PROCESS,
         "queries keys * negatives generator",
     ),
-    "PamCLoss": (0.1, "form", "exchange", "queries keys cluster_ids"),
+    "PamCLoss": (0.1, "form", "exchange", "queries keys cluster_ids * positives"),
     "NTXentLoss": (0.5, "unassigned", "", "embeddings labels indices_tuple ref_emb ref_labels * negatives"),
     "ProtoNCELoss": (0.1, "in_batch_negatives", "", "queries cluster_ids centers * center_temperature keys negatives"),
-    "SBCLLoss": (0.1, "class_weight own_views", "", "embeddings labels cluster_ids * class_temperature"),
+    "SBCLLoss": (
+        0.1,
+        "class_weight base_temperature own_views",
+        "",
+        "embeddings labels cluster_ids * class_temperature",
+    ),
     "SCGCLoss": (1.0, "self_term", ONE_PROCESS, "embeddings * influence"),
     "SepCLRLoss": (
         0.5,

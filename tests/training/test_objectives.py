@@ -87,7 +87,8 @@ def expected_values(z, found, prototypes):
         "protonce": losses.ProtoNCELoss(0.2)(z, [a, b], [mu, nu], center_temperature=[t, u]),
         "deepcluster-v2": losses.DeepClusterV2Loss(0.2)(z, [a, b], [mu, nu]),
         "pamc": mean(
-            losses.PamCLoss(0.2), *[(*of, ids) for of in ((first, second), (second, first)) for ids in (a, b)]
+            losses.PamCLoss(0.2, form="node"),
+            *[(*of, ids) for of in ((first, second), (second, first)) for ids in (a, b)],
         ),
         "meow": mean(losses.MEOWLoss(0.2, weigh_positive=False), (z, a), (z, b)),
         "swav": mean(losses.SwAVLoss(0.2), *[(z, matrix) for matrix in prototypes]),

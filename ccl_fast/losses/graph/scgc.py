@@ -6,22 +6,17 @@ import torch
 from torch import Tensor
 
 from ccl_fast.checks import (
-    assert_on_device,
     check_choice,
     check_count,
     check_flag,
     check_floating,
     check_matrix,
     check_same,
-    check_tensor,
-    host_knows,
 )
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
-from ccl_fast.ops import edge_similarity, logaddexp, streaming_logsumexp
-
-LAYOUTS = (torch.sparse_coo, torch.sparse_csr)
-
+from ccl_fast.losses.pairs import check_graph, entries
+from ccl_fast.ops import logaddexp, streaming_logsumexp
 
 NORMALIZATIONS = ("rows", "symmetric")
 
@@ -85,21 +80,17 @@ class SCGCLoss(Loss):
         check_floating("embeddings", embeddings)
         check_graph("influence", influence, embeddings.shape[0])
         check_same("influence", influence, "embeddings", embeddings, dtype=False)
-        rows, columns, weights = _edges(influence.detach())
+        edges, weights = entries(influence)
         z, scale = self.unit(embeddings), 1.0 / self.temperature
-
-        starts = torch.searchsorted(rows, torch.arange(z.shape[0] + 1, device=rows.device))
-        logits = edge_similarity(z, z, starts, columns) * scale
-        itself = rows == columns
-        logits = logits.masked_fill(itself, 0.0)
+        logits = edges.logits(z, z, scale).masked_fill(edges.diagonal, 0.0)
         # Unwanted it stays, as an edge of weight 0: to drop it would need to know the number of edges.
-        weights = weights.to(logits.dtype).masked_fill(itself & (not self.self_term), 0.0)
+        weights = weights.to(logits.dtype).masked_fill(edges.diagonal & (not self.self_term), 0.0)
         candidates = streaming_logsumexp(z, scale=scale, backend=self.backend)
         if self.self_term:
             candidates = logaddexp(candidates, torch.zeros_like(candidates))
-        positives, has_positive = _weighted_logsumexp(logits, weights, rows, z.shape[0])
-        losses = candidates - positives
-        return self.reduce(losses, has_positive)
+        positives = edges.logsumexp(logits, len(z), weights)
+        has_positive = positives != -torch.inf
+        return self.reduce(candidates - positives.masked_fill(~has_positive, 0.0), has_positive)
 
 
 def influence_matrix(
@@ -139,8 +130,8 @@ def influence_matrix(
         raise ArgumentError(f"adjacency: expected float32 or float64, got {adjacency.dtype}")
     check_count("hops", hops)
     check_choice("normalization", normalization, NORMALIZATIONS)
-    n = adjacency.shape[0]
-    rows, columns, weights = _edges(adjacency.detach())
+    n = len(adjacency)
+    (rows, columns), weights = entries(adjacency)
     loops = torch.arange(n, device=rows.device)
     rows, columns = torch.cat((rows, loops)), torch.cat((columns, loops))
     weights = torch.cat((weights, weights.new_ones(n)))
@@ -152,47 +143,3 @@ def influence_matrix(
         power = torch.sparse.mm(power, step)
         total = total + power if cumulative else power
     return total.coalesce()
-
-
-def check_graph(name: str, x: Tensor, nodes: int | None = None) -> None:
-    """Check a square sparse matrix of weights >= 0; on a GPU the device tells of a wrong weight, later."""
-    check_tensor(name, x)
-    if x.layout not in LAYOUTS:
-        raise ArgumentError(f"{name}: expected a sparse tensor, CSR or COO, got layout {x.layout}")
-    check_floating(name, x)
-    shape = list(x.shape)
-    nodes = shape[0] if nodes is None else nodes
-    if shape != [nodes, nodes]:
-        raise ArgumentError(f"{name}: expected shape [{nodes}, {nodes}], got {shape}")
-    if x.sparse_dim() != 2:
-        raise ArgumentError(f"{name}: expected two sparse dimensions, got {x.sparse_dim()}")
-    weights = x._values() if x.layout == torch.sparse_coo else x.values()
-    message = f"{name}: expected weights >= 0"
-    are_weights = (weights >= 0).all()
-    if not host_knows(are_weights):
-        assert_on_device(are_weights, message)
-    elif not are_weights:
-        raise ArgumentError(f"{message}, got a smallest of {weights.min():g}")
-
-
-def _edges(graph: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows in ascending order, columns (int64) and weights of the entries."""
-    if graph.layout == torch.sparse_coo:
-        graph = graph.coalesce()
-        rows, columns = graph.indices()
-        return rows, columns, graph.values()
-    starts, columns, weights = graph.crow_indices(), graph.col_indices(), graph.values()
-    nodes = torch.arange(graph.shape[0], device=starts.device)
-    rows = nodes.repeat_interleave(starts.diff(), output_size=columns.shape[0])
-    return rows, columns.long(), weights
-
-
-def _weighted_logsumexp(logits: Tensor, weights: Tensor, rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Of every row's entries log sum w e^s, 0 where no weight is positive; and whether one is."""
-    logits = logits.masked_fill(weights == 0, -torch.inf)
-    highest = logits.detach().new_full((n,), -torch.inf).scatter_reduce(0, rows, logits.detach(), "amax")
-    has_any = highest != -torch.inf
-    highest = highest.masked_fill(~has_any, 0.0)
-    terms = weights * (logits - highest[rows]).exp()
-    sums = torch.zeros_like(highest).index_add(0, rows, terms)
-    return sums.masked_fill(~has_any, 1.0).log() + highest, has_any
