@@ -54,7 +54,8 @@ def greedy_rows(one: Data, weights: Tensor, k: int, generator: torch.Generator) 
         # Copies of a centre have no distance but for rounding, and the centre itself has no last resort either.
         potential = torch.where(potential > distances.rounding, potential, 0.0)
         own = shards.local(chosen)
-        potential[own], last_resort[own] = 0.0, 0.0
+        potential.index_fill_(0, own, 0.0)
+        last_resort.index_fill_(0, own, 0.0)
         cumulative = torch.addcmul(last_resort, potential.double(), weights).cumsum_(0)
         candidates = shards.draw(cumulative, shards.ends(cumulative), shares)
         potentials = torch.minimum(distances.to(one.take(candidates[None])[0]), potential)
@@ -86,8 +87,10 @@ class Distances:
             return
         largest = [torch.zeros((), device=one.device), *(chunk.x.abs().amax() for chunk in one.chunks())]
         exponent = torch.frexp(one.group.max(torch.stack(largest).amax().to(self.dtype))).exponent
-        self._scale = torch.exp2(-1 - exponent.clamp(-126, 125).to(self.dtype))  # differences are below 1
-        self._origin = one.mean()[0].to(self.dtype) * self._scale
+        most = 1021 if self.dtype == torch.float64 else 125
+        self._scale = torch.exp2(-1 - exponent.clamp(-most, most).to(self.dtype))
+        # The mean of huge values overflows; any origin is right.
+        self._origin = one.mean()[0].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).to(self.dtype) * self._scale
         square = [self._placed(chunk.x[0]).square_().sum(1) for chunk in one.chunks()]
         self.rounding = ROUNDINGS * eps * (torch.cat(square) if square else self._origin.new_zeros(0))
 

@@ -513,9 +513,10 @@ def test_the_unit_of_weight_does_not_matter():
         assert model.inertia_ == pytest.approx(unit * expected.inertia_)
 
 
-def test_sums_that_overflow_are_an_error():
+@pytest.mark.parametrize("init", ["k-means++", "random"])
+def test_sums_that_overflow_are_an_error(init):
     with pytest.raises(ValueError, match=r"^X: expected values whose sums torch.float64 can hold, got up to 1.7e\+308"):
-        KMeans(2, init="random").fit(torch.full((600, 2), 1.7e308, dtype=torch.float64))
+        KMeans(2, init=init).fit(torch.full((600, 2), 1.7e308, dtype=torch.float64))
 
 
 def test_one_subnormal_row_spoils_nothing():
