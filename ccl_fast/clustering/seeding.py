@@ -70,18 +70,20 @@ class Distances:
     """Distances of all rows of a single problem to a few at a time, by one product of matrices.
 
     A row x and a centre c get columns more, so that the product is the distance: ``[x, |x|^2, 1] [-2c, 1, |c|^2]`` or,
-    of unit vectors, ``[x, 1] [-c, 1]``. Rows are moved to their mean, and scaled so that no square overflows. With a
-    group all is float64: how float32 rounds may depend on where in a matrix a row is, and so on the shards.
+    of unit vectors, ``[x, 1] [-c, 1]``. Rows are moved to their mean, and scaled so that no square overflows. All is
+    float64 where torch rounds the factors of float32 products, and with a group: how float32 rounds may depend on
+    where in a matrix a row is, and so on the shards.
 
     Attributes:
         rounding: a distance that is rounding alone, of every row: [n].
     """
 
     def __init__(self, one: Data):
-        self.one, self.dtype = one, one.dtype if one.group.is_null else torch.float64
+        in_float32 = one.group.is_null and not factor_rounding(one.device, one.dtype)
+        self.one, self.dtype = one, one.dtype if in_float32 else torch.float64
         self._euclidean = one.metric == "euclidean"
         self._rows: Tensor | None = None  # of all chunks, if there is one
-        eps = torch.finfo(self.dtype).eps + factor_rounding(one.device, self.dtype)
+        eps = torch.finfo(self.dtype).eps
         if not self._euclidean:
             self.rounding = torch.full((one.n,), ROUNDINGS * eps, dtype=self.dtype, device=one.device)
             return

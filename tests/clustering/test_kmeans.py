@@ -153,6 +153,17 @@ def separated_blobs(k: int = 40) -> torch.Tensor:
     return (centers[:, None] + torch.randn(k, 25, 8, generator=generator)).flatten(0, 1)
 
 
+def test_the_precision_of_float32_products_does_not_matter_to_the_start():
+    x = separated_blobs()
+    expected = start(k_means_plus_plus, x, 40, 0)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert start(k_means_plus_plus, x, 40, 0).equal(expected)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_separated_blobs_are_found(metric):
     x = separated_blobs()
