@@ -150,10 +150,11 @@ def _kmeans_table(rows: list[dict]) -> list[str]:
 def _kmeans_words(row: dict) -> str:
     return (
         f"k-means of {row['dtype']} rows: one iteration, or {ITERATIONS} and the labels of the centres they end in, "
-        "from given or from drawn centres; median of interleaved runs; in brackets the median ratio to ccl_fast. "
-        "Floor: the matrix products of the iterations, without seeding, at the rate of torch's fastest product. Wrong "
-        "labels: given the same starting centres, of the rows checked against all distances in float64; in the order "
-        "of the columns. Peak memory is above the inputs. No sub-sampling; the file has every library's configuration."
+        "from given or from drawn centres (by the plain k-means++, scikit-learn's by its greedy one); median of "
+        "interleaved runs; in brackets the median ratio to ccl_fast. Floor: the matrix products of the iterations, "
+        "without seeding, at the rate of torch's fastest product. Wrong labels: given the same starting centres, of "
+        "the rows checked against all distances in float64; in the order of the columns. Peak memory is above the "
+        "inputs. No sub-sampling; the file has every library's configuration."
     )
 
 

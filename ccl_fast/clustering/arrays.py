@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
 
 # Others become the first of them.
-ARRAY_DTYPES = [np.float64, np.float32, np.float16]
+ARRAY_DTYPES: Any = [np.float64, np.float32, np.float16]
 
 
 def rows_of(X: Any, estimator: BaseEstimator) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -24,13 +26,20 @@ if TYPE_CHECKING:
 CPU_ENTRIES, DEVICE_ENTRIES = 1 << 18, 1 << 26
 
 
-class Chunk(NamedTuple):
+@dataclass
+class Chunk:
     """Some rows of every problem, on the computing device."""
 
     part: slice  # of the rows
     x: Tensor  # [problems, rows, d]
-    rows: Rows  # x, prepared for assignments
     sum_weight: Tensor | None  # [problems, rows], of a row in its cluster's sum; None is 1
+    metric: Metric
+    backend: KMeansBackend
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The rows prepared for assignments, which not every pass needs."""
+        return prepare_rows(self.x, metric=self.metric, backend=self.backend)
 
 
 class Sweep(NamedTuple):
@@ -178,8 +187,10 @@ class Data:
         """Return the mean of the rows, or of their squared differences from an origin, float64 [problems, d]."""
         entries = CPU_ENTRIES if self.device.type == "cpu" else DEVICE_ENTRIES
         total = torch.zeros(self.problems, self.d, dtype=torch.float64, device=self.device)
-        with self.group.together():  # the backend may refuse the rows, which it is given here first
+        with self.group.together():
             for chunk in self.chunks():
+                if origin is None:
+                    _ = chunk.rows  # the backend may refuse them, and here all processes learn of it
                 for x in chunk.x.split(max(1, entries // (self.problems * self.d)), dim=1):
                     terms = x.to(self.dtype)
                     if self.metric == "cosine":
@@ -203,4 +214,4 @@ class Data:
             # That of a subnormal length would overflow.
             inverse = torch.where(length > 0, 1 / length, 0.0).clamp(max=torch.finfo(self.dtype).max).to(self.dtype)
             weight = inverse if weight is None else weight * inverse
-        return Chunk(part, x, prepare_rows(x, metric=self.metric, backend=self.backend), weight)
+        return Chunk(part, x, weight, self.metric, self.backend)

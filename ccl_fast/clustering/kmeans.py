@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 import torch
@@ -186,7 +186,11 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
             self._check_settings()
             rows = rows_of(X, self)
             weights = self._weights(sample_weight, X, rows)
-            validate_data(self, _one_problem(X, rows), skip_check_array=True)
+            if isinstance(X, Tensor) or is_batched(X):
+                self.n_features_in_ = rows.shape[2]
+                vars(self).pop("feature_names_in_", None)  # of an earlier fit
+            else:
+                validate_data(self, cast("Any", X), skip_check_array=True)
             init, seed = self._init(), self._seed()
         counts = group.check_everywhere(lambda: rows.shape[1], same=lambda: self._description(rows, weights, init))
         if not isinstance(self.random_state, int | np.integer):
@@ -307,7 +311,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         """Return the kind of start, or the centres as a tensor."""
         init: Any = self.init
         if isinstance(init, Tensor) or (isinstance(init, str) and init in SEEDINGS):
-            return init
+            return cast("Init | Tensor", init)
         try:
             if isinstance(init, str):
                 raise ValueError
@@ -371,9 +375,10 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         check_is_fitted(self)
         rows, centers = rows_of(X, self), self.cluster_centers_
         centers = centers.detach() if isinstance(centers, Tensor) else tensor_of(np.asarray(centers))
-        if isinstance(X, Tensor) and X.shape[-1] != centers.shape[-1]:
-            raise ArgumentError(f"X: expected {centers.shape[-1]} features as in fit, got {X.shape[-1]}")
-        validate_data(self, _one_problem(X, rows), skip_check_array=True, reset=False)
+        if not (isinstance(X, Tensor) or is_batched(X)):
+            validate_data(self, X, skip_check_array=True, reset=False)
+        elif rows.shape[2] != centers.shape[-1]:
+            raise ArgumentError(f"X: expected {centers.shape[-1]} features as in fit, got {rows.shape[2]}")
         if is_batched(X) != (centers.ndim == 3) or (centers.ndim == 3 and len(rows) != len(centers)):
             problems = f"[{len(centers)}, rows, features]" if centers.ndim == 3 else "[rows, features]"
             raise ArgumentError(f"X: expected shape {problems} as in fit, got {list(np.shape(X))}")
@@ -427,11 +432,6 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
                 bar.update()
 
             yield advance
-
-
-def _one_problem(X: Any, rows: Tensor) -> Any:
-    """Rows that have the number of features, and their names, where scikit-learn looks for these."""
-    return rows.flatten(0, 1) if is_batched(X) else X
 
 
 @torch.autocast("cuda", enabled=False)

@@ -54,7 +54,8 @@ def greedy_rows(one: Data, weights: Tensor, k: int, generator: torch.Generator) 
         # Copies of a centre have no distance but for rounding, and the centre itself has no last resort either.
         potential = torch.where(potential > distances.rounding, potential, 0.0)
         own = shards.local(chosen)
-        potential[own], last_resort[own] = 0.0, 0.0
+        potential.index_fill_(0, own, 0.0)
+        last_resort.index_fill_(0, own, 0.0)
         cumulative = torch.addcmul(last_resort, potential.double(), weights).cumsum_(0)
         candidates = shards.draw(cumulative, shards.ends(cumulative), shares)
         potentials = torch.minimum(distances.to(one.take(candidates[None])[0]), potential)
@@ -69,25 +70,29 @@ class Distances:
     """Distances of all rows of a single problem to a few at a time, by one product of matrices.
 
     A row x and a centre c get columns more, so that the product is the distance: ``[x, |x|^2, 1] [-2c, 1, |c|^2]`` or,
-    of unit vectors, ``[x, 1] [-c, 1]``. Rows are moved to their mean, and scaled so that no square overflows. With a
-    group all is float64: how float32 rounds may depend on where in a matrix a row is, and so on the shards.
+    of unit vectors, ``[x, 1] [-c, 1]``. Rows are moved to their mean, and scaled so that no square overflows. All is
+    float64 where torch rounds the factors of float32 products, and with a group: how float32 rounds may depend on
+    where in a matrix a row is, and so on the shards.
 
     Attributes:
         rounding: a distance that is rounding alone, of every row: [n].
     """
 
     def __init__(self, one: Data):
-        self.one, self.dtype = one, one.dtype if one.group.is_null else torch.float64
+        in_float32 = one.group.is_null and not factor_rounding(one.device, one.dtype)
+        self.one, self.dtype = one, one.dtype if in_float32 else torch.float64
         self._euclidean = one.metric == "euclidean"
         self._rows: Tensor | None = None  # of all chunks, if there is one
-        eps = torch.finfo(self.dtype).eps + factor_rounding(one.device, self.dtype)
+        eps = torch.finfo(self.dtype).eps
         if not self._euclidean:
             self.rounding = torch.full((one.n,), ROUNDINGS * eps, dtype=self.dtype, device=one.device)
             return
         largest = [torch.zeros((), device=one.device), *(chunk.x.abs().amax() for chunk in one.chunks())]
         exponent = torch.frexp(one.group.max(torch.stack(largest).amax().to(self.dtype))).exponent
-        self._scale = torch.exp2(-1 - exponent.clamp(-126, 125).to(self.dtype))  # differences are below 1
-        self._origin = one.mean()[0].to(self.dtype) * self._scale
+        most = 1021 if self.dtype == torch.float64 else 125
+        self._scale = torch.exp2(-1 - exponent.clamp(-most, most).to(self.dtype))
+        # The mean of huge values overflows; any origin is right.
+        self._origin = one.mean()[0].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).to(self.dtype) * self._scale
         square = [self._placed(chunk.x[0]).square_().sum(1) for chunk in one.chunks()]
         self.rounding = ROUNDINGS * eps * (torch.cat(square) if square else self._origin.new_zeros(0))
 

@@ -153,6 +153,17 @@ def separated_blobs(k: int = 40) -> torch.Tensor:
     return (centers[:, None] + torch.randn(k, 25, 8, generator=generator)).flatten(0, 1)
 
 
+def test_the_precision_of_float32_products_does_not_matter_to_the_start():
+    x = separated_blobs()
+    expected = start(k_means_plus_plus, x, 40, 0)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert start(k_means_plus_plus, x, 40, 0).equal(expected)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_separated_blobs_are_found(metric):
     x = separated_blobs()
@@ -513,9 +524,10 @@ def test_the_unit_of_weight_does_not_matter():
         assert model.inertia_ == pytest.approx(unit * expected.inertia_)
 
 
-def test_sums_that_overflow_are_an_error():
+@pytest.mark.parametrize("init", ["k-means++", "random"])
+def test_sums_that_overflow_are_an_error(init):
     with pytest.raises(ValueError, match=r"^X: expected values whose sums torch.float64 can hold, got up to 1.7e\+308"):
-        KMeans(2, init="random").fit(torch.full((600, 2), 1.7e308, dtype=torch.float64))
+        KMeans(2, init=init).fit(torch.full((600, 2), 1.7e308, dtype=torch.float64))
 
 
 def test_one_subnormal_row_spoils_nothing():
