@@ -138,6 +138,7 @@ def influence_matrix(
     if adjacency.dtype not in (torch.float32, torch.float64):
         raise ArgumentError(f"adjacency: expected float32 or float64, got {adjacency.dtype}")
     check_count("hops", hops)
+    check_flag("cumulative", cumulative)
     check_choice("normalization", normalization, NORMALIZATIONS)
     n = adjacency.shape[0]
     rows, columns, weights = _edges(adjacency.detach())
@@ -156,7 +157,7 @@ def influence_matrix(
 
 def check_graph(name: str, x: Tensor, nodes: int | None = None) -> None:
     """Check a square sparse matrix of weights >= 0; on a GPU the device tells of a wrong weight, later."""
-    check_tensor(name, x)
+    check_tensor(name, x, sparse=True)
     if x.layout not in LAYOUTS:
         raise ArgumentError(f"{name}: expected a sparse tensor, CSR or COO, got layout {x.layout}")
     check_floating(name, x)
