@@ -15,17 +15,23 @@ from ccl_fast.errors import ArgumentError
 # Which keys count for a row.
 Candidates = Literal["all", "other_id", "same_id"]
 CANDIDATES: tuple[Candidates, ...] = get_args(Candidates)
+# Of numbers that are used in float32: they and their inverses are finite there.
+LARGEST = 1e37
+# Characters of a value in an error.
+MOST_SHOWN = 80
 
 
-def check_tensor(name: str, x) -> None:
-    """Check that x is a tensor."""
+def check_tensor(name: str, x, sparse: bool = False) -> None:
+    """Check that x is a tensor, and dense unless it may be ``sparse``."""
     if not isinstance(x, Tensor):
         raise ArgumentError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.is_nested or (x.layout != torch.strided and not sparse):
+        raise ArgumentError(f"{name}: expected a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
 
 
-def check_matrix(name: str, x, columns: int | None = None) -> None:
+def check_matrix(name: str, x, columns: int | None = None, sparse: bool = False) -> None:
     """Check that x is a tensor of two dimensions, of so many columns if that is told."""
-    check_tensor(name, x)
+    check_tensor(name, x, sparse)
     if x.ndim != 2 or (columns is not None and x.shape[1] != columns):
         expected = "[rows, d]" if columns is None else f"[rows, {columns}]"
         raise ArgumentError(f"{name}: expected shape {expected}, got {list(x.shape)}")
@@ -96,8 +102,8 @@ def check_ids(name: str, ids, rows: Tensor) -> None:
 
 def check_choice(name: str, value, choices: tuple) -> None:
     """Check that a value is one of the choices."""
-    if value not in choices:
-        raise ArgumentError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+    if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
+        raise ArgumentError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {shown(value)}")
 
 
 def check_has_values(name: str, x: Tensor, why: str) -> None:
@@ -155,8 +161,7 @@ def check_candidates(q, k, q_ids, k_ids, candidates) -> None:
     if k is not None:
         check_matrix("k", k, columns=q.shape[1])
         check_same("k", k, "q", q)
-    if candidates not in CANDIDATES:
-        raise ArgumentError(f"candidates: expected one of {', '.join(CANDIDATES)}, got {candidates!r}")
+    check_choice("candidates", candidates, CANDIDATES)
     if q_ids is None and (candidates != "all" or k_ids is not None):
         raise ArgumentError("q_ids: expected integers [n] for candidates or k_ids, got None")
     if q_ids is not None:
@@ -177,18 +182,31 @@ def check_logits(q: Tensor, k: Tensor | None, scale, key_bias) -> None:
 
 
 def check_scale(name: str, scale) -> None:
-    """Check that a scale is a number or a tensor of one element."""
-    if isinstance(scale, bool) or not isinstance(scale, Tensor | Real):
-        raise ArgumentError(f"{name}: expected a number or a tensor of one element, got {scale!r}")
-    if isinstance(scale, Tensor) and scale.numel() != 1:
+    """Check that a scale is a number, of those that float32 has, or a tensor of one element."""
+    if not isinstance(scale, Tensor):
+        check_number(name, scale, "a number or a tensor of one element", math.isfinite)
+        _check_size(name, scale)
+        return
+    check_tensor(name, scale)
+    if scale.numel() != 1:
         raise ArgumentError(f"{name}: expected a number or a tensor of one element, got shape {tuple(scale.shape)}")
+    if scale.dtype == torch.bool or scale.is_complex():
+        raise ArgumentError(f"{name}: expected a number or a tensor of one element, got {scale.dtype}")
+
+
+def checked_temperature(name: str, value) -> float:
+    """Return a temperature: a positive number whose inverse is finite too, or a tensor that holds one."""
+    value = as_number(value)
+    check_positive(name, value)
+    check_number(name, value, f"a number from {1 / LARGEST:g}, whose inverse float32 has", lambda x: x >= 1 / LARGEST)
+    return float(value)
 
 
 def check_count(name: str, value, least: int = 1) -> None:
     """Check that a value is an integer of at least that much."""
-    if not is_integer(value) or value < least:
+    if not is_integer(value) or not least <= value < 2**63:
         expected = "a positive integer" if least == 1 else f"an integer >= {least}"
-        raise ArgumentError(f"{name}: expected {expected}, got {value!r}")
+        raise ArgumentError(f"{name}: expected {expected}, got {shown(value)}")
 
 
 def check_seed(name: str, value) -> None:
@@ -208,18 +226,24 @@ def as_number(value):
     A tensor that requires a gradient stays one: it would get none.
     """
     if isinstance(value, np.ndarray | np.generic | Tensor) and value.ndim == 0:
-        return value if isinstance(value, Tensor) and value.requires_grad else value.item()
+        return value if isinstance(value, Tensor) and (value.requires_grad or value.is_meta) else value.item()
     return value
 
 
 def check_positive(name: str, value) -> None:
     """Check that a value is a number above 0, and finite."""
     check_number(name, value, "a positive number", lambda x: 0 < x < math.inf)
+    _check_size(name, value)
 
 
 def check_not_negative(name: str, value) -> None:
     """Check that a value is a number of at least 0, and finite."""
     check_number(name, value, "a number >= 0", lambda x: 0 <= x < math.inf)
+    _check_size(name, value)
+
+
+def _check_size(name: str, value) -> None:
+    check_number(name, value, f"a number that float32 has, up to {LARGEST:g}", lambda x: abs(x) <= LARGEST)
 
 
 def check_share(name: str, value) -> None:
@@ -235,10 +259,27 @@ def check_fraction(name: str, value) -> None:
 def check_flag(name: str, value) -> None:
     """Check that a value is True or False."""
     if not isinstance(value, bool | np.bool_):
-        raise ArgumentError(f"{name}: expected True or False, got {value!r}")
+        raise ArgumentError(f"{name}: expected True or False, got {shown(value)}")
 
 
 def check_number(name: str, value, expected: str, inside: Callable[[Any], bool]) -> None:
     """Check that a value is a number, and ``inside`` what is expected."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not inside(value):
-        raise ArgumentError(f"{name}: expected {expected}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, Real) or not inside(_as_float(value)):
+        raise ArgumentError(f"{name}: expected {expected}, got {shown(value)}")
+
+
+def _as_float(value: Real) -> float:
+    """The same, infinite where float64 has no such number."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def shown(value) -> str:
+    """Show a value in an error, in a line: of one that is long the beginning."""
+    try:
+        text = repr(value)
+    except Exception:  # whatever an object of anybody's does
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ccl_fast.checks import Candidates, as_number, check_choice, check_positive, product_dtype
+from ccl_fast.checks import Candidates, check_choice, check_flag, checked_temperature, is_plain, product_dtype
 from ccl_fast.distributed import EXCHANGES, NO_GROUP, Exchange, ExchangeWay, Group, check_process_group
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses import processes
@@ -46,7 +46,7 @@ class Loss(nn.Module):
     Args:
         temperature: T, > 0, a number, also NumPy's or a tensor's of no dimensions; the initial value if learnable. It
             may be set later (``loss.temperature = 0.1``), as a schedule does.
-        learnable_temperature: make log T a parameter (``log_temperature``).
+        learnable_temperature: make log T a parameter (``log_temperature``, ``[1]``).
         normalize: scale embeddings, and what they are compared with, to unit length; if not, they are used as they
             come.
         reduction: "mean", "sum", or "none" (a loss per anchor).
@@ -89,7 +89,6 @@ class Loss(nn.Module):
         exchange: ExchangeWay = "all-gather",
     ):
         super().__init__()
-        temperature = as_number(temperature)
         given = {
             "temperature": temperature,
             "learnable_temperature": learnable_temperature,
@@ -101,7 +100,9 @@ class Loss(nn.Module):
         }
         for name in self.unsupported:
             self._check_supported(name, given[name])
-        check_positive("temperature", temperature)
+        temperature = checked_temperature("temperature", temperature)
+        for name in ("learnable_temperature", "normalize"):
+            check_flag(name, given[name])
         check_choice("reduction", reduction, REDUCTIONS)
         check_backend("streaming_logsumexp", backend)
         check_choice("exchange", exchange, EXCHANGES)
@@ -113,8 +114,9 @@ class Loss(nn.Module):
         self.exchange: ExchangeWay = exchange
         self._temperature = temperature
         if learnable_temperature:
-            # Its logarithm is learned: it stays positive whatever the optimiser does.
-            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+            # Its logarithm is learned: it stays positive whatever the optimiser does. [1]: FSDP shards no scalar.
+            self.log_temperature = nn.Parameter(torch.empty(1))
+            self.reset_parameters()
 
     def __init_subclass__(cls, **options):
         """Spells the common options out in the signature of an ``__init__`` that takes them as ``**common``."""
@@ -131,24 +133,36 @@ class Loss(nn.Module):
 
     @property
     def temperature(self) -> float | Tensor:
-        return self.log_temperature.exp() if hasattr(self, "log_temperature") else self._temperature
+        return self.log_temperature.exp().reshape(()) if hasattr(self, "log_temperature") else self._temperature
 
     @temperature.setter
     def temperature(self, value: float) -> None:
         """Set it, as a schedule does; of a learnable temperature it is where learning goes on."""
-        value = as_number(value)
         if "temperature" in self.unsupported:
             self._check_supported("temperature", value)
-        check_positive("temperature", value)
-        self._temperature = value
+        self._temperature = checked_temperature("temperature", value)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set a learnable temperature to the value that was given, as after `torch.nn.Module.to_empty`."""
         if hasattr(self, "log_temperature"):
-            nn.init.constant_(self.log_temperature, math.log(value))
+            nn.init.constant_(self.log_temperature, math.log(self._temperature))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """Read also a temperature that was saved as a scalar."""
+        name = f"{prefix}log_temperature"
+        if isinstance(saved := state_dict.get(name), Tensor) and saved.ndim == 0:
+            state_dict[name] = saved.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         own = {name: getattr(self, name, None) for name in self._own_options}
         shown = {name: value for name, value in own.items() if isinstance(value, bool | int | float | str)}
+        learned = getattr(self, "log_temperature", None)
+        # On a meta tensor, or in the parts of several processes, it cannot be read.
+        given = learned is None or not is_plain(learned)
         common = {
-            "temperature": round(float(torch.as_tensor(self.temperature).detach()), 6),
+            "temperature": round(self._temperature if given else learned.detach().exp().item(), 6),
             "normalize": self.normalize,
             "reduction": self.reduction,
             "backend": self.backend,

@@ -10,10 +10,10 @@ from ccl_fast.checks import (
     assert_on_device,
     check_floating,
     check_matrix,
-    check_positive,
     check_same,
     check_tensor,
     check_vector,
+    checked_temperature,
     host_knows,
     whole_numbers,
 )
@@ -147,7 +147,7 @@ def check_center_temperature(value: float | Tensor | None, name: str = "center_t
         if host_knows(are_positive) and not are_positive:
             raise ArgumentError(f"{name}: expected positive numbers, got a smallest of {value.min():g}")
     elif value is not None:
-        check_positive(name, value)
+        checked_temperature(name, value)
 
 
 def check_queries(

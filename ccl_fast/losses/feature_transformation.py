@@ -6,7 +6,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_floating, check_matrix, check_positive
+from ccl_fast.checks import check_flag, check_floating, check_matrix, check_positive
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_queries
@@ -64,6 +64,7 @@ class FeatureTransformationLoss(Loss):
         for name, alpha in (("positive_alpha", positive_alpha), ("negative_alpha", negative_alpha)):
             if alpha is not None:
                 check_positive(name, alpha)
+        check_flag("per_dimension", per_dimension)
         self.positive_alpha, self.negative_alpha, self.per_dimension = positive_alpha, negative_alpha, per_dimension
 
     def forward(
@@ -193,6 +194,7 @@ def symmetric_beta(
 
 def _mixing_weights(x: Tensor, alpha: float, per_dimension: bool, generator: torch.Generator | None) -> Tensor:
     check_positive("alpha", alpha)
+    check_flag("per_dimension", per_dimension)
     shape = (x.shape[0], x.shape[1] if per_dimension else 1)
     weights = symmetric_beta(shape, alpha, _device(x, generator), generator)
     return weights.to(x.device, accumulation_dtype(x))

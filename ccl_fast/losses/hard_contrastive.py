@@ -5,7 +5,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_share
+from ccl_fast.checks import check_flag, check_share
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import ceil_of_share, check_queries
 from ccl_fast.ops import cross_entropy, row_dot, streaming_logsumexp, topk_logsumexp
@@ -57,6 +57,7 @@ class HardContrastiveLoss(Loss):
     ):
         super().__init__(temperature, **common)
         check_share("alpha", alpha)
+        check_flag("symmetric", symmetric)
         self.alpha, self.symmetric = alpha, symmetric
 
     def forward(self, queries: Tensor, keys: Tensor | None = None, *, negatives: Tensor | None = None) -> Tensor:

@@ -66,6 +66,7 @@ class InfoNCELoss(Loss):
         **common: Unpack[CommonOptions],
     ):
         super().__init__(temperature, **common)
+        check_flag("symmetric", symmetric)
         check_flag("in_batch_negatives", in_batch_negatives)
         self.symmetric, self.in_batch_negatives = symmetric, in_batch_negatives
 

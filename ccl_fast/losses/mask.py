@@ -12,7 +12,7 @@ from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
 def check_mask(mask: Tensor, rows: Tensor) -> None:
     """Check weights [n, n] >= 0 of the samples of rows [n, ...], dense or CSR; on a GPU the device tells of others."""
-    check_tensor("mask", mask)
+    check_tensor("mask", mask, sparse=True)
     if mask.layout not in (torch.strided, torch.sparse_csr):
         raise ArgumentError(f"mask: expected a dense tensor or CSR, got layout {mask.layout}")
     n = len(rows)

@@ -6,6 +6,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_flag
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_ids, check_queries
 from ccl_fast.losses.processes import check_views_only
@@ -48,6 +49,7 @@ class MCLLoss(Loss):
 
     def __init__(self, temperature: float = 0.1, *, symmetric: bool = True, **common: Unpack[CommonOptions]):
         super().__init__(temperature, **common)
+        check_flag("symmetric", symmetric)
         self.symmetric = symmetric
 
     def forward(self, queries: Tensor, cluster_ids: Sequence[Tensor], *, keys: Tensor | None = None) -> Tensor:

@@ -64,6 +64,7 @@ class MEOWLoss(Loss):
         **common: Unpack[CommonOptions],
     ):
         super().__init__(temperature, **common)
+        check_flag("symmetric", symmetric)
         check_flag("weigh_positive", weigh_positive)
         self.symmetric, self.weigh_positive = symmetric, weigh_positive
 

@@ -59,7 +59,7 @@ def entries(matrix: Tensor) -> tuple[Pairs, Tensor]:
 
 def check_graph(name: str, x: Tensor, nodes: int | None = None) -> None:
     """Check a square sparse matrix of weights >= 0; on a GPU the device tells of a wrong weight, later."""
-    check_tensor(name, x)
+    check_tensor(name, x, sparse=True)
     if x.layout not in LAYOUTS:
         raise ArgumentError(f"{name}: expected a sparse tensor, CSR or COO, got layout {x.layout}")
     check_floating(name, x)

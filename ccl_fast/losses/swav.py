@@ -5,7 +5,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_count, check_floating, check_matrix, check_positive, check_same, check_tensor
+from ccl_fast.checks import check_count, check_floating, check_matrix, check_same, check_tensor, checked_temperature
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_some
@@ -68,7 +68,7 @@ class SwAVLoss(Loss):
         **common: Unpack[CommonOptions],
     ):
         super().__init__(temperature, **common)
-        check_positive("epsilon", epsilon)
+        epsilon = checked_temperature("epsilon", epsilon)
         check_count("iterations", iterations)
         check_count("global_views", global_views)
         self.epsilon, self.iterations, self.global_views = epsilon, iterations, global_views

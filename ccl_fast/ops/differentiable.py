@@ -50,7 +50,7 @@ class Differentiable:
         self._traced = _function(name, {"forward": run, "backward": gradients})
         self._eager = type(name, (self._traced,), refuse)
         of_transforms = {"forward": self._at_the_bottom, "setup_context": save_in, "backward": gradients}
-        self._transformed = _function(name, of_transforms | {"vmap": self._one_by_one})
+        self._transformed = _function(name, of_transforms | {"vmap": one_by_one(self)})
         self._transformed = type(name, (self._transformed,), refuse)
 
     def __call__(self, *inputs) -> Any:
@@ -67,17 +67,6 @@ class Differentiable:
         """Below all transforms: no tensor is wrapped any more, unless something traces them."""
         run = self.forward if self.operator is None or not is_traced(inputs[0]) else self.operator
         return run(*inputs)
-
-    def _one_by_one(self, info, in_dims, *inputs) -> tuple[Any, Any]:
-        """Under vmap: a loop, as there is nothing that the calls could share."""
-        calls = [
-            self(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(inputs, in_dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
-        if isinstance(calls[0], Tensor):
-            return torch.stack(calls), 0
-        results = tuple(torch.stack(results) for results in zip(*calls, strict=True))
-        return results, (0,) * len(results)
 
 
 class GradientOperator(Differentiable):
@@ -125,6 +114,22 @@ def refuse_double_backward(of: str, instead: str = "") -> Callable:
 
 def _need_gradients(inputs: tuple) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+
+
+def one_by_one(function: Callable) -> Callable:
+    """Make the rule of a function under vmap: a loop, as there is nothing that its calls could share."""
+
+    def rule(info, in_dims, *inputs) -> tuple[Any, Any]:
+        calls = [
+            function(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(inputs, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
+        results = tuple(torch.stack(results) for results in zip(*calls, strict=True))
+        return results, (0,) * len(results)
+
+    return rule
 
 
 def _function(name: str, methods: dict[str, Callable]) -> type[Function]:

@@ -17,7 +17,8 @@ def scale_tensor(scale: float | Tensor, q: Tensor) -> Tensor:
     """Of no dimensions, in accumulation precision."""
     dtype = accumulation_dtype(q)
     if isinstance(scale, Tensor):
-        return scale.to(device=q.device, dtype=dtype).reshape(())
+        scale = scale.to(device=q.device, dtype=dtype)
+        return scale.reshape(()) if scale.ndim else scale
     return torch.full((), scale, dtype=dtype, device=q.device)
 
 

@@ -5,6 +5,7 @@ import functools
 import inspect
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -370,7 +371,7 @@ def test_only_the_temperature_needs_a_gradient(use, backend):
     module = use.learnable(backend=backend)
     module(views()).backward()
     expected = use.exact(views())[2]
-    assert torch.isclose(module.loss_fn.log_temperature.grad, expected, rtol=1e-10)
+    assert torch.isclose(module.loss_fn.log_temperature.grad[0], expected, rtol=1e-10)
 
 
 @every_use
@@ -530,7 +531,7 @@ def test_temperature_is_a_parameter_only_if_learnable(loss):
     assert loss(temperature=0.07).temperature == 0.07
     loss_fn = loss(temperature=0.07, learnable_temperature=True)
     assert [name for name, _ in loss_fn.named_parameters()] == ["log_temperature"]
-    assert loss_fn.log_temperature.shape == () and abs(loss_fn.temperature.item() - 0.07) < 1e-8
+    assert loss_fn.log_temperature.shape == (1,) and abs(loss_fn.temperature.item() - 0.07) < 1e-8
 
 
 @every_use
@@ -620,11 +621,22 @@ def test_temperature_must_be_positive(loss, learnable_temperature, temperature):
 
 
 @every_loss
-def test_temperature_as_a_tensor_is_that_of_its_number(loss):
-    assert loss(temperature=torch.tensor(0.5)).temperature == 0.5
-    for tensor in (torch.tensor([0.5]), torch.tensor(0.5, requires_grad=True), torch.tensor(-0.5)):
-        with pytest.raises(ValueError, match=r"temperature: expected .* number, got "):
-            loss(temperature=tensor)
+@pytest.mark.parametrize("number", (torch.tensor(0.125), np.float32(0.125), np.float64(0.125)), ids=type)
+def test_temperature_as_a_number_of_any_kind(loss, number):
+    for loss_fn in (loss(temperature=number), loss(temperature=number, learnable_temperature=True)):
+        loss_fn.temperature = number
+        assert float(torch.as_tensor(loss_fn.temperature).detach()) == 0.125 and "temperature=0.125" in repr(loss_fn)
+
+
+@every_loss
+@pytest.mark.parametrize(
+    "bad",
+    (torch.tensor([0.1]), torch.tensor(0.1, requires_grad=True), torch.tensor(0.1, device="meta"), 1e-320, 10**400),
+)
+def test_temperature_that_is_no_number(loss, bad):
+    for given in (lambda: loss(temperature=bad), lambda: setattr(loss(), "temperature", bad)):
+        with pytest.raises(ValueError, match=r"^temperature: expected a .*number.*, got "):
+            given()
 
 
 @every_loss

@@ -273,7 +273,7 @@ BAD = {
     r"scale: expected a number or a tensor of one element, got shape \(2,\)": {"q": Q, "scale": torch.ones(2)},
     r"key_bias: expected shape \[4\], got \[3\]": {"q": Q, "key_bias": torch.ones(3)},
     "key_bias: expected float64.*got torch.int64": {"q": Q, "key_bias": torch.ones(4).long()},
-    "candidates: expected one of all, other_id, same_id, got 'some'": {"q": Q, "candidates": "some"},
+    "candidates: expected one of 'all', 'other_id', 'same_id', got 'some'": {"q": Q, "candidates": "some"},
     "q_ids: expected integers.*got None": {"q": Q, "return_same": True},
     r"q_ids: expected shape \[4\], got \[2\]": {"q": Q, "q_ids": IDS[:2]},
     "q_ids: expected int32 or int64, got torch.float32": {"q": Q, "q_ids": IDS.float()},

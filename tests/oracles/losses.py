@@ -172,7 +172,8 @@ def evaluate(loss_fn, z, *args):
     """[loss, gradient of z, gradient of log_temperature if it is learnable] of a loss module."""
     z = z.detach().requires_grad_()
     loss = call(loss_fn, z, *args) if isinstance(loss_fn, Loss) else loss_fn(z, *args)
-    return differentiate(loss, [z, *loss_fn.parameters()])
+    loss, gradient, *of_temperature = differentiate(loss, [z, *loss_fn.parameters()])
+    return [loss, gradient, *(x.reshape(()) for x in of_temperature)]
 
 
 def evaluate_oracle(oracle, z, *args, temperature=0.1, **options):
@@ -184,7 +185,8 @@ def evaluate_oracle(oracle, z, *args, temperature=0.1, **options):
 
 
 def assert_matches(actual, expected, tolerance=1e-10):
-    """Loss and gradients within `tolerance` of the largest expected entry."""
+    """Loss and gradients within `tolerance` of the largest expected entry; a module's log T ``[1]`` is a number."""
+    actual = [a.reshape(()) if a.shape == (1,) and e.ndim == 0 else a for a, e in zip(actual, expected, strict=True)]
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         name = f"gradient {i}" if i else "loss"
         assert a.shape == e.shape, f"{name}: shape {list(a.shape)}, expected {list(e.shape)}"

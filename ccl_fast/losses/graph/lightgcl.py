@@ -5,7 +5,15 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from ccl_fast.checks import check_count, check_floating, check_matrix, check_positive, check_same, check_tensor
+from ccl_fast.checks import (
+    check_count,
+    check_flag,
+    check_floating,
+    check_matrix,
+    check_positive,
+    check_same,
+    check_tensor,
+)
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_integers, check_queries
@@ -124,7 +132,7 @@ class SVDView(nn.Module):
 
     def __init__(self, adjacency: Tensor, *, rank: int = 5, iterations: int = 2):
         super().__init__()
-        check_matrix("adjacency", adjacency)
+        check_matrix("adjacency", adjacency, sparse=True)
         if adjacency.dtype not in (torch.float32, torch.float64):
             raise ArgumentError(f"adjacency: expected float32 or float64, got {adjacency.dtype}")
         most = min(adjacency.shape)
@@ -154,6 +162,7 @@ class SVDView(nn.Module):
         check_matrix("embeddings", embeddings)
         check_floating("embeddings", embeddings)
         check_same("embeddings", embeddings, "the adjacency", self.u, dtype=False)
+        check_flag("transposed", transposed)
         to, source = (self.v, self.u) if transposed else (self.u, self.v)
         if embeddings.shape[0] != source.shape[0]:
             raise ArgumentError(f"embeddings: expected {source.shape[0]} rows, got {embeddings.shape[0]}")

@@ -129,6 +129,7 @@ def influence_matrix(
     if adjacency.dtype not in (torch.float32, torch.float64):
         raise ArgumentError(f"adjacency: expected float32 or float64, got {adjacency.dtype}")
     check_count("hops", hops)
+    check_flag("cumulative", cumulative)
     check_choice("normalization", normalization, NORMALIZATIONS)
     n = len(adjacency)
     (rows, columns), weights = entries(adjacency)

@@ -5,7 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import Candidates, check_candidates, check_logits
+from ccl_fast.checks import Candidates, check_candidates, check_flag, check_logits
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.backends import BACKENDS, ContrastBackend, choose_backend
 from ccl_fast.ops.differentiable import Differentiable, GradientOperator
@@ -212,6 +212,7 @@ def cross_entropy(rest: Tensor, positive: Tensor) -> Tensor:
 def _check(q, k, scale, key_bias, q_ids, k_ids, candidates, return_same) -> None:
     check_candidates(q, k, q_ids, k_ids, candidates)
     check_logits(q, k, scale, key_bias)
+    check_flag("return_same", return_same)
     if q_ids is None and return_same:
         raise ArgumentError("q_ids: expected integers [n] for return_same, got None")
 

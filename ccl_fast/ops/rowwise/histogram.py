@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ccl_fast.checks import Candidates, check_candidates, check_count
 from ccl_fast.errors import ArgumentError
+from ccl_fast.ops.differentiable import one_by_one
 from ccl_fast.ops.precision import in_autocast_dtype, without_autocast
 from ccl_fast.ops.rowwise.blocks import RowBlocks
 
@@ -67,6 +68,9 @@ def _op(
                 part = part.double() if part.numel() > COUNTED else part
                 counts += part.clamp_(low, high).histc(bins, low, high).long()
         return counts
+
+
+_op.register_vmap(one_by_one(_op))
 
 
 @_op.register_fake

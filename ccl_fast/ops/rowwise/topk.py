@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from ccl_fast.checks import Candidates, check_candidates, check_count
+from ccl_fast.ops.differentiable import one_by_one
 from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, without_autocast
 from ccl_fast.ops.rowwise.blocks import RowBlocks
 
@@ -64,6 +65,9 @@ def _op(
 def _empty(q: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     values = q.new_empty(q.shape[0], topk, dtype=accumulation_dtype(q))
     return values, torch.empty_like(values, dtype=torch.int64)
+
+
+_op.register_vmap(one_by_one(_op))
 
 
 @_op.register_fake

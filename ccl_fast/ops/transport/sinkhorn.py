@@ -10,7 +10,7 @@ from ccl_fast.checks import check_count, check_floating, check_matrix, check_sam
 from ccl_fast.distributed import NO_GROUP, Group, outside_of_graphs
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.backends import ContrastBackend, choose_backend
-from ccl_fast.ops.differentiable import Differentiable
+from ccl_fast.ops.differentiable import Differentiable, one_by_one
 from ccl_fast.ops.logsumexp.blocked import LOG2E
 from ccl_fast.ops.logsumexp.bound import logits_are_bounded
 from ccl_fast.ops.logsumexp.operator import softmax_sums, streaming_logsumexp
@@ -113,6 +113,9 @@ def _column_potentials_on_cpu(z: Tensor, centers: Tensor, scale: Tensor, iterati
         if logits_are_bounded(z, centers, scale, None, limit=UNSCALED_LIMIT):
             return _by_products(z, centers, scale, iterations, mass)
         return _by_logsumexp(z, centers, scale, iterations, "blocked", math.log(mass))
+
+
+_column_potentials_on_cpu.register_vmap(one_by_one(_column_potentials_on_cpu))
 
 
 @_column_potentials_on_cpu.register_fake
