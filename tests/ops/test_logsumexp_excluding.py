@@ -94,7 +94,7 @@ def test_a_second_derivative_raises():
     (grad,) = torch.autograd.grad(
         logsumexp_excluding(q.requires_grad_(), k, excluded, scale=1.0).sum(), q, create_graph=True
     )
-    with pytest.raises(RuntimeError, match="gradient of their gradient"):
+    with pytest.raises(RuntimeError, match="gradient of its gradient"):
         grad.sum().backward()
 
 
