@@ -181,7 +181,8 @@ class SupConLoss(CCLLoss):
         check_tensor("embeddings", embeddings)
         batch = self.prepare(embeddings, torch.arange(len(embeddings), device=embeddings.device), "mask")
         check_mask(mask, embeddings)
-        z, scale = batch.z.view(len(embeddings), -1, batch.z.shape[1]), 1.0 / self.temperature
+        z = batch.z.view(embeddings.shape if embeddings.ndim == 3 else (len(embeddings), 1, embeddings.shape[1]))
+        scale = 1.0 / self.temperature
         anchors = z if self.contrast_mode == "all" else z[:, :1]
         rest = streaming_logsumexp(anchors.flatten(0, 1), scale=scale, backend=self.backend)
         if self.contrast_mode == "one":
