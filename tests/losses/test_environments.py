@@ -1,5 +1,6 @@
 """Where losses run besides eager mode: torch.func, meta and fake tensors, torch.export, autocast of mixed rows."""
 
+import contextlib
 import copy
 import io
 
@@ -55,6 +56,7 @@ def test_vjp_and_jacrev_are_what_backward_finds(use):
     torch.testing.assert_close(jacrev(module)(z.detach()), z.grad)
 
 
+@pytest.mark.filterwarnings("ignore:torch.searchsorted")  # of rows that vmap has laid out otherwise
 @every_use_but(DRAWN_IN_THE_CALL)
 def test_vmap_is_a_loop(use, backend):
     module, several = use.module(backend=backend), torch.stack([views(seed=seed) for seed in range(3)])
@@ -239,3 +241,33 @@ def test_autocast_takes_rows_of_two_dtypes():
             losses.InfoNCELoss()(half[:, 0], z[:, 1].double())
     with pytest.raises(ValueError, match=r"^keys: expected dtype torch.bfloat16 .*got torch.float32"):
         losses.InfoNCELoss()(half[:, 0], z[:, 1])
+
+
+# ---- defaults that the user has set ----
+
+
+@contextlib.contextmanager
+def default(what):
+    """A default device, or a default dtype, of whoever calls a loss."""
+    if what == "meta":
+        with torch.device("meta"):
+            yield
+        return
+    torch.set_default_dtype(what)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@every_use
+@pytest.mark.parametrize("what", ["meta", torch.float64, torch.float16], ids=str)
+def test_neither_default_device_nor_default_dtype_matters(use, what):
+    z = views(torch.float32).requires_grad_()
+    arguments, results = use.arguments(z), []
+    module = use.module(backend="blocked")
+    for context in (contextlib.nullcontext(), default(what)):
+        given = [x.clone_state() if isinstance(x, torch.Generator) else x for x in arguments]
+        with context:
+            value = Bound(module.loss_fn, lambda z, given=given: given)(z)
+            results.append((value, *torch.autograd.grad(value, z, retain_graph=True)))
+    for expected, found in zip(*results, strict=True):
+        assert found.device == expected.device and found.dtype == expected.dtype and torch.equal(found, expected)
