@@ -245,5 +245,7 @@ def _check_shuffle(shuffle: Tensor, x: Tensor) -> None:
     if shuffle.dtype != torch.int64:
         raise ArgumentError(f"shuffle: expected int64, got {shuffle.dtype}")
     check_same("shuffle", shuffle, "the embeddings", x, dtype=False)
-    if host_knows(shuffle) and not torch.equal(shuffle.sort().values, torch.arange(shuffle.shape[0], device=shuffle.device)):
+    if host_knows(shuffle) and not torch.equal(
+        shuffle.sort().values, torch.arange(shuffle.shape[0], device=shuffle.device)
+    ):
         raise ArgumentError(f"shuffle: expected a permutation of 0 to {shuffle.shape[0] - 1}, got {shuffle.tolist()}")

@@ -254,8 +254,10 @@ def default(what):
             yield
         return
     torch.set_default_dtype(what)
-    yield
-    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @every_use
