@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ccl_fast import losses
 from ccl_fast.ops import streaming_logsumexp
 from ccl_fast.ops.differentiable import Differentiable
-from tests.losses.test_contract import USES, Bound, every_use, views
+from tests.losses.test_contract import USES, Bound, dense, every_use, views
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DRAWN_IN_THE_CALL = {"scgc", "feature transformation"}  # by the arguments of the test
@@ -212,6 +212,28 @@ def test_an_exported_model_takes_batches_of_any_size(name):
     exported(arguments).sum().backward()
     for key, parameter in exported.named_parameters():
         torch.testing.assert_close(parameter.grad, model.get_parameter(key).grad, rtol=1e-4, atol=1e-5)
+
+
+# ---- tensors of inference mode ----
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@every_use
+def test_what_was_made_in_inference_mode_is_taken_outside(use, normalize, backend):
+    """Such as centres, ids and concentrations of a clustering that was fitted there."""
+    module, z = use.module(normalize=normalize, backend=backend), views().requires_grad_()
+    arguments = use.arguments(z)
+    with torch.inference_mode():
+        made = [tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, x) for x in arguments]
+    wanted = [x.clone_state() if isinstance(x, torch.Generator) else x for x in arguments]
+    depends = [any(x.requires_grad for x in dense([own])) for own in arguments]
+    given = [own if kept else new for own, new, kept in zip(arguments, made, depends, strict=True)]
+    results = []
+    for these in (wanted, given):
+        value = Bound(module.loss_fn, lambda z, these=these: these)(z)
+        results.append((value, *torch.autograd.grad(value, z, retain_graph=True)))
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(found, expected)
 
 
 # ---- rows of several dtypes ----

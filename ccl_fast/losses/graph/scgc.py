@@ -19,6 +19,7 @@ from ccl_fast.checks import (
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.ops import edge_similarity, logaddexp, streaming_logsumexp
+from ccl_fast.ops.differentiable import savable
 
 LAYOUTS = (torch.sparse_coo, torch.sparse_csr)
 
@@ -85,7 +86,7 @@ class SCGCLoss(Loss):
         check_floating("embeddings", embeddings)
         check_graph("influence", influence, embeddings.shape[0])
         check_same("influence", influence, "embeddings", embeddings, dtype=False)
-        rows, columns, weights = _edges(influence.detach())
+        rows, columns, weights = (savable(x) for x in _edges(influence.detach()))
         z, scale = self.unit(embeddings), 1.0 / self.temperature
 
         starts = torch.searchsorted(rows, torch.arange(z.shape[0] + 1, device=rows.device))
