@@ -56,7 +56,7 @@ def test_vjp_and_jacrev_are_what_backward_finds(use):
     torch.testing.assert_close(jacrev(module)(z.detach()), z.grad)
 
 
-@pytest.mark.filterwarnings("ignore:torch.searchsorted")  # of rows that vmap has laid out otherwise
+@pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:There is a performance drop.*aten::")  # under vmap
 @every_use_but(DRAWN_IN_THE_CALL)
 def test_vmap_is_a_loop(use, backend):
     module, several = use.module(backend=backend), torch.stack([views(seed=seed) for seed in range(3)])
