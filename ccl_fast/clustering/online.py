@@ -63,7 +63,8 @@ class OnlineClusters(nn.Module):
         wide = accumulation_dtype(features)
         self.register_buffer("features", normalize_rows(features.detach().to(wide)).to(features.dtype))
         self.register_buffer("labels", labels.long().clone())
-        self.register_buffer("centers", torch.zeros(int(labels.max()) + 1, features.shape[1]).to(features.device, wide))
+        shape = int(labels.max()) + 1, features.shape[1]
+        self.register_buffer("centers", torch.zeros(shape, device=features.device, dtype=wide))
         self._take_means()
         self.update_centers()
 

@@ -54,7 +54,7 @@ class Shards:
         """Draw a number in [0, 1) for every row, float64 [rows], whoever has how many of them."""
         own = []
         for start in range(0, self.total, DRAWN):
-            drawn = torch.rand(min(DRAWN, self.total - start), dtype=torch.float64, generator=generator)
+            drawn = torch.rand(min(DRAWN, self.total - start), dtype=torch.float64, generator=generator, device="cpu")
             first = self.start - start
             own.append(drawn[max(0, first) : max(0, first + self.rows)].clone())
         return torch.cat(own)

@@ -139,8 +139,10 @@ class _Colors(nn.Module):
     def __init__(self, strength: float, hue: float, jitter: float, grey: float):
         super().__init__()
         self.strength, self.hue, self.jitter, self.grey = strength, hue, jitter, grey
-        to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
-        turn = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
+        to_yiq = torch.tensor(
+            [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], device="cpu"
+        )
+        turn = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, -1.0], [0.0, 1.0, 0.0]], device="cpu")
         from_yiq = to_yiq.inverse()
         self.register_buffer("luma", to_yiq[0], persistent=False)
         self.register_buffer("onto_luma", from_yiq[:, :1] @ to_yiq[:1], persistent=False)

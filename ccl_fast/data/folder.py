@@ -71,7 +71,7 @@ def load_folder(
     check_count("max_pixels", max_pixels)
     check_shape("shape", shape)
     [source] = open_folders([Path(path)], argument, strict=strict, workers=workers, max_pixels=max_pixels)
-    rows = torch.arange(len(source))
+    rows = torch.arange(len(source), device="cpu")
     channels, height, width = shape
     images, rows = read(source, rows, (channels, height, width), workers=workers, memory=memory, verify=not strict)
     report_skipped(source)
@@ -235,7 +235,9 @@ def _headers(paths: Sequence[Path], *, workers: int, max_pixels: int) -> list[tu
     """The shape of every image, or why its header cannot be read."""
     headers = []
     with progress_bar(len(paths), "checking") as bar:
-        for batch in load(_Headers(paths, max_pixels), torch.arange(len(paths)).split(BATCH), list, workers=workers):
+        for batch in load(
+            _Headers(paths, max_pixels), torch.arange(len(paths), device="cpu").split(BATCH), list, workers=workers
+        ):
             headers += batch
             bar.update(len(batch))
     return headers

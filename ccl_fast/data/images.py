@@ -59,7 +59,7 @@ class Images(ABC):
         Returns:
             An iterator over float32 [b, c, h, w] in [0, 1]; it draws nothing from any global generator.
         """
-        order = torch.arange(len(self)) if order is None else order
+        order = torch.arange(len(self), device="cpu") if order is None else order
         return (self[rows] for rows in order.split(batch_size))
 
     @abstractmethod
@@ -142,7 +142,7 @@ class OnDemand(Images):
         return next(self._loaded([rows.cpu()], workers=0))
 
     def batches(self, batch_size: int, order: Tensor | None = None) -> Iterator[Tensor]:
-        order = torch.arange(len(self)) if order is None else order.cpu()
+        order = torch.arange(len(self), device="cpu") if order is None else order.cpu()
         return self._loaded(order.split(batch_size), self.workers)
 
     def subset(self, rows: Tensor) -> OnDemand:
@@ -171,8 +171,8 @@ class OnDemand(Images):
 
     def _completed(self, batch: Batch, rows: Tensor) -> Tensor:
         """Pixels of all rows of a batch, of which some could not be read."""
-        positions = torch.arange(len(rows))
-        read = torch.tensor(batch.positions, dtype=torch.int64)
+        positions = torch.arange(len(rows), device="cpu")
+        read = torch.tensor(batch.positions, dtype=torch.int64, device="cpu")
         missing = positions[~torch.isin(positions, read)]
         for i, error in zip(self.rows[rows[missing]].tolist(), batch.errors, strict=True):
             if not self.replace:
@@ -184,7 +184,7 @@ class OnDemand(Images):
 
     def _after(self, row: int, error: Exception) -> Tensor:
         """Pixels [1, c, h, w] of the first image after a row that can be read."""
-        following = self.rows[(row + 1 + torch.arange(min(len(self) - 1, TRIES))) % len(self)]
+        following = self.rows[(row + 1 + torch.arange(min(len(self) - 1, TRIES), device="cpu")) % len(self)]
         for i, batch in zip(following.tolist(), load_images(self.source, following.split(1), self.shape), strict=False):
             if not batch.errors:
                 return batch.pixels

@@ -135,6 +135,6 @@ class _Fitted(Dataset):
         errors = [item for item in items if isinstance(item, Exception)]
         positions = [p for p, item in enumerate(items) if not isinstance(item, Exception)]
         if not positions:
-            return Batch([], torch.empty(0, *self.shape, dtype=torch.uint8), [], [], errors)
+            return Batch([], torch.empty(0, *self.shape, dtype=torch.uint8, device="cpu"), [], [], errors)
         rows, pixels, classes = zip(*(items[p] for p in positions), strict=True)
         return Batch(list(rows), torch.stack(pixels), list(classes), positions, errors)

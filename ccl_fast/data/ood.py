@@ -75,7 +75,7 @@ def load_ood(
         given = canonical(data) if isinstance(data, str) else None
         if given == HELD_OUT:
             images = _held_out(split, argument)
-            rows = torch.arange(len(images))
+            rows = torch.arange(len(images), device="cpu")
             loaded[name] = images if limit is None else images.subset(limited(rows, limit, seed))
         elif given in synthetic_names:
             loaded[name] = make(given, split, argument, seed=seed, limit=limit)
@@ -90,7 +90,7 @@ def load_ood(
                 max_pixels=max_pixels,
                 also=(HELD_OUT, *synthetic_names),
             )
-            rows = limited(torch.arange(len(source)), limit, seed)
+            rows = limited(torch.arange(len(source), device="cpu"), limit, seed)
             loaded[name], _ = read(source, rows, split.train.shape, workers=workers, memory=memory)
             report_skipped(source)
             if not len(loaded[name]):

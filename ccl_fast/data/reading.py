@@ -46,17 +46,17 @@ def read(
     if len(rows) * math.prod(shape) > memory * 2**30:
         if verify:
             done = [row for batch in _batches(source, rows, shape, workers, "checking") for row in batch.rows]
-            rows = torch.tensor(done, dtype=torch.int64)
+            rows = torch.tensor(done, dtype=torch.int64, device="cpu")
         of_rows = None if known is None else known[rows]
         return OnDemand(source, rows, shape, of_rows, workers=workers, replace=not verify), rows
-    pixels = torch.empty(len(rows), *shape, dtype=torch.uint8)
+    pixels = torch.empty(len(rows), *shape, dtype=torch.uint8, device="cpu")
     done, classes = [], []
     for batch in _batches(source, rows, shape, workers, "reading"):
         pixels[len(done) : len(done) + len(batch.rows)] = batch.pixels
         done += batch.rows
         classes += batch.classes
-    kept = torch.tensor(done, dtype=torch.int64)
-    of_kept = None if None in classes else torch.tensor(classes, dtype=torch.int64)
+    kept = torch.tensor(done, dtype=torch.int64, device="cpu")
+    of_kept = None if None in classes else torch.tensor(classes, dtype=torch.int64, device="cpu")
     # A copy where images are missing: the memory of the rest is given back.
     return InMemory(pixels if len(kept) == len(pixels) else pixels[: len(kept)].clone(), of_kept), kept
 
@@ -67,20 +67,24 @@ def read_classes(source: Source, *, workers: int) -> Tensor | None:
         return source.classes
     classes = []
     with progress_bar(len(source)) as bar:
-        for batch in load(_Classes(source), torch.arange(len(source)).split(BATCH), list, workers=workers):
+        for batch in load(
+            _Classes(source), torch.arange(len(source), device="cpu").split(BATCH), list, workers=workers
+        ):
             for item in batch:
                 if isinstance(item, Exception):
                     raise item
                 classes.append(item)
             bar.update(len(batch))
-    return None if None in classes else torch.tensor(classes, dtype=torch.int64)
+    return None if None in classes else torch.tensor(classes, dtype=torch.int64, device="cpu")
 
 
 def limited(rows: Tensor, limit: int | None, seed: int) -> Tensor:
     """At most ``limit`` of the rows, drawn at random, in their order."""
     if limit is None or len(rows) <= limit:
         return rows
-    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:limit].sort().values]
+    return rows[
+        torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed), device="cpu")[:limit].sort().values
+    ]
 
 
 def progress_bar(n: int, what: str = "reading") -> tqdm:

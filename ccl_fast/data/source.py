@@ -96,7 +96,7 @@ class Source(Dataset):
     @functools.cached_property
     def sample(self) -> list[Sampled]:
         """Items spread over the whole set, the first one among them."""
-        rows = torch.linspace(0, len(self) - 1, min(len(self), N_SAMPLED), dtype=torch.float64).long()
+        rows = torch.linspace(0, len(self) - 1, min(len(self), N_SAMPLED), dtype=torch.float64, device="cpu").long()
         return [Sampled(i, shape_of(pixels), c) for i, (pixels, c) in ((i, self[i]) for i in rows.tolist())]
 
 
@@ -119,4 +119,4 @@ def _classes(values, n: int) -> Tensor | None:
     if isinstance(values, Tensor | np.ndarray):
         values = values.tolist()
     classes = [class_of(v[1] if isinstance(v, tuple) and len(v) == 2 else v) for v in values]
-    return None if None in classes else torch.tensor(classes, dtype=torch.int64)
+    return None if None in classes else torch.tensor(classes, dtype=torch.int64, device="cpu")

@@ -133,7 +133,11 @@ def _parts(
     """What to train on, what to test on and what is held out: rows of a source each."""
     train, test = opened.train, opened.test
     if in_classes is None and test is not None:
-        return [(train, torch.arange(len(train))), (test, torch.arange(len(test))), (test, torch.arange(0))]
+        return [
+            (train, torch.arange(len(train), device="cpu")),
+            (test, torch.arange(len(test), device="cpu")),
+            (test, torch.arange(0, device="cpu")),
+        ]
     classes = read_classes(train, workers=workers)
     if in_classes is not None:
         _check_known(in_classes, classes, opened.name)
@@ -144,7 +148,7 @@ def _parts(
     if test_classes is None:
         raise ArgumentError(f"in_classes: expected None for data without classes to test on, got {in_classes!r}")
     assert in_classes is not None and classes is not None
-    chosen = torch.tensor(in_classes)
+    chosen = torch.tensor(in_classes, device="cpu")
     in_test = torch.isin(test_classes, chosen)
     return [
         (source, mask.nonzero()[:, 0])
@@ -157,15 +161,15 @@ def _split(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows to train on, to test on (their share of every class), and of the other classes."""
     if classes is None:
-        classes = torch.zeros(n, dtype=torch.int64)
+        classes = torch.zeros(n, dtype=torch.int64, device="cpu")
     chosen: Sequence[int] = classes.unique().tolist() if in_classes is None else in_classes
     generator = torch.Generator().manual_seed(seed)
     of_classes = [(classes == c).nonzero()[:, 0] for c in chosen]
-    of_classes = [rows[torch.randperm(len(rows), generator=generator)] for rows in of_classes]
+    of_classes = [rows[torch.randperm(len(rows), generator=generator, device="cpu")] for rows in of_classes]
     n_test = _shares([len(rows) for rows in of_classes], test_fraction, generator)
     train = torch.cat([rows[n:] for rows, n in zip(of_classes, n_test, strict=True)])
     test = torch.cat([rows[:n] for rows, n in zip(of_classes, n_test, strict=True)])
-    held_out = ~torch.isin(classes, torch.tensor(chosen))
+    held_out = ~torch.isin(classes, torch.tensor(chosen, device="cpu"))
     return train, test, held_out.nonzero()[:, 0]
 
 
@@ -182,7 +186,7 @@ def _shares(sizes: Sequence[int], fraction: float, generator: torch.Generator) -
         counts[c] = int(shares[c])
     up = round(sum(shares[c] for c in small)) - sum(counts[c] for c in small)
     if up:
-        drawn = [small[i] for i in torch.randperm(len(small), generator=generator)]
+        drawn = [small[i] for i in torch.randperm(len(small), generator=generator, device="cpu")]
         drawn.sort(key=lambda c: (sizes[c] > 1, shares[c] - counts[c]), reverse=True)
         for c in drawn[:up]:
             counts[c] += 1

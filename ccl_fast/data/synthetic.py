@@ -60,8 +60,8 @@ def _textures(n: int, test: Images, generator: Generator) -> Tensor:
     channels, *size = test.shape
     photographs = _photographs()
     side = _uniform((n,), 64, 256, generator)  # of the crop; a photograph's is 512
-    place = torch.rand(n, 2, generator=generator)
-    photograph = torch.randint(len(photographs), (n,), generator=generator)
+    place = torch.rand(n, 2, generator=generator, device="cpu")
+    photograph = torch.randint(len(photographs), (n,), generator=generator, device="cpu")
     crops = []
     for i in range(n):
         image = photographs[photograph[i]]
@@ -71,7 +71,7 @@ def _textures(n: int, test: Images, generator: Generator) -> Tensor:
         crops.append(F.interpolate(crop, size, mode="bilinear", antialias=True))
     images = torch.cat(crops)
     for dim in (2, 3):
-        flipped = torch.rand(n, 1, 1, 1, generator=generator) < 0.5
+        flipped = torch.rand(n, 1, 1, 1, generator=generator, device="cpu") < 0.5
         images = torch.where(flipped, images.flip(dim), images)
     # Bright parts keep the tint's colour, as under a coloured light.
     tint = _uniform((n, channels, 1, 1), 0.6, 1.4, generator) if channels == 3 else 1
@@ -79,14 +79,14 @@ def _textures(n: int, test: Images, generator: Generator) -> Tensor:
 
 
 def _noise(n: int, test: Images, generator: Generator) -> Tensor:
-    gaussian = 0.5 + 0.25 * torch.randn(n // 2, *test.shape, generator=generator)
-    return torch.cat([gaussian.clamp(0, 1), torch.rand(n - n // 2, *test.shape, generator=generator)])
+    gaussian = 0.5 + 0.25 * torch.randn(n // 2, *test.shape, generator=generator, device="cpu")
+    return torch.cat([gaussian.clamp(0, 1), torch.rand(n - n // 2, *test.shape, generator=generator, device="cpu")])
 
 
 def _blobs(n: int, test: Images, generator: Generator) -> Tensor:
     channels, *size = test.shape
     grid = [min(s, BLOB_GRID) for s in size]
-    noise = torch.randn(n, channels, *grid, generator=generator)
+    noise = torch.randn(n, channels, *grid, generator=generator, device="cpu")
     widest = 0.12 * max(grid)
     sigma = _uniform((n, 1), widest / 3, widest, generator)
     blurred = gaussian_blur2d(noise, 2 * int(3 * widest) + 3, sigma.expand(n, 2), border_type="replicate")
@@ -96,14 +96,14 @@ def _blobs(n: int, test: Images, generator: Generator) -> Tensor:
 
 
 def _interpolation(n: int, test: Images, generator: Generator) -> Tensor:
-    order = torch.randperm(len(test), generator=generator)
+    order = torch.randperm(len(test), generator=generator, device="cpu")
     return (test[order[:n]].cpu() + test[order.roll(-1)[:n]].cpu()) / 2
 
 
 def _letters(n: int, test: Images, generator: Generator) -> Tensor:
     channels, *size = test.shape
     height, width = (LETTER_PIXELS * s for s in size)
-    letter = torch.randint(len(string.ascii_letters), (n,), generator=generator).tolist()
+    letter = torch.randint(len(string.ascii_letters), (n,), generator=generator, device="cpu").tolist()
     font_size = (min(height, width) * _uniform((n,), 0.6, 1.1, generator)).tolist()
     y, x = ((s * _uniform((n,), 0.4, 0.6, generator)).tolist() for s in (height, width))
     angle = _uniform((n,), -30, 30, generator).tolist()
@@ -117,7 +117,7 @@ def _letters(n: int, test: Images, generator: Generator) -> Tensor:
     mask = torch.stack(masks)[:, None].float() / 255
     if channels == 1:
         return mask
-    paper = torch.rand(n, 3, 1, 1, generator=generator)
+    paper = torch.rand(n, 3, 1, 1, generator=generator, device="cpu")
     ink = (paper + _uniform((n, 3, 1, 1), 0.3, 0.7, generator)) % 1  # far from the paper's in every channel
     return paper + mask * (ink - paper)
 
@@ -133,7 +133,7 @@ synthetic_names = tuple(_MAKERS)
 
 
 def _uniform(shape: tuple[int, ...], low: float, high: float, generator: Generator) -> Tensor:
-    return torch.empty(shape).uniform_(low, high, generator=generator)
+    return torch.empty(shape, device="cpu").uniform_(low, high, generator=generator)
 
 
 @functools.cache

@@ -154,7 +154,7 @@ def evaluate_model(
 def _metrics(scores: dict[str, Tensor], near: Collection[str], far: Collection[str]) -> dict[str, dict[str, float]]:
     by_set = {}
     for name in (*near, *far):
-        is_ood = torch.arange(len(scores["test"]) + len(scores[name])) >= len(scores["test"])
+        is_ood = torch.arange(len(scores["test"]) + len(scores[name]), device="cpu") >= len(scores["test"])
         by_set[name] = ood_metrics(torch.cat([scores["test"], scores[name]]), is_ood)
     means = {}
     for group, names in zip(GROUPS, (near, far), strict=True):

@@ -373,7 +373,10 @@ def _border(
 
     def row(part: str, number: int) -> dict:
         nearest = int((features["train"] @ features[part][number]).argmax())
-        picture, neighbor = images[part][torch.tensor([number])][0], images["train"][torch.tensor([nearest])][0]
+        picture, neighbor = (
+            images[part][torch.tensor([number], device="cpu")][0],
+            images["train"][torch.tensor([nearest], device="cpu")][0],
+        )
         score = f"{evaluation.scores[part][number]:#.3g}"
         return {
             "set": part if part in sets else "",

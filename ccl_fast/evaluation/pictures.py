@@ -160,7 +160,7 @@ def histograms(test: Tensor, sets: Sequence[OodSet], axis: ScoreAxis, alt: str) 
     figure, texts = _figure(height), []
     edges = np.linspace(0, 1, 49)
     ticks = axis.ticks()
-    at = axis.place(torch.tensor([threshold(test), *ticks], dtype=torch.float64)).tolist()
+    at = axis.place(torch.tensor([threshold(test), *ticks], dtype=torch.float64, device="cpu")).tolist()
 
     def shares(scores: Tensor) -> np.ndarray:
         return np.histogram(axis.place(scores), edges)[0] / len(scores)
@@ -204,7 +204,7 @@ def roc_curves(test: Tensor, sets: Sequence[OodSet], alt: str) -> str:
     panel.plot([0, 1], [0, 1], color=LIGHT["quiet"], lw=1)
     for of_set in sets:
         x, y = roc(test, of_set.scores)
-        shown = torch.linspace(0, len(x) - 1, min(len(x), 400)).round().long()
+        shown = torch.linspace(0, len(x) - 1, min(len(x), 400), device="cpu").round().long()
         (line,) = panel.plot(x[shown].tolist(), y[shown].tolist(), color=LIGHT[of_set.color], lw=1.7, clip_on=False)
         if of_set.dashes:
             line.set_dashes([part / 1.7 for part in of_set.dashes])
@@ -293,7 +293,7 @@ def sample(
     generator = torch.Generator().manual_seed(seed)
 
     def some(x: Tensor, n: int) -> Tensor:
-        return torch.randperm(len(x), generator=generator)[:n].sort().values
+        return torch.randperm(len(x), generator=generator, device="cpu")[:n].sort().values
 
     def of_sets(sets: Sequence[Tensor]) -> Tensor:
         return torch.cat([train[:0], *(x[some(x, -(-120 // len(sets)))] for x in sets)])

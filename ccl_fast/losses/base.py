@@ -17,6 +17,7 @@ from ccl_fast.losses.batch import Batch, check_batch
 from ccl_fast.ops import streaming_logsumexp
 from ccl_fast.ops.backends import ContrastBackend, check_backend
 from ccl_fast.ops.contrast_tile import fits
+from ccl_fast.ops.differentiable import savable
 from ccl_fast.ops.ids import separate_unassigned
 from ccl_fast.ops.logsumexp.distributed import Wanted, global_contrast
 from ccl_fast.ops.normalize import normalize_embeddings
@@ -265,7 +266,7 @@ class Loss(nn.Module):
         """Rows of unit length (if `normalize`), in the dtype of the matrix products."""
         dtype = product_dtype(x)
         if not self.normalize:
-            return x.to(dtype)
+            return savable(x.to(dtype))
         return normalize_embeddings(x).to(dtype)
 
     def is_tile(self, rows: Tensor, keys: int) -> bool:

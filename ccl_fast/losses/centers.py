@@ -10,7 +10,7 @@ from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import Loss
 from ccl_fast.losses.batch import Batch, check_batch
 from ccl_fast.ops import cross_entropy, row_dot, streaming_logsumexp
-from ccl_fast.ops.differentiable import Differentiable
+from ccl_fast.ops.differentiable import Differentiable, savable
 from ccl_fast.ops.precision import accumulation_dtype
 
 
@@ -28,7 +28,7 @@ def center_logits(
     own = batch.ids.clamp(min=0)
     own_center = _OWN_CENTER(batch.z, centers, own)
     if isinstance(temperature, Tensor):
-        temperature = temperature.to(accumulation)
+        temperature = savable(temperature.to(accumulation))
     if isinstance(temperature, Tensor) and temperature.ndim == 1:
         own_center = own_center / temperature[own]
         centers, scale = (centers / temperature[:, None]).to(batch.z.dtype), 1.0

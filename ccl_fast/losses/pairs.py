@@ -9,6 +9,7 @@ from ccl_fast.checks import assert_on_device, check_floating, check_same, check_
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.batch import check_references
 from ccl_fast.ops import edge_similarity
+from ccl_fast.ops.differentiable import savable
 
 LAYOUTS = (torch.sparse_coo, torch.sparse_csr)
 
@@ -50,11 +51,12 @@ def entries(matrix: Tensor) -> tuple[Pairs, Tensor]:
     matrix = matrix.detach()
     if matrix.layout == torch.sparse_coo:
         matrix = matrix.coalesce()
-        return Pairs(*matrix.indices()), matrix.values()
-    columns = matrix.col_indices().long()
-    rows = torch.arange(len(matrix), device=columns.device)
-    rows = rows.repeat_interleave(matrix.crow_indices().diff(), output_size=len(columns))
-    return Pairs(rows, columns), matrix.values()
+        (rows, columns), weights = matrix.indices(), matrix.values()
+    else:
+        columns, weights = matrix.col_indices().long(), matrix.values()
+        rows = torch.arange(matrix.shape[0], device=columns.device)
+        rows = rows.repeat_interleave(matrix.crow_indices().diff(), output_size=columns.shape[0])
+    return Pairs(savable(rows), savable(columns)), savable(weights)
 
 
 def check_graph(name: str, x: Tensor, nodes: int | None = None) -> None:

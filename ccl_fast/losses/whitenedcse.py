@@ -18,7 +18,7 @@ from ccl_fast.checks import (
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.ops import cross_entropy, row_dot, streaming_logsumexp
-from ccl_fast.ops.differentiable import Differentiable
+from ccl_fast.ops.differentiable import Differentiable, savable
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
 
@@ -185,6 +185,7 @@ def shuffled_group_whitening(
     if shuffle is None:
         shuffle = _draw(d, x.device, generator)
     _check_shuffle(shuffle, x)
+    shuffle = savable(shuffle)
     with without_autocast(x.device):
         grouped = x.to(accumulation_dtype(x))[:, shuffle].unflatten(1, (groups, d // groups))
         # (Of no rows there is no mean.)
@@ -245,5 +246,7 @@ def _check_shuffle(shuffle: Tensor, x: Tensor) -> None:
     if shuffle.dtype != torch.int64:
         raise ArgumentError(f"shuffle: expected int64, got {shuffle.dtype}")
     check_same("shuffle", shuffle, "the embeddings", x, dtype=False)
-    if host_knows(shuffle) and not torch.equal(shuffle.sort().values, torch.arange(shuffle.shape[0])):
+    if host_knows(shuffle) and not torch.equal(
+        shuffle.sort().values, torch.arange(shuffle.shape[0], device=shuffle.device)
+    ):
         raise ArgumentError(f"shuffle: expected a permutation of 0 to {shuffle.shape[0] - 1}, got {shuffle.tolist()}")

@@ -52,14 +52,19 @@ def cluster_quality(cluster_ids: Tensor, labels: Tensor) -> dict[str, float]:
             raise ArgumentError(f"{name}: expected shape [n] with n of at least 1, got {list(x.shape)}")
     # Whatever their numbers.
     ids, classes = (x.cpu().unique(return_inverse=True)[1] for x in (cluster_ids, labels))
-    with warnings.catch_warnings():  # torchmetrics builds a sparse tensor, of which torch warns
+    # torchmetrics builds, on the default device, a sparse tensor, of which torch warns.
+    with torch.device("cpu"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse invariant checks")
         nmi = normalized_mutual_info_score(ids, classes).item()
-    together = torch.zeros(int(ids.max()) + 1, int(classes.max()) + 1, dtype=torch.int64)
+    together = torch.zeros(int(ids.max()) + 1, int(classes.max()) + 1, dtype=torch.int64, device="cpu")
     together.index_put_((ids, classes), torch.ones_like(ids), accumulate=True)
     rows, columns = linear_sum_assignment(together.numpy(), maximize=True)
     sizes, mates = together.sum(1, keepdim=True), (together * (together - 1)).double()
-    same = (mates / (sizes - 1).clamp(min=1)).sum() / sizes[sizes > 1].sum() if (sizes > 1).any() else torch.ones(())
+    same = (
+        (mates / (sizes - 1).clamp(min=1)).sum() / sizes[sizes > 1].sum()
+        if (sizes > 1).any()
+        else torch.ones((), device="cpu")
+    )
     return {
         "nmi": nmi,
         "accuracy": together.numpy()[rows, columns].sum().item() / len(ids),

@@ -60,4 +60,4 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
 def _kept(channels: int) -> Tensor | slice:
     if channels <= MAX_CHANNELS:
         return slice(None)
-    return torch.randperm(channels, generator=torch.Generator().manual_seed(channels))[:MAX_CHANNELS]
+    return torch.randperm(channels, generator=torch.Generator().manual_seed(channels), device="cpu")[:MAX_CHANNELS]

@@ -65,7 +65,7 @@ class Ensemble(FeatureDetector):
         if len(x) < self.folds:
             raise ArgumentError(f"x: expected at least folds={self.folds} rows, got {len(x)}")
         generator = torch.Generator().manual_seed(int(self.seed))
-        fold = (torch.randperm(len(x), generator=generator) % self.folds).to(x.device)
+        fold = (torch.randperm(len(x), generator=generator, device="cpu") % self.folds).to(x.device)
         moments = []
         for detector in self.detectors:
             scores = x.new_empty(len(x))

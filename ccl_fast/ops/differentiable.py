@@ -61,7 +61,7 @@ class Differentiable:
             return self._traced.apply(*inputs) if _need_gradients(inputs) else self.forward(*inputs)
         if are_transforms_active():
             return self._transformed.apply(*inputs)
-        return self._eager.apply(*inputs)
+        return self._eager.apply(*(savable(x) if isinstance(x, Tensor) else x for x in inputs))
 
     def _at_the_bottom(self, *inputs) -> Any:
         """Below all transforms: no tensor is wrapped any more, unless something traces them."""
@@ -110,6 +110,13 @@ def refuse_double_backward(of: str, instead: str = "") -> Callable:
         )
 
     return refuse
+
+
+def savable(x: Tensor) -> Tensor:
+    """Return x, or a copy of what was made in inference mode, as centres fitted there: autograd keeps none."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not x.is_inference():
+        return x
+    return x.clone()
 
 
 def _need_gradients(inputs: tuple) -> bool:

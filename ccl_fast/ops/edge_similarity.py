@@ -96,7 +96,8 @@ def _forward(q: Tensor, k: Tensor, crow_indices: Tensor, col_indices: Tensor) ->
 def _matrix(crow_indices: Tensor, col_indices: Tensor, values: Tensor, m: int) -> Tensor:
     size = (crow_indices.shape[0] - 1, m)
     _warn_no_more()
-    return torch.sparse_csr_tensor(crow_indices, col_indices, values, size, check_invariants=False)
+    options = {"device": values.device, "check_invariants": False}
+    return torch.sparse_csr_tensor(crow_indices, col_indices, values, size, **options)
 
 
 def _rows(crow_indices: Tensor, col_indices: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ def _warn_no_more() -> None:
     """torch says once that its sparse rows are in beta; that concerns us, not who calls us."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        torch.sparse_csr_tensor([0], [], [], (0, 0), check_invariants=False)
+        torch.sparse_csr_tensor([0], [], [], (0, 0), device="cpu", check_invariants=False)
 
 
 def _empty(q, k, crow_indices, col_indices):
@@ -128,7 +129,8 @@ def _backward(
         if need_k:
             rows = torch.arange(n, device=q.device, dtype=col_indices.dtype)
             rows = rows.repeat_interleave(crow_indices.diff(), output_size=col_indices.shape[0])
-            transposed = torch.sparse_coo_tensor(torch.stack((col_indices, rows)), grad, (m, n), check_invariants=False)
+            pairs = torch.stack((col_indices, rows))
+            transposed = torch.sparse_coo_tensor(pairs, grad, (m, n), device=grad.device, check_invariants=False)
             grad_k = torch.sparse.mm(transposed, q.to(grad.dtype)).to(k.dtype)
         return grad_q, grad_k
 

@@ -183,7 +183,7 @@ class Run:
         model = self.result
         n = len(self.images)
         with self.group.together():
-            embeddings = embed(model, self.images, torch.arange(n)[self.group.part(n)])["head"]
+            embeddings = embed(model, self.images, torch.arange(n, device="cpu")[self.group.part(n)])["head"]
         if any(self.group.gather_int(int(not embeddings.isfinite().all()))):
             raise FloatingPointError(f"embeddings are not finite at step {self.step}; {ADVICE}")
 

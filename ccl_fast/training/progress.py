@@ -239,6 +239,8 @@ def _end_of(stage: str, state: dict) -> dict:
 
 def _fingerprint(images: Images) -> list[int]:
     """Return number and shape of the images, and a check sum of some: labels and centres belong to these."""
-    some = images[torch.linspace(0, len(images) - 1, min(len(images), FINGERPRINTED), dtype=torch.float64).long()]
+    some = images[
+        torch.linspace(0, len(images) - 1, min(len(images), FINGERPRINTED), dtype=torch.float64, device="cpu").long()
+    ]
     pixels = (some.cpu() * 255).round().to(torch.uint8).contiguous()
     return [len(images), *images.shape, zlib.crc32(pixels.numpy().data)]

@@ -20,8 +20,8 @@ class Prototypes(nn.ParameterList):
     """
 
     def __init__(self, numbers: Sequence[int], dimension: int, *, seed: int, device: torch.device):
-        generator = torch.Generator().manual_seed(seed)
-        drawn = [normalize(torch.randn(k, dimension, generator=generator)) for k in numbers]
+        options = {"generator": torch.Generator().manual_seed(seed), "device": "cpu", "dtype": torch.float32}
+        drawn = [normalize(torch.randn(k, dimension, **options)) for k in numbers]
         super().__init__(nn.Parameter(directions.to(device)) for directions in drawn)
 
     def hold(self) -> None:

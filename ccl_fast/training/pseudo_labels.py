@@ -143,7 +143,9 @@ class PseudoLabels:
         if classes is not None and self.labels_from == "classes":
             ids = classes.unique(return_inverse=True)[1].to(embeddings.device)
         else:
-            ids = torch.randint(k, (n,), generator=torch.Generator().manual_seed(self.seed)).to(embeddings.device)
+            ids = torch.randint(k, (n,), generator=torch.Generator().manual_seed(self.seed), device="cpu").to(
+                embeddings.device
+            )
         k, own = int(ids.max()) + 1, ids[self.group.part(n)]
         sums = embeddings.new_zeros(k, embeddings.shape[1]).index_add_(0, own, unit(embeddings))
         first, *others = self.group.gather_objects(sums)

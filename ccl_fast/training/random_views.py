@@ -25,7 +25,7 @@ def embedded_views(model: Model, images: Images, views: Views, number: int = 2) 
 
 def spread_rows(images: Images, at_most: int) -> Tensor:
     """Return rows from all over the images: of classes that follow each other, each has its share."""
-    return torch.linspace(0, len(images) - 1, min(len(images), at_most), dtype=torch.float64).long()
+    return torch.linspace(0, len(images) - 1, min(len(images), at_most), dtype=torch.float64, device="cpu").long()
 
 
 class _RandomViews:

@@ -25,4 +25,4 @@ def seeded(device: torch.device, *keys: int) -> Iterator[None]:
 
 def shuffled(n: int, *keys: int) -> Tensor:
     """Return a permutation of 0 ... n - 1, int64, on the CPU."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(_mix(*keys)))
+    return torch.randperm(n, generator=torch.Generator().manual_seed(_mix(*keys)), device="cpu")

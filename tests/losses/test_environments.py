@@ -1,5 +1,6 @@
 """Where losses run besides eager mode: torch.func, meta and fake tensors, torch.export, autocast of mixed rows."""
 
+import contextlib
 import copy
 import io
 
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ccl_fast import losses
 from ccl_fast.ops import streaming_logsumexp
 from ccl_fast.ops.differentiable import Differentiable
-from tests.losses.test_contract import USES, Bound, every_use, views
+from tests.losses.test_contract import USES, Bound, dense, every_use, views
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DRAWN_IN_THE_CALL = {"scgc", "feature transformation"}  # by the arguments of the test
@@ -55,6 +56,7 @@ def test_vjp_and_jacrev_are_what_backward_finds(use):
     torch.testing.assert_close(jacrev(module)(z.detach()), z.grad)
 
 
+@pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:There is a performance drop.*aten::")  # under vmap
 @every_use_but(DRAWN_IN_THE_CALL)
 def test_vmap_is_a_loop(use, backend):
     module, several = use.module(backend=backend), torch.stack([views(seed=seed) for seed in range(3)])
@@ -212,6 +214,28 @@ def test_an_exported_model_takes_batches_of_any_size(name):
         torch.testing.assert_close(parameter.grad, model.get_parameter(key).grad, rtol=1e-4, atol=1e-5)
 
 
+# ---- tensors of inference mode ----
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@every_use
+def test_what_was_made_in_inference_mode_is_taken_outside(use, normalize, backend):
+    """Such as centres, ids and concentrations of a clustering that was fitted there."""
+    module, z = use.module(normalize=normalize, backend=backend), views().requires_grad_()
+    arguments = use.arguments(z)
+    with torch.inference_mode():
+        made = [tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, x) for x in arguments]
+    wanted = [x.clone_state() if isinstance(x, torch.Generator) else x for x in arguments]
+    depends = [any(x.requires_grad for x in dense([own])) for own in arguments]
+    given = [own if kept else new for own, new, kept in zip(arguments, made, depends, strict=True)]
+    results = []
+    for these in (wanted, given):
+        value = Bound(module.loss_fn, lambda z, these=these: these)(z)
+        results.append((value, *torch.autograd.grad(value, z, retain_graph=True)))
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
 # ---- rows of several dtypes ----
 
 
@@ -239,3 +263,35 @@ def test_autocast_takes_rows_of_two_dtypes():
             losses.InfoNCELoss()(half[:, 0], z[:, 1].double())
     with pytest.raises(ValueError, match=r"^keys: expected dtype torch.bfloat16 .*got torch.float32"):
         losses.InfoNCELoss()(half[:, 0], z[:, 1])
+
+
+# ---- defaults that the user has set ----
+
+
+@contextlib.contextmanager
+def default(what):
+    """A default device, or a default dtype, of whoever calls a loss."""
+    if what == "meta":
+        with torch.device("meta"):
+            yield
+        return
+    torch.set_default_dtype(what)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@every_use
+@pytest.mark.parametrize("what", ["meta", torch.float64, torch.float16], ids=str)
+def test_neither_default_device_nor_default_dtype_matters(use, what):
+    z = views(torch.float32).requires_grad_()
+    arguments, results = use.arguments(z), []
+    module = use.module(backend="blocked")
+    for context in (contextlib.nullcontext(), default(what)):
+        given = [x.clone_state() if isinstance(x, torch.Generator) else x for x in arguments]
+        with context:
+            value = Bound(module.loss_fn, lambda z, given=given: given)(z)
+            results.append((value, *torch.autograd.grad(value, z, retain_graph=True)))
+    for expected, found in zip(*results, strict=True):
+        assert found.device == expected.device and found.dtype == expected.dtype and torch.equal(found, expected)

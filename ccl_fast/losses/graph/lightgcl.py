@@ -18,6 +18,7 @@ from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_integers, check_queries
 from ccl_fast.ops import cross_entropy, row_dot, streaming_logsumexp
+from ccl_fast.ops.differentiable import savable
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
 
@@ -84,10 +85,11 @@ class LightGCLLoss(Loss):
         keys = positives = self.unit(keys)
         if nodes is not None:
             _check_nodes(nodes, queries)
-            queries, positives = (x.index_select(0, nodes.long()) for x in (queries, keys))
+            nodes = savable(nodes.long())
+            queries, positives = (x.index_select(0, nodes) for x in (queries, keys))
         anchors, scale = self.unit(queries), 1.0 / self.temperature
         every = torch.arange(keys.shape[0], device=keys.device)
-        among = {"q_ids": every if nodes is None else nodes.long(), "k_ids": every, "candidates": "other_id"}
+        among = {"q_ids": every if nodes is None else nodes, "k_ids": every, "candidates": "other_id"}
         rest = streaming_logsumexp(anchors, keys, scale=scale, backend=self.backend, **among)
         logits = row_dot(anchors, positives) * scale
         losses = cross_entropy(rest, logits)

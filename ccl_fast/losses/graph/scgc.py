@@ -138,7 +138,8 @@ def influence_matrix(
     weights = torch.cat((weights, weights.new_ones(n)))
     degree = weights.new_zeros(n).index_add(0, rows, weights)
     weights = weights / (degree[rows] if normalization == "rows" else (degree[rows] * degree[columns]).sqrt())
-    step = torch.sparse_coo_tensor(torch.stack((rows, columns)), weights, (n, n), check_invariants=False).coalesce()
+    options = {"device": weights.device, "check_invariants": False}
+    step = torch.sparse_coo_tensor(torch.stack((rows, columns)), weights, (n, n), **options).coalesce()
     power = total = step
     for _ in range(hops - 1):
         power = torch.sparse.mm(power, step)

@@ -93,8 +93,8 @@ class _Problem:
     def _id_ranges(self, ids, blocks):
         if not self.sorted:
             return None
-        ends = torch.tensor([[block.start, block.stop - 1] for block in blocks], dtype=torch.int64).reshape(-1, 2)
-        return ids[ends].tolist()
+        ends = torch.tensor([[block.start, block.stop - 1] for block in blocks], dtype=torch.int64, device=ids.device)
+        return ids[ends.reshape(-1, 2)].tolist()
 
     def tiles(self) -> Iterator[_Tile]:
         """Every tile with a pair that is wanted; of self-contrast the upper triangle."""
