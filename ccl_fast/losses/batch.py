@@ -128,6 +128,8 @@ def check_queries(
     Returns:
         Numbers of samples, and of rows of each.
     """
+    if isinstance(queries, Tensor):
+        check_tensor("queries", queries)
     if keys is None and "keys" not in required:
         if not isinstance(queries, Tensor) or queries.ndim != 3 or queries.shape[1] != 2:
             got = list(queries.shape) if isinstance(queries, Tensor) else type(queries).__name__

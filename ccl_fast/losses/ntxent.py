@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ccl_fast.checks import check_has_values, product_dtype
+from ccl_fast.checks import check_has_values, check_tensor, product_dtype
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions
 from ccl_fast.losses.batch import check_queries, check_unassigned, labels_as_ids
@@ -82,6 +82,9 @@ class NTXentLoss(InfoNCELoss):
             if negatives is not None:
                 raise ArgumentError("negatives: expected None with labels, got a tensor")
             return self._of_labels(queries, keys)
+        for name, x in (("queries", queries), ("keys", keys)):
+            if x is not None:
+                check_tensor(name, x)
         if negatives is not None:
             return self._with_bank(queries, keys, negatives)
         if keys is not None and _same_shape(queries, keys):
