@@ -139,7 +139,7 @@ def _unwrapped(x: Tensor) -> Tensor:
     """What torch.func's transforms have wrapped; under vmap it has a dimension more."""
     if torch.compiler.is_compiling():
         return x
-    functorch = torch._C._functorch
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue] - it has no public name
     while functorch.is_functorch_wrapped_tensor(x):
         x = functorch.get_unwrapped(x)
     return x
@@ -268,7 +268,7 @@ def check_number(name: str, value, expected: str, inside: Callable[[Any], bool])
         raise ArgumentError(f"{name}: expected {expected}, got {shown(value)}")
 
 
-def _as_float(value: Real) -> float:
+def _as_float(value: Any) -> float:
     """The same, infinite where float64 has no such number."""
     try:
         return float(value)

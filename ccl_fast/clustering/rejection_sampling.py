@@ -52,7 +52,7 @@ def plus_plus_rows(one: Data, weights: Tensor, k: int, generator: torch.Generato
             free = weights.index_fill(0, shards.local(chosen), 0.0)
             return torch.cat([chosen, draw_distinct(one, free, k - len(chosen), generator)])
         count = min(MAX_CANDIDATES, max(MIN_CANDIDATES, len(chosen)))
-        draw = torch.rand(2, count, dtype=torch.float64, generator=generator)
+        draw = torch.rand(2, count, dtype=torch.float64, generator=generator, device="cpu")
         candidates = shards.draw(cumulative, ends, draw[0].to(one.device))
         rows = one.take(candidates[None])
         then, weight = _of(candidates, one, potential, weights)

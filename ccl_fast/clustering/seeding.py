@@ -46,7 +46,7 @@ def greedy_rows(one: Data, weights: Tensor, k: int, generator: torch.Generator) 
     """
     shards, distances = one.shards, Distances(one)
     chosen = draw_distinct(one, weights, 1, generator)
-    share = torch.rand(k, 2 + int(math.log(k)), dtype=torch.float64, generator=generator).to(one.device)
+    share = torch.rand(k, 2 + int(math.log(k)), dtype=torch.float64, generator=generator, device="cpu").to(one.device)
     every, last_resort = [chosen], LAST_RESORT * weights
     of_sum = None if one.weights is None else weights.to(distances.dtype)
     potential = distances.to(one.take(chosen[None])[0])[0]

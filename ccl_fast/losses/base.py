@@ -161,9 +161,9 @@ class Loss(nn.Module):
         shown = {name: value for name, value in own.items() if isinstance(value, bool | int | float | str)}
         learned = getattr(self, "log_temperature", None)
         # On a meta tensor, or in the parts of several processes, it cannot be read.
-        given = learned is None or not is_plain(learned)
+        value = self._temperature if learned is None or not is_plain(learned) else learned.detach().exp().item()
         common = {
-            "temperature": round(self._temperature if given else learned.detach().exp().item(), 6),
+            "temperature": round(value, 6),
             "normalize": self.normalize,
             "reduction": self.reduction,
             "backend": self.backend,

@@ -168,6 +168,8 @@ def check_queries(
         Numbers of samples, and of rows of each.
     """
     of_queries, of_keys = names
+    if isinstance(queries, Tensor):
+        check_tensor(of_queries, queries)
     if keys is None and "keys" not in required:
         if not isinstance(queries, Tensor) or queries.ndim != 3 or queries.shape[1] != 2:
             got = list(queries.shape) if isinstance(queries, Tensor) else type(queries).__name__

@@ -165,7 +165,7 @@ class CCLLoss(Loss):
         self, batch: Batch, centers: Tensor | None, center_temperature: float | Tensor | None, scale: float | Tensor
     ) -> Tensor | None:
         """The loss of a small batch, its rows as they came, by a single node; None where that does not serve."""
-        inside, keys = self.form == "inside", len(batch.z) + (0 if centers is None else len(centers))
+        inside, keys = self.form == "inside", batch.z.shape[0] + (0 if centers is None else centers.shape[0])
         if not self.is_tile(batch.z, keys) or self.form == "split" or self.instance_weight:
             return None
         center_scale = None

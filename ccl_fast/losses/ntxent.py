@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ccl_fast.checks import check_has_values, product_dtype
+from ccl_fast.checks import check_has_values, check_tensor, product_dtype
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions
 from ccl_fast.losses.batch import (
@@ -111,6 +111,9 @@ class NTXentLoss(InfoNCELoss):
             if indices_tuple is not None:
                 return self._of_pairs(embeddings, indices_tuple, ref_emb)
             return self._of_labels(embeddings, labels, ref_emb, ref_labels)
+        for name, x in (("embeddings", embeddings), ("labels", labels)):
+            if x is not None:
+                check_tensor(name, x)
         if negatives is not None:
             return self._with_bank(embeddings, labels, negatives)
         if labels is not None and _same_shape(embeddings, labels):

@@ -10,6 +10,7 @@ from ccl_fast.checks import product_dtype
 from ccl_fast.distributed import Exchange, Group, TorchGroup, outside_of_graphs
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.backends import choose_backend
+from ccl_fast.ops.differentiable import are_transforms_active
 
 if TYPE_CHECKING:
     from ccl_fast.losses.base import Loss
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 def join(loss: "Loss", check: Callable, rows: dict, same: Callable) -> tuple[int, Exchange, int]:
     """As `Loss.join_processes`, of several processes."""
     assert loss.process_group is not None
+    if are_transforms_active():
+        raise ArgumentError("process_group: expected None under torch.func, whose transforms reach no other process")
     group, found = TorchGroup(loss.process_group), []
 
     def samples() -> int:

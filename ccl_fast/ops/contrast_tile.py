@@ -33,10 +33,10 @@ Reduction = Literal["mean", "sum", "none"]
 
 def fits(x: Tensor, keys: int) -> bool:
     """Tell whether rows [n, d] against so many keys are one tile, of plain tensors."""
-    n, d = x.shape
-    if n < 2 or d == 0 or n * keys > MAX_ELEMENTS or x.device.type not in DEVICES:
+    if is_traced(x) or are_transforms_active() or x.device.type not in DEVICES:
         return False
-    return not is_traced(x) and not are_transforms_active()
+    n, d = x.shape
+    return n > 1 and d > 0 and n * keys <= MAX_ELEMENTS
 
 
 def self_contrast(

@@ -150,4 +150,4 @@ def is_traced(x: Tensor) -> bool:
 
 def are_transforms_active() -> bool:
     """Tell whether torch.func transforms the caller."""
-    return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue] - no public name
+    return torch._C._are_functorch_transforms_active()

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_floating, check_matrix, check_same, check_vector
+from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.differentiable import Differentiable
 from ccl_fast.ops.ids import consecutive_ids
 from ccl_fast.ops.precision import accumulation_dtype
@@ -25,7 +27,16 @@ def same_id_similarity(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         The sums ``[n]`` float32 (float64 for float64) and the counts ``[n]`` of the same dtype.
+
+    Raises:
+        ValueError: an argument has the wrong type, shape, dtype or device.
     """
+    check_matrix("z", z)
+    check_floating("z", z)
+    check_vector("ids", ids, z.shape[0])
+    check_same("ids", ids, "z", z, dtype=False)
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise ArgumentError(f"ids: expected integers, got {ids.dtype}")
     group = consecutive_ids(ids)
     counts = torch.zeros(z.shape[0], dtype=accumulation_dtype(z), device=z.device)
     counts = counts.index_add(0, group, torch.ones_like(counts))[group] - 1

@@ -18,9 +18,9 @@ from ccl_fast.ops.differentiable import Differentiable
 from tests.losses.test_contract import USES, Bound, dense, every_use, views
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-DRAWN_IN_THE_CALL = {"scgc", "feature transformation"}  # by the arguments of the test
+DRAWN_IN_THE_CALL = {"scgc", "pamc of a graph", "feature transformation"}  # by the arguments of the test
 ON_THE_HOST = {"interclr", "adameow"}  # what the test draws, and weights that are no argument of the model
-COUNTED = {"pamc"}  # clusters, which decide how much is computed
+COUNTED = {"pamc", "pamc of a graph", "pamc of nodes"}  # clusters, which decide how much is computed
 
 
 def every_use_but(*without):
@@ -121,7 +121,7 @@ def test_what_must_count_refuses_a_meta_tensor():
     z, ids = torch.empty(8, 4, device="meta"), torch.empty(8, dtype=torch.int64, device="meta")
     with pytest.raises(ValueError, match=r"^cluster_ids: expected a tensor with values.*got a meta tensor"):
         losses.PamCLoss()(z, z, ids)
-    with pytest.raises(ValueError, match=r"^keys: expected a tensor with values.*got a meta tensor"):
+    with pytest.raises(ValueError, match=r"^labels: expected a tensor with values.*got a meta tensor"):
         losses.NTXentLoss()(z, ids)
 
 

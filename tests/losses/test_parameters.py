@@ -34,6 +34,17 @@ def test_a_module_made_on_meta_is_given_its_parameters_later():
     assert all(x.isfinite().all() for x in module.parameters())
 
 
+def under_grad():
+    """What torch.func.grad of a loss over several processes says."""
+    with pytest.raises(ValueError, match=r"^process_group: expected None under torch\.func"):
+        torch.func.grad(losses.InfoNCELoss(process_group="world"))(torch.randn(4, 2, 8))
+    return True
+
+
+def test_transforms_reach_no_other_process():
+    assert all(run(under_grad, 2))
+
+
 def make_model(**options):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(12, 8), losses.InfoNCELoss(0.3, learnable_temperature=True, **options))

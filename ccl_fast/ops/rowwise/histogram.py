@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import Candidates, check_candidates, check_count
+from ccl_fast.checks import LARGEST, Candidates, check_candidates, check_count, shown
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.differentiable import one_by_one
 from ccl_fast.ops.precision import in_autocast_dtype, without_autocast
@@ -40,11 +40,19 @@ def similarity_histogram(
     """
     check_candidates(q, k, q_ids, k_ids, candidates)
     check_count("bins", bins)
-    low, high = range
-    if not low < high:
-        raise ArgumentError(f"range: expected two increasing numbers, got {range!r}")
+    low, high = _edges(range)
     q = in_autocast_dtype(q)
-    return _op(q, None if k is None else k.to(q.dtype), q_ids, k_ids, candidates, bins, float(low), float(high))
+    return _op(q, None if k is None else k.to(q.dtype), q_ids, k_ids, candidates, bins, low, high)
+
+
+def _edges(range) -> tuple[float, float]:
+    try:
+        low, high = (float(x) for x in range)
+    except (TypeError, ValueError, OverflowError):
+        low = high = 0.0
+    if isinstance(range, str) or not -LARGEST <= low < high <= LARGEST:
+        raise ArgumentError(f"range: expected two increasing numbers, got {shown(range)}")
+    return low, high
 
 
 @torch.library.custom_op("ccl_fast::similarity_histogram", mutates_args=())

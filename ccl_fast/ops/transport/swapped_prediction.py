@@ -51,6 +51,8 @@ def swapped_prediction(
     """
     _check(z, centers, potentials)
     check_scale("scale", scale)
+    check_scale("plan_scale", plan_scale)
+    plan_scale = float(plan_scale)
     z, centers = in_autocast_dtype(z), in_autocast_dtype(centers)
     chosen = choose_backend("streaming_logsumexp", backend, z.device, z.dtype)
     scale, potentials = scale_tensor(scale, z), potentials.detach().to(accumulation_dtype(z))
@@ -196,8 +198,9 @@ def _check(z: Tensor, centers: Tensor, potentials: Tensor) -> None:
     check_floating("z", z)
     if z.ndim != 3:
         raise ArgumentError(f"z: expected shape [views, n, d], got {list(z.shape)}")
-    for name, x, columns in (("centers", centers, z.shape[2]), ("potentials", potentials, centers.shape[0])):
-        check_matrix(name, x, columns=columns)
+    check_matrix("centers", centers, columns=z.shape[2])
+    check_matrix("potentials", potentials, columns=centers.shape[0])
+    for name, x in (("centers", centers), ("potentials", potentials)):
         check_floating(name, x)
         check_same(name, x, "z", z, dtype=name == "centers")
     if centers.shape[0] == 0:
