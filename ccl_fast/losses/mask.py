@@ -58,5 +58,5 @@ def masked_similarity(z: Tensor, anchors: Tensor, mask: Tensor) -> tuple[Tensor,
         # The product with the sums of the views: no similarity is computed but that of each row with its own.
         wanted = matrix @ z.to(wide).sum(1)
     own = own[:, None].expand(anchors.shape[:2])
-    positives = row_dot(anchors, wanted[:, None]) - own * row_dot(anchors, anchors)
+    positives = row_dot(anchors, wanted[:, None].expand_as(anchors)) - own * row_dot(anchors, anchors)
     return positives.flatten(), (z.shape[1] * total[:, None] - own).flatten()

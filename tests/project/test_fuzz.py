@@ -48,7 +48,7 @@ CALLS = {
     "ccl": loss(losses.CCLLoss, {"center_weight": 0.5, "instance_weight": 0.0, "center_temperature": 0.3},
                 embeddings=VIEWS, cluster_ids=ids(7), centers=rows(3, 5)),
     "supcon": loss(losses.SupConLoss, embeddings=rows(7, 5), labels=ids(7)),
-    "ntxent": loss(losses.NTXentLoss, **TWO),
+    "ntxent": loss(losses.NTXentLoss, embeddings=rows(7, 5), labels=rows(8, 5)[:7]),
     "infonce": loss(losses.InfoNCELoss, {"symmetric": True}, **TWO, negatives=rows(9, 5)),
     "swav": loss(losses.SwAVLoss, {"epsilon": 0.05}, embeddings=VIEWS, prototypes=rows(3, 5)),
     "hard": loss(losses.HardContrastiveLoss, {"alpha": 0.5, "symmetric": True}, **TWO),
