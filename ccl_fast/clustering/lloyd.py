@@ -13,6 +13,8 @@ from ccl_fast.ops.normalize import normalize_rows
 if TYPE_CHECKING:
     from ccl_fast.clustering.data import Data, Sweep
 
+# Starts whose inertia differs by less end in the same clusters, numbered otherwise: which is lower, rounding decides.
+SAME_INERTIA = 1e-6
 # Roundings of a mean direction, in units of the dtype's.
 DIRECTION_ROUNDINGS = 4
 
@@ -28,8 +30,8 @@ class Solution(NamedTuple):
     rechecked: Tensor  # int64 [2], as in Sweep, of the last assignment of all problems
 
     def or_better(self, other: Solution) -> Solution:
-        """Return problem by problem the solution with the lower inertia."""
-        better = other.inertia < self.inertia
+        """Return problem by problem the solution with the lower inertia; the first where rounding may tell them apart."""
+        better = other.inertia < (1 - SAME_INERTIA) * self.inertia
 
         def choose(mine: Tensor, theirs: Tensor) -> Tensor:
             return torch.where(better.view(-1, *[1] * (mine.ndim - 1)), theirs, mine)

@@ -20,9 +20,16 @@ class Prototypes(nn.ParameterList):
     """
 
     def __init__(self, numbers: Sequence[int], dimension: int, *, seed: int, device: torch.device):
-        options = {"generator": torch.Generator().manual_seed(seed), "device": "cpu", "dtype": torch.float32}
-        drawn = [normalize(torch.randn(k, dimension, **options)) for k in numbers]
-        super().__init__(nn.Parameter(directions.to(device)) for directions in drawn)
+        super().__init__(nn.Parameter(torch.empty(k, dimension, dtype=torch.float32, device=device)) for k in numbers)
+        self.seed = seed
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the directions, the same wherever they are."""
+        options = {"generator": torch.Generator().manual_seed(self.seed), "device": "cpu", "dtype": torch.float32}
+        for matrix in self:
+            matrix.copy_(normalize(torch.randn(*matrix.shape, **options)))
 
     def hold(self) -> None:
         """Let the optimiser's next step leave them as they are."""

@@ -18,7 +18,9 @@ def _logits(q: Tensor, k: Tensor, temperature: float) -> Tensor:
 
 
 def supervised(x: Tensor, ids: Tensor, centers: Tensor | None, *, temperature: float, inside: bool = False) -> Tensor:
-    """SupCon of rows [n, d]; with centres [k, d], which are positives of their ids and negatives of others, CCL."""
+    """SupCon of rows [n, d] or views [n, views, d]; with centres [k, d], positives of their ids alone, CCL."""
+    if x.ndim == 3:
+        x, ids = x.flatten(0, 1), ids.repeat_interleave(x.shape[1])
     keys = rows = _unit(x)
     key_ids = ids
     if centers is not None:
