@@ -30,7 +30,7 @@ class Solution(NamedTuple):
     rechecked: Tensor  # int64 [2], as in Sweep, of the last assignment of all problems
 
     def or_better(self, other: Solution) -> Solution:
-        """Return problem by problem the solution with the lower inertia; the first where rounding may tell them apart."""
+        """Return problem by problem the solution with the lower inertia, the first where rounding decides."""
         better = other.inertia < (1 - SAME_INERTIA) * self.inertia
 
         def choose(mine: Tensor, theirs: Tensor) -> Tensor:
