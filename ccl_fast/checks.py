@@ -61,11 +61,11 @@ def whole_numbers(x):
 
     On a GPU and to the compiler all floats are whole: the device tells of others, as it does of wrong ids.
     """
-    if not isinstance(x, Tensor) or x.is_complex():
+    if not isinstance(x, Tensor) or x.is_complex() or (x.is_floating_point() and x.element_size() < 2):
         return x
     if x.is_floating_point():
         whole = (x == x.trunc()).all() & x.isfinite().all()
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if not host_knows(whole):
             assert_on_device(whole, "labels: expected whole numbers")
         elif not whole:
             return x

@@ -170,7 +170,7 @@ class NTXentLoss(InfoNCELoss):
         ]
         losses = torch.cat(sums) if sums else negatives
         losses = torch.empty_like(losses).index_copy(0, order, losses)
-        return self._mean_over_pairs(losses.view(shape), number.sum() - (len(q) if q is k else 0))
+        return self._mean_over_pairs(losses.view(shape), number.sum() - (q.shape[0] if q is k else 0))
 
     def _of_pairs(self, embeddings: Tensor, indices_tuple: tuple[Tensor, ...], ref_emb: Tensor | None) -> Tensor:
         positive, negative = positive_and_negative_pairs(indices_tuple, embeddings, ref_emb, distinct=False)
@@ -184,7 +184,9 @@ class NTXentLoss(InfoNCELoss):
         """Losses of rows, each the sum of its pairs', as the reduction wants them."""
         if self.reduction == "none":
             return losses
-        return losses.sum() / (max(int(pairs), 1) if self.reduction == "mean" else 1)
+        if self.reduction == "sum":
+            return losses.sum()
+        return losses.sum() / (pairs.clamp(min=1) if isinstance(pairs, Tensor) else max(pairs, 1))
 
 
 def _sums_of_pairs(
