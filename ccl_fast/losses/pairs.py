@@ -56,7 +56,8 @@ def entries(matrix: Tensor) -> tuple[Pairs, Tensor]:
         columns, weights = matrix.col_indices().long(), matrix.values()
         rows = torch.arange(matrix.shape[0], device=columns.device)
         rows = rows.repeat_interleave(matrix.crow_indices().diff(), output_size=columns.shape[0])
-    return Pairs(savable(rows), savable(columns)), savable(weights)
+    # A copy: torch.compile knows no strides of a view of a sparse tensor.
+    return Pairs(savable(rows), savable(columns)), weights.clone()
 
 
 def check_graph(name: str, x: Tensor, nodes: int | None = None) -> None:
