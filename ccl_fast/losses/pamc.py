@@ -166,7 +166,8 @@ class PamCLoss(Loss):
         """The mean over the clusters of the logarithms, a similarity of 0 to itself in each."""
         others = streaming_logsumexp(z, scale=scale, backend=self.backend)
         itself = others.new_tensor(math.log1p(1e-10))
-        return logaddexp(others, itself.expand_as(others)).sum() / torch.sym_max(z.shape[0], 1)
+        of_each = logaddexp(others, itself.expand_as(others))
+        return of_each.sum().div(torch.sym_max(z.shape[0], 1))
 
     def _attraction(
         self, queries: Tensor, keys: Tensor | None, positives: Tensor | None, scale: float | Tensor
