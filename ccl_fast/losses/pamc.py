@@ -167,7 +167,7 @@ class PamCLoss(Loss):
         others = streaming_logsumexp(z, scale=scale, backend=self.backend)
         itself = others.new_tensor(math.log1p(1e-10))
         of_each = logaddexp(others, itself.expand_as(others))
-        return of_each.sum().div(torch.sym_max(z.shape[0], 1))
+        return of_each.sum() / torch.ones_like(of_each).sum().clamp(min=1)
 
     def _attraction(
         self, queries: Tensor, keys: Tensor | None, positives: Tensor | None, scale: float | Tensor
