@@ -17,7 +17,8 @@ import torch
 from benchmarks.harness.contender import Contender, Size
 from benchmarks.harness.timing import Step
 
-WARM_UP_ROWS, WARM_UP_CLUSTERS = 512, 128
+# More rows than one tile has, so that what larger batches run is loaded.
+WARM_UP_ROWS, WARM_UP_CLUSTERS = 1024, 128
 
 
 def bar(size: Size) -> int:
