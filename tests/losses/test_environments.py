@@ -17,7 +17,14 @@ from ccl_fast.ops import streaming_logsumexp
 from ccl_fast.ops.differentiable import Differentiable
 from tests.losses.test_contract import USES, Bound, dense, every_use, views
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # Of torch 2.11, of what it does itself: in forward mode, and when an exported program is loaded.
+    pytest.mark.filterwarnings(
+        "ignore:`torch.jit.script` is deprecated:DeprecationWarning",
+        "ignore:The given buffer is not writable:UserWarning",
+    ),
+]
 DRAWN_IN_THE_CALL = {"scgc", "pamc of a graph", "feature transformation"}  # by the arguments of the test
 ON_THE_HOST = {"interclr", "adameow"}  # what the test draws, and weights that are no argument of the model
 COUNTED = {"pamc", "pamc of a graph", "pamc of nodes"}  # clusters, which decide how much is computed
