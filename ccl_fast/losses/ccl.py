@@ -188,7 +188,7 @@ class CCLLoss(Loss):
             normalize=self.normalize,
             reduction=self.reduction,
         )
-        return losses if losses is None or self.reduction != "none" else losses.view(batch.shape)
+        return losses.view(batch.shape) if self.reduction == "none" else losses
 
     def _outside(self, batch: Batch, scale: float | Tensor, to_centers: _ToCenters | None) -> _Parts:
         """Losses of "joint" and "split"; of the instance alone, if it has a weight; who has a positive."""

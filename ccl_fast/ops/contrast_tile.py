@@ -12,21 +12,25 @@ import torch
 from torch import Tensor
 
 from ccl_fast.checks import product_dtype
-from ccl_fast.ops.differentiable import are_transforms_active, is_traced, refuse_double_backward, refuse_forward_mode
+from ccl_fast.ops.differentiable import (
+    USE_REFERENCE,
+    are_transforms_active,
+    is_traced,
+    refuse_double_backward,
+    refuse_forward_mode,
+)
 from ccl_fast.ops.normalize import SHORTEST, lengths_are_usual
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
 # Elements of the matrix of logits: 512 rows and as many centres.
 MAX_ELEMENTS = 2**19
 # The logit of what is no candidate: finite, so that products with 0 are.
-EMPTY = -1e30
+EMPTY = -1e37
 # Below it a share of a sum has lost digits in float32.
 TINY = 1e-30
 
 DEVICES = ("cpu", "cuda")
-
 NAME = "contrast of one tile"
-INSTEAD = ' Use backend="reference", which is dense and differentiable any number of times.'
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -173,7 +177,7 @@ class _Once(torch.autograd.Function):
     def forward(ctx, count, *inputs_and_gradients):
         return inputs_and_gradients[count:]
 
-    backward = staticmethod(refuse_double_backward(NAME, INSTEAD))
+    backward = staticmethod(refuse_double_backward(NAME, USE_REFERENCE))
 
 
 def _reduced(

@@ -17,6 +17,9 @@ from torch.autograd import Function
 
 from ccl_fast.checks import is_plain
 
+# What a refusal of second derivatives ends with where there is a dense backend.
+USE_REFERENCE = ' Use backend="reference", which is dense and differentiable any number of times.'
+
 
 class Differentiable:
     """A function of tensors and constants, called as it is.

@@ -136,3 +136,14 @@ def test_a_larger_batch_goes_the_other_way(tiles, monkeypatch):
     assert len(tiles) == 1
     SupConLoss(0.2)(rows(N + 1), torch.zeros(N + 1, dtype=torch.int64))
     assert len(tiles) == 1
+
+
+@pytest.mark.parametrize("magnitude", (1e10, 3e16))
+@pytest.mark.parametrize("case", ("supcon", "supcon, inside", "nt-xent", "towers"))
+def test_logits_as_large_as_float32_has(case, magnitude):
+    """What is no candidate weighs nothing beside logits of -1e33 either."""
+    leaves = [rows(N, seed=3 + i) * magnitude for i in range(CASES[case][3])]
+    found, expected = (
+        evaluate(case, torch.float32, b, leaves, normalize=False)["losses"] for b in ("auto", "reference")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0.0)

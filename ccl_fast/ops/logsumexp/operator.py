@@ -8,7 +8,7 @@ from torch import Tensor
 from ccl_fast.checks import Candidates, check_candidates, check_flag, check_logits
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.backends import BACKENDS, ContrastBackend, choose_backend
-from ccl_fast.ops.differentiable import Differentiable, GradientOperator
+from ccl_fast.ops.differentiable import USE_REFERENCE, Differentiable, GradientOperator
 from ccl_fast.ops.logsumexp.bound import bounded_on_cpu
 from ccl_fast.ops.logsumexp.reference import logsumexp_by_relation, mutual_by_relation
 from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, scale_tensor, without_autocast
@@ -308,5 +308,5 @@ _GRADIENT = GradientOperator(
     _backward,
     _empty_gradients,
     of="streaming_logsumexp",
-    instead=' Use backend="reference", which is dense and differentiable any number of times.',
+    instead=USE_REFERENCE,
 )
