@@ -114,7 +114,8 @@ def check_has_values(name: str, x: Tensor, why: str) -> None:
 
 def check_finite(name: str, x: Tensor) -> None:
     """Waits for the device. The sum, which is quicker, tells unless finite values overflow it."""
-    if not x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite() and not x.isfinite().all():
+    total = x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).item()
+    if not math.isfinite(total) and not x.isfinite().all():
         raise ArgumentError(f"{name}: expected finite values, got NaN or Inf")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,7 +24,12 @@ def matmul_nt(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @functools.cache
 def _onednn_linear():
-    """oneDNN's linear layer, as torch.compile uses it: on AMD's CPUs twice as fast as MKL's product. Or None."""
+    """oneDNN's linear layer, as torch.compile uses it: on AMD's CPUs twice as fast as MKL's product. Or None.
+
+    On Intel's, MKL's is never slower, and up to a third faster where a product takes less than a millisecond.
+    """
+    if _is_intels():
+        return None
     try:
         linear = torch.ops.mkldnn._linear_pointwise.default
         # Explicit, as the answer is kept: the first caller may have set other defaults.
@@ -33,6 +39,13 @@ def _onednn_linear():
         return linear if result.tolist() == [[6.0], [15.0]] else None
     except (AttributeError, RuntimeError):
         return None
+
+
+def _is_intels() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def factor_rounding(device: torch.device, dtype: torch.dtype) -> float:

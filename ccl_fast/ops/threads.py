@@ -6,6 +6,7 @@ the cache, they wait for each other more than they work, above all where another
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
@@ -30,7 +31,9 @@ def for_each_block(rows: int, size: int, work: Callable[[slice], None], device: 
     inference = torch.is_inference_mode_enabled()  # of this thread alone
 
     def work_on() -> None:
-        with torch.no_grad(), without_autocast(device):
+        # Entering a context costs as much as a small operation.
+        without_gradients = torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext()
+        with without_gradients, without_autocast(device):
             for start in starts:  # shared: whoever is free takes the next
                 work(slice(start, min(start + size, rows)))
 

@@ -23,6 +23,7 @@ from tests.ops.kmeans_cases import (
     gaussian,
     hostile_cases,
     make_hostile,
+    nearest,
 )
 
 pytestmark = pytest.mark.usefixtures("kmeans_device")
@@ -289,8 +290,8 @@ def test_blocked_is_exact_whatever_the_precision_of_products(make, truncated, pr
     def truncate(x):
         return (x.view(torch.int32) >> bits << bits).view(torch.float32)
 
-    def truncating_product(x, weight, bias):
-        return product(truncate(x), truncate(weight), bias)
+    def truncating_product(x, weight):
+        return product(truncate(x), truncate(weight))
 
     if truncated:
         monkeypatch.setattr(blocked, "matmul_nt", truncating_product)
@@ -342,6 +343,43 @@ def test_blocked_is_exact_across_its_blocks(kmeans_device, monkeypatch):
     for name in ("ties_on_a_grid", "the_nearest_center_again_in_other_tiles", "midpoints"):
         assert_exact(*make_hostile(name, torch.float32, kmeans_device), only=["blocked"])
     assert_exact(*random_case(300, 130, 20, torch.float32, kmeans_device), only=["blocked"])
+
+
+# ---- The blocked backend, where a label has digits, rows are kept or not, and one problem has several sets of centres.
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 20])
+@pytest.mark.parametrize("base", [2, 3, 256])
+def test_blocked_finds_labels_of_any_number_of_digits(base, kept, kmeans_device, monkeypatch):
+    monkeypatch.setattr(blocked, "BASE", base)
+    monkeypatch.setattr(blocked, "KEPT_ENTRIES", kept)
+    for k in (1, 2, 3, 4, 8, 9, 10, 81, 82, 255, 256, 257):
+        assert_exact(*random_case(61, k, 5, torch.float32, kmeans_device), only=["blocked"])
+    for name in ("ties_on_a_grid", "one_huge_center", "farther_from_the_origin", "duplicate_rows_and_centers"):
+        assert_exact(*make_hostile(name, torch.float32, kmeans_device), metrics=["euclidean"], only=["blocked"])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocked_takes_several_sets_of_centers_at_once(dtype, metric, kmeans_device):
+    for make in (gaussian, crowded):
+        x, centers = make(157, 60, 11)
+        sets = torch.stack([centers, centers.flip(0), centers + 0.5, x[:60]])
+        x, sets = x.to(kmeans_device, dtype), sets.to(kmeans_device, torch.promote_types(dtype, torch.float32))
+        labels, doubtful = blocked.Rows(x[None], metric).nearest(sets)
+        for own, one in zip(labels, sets, strict=True):
+            assert torch.equal(own.cpu(), nearest(x, one, metric))
+        if make is crowded and dtype != torch.float64:
+            assert doubtful[0] > 0
+
+
+def test_an_assignment_does_not_remember_the_last_one(kmeans_device):
+    """What is kept from one to the next depends on the shape of the centres alone."""
+    x = torch.randn(70, 9, device=kmeans_device)
+    rows = blocked.Rows(x[None], "euclidean")
+    for k in (5, 300, 5, 1, 5):
+        centers = torch.randn(1, k, 9, device=kmeans_device)
+        assert torch.equal(rows.nearest(centers)[0][0].cpu(), nearest(x, centers[0], "euclidean"))
 
 
 # ---- Errors.

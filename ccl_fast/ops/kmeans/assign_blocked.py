@@ -1,16 +1,23 @@
 """Nearest centres in plain torch: blocks of a matrix product, and float64 where its rounding could matter.
 
 The score ``|c|^2 / 2 - <x, c>`` orders the centres of a row as ``|x - c|^2`` does. Rows and centres are first moved to
-the mean of the rows, where the score does not cancel, and scaled so that no square overflows. A sum of d products with
-unit roundoff u is off by at most ``gamma |x| |c|``, ``gamma = d u`` and a little for what surrounds it; so a label is
-certain if the second best score is higher than the best by twice that. The other rows are decided among the centres
-that come into question, in float64.
+the mean of the rows, where the score does not cancel, and scaled so that no square overflows. Then rows get a column
+of ones and centres one of ``|c|^2 / 2``, so that the scores are one product of matrices. Such a sum with unit roundoff
+u is off by at most ``gamma |x| |c|``, ``gamma = d u`` and a little for what surrounds it; so only a centre whose score
+is at most the lowest and twice that can be the nearest. Most rows have one such candidate, which is their label. The
+candidates of the others are compared in float64.
+
+A block of scores has a column for every row: what is to be found for each row is then done for many rows by one
+instruction, as entries that lie beside each other are of different rows.
 """
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
 from ccl_fast.ops.kmeans.assign_reference import exact_scores
+from ccl_fast.ops.kmeans.update_blocked import KEPT_ENTRIES
 from ccl_fast.ops.matmul import factor_rounding, matmul_nt
 from ccl_fast.ops.normalize import normalize_rows
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
@@ -18,14 +25,16 @@ from ccl_fast.ops.threads import for_each_block
 
 # Rows of one block and entries of its scores: on a CPU they should stay in the cache, but a block of few clusters be
 # worth its calls; elsewhere it should fill the device.
-CPU_ROWS, MAX_CPU_ROWS, CPU_ENTRIES, MAX_CPU_ENTRIES = 512, 4096, 1 << 19, 1 << 22
+CPU_ROWS, MAX_CPU_ROWS, CPU_ENTRIES, MAX_CPU_ENTRIES = 512, 2048, 1 << 20, 1 << 22
 DEVICE_ENTRIES = 1 << 27
-# Entries of a block whose norms are taken, on a CPU.
+# Entries of a block whose norms are taken, or of what is decided in float64 at once, on a CPU.
 NORM_ENTRIES = 1 << 18
-# Largest number of entries of what is decided in float64 at once.
+# And of the latter elsewhere.
 EXACT_ENTRIES = 1 << 23
 # Roundings of the score besides those of its sum, in units of roundoff.
 OTHER_ROUNDINGS = 8
+# The index of a centre is found by a product, in digits of this base, which no setting of its precision rounds.
+BASE = 256
 
 
 class Rows:
@@ -34,71 +43,126 @@ class Rows:
     def __init__(self, x: Tensor, metric: str):
         self.x, self.metric = x, metric
         self.dtype = accumulation_dtype(x)
-        entries = x.flatten(1)
+        d, info = x.shape[2], torch.finfo(self.dtype)
         if metric == "euclidean":
             # The mean of huge values overflows; any origin is right.
-            origin = x.mean(1, dtype=self.dtype)
-            self.origin = torch.where(origin.isfinite(), origin, 0.0)
+            self.origin = x.mean(1, dtype=self.dtype).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         else:
             self.origin = torch.zeros_like(x[:, 0], dtype=self.dtype)
-        largest = torch.maximum(entries.amax(1), -entries.amin(1)).to(self.dtype) + self.origin.abs().amax(1)
-        exponent = torch.where(largest.isfinite(), torch.frexp(largest).exponent, 128).clamp(-126, 126)
-        self.scale = torch.exp2(-exponent.to(self.dtype))  # of every problem, a power of two
-        rows = max(1, (NORM_ENTRIES if x.device.type == "cpu" else DEVICE_ENTRIES) // x.shape[2])
-        self.norm = torch.stack(
-            [
-                torch.cat([self._moved(problem, block).norm(dim=1) for block in x[problem].split(rows)])
-                for problem in range(len(x))
-            ]
-        )
+        entries = x.flatten(1)
+        exponent = torch.frexp(torch.maximum(entries.amax(1), -entries.amin(1)).to(self.dtype)).exponent
+        # Of every problem, a power of two; moved rows are at most twice as large.
+        self.scale = torch.exp2(-1 - exponent.clamp_(-126, 125).to(self.dtype))
+        norm = torch.empty(x.shape[:2], dtype=self.dtype, device=x.device)
+        self.kept: Tensor | None = None
+        if x.numel() <= KEPT_ENTRIES:
+            self.kept = self._move(x, self.origin[:, None], self.scale[:, None, None])
+            torch.linalg.vector_norm(self.kept[..., :-1], dim=2, out=norm)
+        else:
+            size = max(1, (NORM_ENTRIES if x.device.type == "cpu" else DEVICE_ENTRIES) // d)
+            for problem in range(x.shape[0]):
+                for start in range(0, x.shape[1], size):
+                    part = slice(start, start + size)
+                    torch.linalg.vector_norm(self._moved(problem, part)[:, :-1], dim=1, out=norm[problem, part])
+        # Float64 distances are rounded too, and what they call equal goes to the lowest index.
+        self.distance_rounding = 2 * (d + OTHER_ROUNDINGS) * 2.0**-53
+        self.twice_norm = 2 * norm
+        self.own_margin = norm.square_().mul_(self.distance_rounding).add_(d * info.tiny)  # the latter for underflow
+        self.gamma = (d + OTHER_ROUNDINGS) * info.eps / 2 + 2 * factor_rounding(x.device, self.dtype)
+        self._towards: _Towards | None = None  # of the last shape of centres
 
     def nearest(self, centers: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels int64 [problems, rows], and how many rows were in doubt and re-checked, int64 [2]: the same ones."""
-        labels = torch.empty(self.x.shape[:2], dtype=torch.int64, device=centers.device)
-        with without_autocast(centers.device):  # the products are float32's
-            unsure = sum(self._nearest(i, c, labels[i]) for i, c in enumerate(centers))
-        return labels, torch.tensor([unsure] * 2, device=centers.device)
+        """Labels int64 [problems, rows], and how many rows were in doubt and re-checked, int64 [2]: the same ones.
 
-    def _moved(self, problem: int, rows: Tensor) -> Tensor:
-        return (rows.to(self.dtype) - self.origin[problem]).mul_(self.scale[problem])
+        Of a single problem there may be several sets of centres: [sets, k, d] -> [sets, rows].
+        """
+        labels = torch.empty(centers.shape[0], self.x.shape[1], dtype=torch.int64, device=centers.device)
+        sets, unsure = centers.shape[0] // self.x.shape[0], 0
+        with without_autocast(centers.device):  # the products are float32's
+            for problem in range(self.x.shape[0]):
+                own = slice(problem * sets, (problem + 1) * sets)
+                unsure += self._nearest(problem, centers[own], labels[own])
+        return labels, torch.full((2,), unsure, device=centers.device)
+
+    def _move(self, rows: Tensor, origin: Tensor, scale: Tensor) -> Tensor:
+        """Return rows [..., d] as the product takes them: [..., d + 1]."""
+        moved = torch.empty(*rows.shape[:-1], rows.shape[-1] + 1, dtype=self.dtype, device=rows.device)
+        torch.sub(rows, origin, out=moved[..., :-1]).mul_(scale)
+        moved[..., -1] = 0.0 if self.metric == "cosine" else 0.5
+        return moved
+
+    def _moved(self, problem: int, part: slice) -> Tensor:
+        if self.kept is not None:
+            return self.kept[problem, part]
+        return self._move(self.x[problem, part], self.origin[problem], self.scale[problem])
 
     def _nearest(self, problem: int, centers: Tensor, labels: Tensor) -> int:
-        """Write the labels, and return how many rows were in doubt."""
-        x, norm = self.x[problem], self.norm[problem]
-        if self.metric == "cosine":
-            moved = normalize_rows(centers.double()).to(self.dtype)
-            half_square = torch.zeros_like(moved[:, 0])
-        else:
-            moved = (centers - self.origin[problem]) * self.scale[problem]
-            # Rounded once, for gamma is spent on the product.
-            half_square = (moved.double().square().sum(1) / 2).to(self.dtype)
-        towards = -moved
-
-        def scores_of(rows: Tensor) -> Tensor:
-            return matmul_nt(rows, towards, half_square)
-
-        best, second = torch.empty_like(norm), torch.empty_like(norm)
-        size = _block_rows(len(centers), x.device)
+        """Write the labels [sets, rows] by centres [sets, k, d], and return how many rows were in doubt."""
+        if self._towards is None or self._towards.shape != centers.shape:
+            self._towards = _Towards(centers.shape, self.dtype, centers.device)
+        towards = self._towards
+        length = self._aim(problem, centers, towards)
+        # 2 gamma |c| (|x| + |c| / 2) for the largest |c|, as |c|^2 / 2 is in its score too; and, for the distances,
+        # epsilon (|x| + |c|)^2.
+        per_length = length * (self.gamma + self.distance_rounding)
+        margin = torch.addcmul(self.own_margin[problem], self.twice_norm[problem] + length, per_length)
+        doubts = []
 
         def work(part: slice) -> None:
-            _two_lowest(scores_of(self._moved(problem, x[part])), labels[part], best[part], second[part])
+            scores = matmul_nt(towards.matrix, self._moved(problem, part)).view(*centers.shape[:2], -1)
+            candidates = scores.le_(scores.amin(1, keepdim=True).add_(margin[:, None, part]))  # 1, or 0, as for NaN
+            found = torch.bmm(towards.digits, candidates)
+            count, label = found[:, 0], labels[:, part]
+            label.copy_(found[:, 1])
+            for place in range(2, found.shape[1]):
+                label.add_(found[:, place].long(), alpha=BASE ** (place - 1))
+            if not count.equal(towards.one.expand_as(count)):
+                doubts.append(self._decide(self.x[problem, part], centers, candidates, count, label))
 
-        for_each_block(len(x), size, work, x.device)
+        for_each_block(
+            labels.shape[1], _block_rows(centers.shape[0] * centers.shape[1], labels.device), work, labels.device
+        )
+        return sum(doubts)
 
-        info = torch.finfo(self.dtype)
-        gamma = (x.shape[1] + OTHER_ROUNDINGS) * info.eps / 2 + 2 * factor_rounding(x.device, self.dtype)
-        # The largest |c| has |c|^2 / 2 in its score too.
-        length = moved.norm(dim=1).max()
-        threshold = best + 2 * gamma * length * (norm + length / 2)
-        # Float64 distances are rounded too, and what they call equal goes to the lowest index; then, for underflow.
-        threshold += 2 * (x.shape[1] + OTHER_ROUNDINGS) * 2.0**-53 * (norm + length).square() + x.shape[1] * info.tiny
-        unsure = (~(second > threshold)).nonzero()[:, 0]  # also where something is not a number
-        for rows in unsure.split(size) if len(unsure) else ():
-            scores = scores_of(self._moved(problem, x[rows]))
-            candidates = ~(scores > threshold[rows, None])
-            candidates.scatter_(1, labels[rows, None], True)
-            labels[rows] = _decide(x[rows], centers, candidates, self.metric)
-        return len(unsure)
+    def _aim(self, problem: int, centers: Tensor, towards: _Towards) -> Tensor:
+        """Write minus the centres as the product takes them, and return the largest length of each set, [sets, 1]."""
+        if self.metric == "cosine":
+            towards.minus.copy_(normalize_rows(centers.double())).neg_()
+        else:
+            torch.sub(self.origin[problem], centers, out=towards.minus).mul_(self.scale[problem])
+        length = torch.linalg.vector_norm(towards.minus, dim=2, dtype=torch.float64)
+        # Rounded once, for gamma is spent on the product.
+        torch.square(length, out=towards.square)
+        return length.amax(1, keepdim=True).to(self.dtype)
+
+    def _decide(self, x: Tensor, centers: Tensor, candidates: Tensor, count: Tensor, labels: Tensor) -> int:
+        """Write the labels of the rows with several candidates, or no number for one; return how many they are."""
+        which, rows = (count != 1).nonzero(as_tuple=True)
+        possible = candidates[which, :, rows] + (count[which, rows] == 0)[:, None]
+        labels[which, rows] = _best(x[rows], centers, which, possible, self.metric)
+        return len(rows)
+
+
+class _Towards:
+    """Where the centres of one shape [sets, k, d] are written for a product, and what else their assignments share."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device):
+        sets, k, d = self.shape = shape
+        whole = torch.empty(sets, k, d + 1, dtype=dtype, device=device)
+        self.matrix, self.minus, self.square = whole.view(sets * k, d + 1), whole[..., :-1], whole[..., -1]
+        # Ones, and the digits of every index, the lowest first: what the product with candidates sums for each row.
+        powers = BASE ** torch.arange(_places(k), device=device)
+        digits = torch.arange(k, device=device) // powers[:, None] % BASE
+        self.digits = torch.cat([torch.ones_like(digits[:1]), digits]).to(dtype).expand(sets, -1, -1)
+        self.one = self.digits[0, 0, 0]
+
+
+def _places(k: int) -> int:
+    """Return how many digits the indices below k have."""
+    places = 1
+    while BASE**places < k:
+        places += 1
+    return places
 
 
 def _block_rows(clusters: int, device: torch.device) -> int:
@@ -108,28 +172,15 @@ def _block_rows(clusters: int, device: torch.device) -> int:
     return max(256, DEVICE_ENTRIES // clusters)
 
 
-def _two_lowest(scores: Tensor, label: Tensor, best: Tensor, second: Tensor) -> None:
-    """Writes the index of each row's lowest score, that score, and the lowest of the others. Overwrites scores."""
-    if scores.device.type == "cpu":
-        label.copy_(torch.from_numpy(scores.numpy().argmin(1)))  # several times as fast as torch's on one thread
-    else:
-        torch.argmin(scores, 1, out=label)
-    torch.gather(scores, 1, label[:, None], out=best[:, None])
-    scores.scatter_(1, label[:, None], torch.inf)
-    torch.amin(scores, 1, out=second)
+def _best(x: Tensor, centers: Tensor, which: Tensor, possible: Tensor, metric: str) -> Tensor:
+    """The best centre of each row in float64, the lowest of several, where possible [rows, k] is not 0.
 
-
-def _decide(x: Tensor, centers: Tensor, candidates: Tensor, metric: str) -> Tensor:
-    """The best candidate of each row in float64, the lowest of several; candidates bool [rows, k], one at least."""
-    row, center = candidates.nonzero(as_tuple=True)
-    size = max(1, EXACT_ENTRIES // max(1, x.shape[1]))
-    scores = torch.cat(
-        [
-            exact_scores(x[r].double(), centers[c].double(), metric)
-            for r, c in zip(row.split(size), center.split(size), strict=True)
-        ]
-    )
-    lowest = scores.new_full((len(x),), torch.inf).scatter_reduce_(0, row, scores, "amin")
-    center = center.masked_fill(scores != lowest[row], len(centers))
-    best = center.new_full((len(x),), len(centers)).scatter_reduce_(0, row, center, "amin")
-    return best.clamp_(max=len(centers) - 1)  # where a centre is not finite, no score equals the lowest
+    x [rows, d], centers [sets, k, d], which [rows]: of these sets.
+    """
+    scores = torch.full(possible.shape, torch.inf, dtype=torch.float64, device=x.device)
+    row, center = possible.nonzero(as_tuple=True)
+    size = max(1, (NORM_ENTRIES if x.device.type == "cpu" else EXACT_ENTRIES) // x.shape[1])
+    for start in range(0, len(row), size):
+        r, c = row[start : start + size], center[start : start + size]
+        scores[r, c] = exact_scores(x[r].double(), centers[which[r], c].double(), metric)
+    return scores.argmin(1)  # the first of several

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from ccl_fast.checks import check_count, check_floating, check_integer, check_same, check_tensor
 from ccl_fast.errors import ArgumentError
-from ccl_fast.ops.backends import KMeansBackend, chosen_module
+from ccl_fast.ops.backends import KMeansBackend, choose_backend, chosen_module
+from ccl_fast.ops.kmeans.update_blocked import KEPT_ENTRIES, sum_kept
 from ccl_fast.ops.precision import accumulation_dtype
 
 
@@ -79,3 +80,37 @@ def sum_by_cluster(
     rows = x.detach().reshape(-1, d)
     sums, total_weights = module.sum_by_cluster(rows, clusters, problems * n_clusters, weights)
     return sums.view(problems, n_clusters, d), total_weights.view(problems, n_clusters)
+
+
+class Sums:
+    """Rows [problems, rows, d] that are summed by many labellings, one after the other.
+
+    Args:
+        weights: of a row in the sum of its cluster, [problems, rows]; None is 1.
+        counts: of a row in the total weight of its cluster, likewise; not None if weights is not.
+    """
+
+    def __init__(self, x: Tensor, weights: Tensor | None, counts: Tensor | None, backend: str):
+        self.x, self.weights, self.counts, self.backend = x, weights, counts, backend
+        self.kept: Tensor | None = None  # of few rows on a CPU: as they are summed, and what they count
+        blocked = x.device.type == "cpu" and choose_backend("kmeans_update", backend, x.device, x.dtype) == "blocked"
+        if blocked and x.numel() <= KEPT_ENTRIES:
+            self.kept = torch.empty(*x.shape[:2], x.shape[2] + 1, dtype=torch.float64)
+            self.kept[..., :-1] = x
+            if weights is not None:
+                self.kept[..., :-1].mul_(weights[..., None])
+            self.kept[..., -1] = 1.0 if counts is None else counts
+
+    def by_cluster(self, labels: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
+        """The sums of the clusters, float64 [problems, n_clusters, d], and their total weights [problems, n_clusters].
+
+        Where rows are `kept`, there may be several labellings of a single problem: [sets, rows].
+        """
+        if self.kept is not None:
+            sums = sum_kept(self.kept, labels, n_clusters)
+            return sums[..., :-1], sums[..., -1]
+        sums, totals = sum_by_cluster(self.x, labels, n_clusters, self.weights, self.backend)
+        if self.counts is not self.weights:
+            counts = torch.ones_like(labels, dtype=sums.dtype) if self.counts is None else self.counts
+            totals = sum_by_cluster(counts[..., None], labels, n_clusters, None, self.backend)[0][..., 0]
+        return sums, totals

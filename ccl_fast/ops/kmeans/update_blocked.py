@@ -5,6 +5,19 @@ from torch import Tensor
 
 # Entries that are summed at once: on a CPU they should stay in the cache.
 CPU_ENTRIES, DEVICE_ENTRIES = 1 << 17, 1 << 25
+# Entries of rows that are few: what many steps make of them is kept, though that takes more memory than they do.
+KEPT_ENTRIES = 1 << 20
+
+
+def sum_kept(rows: Tensor, labels: Tensor, n_clusters: int) -> Tensor:
+    """Sums of float64 rows [problems, n, columns] on a CPU by labels [problems, n]: [problems, n_clusters, columns].
+
+    Or, of a single problem, by labels [sets, n].
+    """
+    sums = torch.zeros(labels.shape[0], n_clusters, rows.shape[2], dtype=rows.dtype)
+    for i in range(labels.shape[0]):
+        sums[i].index_add_(0, labels[i], rows[min(i, rows.shape[0] - 1)])  # row after row
+    return sums
 
 
 def sum_by_cluster(x: Tensor, clusters: Tensor, count: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
