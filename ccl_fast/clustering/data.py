@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,7 +16,8 @@ from ccl_fast.clustering.shards import Shards
 from ccl_fast.distributed import NO_GROUP
 from ccl_fast.ops.kmeans.assign import Metric, Rows, prepare_rows
 from ccl_fast.ops.kmeans.distance import center_distance
-from ccl_fast.ops.kmeans.update import sum_by_cluster
+from ccl_fast.ops.kmeans.update import Sums
+from ccl_fast.ops.kmeans.update_blocked import KEPT_ENTRIES
 from ccl_fast.ops.normalize import normalize_rows
 from ccl_fast.ops.precision import accumulation_dtype
 
@@ -32,7 +34,8 @@ class Chunk:
 
     part: slice  # of the rows
     x: Tensor  # [problems, rows, d]
-    sum_weight: Tensor | None  # [problems, rows], of a row in its cluster's sum; None is 1
+    weight: Tensor | None  # [problems, rows]; None is 1
+    sum_weight: Tensor | None  # likewise, of a row in its cluster's sum
     metric: Metric
     backend: KMeansBackend
 
@@ -40,6 +43,18 @@ class Chunk:
     def rows(self) -> Rows:
         """The rows prepared for assignments, which not every pass needs."""
         return prepare_rows(self.x, metric=self.metric, backend=self.backend)
+
+    @cached_property
+    def sums(self) -> Sums:
+        """The rows to be summed by cluster."""
+        return Sums(self.x, self.sum_weight, self.weight, self.backend)
+
+    def times(self, starts: int) -> Chunk:
+        """Return the rows of the one problem as those of several, which share what is prepared."""
+        x, weight, sum_weight = (_times(rows, starts) for rows in (self.x, self.weight, self.sum_weight))
+        several = replace(self, x=x, weight=weight, sum_weight=sum_weight)
+        several.rows, several.sums = self.rows, self.sums
+        return several
 
 
 class Sweep(NamedTuple):
@@ -77,6 +92,7 @@ class Data:
         self.metric: Metric = metric
         self.backend: KMeansBackend = backend
         self.problems, self.n, self.d = x.shape
+        self.shares_rows = False  # whether all problems have the same rows
         self.shards = shards or Shards(NO_GROUP, [self.n])
         self.group = self.shards.group
         self.dtype = accumulation_dtype(x)
@@ -97,6 +113,20 @@ class Data:
         weights = None if self.weights is None else self.weights[one]
         return Data(self.x[one], weights, self.metric, self._size, self.device, self.backend, self.shards)
 
+    def starts_at_once(self, k: int) -> int:
+        """Return how many starts of k clusters can go on together: several for few rows of one problem on a CPU."""
+        if self.problems > 1 or not self.group.is_null or self._size < self.n or next(self.chunks()).sums.kept is None:
+            return 1
+        return max(1, KEPT_ENTRIES // max(self.n, k * self.d))
+
+    def times(self, starts: int) -> Data:
+        """Return the one problem as several, which differ in their centres alone."""
+        several = copy.copy(self)
+        several.problems, several.shares_rows = starts, starts > 1
+        several.x, several.weights = _times(self.x, starts), _times(self.weights, starts)
+        several._whole = next(self.chunks()).times(starts)
+        return several
+
     def chunks(self) -> Iterator[Chunk]:
         """Load the rows of this process chunk by chunk; none if there are no rows."""
         if self.x.numel() == 0:
@@ -116,12 +146,8 @@ class Data:
         k, labels, found = centers.shape[1], [], None
         for chunk in self.chunks():
             own, rechecked = chunk.rows.nearest(centers)
-            sums, weights = sum_by_cluster(chunk.x, own, k, chunk.sum_weight, self.backend)
-            if self.metric == "cosine":  # the rows count in the sums by another weight than their own
-                each = torch.ones_like(own, dtype=self.dtype) if self.weights is None else self.weights[:, chunk.part]
-                weights = sum_by_cluster(each[..., None], own, k, None, self.backend)[0][..., 0]
             labels.append(own)
-            here = sums, weights, rechecked
+            here = *chunk.sums.by_cluster(own, k), rechecked
             found = here if found is None else tuple(a.add_(b) for a, b in zip(found, here, strict=True))
         if found is None:  # no rows
             sums = torch.zeros_like(centers, dtype=torch.float64)
@@ -142,6 +168,10 @@ class Data:
             own = chunk.rows.nearest(centers)[0] if labels is None else labels[:, chunk.part]
             distances.append(center_distance(chunk.x, centers, own, metric=self.metric, backend=self.backend))
         return self._join(distances, self.dtype)
+
+    def doubts(self, centers: Tensor) -> Tensor:
+        """Return how many rows are in doubt with these centres, and how many are re-checked: int64 [2]. Local."""
+        return torch.stack([chunk.rows.nearest(centers)[1] for chunk in self.chunks()]).sum(0)
 
     def inertia(self, centers: Tensor, labels: Tensor) -> Tensor:
         """Return the weighted sum of the distances, float64 [problems]."""
@@ -208,10 +238,14 @@ class Data:
 
     def _load(self, part: slice) -> Chunk:
         x = self.x[:, part].to(self.device, non_blocking=True)
-        weight = None if self.weights is None else self.weights[:, part]
+        weight = sum_weight = None if self.weights is None else self.weights[:, part]
         if self.metric == "cosine":
             length = torch.linalg.vector_norm(x, dim=2, dtype=torch.float64)  # the squares of float32 may overflow it
             # That of a subnormal length would overflow.
             inverse = torch.where(length > 0, 1 / length, 0.0).clamp(max=torch.finfo(self.dtype).max).to(self.dtype)
-            weight = inverse if weight is None else weight * inverse
-        return Chunk(part, x, weight, self.metric, self.backend)
+            sum_weight = inverse if weight is None else weight * inverse
+        return Chunk(part, x, weight, sum_weight, self.metric, self.backend)
+
+
+def _times(rows: Tensor | None, starts: int) -> Tensor | None:
+    return None if rows is None else rows[:1].expand(starts, *rows.shape[1:])

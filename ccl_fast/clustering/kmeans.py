@@ -202,19 +202,24 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
             self._check_positive(weights, data)
         variance = data.variance()  # raises if a row is not finite
         with self._progress(group) as progress:
-            best = None
-            for start in self._starts(data, init, seed):
+            best, several = None, False
+            for starts in self._starts(data, init, seed):
+                together = len(starts) > data.problems  # several of the only problem
+                several |= together
                 solution = lloyd(
-                    data,
-                    start,
+                    data.times(len(starts)) if together else data,
+                    starts,
                     max_iter=self.max_iter,
                     tol=self.tol,
                     variance=variance,
                     empty_cluster=self.empty_cluster,
                     progress=progress,
                 )
-                best = solution if best is None else best.or_better(solution)
-        assert best is not None  # there is a start at least
+                for one in solution.each() if together else [solution]:
+                    best = one if best is None else best.or_better(one)
+            assert best is not None  # there is a start at least
+            if several:
+                best = best._replace(rechecked=data.doubts(best.centers))
         if not best.centers.isfinite().all():
             raise ArgumentError(f"X: expected values whose sums {data.dtype} can hold, got up to {data.largest():.3g}")
         self._set_attributes(best, X, rows)
@@ -387,6 +392,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         return data, (centers if centers.ndim == 3 else centers[None]).to(device=data.device, dtype=data.dtype)
 
     def _starts(self, data: Data, init: Init | Tensor, seed: int) -> Iterator[Tensor]:
+        """Return the starting centres [problems, k, d]; of a single problem there may be several starts at once."""
         if isinstance(init, Tensor):
             yield self._given_centers(data, init)
             return
@@ -394,8 +400,10 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         starts = self.n_init
         if starts == "auto":
             starts = RANDOM_STARTS if init == "random" else 1
-        for _ in range(starts):
-            yield SEEDINGS[init](data, self.n_clusters, generators)
+        at_once = data.starts_at_once(self.n_clusters) if starts > 1 else 1
+        for first in range(0, starts, at_once):
+            count = min(at_once, starts - first)
+            yield torch.cat([SEEDINGS[init](data, self.n_clusters, generators) for _ in range(count)])
 
     def _given_centers(self, data: Data, init: Tensor) -> Tensor:
         expected = (data.problems, self.n_clusters, data.d)

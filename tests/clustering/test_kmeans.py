@@ -10,12 +10,14 @@ from sklearn.cluster import KMeans as Oracle
 from sklearn.cluster import kmeans_plusplus
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ccl_fast.clustering import KMeans
 from ccl_fast.clustering.data import Data
 from ccl_fast.clustering.lloyd import LateFlag
 from ccl_fast.clustering.rejection_sampling import MAX_CANDIDATES, plain_k_means_plus_plus, plus_plus_rows
 from ccl_fast.clustering.seeding import greedy_rows, k_means_plus_plus
+from ccl_fast.ops.kmeans import assign_blocked
 from tests.ops.kmeans_cases import blobs
 
 
@@ -540,3 +542,70 @@ def test_one_subnormal_row_spoils_nothing():
 def test_numbers_of_numpy_are_numbers():
     model = KMeans(np.int64(3), random_state=np.int32(1), tol=np.float32(0)).fit(blobs(0))
     assert model.cluster_centers_.equal(KMeans(3, random_state=1, tol=0).fit(blobs(0)).cluster_centers_)
+
+
+# ---- Few rows: the starts go on together, and a step is few operations.
+
+STARTS = [{}, {"init": "random"}, {"metric": "cosine"}, {"init": "plain-k-means++", "tol": 0.01}, {"max_iter": 3}]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("arguments", [*STARTS, {"init": "random", "empty_cluster": "farthest"}], ids=str)
+def test_starts_together_are_those_one_after_the_other(arguments, weighted, monkeypatch):
+    x = torch.cat([blobs(0, 200, 3, 9), blobs(1, 3, 3, 1).repeat(20, 1)]).float()
+    weights = torch.rand(260, generator=torch.Generator().manual_seed(2)) if weighted else None
+
+    def fit(at_once):
+        monkeypatch.setattr(Data, "starts_at_once", lambda self, k: at_once)
+        return KMeans(12, n_init=7, **arguments).fit(x, sample_weight=weights)
+
+    alone = fit(1)
+    for at_once in (2, 3, 7, 100):
+        together = fit(at_once)
+        assert torch.equal(together.cluster_centers_, alone.cluster_centers_)
+        assert torch.equal(together.labels_, alone.labels_)
+        for name in ("inertia_", "n_iter_", "doubtful_", "rechecked_"):
+            assert getattr(together, name) == getattr(alone, name), name
+
+
+def test_starts_are_together_only_where_that_is_possible():
+    x = blobs(3, 300, 4, 5)[None].float()
+    other = {"metric": "euclidean", "batch_size": None, "device": torch.device("cpu"), "backend": "auto"}
+
+    def at_once(x, k=5, **changes):
+        return Data(x, None, **(other | changes)).starts_at_once(k)
+
+    assert at_once(x) > 10
+    assert at_once(x.expand(2, -1, -1)) == at_once(x, batch_size=100) == at_once(x, backend="reference") == 1
+    assert at_once(torch.zeros(1, 1 << 20, 1)) == 1
+    assert at_once(torch.zeros(1, (1 << 18) + 1, 4)) == 1
+
+
+class Operations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operations(call) -> int:
+    with Operations() as counted:
+        call()
+    return counted.count
+
+
+def test_a_step_of_few_rows_is_few_operations(monkeypatch):
+    """An iteration, what there is besides iterations, and `predict`: views, and copies to the host, included."""
+    monkeypatch.setattr(assign_blocked, "OTHER_ROUNDINGS", -32)  # no row is in doubt, whatever the product's rounding
+    x = torch.randn(2000, 32, generator=torch.Generator().manual_seed(4))
+
+    def fit(max_iter):
+        return KMeans(50, init=x[:50], max_iter=max_iter, tol=0.0).fit(x)
+
+    assert fit(7).n_iter_ == 7  # none rests before
+    six, seven = operations(lambda: fit(6)), operations(lambda: fit(7))
+    assert seven - six <= 60
+    assert six - 6 * (seven - six) <= 220  # an assignment is among them
+    model = fit(1)
+    assert operations(lambda: model.predict(x)) <= 100
