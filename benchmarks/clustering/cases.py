@@ -31,18 +31,19 @@ Run = Callable[[Rows], Outcome]
 
 @dataclass(frozen=True)
 class KMeansCase:
-    """Lloyd's iterations, as many for everyone; `contenders` are names in `kmeans_contenders.CONTENDERS`."""
+    """Lloyd's iterations, as many for everyone; `contenders` are names in `contenders.CONTENDERS`. None: `predict`."""
 
     name: str
     contenders: tuple[str, ...]
     iterations: int = ITERATIONS
     final_labels: bool = True  # those of the returned centres: one assignment more
     seeding: str | None = None  # as our KMeans calls it; None: the centres are given
+    starts: int = 1  # of which the best is kept; several for few rows only
 
     @property
     def assignments(self) -> int:
         """N x K x D products that the iterations cannot do without; seeding comes on top."""
-        return self.iterations + self.final_labels
+        return self.starts * self.iterations + self.final_labels
 
     def inputs(self, size: Size, device: torch.device, seed: int = 0) -> Rows:
         """As many overlapping Gaussian blobs as there are clusters."""
@@ -65,6 +66,8 @@ CASES = {
             "k-means iteration", ("ours", *ON_CPU, *ON_GPU, *ON_BOTH, "torch"), iterations=1, final_labels=False
         ),
         KMeansCase("k-means fit", ("ours", *ON_CPU, *ON_GPU, *ON_BOTH, "torch")),
+        KMeansCase("k-means predict", ("ours", *ON_CPU), iterations=0),
+        KMeansCase("k-means ten random starts", ("ours", *ON_CPU), seeding="random", starts=10),
         KMeansCase("k-means random start", ("ours", *ON_CPU, *ON_GPU, *ON_BOTH), seeding="random"),
         KMeansCase("k-means++ start", ("ours", "faiss"), seeding="plain-k-means++"),
         KMeansCase("greedy k-means++ start", ("ours", "scikit-learn"), seeding="k-means++"),

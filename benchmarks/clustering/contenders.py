@@ -45,10 +45,18 @@ def _ours(case: KMeansCase) -> Run:
 
     def fit(rows: Rows) -> Outcome:
         init = case.seeding or rows.centers
-        model = KMeans(len(rows.centers), init=init, n_init=1, max_iter=case.iterations, tol=0.0)
+        model = KMeans(len(rows.centers), init=init, n_init=case.starts, max_iter=case.iterations, tol=0.0)
         model.fit(rows.x)
         return Outcome(model.cluster_centers_, model.n_iter_, model.rechecked_)
 
+    def predict(rows: Rows) -> Outcome:
+        model = KMeans(len(rows.centers))
+        model.cluster_centers_, model.n_features_in_ = rows.centers, rows.x.shape[1]
+        model.predict(rows.x)
+        return Outcome(rows.centers, 0)
+
+    if not case.iterations:
+        return predict
     return fit if case.final_labels else iteration
 
 
@@ -72,13 +80,18 @@ def _faiss(case: KMeansCase) -> Run:
         (n, d), k = rows.x.shape, len(rows.centers)
         # No sub-sampling, and no warning that there are few points.
         options = {"niter": case.iterations, "min_points_per_centroid": 1, "max_points_per_centroid": n}
+        options["nredo"] = case.starts
         model = faiss.Kmeans(d, k, init_method=seedings[case.seeding or "random"], **options)
         model.train(rows.x.numpy(), init_centroids=None if case.seeding else rows.centers.numpy())
         if case.final_labels:
             model.assign(rows.x.numpy())
         return Outcome(torch.from_numpy(model.centroids), len(model.obj))
 
-    return run
+    def predict(rows: Rows) -> Outcome:
+        _faiss_assign(*rows)
+        return Outcome(rows.centers, 0)
+
+    return run if case.iterations else predict
 
 
 def _sklearn_iteration(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,10 +114,20 @@ def _sklearn(case: KMeansCase) -> Run:
 
     def fit(rows: Rows) -> Outcome:
         init = case.seeding or rows.centers.numpy()
-        options = {"max_iter": case.iterations, "tol": 0.0, "n_init": 1, "algorithm": "lloyd", "random_state": 0}
+        options = {"max_iter": case.iterations, "tol": 0.0, "algorithm": "lloyd", "random_state": 0}
+        options["n_init"] = case.starts
         model = SklearnKMeans(len(rows.centers), init=init, **options).fit(rows.x.numpy())
         return Outcome(torch.from_numpy(model.cluster_centers_), model.n_iter_)
 
+    def predict(rows: Rows) -> Outcome:
+        model = SklearnKMeans(len(rows.centers))
+        model.cluster_centers_, model.n_features_in_ = rows.centers.numpy(), rows.x.shape[1]
+        model._n_threads = torch.get_num_threads()
+        model.predict(rows.x.numpy())
+        return Outcome(rows.centers, 0)
+
+    if not case.iterations:
+        return predict
     return fit if case.final_labels else lambda rows: Outcome(_sklearn_iteration(*rows)[1], 1)
 
 
