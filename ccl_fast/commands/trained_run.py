@@ -56,7 +56,14 @@ class TrainedRun:
 
     def model(self, objective: str, shape: tuple[int, int, int], device: torch.device) -> Model:
         """Return the model of an objective, in evaluation mode."""
-        model = Model(self.config.backbone, shape, self.config.embedding_dim, stem=self.config.stem)
+        model = Model(
+            self.config.backbone,
+            shape,
+            self.config.embedding_dim,
+            stem=self.config.stem,
+            pretrained=self.config.pretrained,
+            load=False,
+        )
         path = self.folder / f"{objective}.pt"
         try:
             weights = read_tensors(path)

@@ -17,7 +17,7 @@ from ccl_fast import checks
 from ccl_fast.data.augmentation import Recipe
 from ccl_fast.data.folder import MAX_PIXELS
 from ccl_fast.errors import ArgumentError
-from ccl_fast.models.backbones import Stem
+from ccl_fast.models.libraries import Pretrained, Stem
 from ccl_fast.training.checkpoint import Which
 from ccl_fast.training.cooperation import Labels, Negatives
 from ccl_fast.training.objectives import BASELINE, OBJECTIVES, OPTIONS, ObjectiveName
@@ -85,6 +85,12 @@ def check_folder(name: str, value: object) -> None:
     """Check that a value may be the path of a folder, or None."""
     if not isinstance(value, str | Path | None):
         raise ArgumentError(f"{name}: expected the path of a folder, got {value!r}")
+
+
+def check_pretrained(name: str, value: object) -> None:
+    """Check that a value is true, false or may be the path of a file."""
+    if not isinstance(value, bool | str | Path):
+        raise ArgumentError(f"{name}: expected true, false or a file of weights, got {value!r}")
 
 
 def check_device_name(name: str, value: object) -> None:
@@ -202,13 +208,20 @@ class Config:
     backbone: str | nn.Module = option(
         "small",
         'the encoder: "small" (three convolutions), "resnet8" (a narrow ResNet for small natural images on a CPU), a '
-        'classifier of torchvision by name ("resnet18", ...) with random weights; from Python also a module, images '
-        "[n, c, h, w] to features [n, width].",
+        'classifier of torchvision by name ("resnet18", ...) or a model of timm ("timm/vit_small_patch16_224", ...), '
+        "without its last layer; from Python also a module, images [n, c, h, w] to features [n, width] or to an "
+        "object as Hugging Face's models return it.",
+    )
+    pretrained: Pretrained = option(
+        False,
+        "begin with weights that torchvision or timm publishes for that backbone (true; they are downloaded once), or "
+        "with those of a file (.safetensors, .pth). The network then normalises images as they expect it.",
+        check_pretrained,
     )
     stem: Stem = option(
         "auto",
         '"3x3" lets a ResNet begin at full resolution, as is usual for small images; "7x7" leaves it as it is; "auto" '
-        'means "3x3" for images of up to 64 pixels.',
+        'means "3x3" for images of up to 64 pixels, if the weights are not pretrained.',
         one_of(Stem),
     )
     embedding_dim: int = option(
