@@ -47,6 +47,11 @@ class MoCHiLoss(Loss):
         learnable_temperature, normalize, reduction, backend: as in `Loss`. Mixtures have length 1 in any case.
             (It runs on one process.)
 
+    Cost:
+        operators: LSE over the queue; some anchors at a time their hardest, `edge_similarity` of the pairs that are
+            mixed, and the mean of the mixtures.
+        units: 3 + 1 of N x M x D; 1 of N x (hardest) x D; 1 of N x s x D.
+
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
 
