@@ -264,6 +264,14 @@ class Config:
         check_clusters,
         after_warm_up=True,
     )
+    detector_clusters: int = option(
+        12,
+        "number of k-means clusters of the detectors, and of the report's pictures and cluster measures, whatever the "
+        "model was trained with; fewer if there are fewer training images. Where the clusters' covariances would take "
+        "more than 2^26 numbers they share one, and the report says so.",
+        at_least(1),
+        after_warm_up=True,
+    )
     recluster_every: int = option(
         1,
         'epochs from one clustering to the next. Each starts from the last centres. Not for "swav".',
