@@ -20,6 +20,7 @@ from ccl_fast.models.libraries import Pretrained, Stem
 from ccl_fast.training.checkpoint import Which
 from ccl_fast.training.cooperation import Labels, Negatives
 from ccl_fast.training.objectives import BASELINE, OBJECTIVES, OPTIONS, ObjectiveName
+from ccl_fast.training.optimizers import OptimizerName
 
 Check = Callable[[str, Any], None]
 P = ParamSpec("P")
@@ -72,6 +73,11 @@ def check_seed(name: str, value: object) -> None:
     """Check a seed."""
     if not checks.is_integer(value) or not 0 <= value < MAX_SEED:
         raise ArgumentError(f"{name}: expected an integer from 0 to 2^62, got {value!r}")
+
+
+def check_momentum(name: str, value: object) -> None:
+    """Check a momentum: 0, or less than 1."""
+    checks.check_number(name, value, "0 to less than 1", lambda momentum: 0 <= momentum < 1)
 
 
 def check_timeout(name: str, value: object) -> None:
@@ -287,10 +293,39 @@ class Config:
         or_none(checks.check_count),
         group="training",
     )
-    learning_rate: float = option(
-        1e-3, "of AdamW at the start; it follows half a cosine down to 0.", checks.check_positive, group="training"
+    optimizer: OptimizerName = option(
+        "adamw",
+        '"adamw"; "sgd", whose learning rate is 0.03 or so for each 256 images of a batch (MoCo); or "lars", with a '
+        "factor for each layer, for large batches, whose rate is 0.3 for each 256 (SimCLR).",
+        one_of(OptimizerName),
+        group="training",
     )
-    weight_decay: float = option(1e-4, "of AdamW.", checks.check_not_negative, group="training")
+    learning_rate: float = option(
+        1e-3,
+        "the largest one; it rises in ``lr_warmup_epochs`` and then follows half a cosine down to 0.",
+        checks.check_positive,
+        group="training",
+    )
+    lr_warmup_epochs: int = option(
+        0,
+        "epochs in which the learning rate rises linearly from 0. Those of SimCLR, ``warmup_epochs``, are others.",
+        at_least(0),
+        group="training",
+    )
+    momentum: float = option(0.9, 'of "sgd" and "lars".', check_momentum, group="training")
+    weight_decay: float = option(
+        1e-4,
+        'of the optimiser: decoupled from the gradient with "adamw", else added to it.',
+        checks.check_not_negative,
+        group="training",
+    )
+    exclude_bias_and_norm: bool = option(
+        False,
+        "leave biases and the parameters of norms, whatever is no matrix, out of weight decay and of the adaptation of "
+        '"lars".',
+        checks.check_flag,
+        group="training",
+    )
     temperature: float = option(
         0.1,
         'temperature of the similarities in the loss. "cacr" has none, so there it is that of warm-up and baseline, '
@@ -482,6 +517,7 @@ class Config:
             if field.metadata["check"] is not None:
                 field.metadata["check"](name, getattr(self, name))
         self._check_objective()
+        self._check_optimizer()
         self._check_folders()
         if not self.warmup_length <= self.epochs:
             raise ArgumentError(f"warmup_epochs: expected 0 to epochs={self.epochs}, got {self.warmup_epochs!r}")
@@ -499,6 +535,15 @@ class Config:
         ]
         if wrong:  # all at once: a recipe for one objective has several that another does not use
             raise ArgumentError("; ".join(wrong))
+
+    def _check_optimizer(self) -> None:
+        unused = {"adamw": "momentum", "lars": "fused_optimizer"}.get(self.optimizer)
+        if unused and getattr(self, unused) != FIELDS[unused].default:
+            expected = f"{FIELDS[unused].default} with optimizer {self.optimizer!r}"
+            raise ArgumentError(f"{unused}: expected {expected}, got {getattr(self, unused)!r}")
+        if self.lr_warmup_epochs >= self.epochs:
+            expected = f"fewer than epochs={self.epochs}"
+            raise ArgumentError(f"lr_warmup_epochs: expected {expected}, got {self.lr_warmup_epochs!r}")
 
     def _check_folders(self) -> None:
         if self.resume and self.overwrite:
