@@ -22,7 +22,7 @@ from ccl_fast.evaluation import evaluate_model
 from ccl_fast.files import write_atomically
 from ccl_fast.training import checkpoint
 from ccl_fast.training.checkpoint import CHECKPOINTS
-from ccl_fast.training.config import Config, as_list, check_sizes, fixed_on_resume, takes_fields_of
+from ccl_fast.training.config import Config, check_sizes, fixed_on_resume, takes_fields_of
 from ccl_fast.training.interruption import Interruption
 from ccl_fast.training.launch import alone, launched, launched_size
 from ccl_fast.training.loop import Run
@@ -172,7 +172,7 @@ def _write_results(
         progress.load(run, progress.finished[name])
         models[name] = run.result
         evaluations[name] = evaluate_model(
-            run.result, sets.train, sets.test, sets.near, sets.far, clusters=as_list(plan.clusters)[0], seed=plan.seed
+            run.result, sets.train, sets.test, sets.near, sets.far, clusters=plan.detector_clusters, seed=plan.seed
         )
     report = describe(config.plain(), sets, evaluations, fabric.device) | {
         "losses": {name: progress.finished[name]["losses"] for name in models},
