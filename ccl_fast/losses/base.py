@@ -359,7 +359,7 @@ class Loss(nn.Module):
             return processes.reduce(total, torch.as_tensor(count, device=total.device), mean, group)
         if not mean:
             return total
-        return total / (count.clamp(min=1) if isinstance(count, Tensor) else torch.sym_max(count, 1))
+        return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
     def _check_supported(self, name: str, value) -> None:
         default = inspect.signature(type(self)).parameters[name].default
