@@ -108,10 +108,19 @@ class CCLLoss(Loss):
         check_center_temperature(center_temperature)
         check_number("instance_weight", instance_weight, "a number from 0 to 1", lambda x: 0 <= x <= 1)
         self.form, self.center_weight, self.instance_weight = form, center_weight, instance_weight
+        self._given_center_temperature = None
         if isinstance(center_temperature, Tensor) and not isinstance(center_temperature, nn.Parameter):
+            self._given_center_temperature = center_temperature
             self.register_buffer("center_temperature", center_temperature, persistent=False)
         else:
             self.center_temperature = center_temperature
+
+    def reset_parameters(self) -> None:
+        """Set what the module keeps in tensors to what was given, as after `torch.nn.Module.to_empty`."""
+        super().reset_parameters()
+        given, own = self._given_center_temperature, self.center_temperature
+        if given is not None and not given.is_meta and isinstance(own, Tensor):
+            self.center_temperature = given.to(device=own.device, dtype=own.dtype, copy=True)
 
     def forward(
         self,
