@@ -86,10 +86,10 @@ class Files(Dataset):
     Args:
         paths: of the files.
         targets: their classes, or None.
-        classes: the names of these, or None.
+        classes: what classes 0, 1, ... are called; none where there are none.
     """
 
-    def __init__(self, paths: Sequence[Path], targets: Sequence[int] | None, classes: Sequence[str] | None):
+    def __init__(self, paths: Sequence[Path], targets: Sequence[int] | None, classes: Sequence[str] = ()):
         self.paths = paths
         self.targets = targets
         self.classes = classes
@@ -183,7 +183,7 @@ def open_folders(
             )
         kept = {i: header for i, header in enumerate(headers) if not isinstance(header, Exception)}
         targets = None if "" in numbers else [numbers[of_one[i]] for i in kept]
-        images = Files([paths[i] for i in kept], targets, None if targets is None else list(numbers))
+        images = Files([paths[i] for i in kept], targets, () if targets is None else list(numbers))
         sources.append(FolderSource(images, list(kept.values()), argument, strict=strict, skipped=errors))
     return sources
 
