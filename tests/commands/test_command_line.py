@@ -73,7 +73,7 @@ def test_what_is_typed_wins_over_a_file(given, tmp_path):
         (["train", "--objective=swave"], "got 'swave' (did you mean swav?)"),
         (["train", "--instance-weight", "x"], "instance_weight: expected a number or 'agreement', got 'x'"),
         (["train", "--clusters", "4", "x"], "clusters: expected an integer or a list (of integers), got [4, 'x']"),
-        (["train", "photos"], "unrecognized arguments: photos"),
+        (["train", "photos"], "photos: expected after the name of an option, as in --data photos"),
         (["train", "--config", "/no/such.yaml"], "config: File does not exist: '/no/such.yaml'"),
         (["trian"], "expected a command, train, compare, evaluate, score, got 'trian' (did you mean train?)"),
         (["--epochs", "3"], "expected a command"),
