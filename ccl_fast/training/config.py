@@ -17,10 +17,11 @@ from torch.utils.data import Dataset
 from ccl_fast import checks
 from ccl_fast.data.options import MAX_PIXELS, Recipe
 from ccl_fast.errors import ArgumentError
-from ccl_fast.models.backbones import Stem
+from ccl_fast.models.libraries import Pretrained, Stem
 from ccl_fast.training.checkpoint import Which
 from ccl_fast.training.cooperation import Labels, Negatives
 from ccl_fast.training.objectives import BASELINE, OBJECTIVES, OPTIONS, ObjectiveName
+from ccl_fast.training.optimizers import OptimizerName
 
 Check = Callable[[str, Any], None]
 P = ParamSpec("P")
@@ -79,6 +80,11 @@ def check_seed(name: str, value: object) -> None:
         raise ArgumentError(f"{name}: expected an integer from 0 to 2^62, got {value!r}")
 
 
+def check_momentum(name: str, value: object) -> None:
+    """Check a momentum: 0, or less than 1."""
+    checks.check_number(name, value, "0 to less than 1", lambda momentum: 0 <= momentum < 1)
+
+
 def check_timeout(name: str, value: object) -> None:
     """Check a number of seconds, at most a week."""
     expected = f"a positive number of seconds, at most {WEEK}"
@@ -102,6 +108,12 @@ def check_folder(name: str, value: object) -> None:
     """Check that a value may be the path of a folder, or None."""
     if not isinstance(value, str | Path | None):
         raise ArgumentError(f"{name}: expected the path of a folder, got {value!r}")
+
+
+def check_pretrained(name: str, value: object) -> None:
+    """Check that a value is true, false or may be the path of a file."""
+    if not isinstance(value, bool | str | Path):
+        raise ArgumentError(f"{name}: expected true, false or a file of weights, got {value!r}")
 
 
 def check_device_name(name: str, value: object) -> None:
@@ -248,14 +260,22 @@ class Config:
     backbone: str | nn.Module = option(
         "small",
         'the encoder: "small" (three convolutions), "resnet8" (a narrow ResNet for small natural images on a CPU), a '
-        'classifier of torchvision by name ("resnet18", ...) with random weights; from Python also a module, images '
-        "[n, c, h, w] to features [n, width].",
+        'classifier of torchvision by name ("resnet18", ...) or a model of timm ("timm/vit_small_patch16_224", ...), '
+        "without its last layer; from Python also a module, images [n, c, h, w] to features [n, width] or to an "
+        "object as Hugging Face's models return it.",
+        group="model",
+    )
+    pretrained: Pretrained = option(
+        False,
+        "begin with weights that torchvision or timm publishes for that backbone (true; they are downloaded once), or "
+        "with those of a file (.safetensors, .pth). The network then normalises images as they expect it.",
+        check_pretrained,
         group="model",
     )
     stem: Stem = option(
         "auto",
         '"3x3" lets a ResNet begin at full resolution, as is usual for small images; "7x7" leaves it as it is; "auto" '
-        'means "3x3" for images of up to 64 pixels.',
+        'means "3x3" for images of up to 64 pixels, if the weights are not pretrained.',
         one_of(Stem),
         group="model",
     )
@@ -278,10 +298,39 @@ class Config:
         or_none(checks.check_count),
         group="training",
     )
-    learning_rate: float = option(
-        1e-3, "of AdamW at the start; it follows half a cosine down to 0.", checks.check_positive, group="training"
+    optimizer: OptimizerName = option(
+        "adamw",
+        '"adamw"; "sgd", whose learning rate is 0.03 or so for each 256 images of a batch (MoCo); or "lars", with a '
+        "factor for each layer, for large batches, whose rate is 0.3 for each 256 (SimCLR).",
+        one_of(OptimizerName),
+        group="training",
     )
-    weight_decay: float = option(1e-4, "of AdamW.", checks.check_not_negative, group="training")
+    learning_rate: float = option(
+        1e-3,
+        "the largest one; it rises in ``lr_warmup_epochs`` and then follows half a cosine down to 0.",
+        checks.check_positive,
+        group="training",
+    )
+    lr_warmup_epochs: int = option(
+        0,
+        "epochs in which the learning rate rises linearly from 0. Those of SimCLR, ``warmup_epochs``, are others.",
+        at_least(0),
+        group="training",
+    )
+    momentum: float = option(0.9, 'of "sgd" and "lars".', check_momentum, group="training")
+    weight_decay: float = option(
+        1e-4,
+        'of the optimiser: decoupled from the gradient with "adamw", else added to it.',
+        checks.check_not_negative,
+        group="training",
+    )
+    exclude_bias_and_norm: bool = option(
+        False,
+        "leave biases and the parameters of norms, whatever is no matrix, out of weight decay and of the adaptation of "
+        '"lars".',
+        checks.check_flag,
+        group="training",
+    )
     temperature: float = option(
         0.1,
         'temperature of the similarities in the loss. "cacr" has none, so there it is that of warm-up and baseline, '
@@ -303,6 +352,15 @@ class Config:
         check_clusters,
         after_warm_up=True,
         group="clusters",
+    )
+    detector_clusters: int = option(
+        12,
+        "number of k-means clusters of the detectors, and of the report's pictures and cluster measures, whatever the "
+        "model was trained with; fewer if there are fewer training images. Where the clusters' covariances would take "
+        "more than 2^26 numbers they share one, and the report says so.",
+        at_least(1),
+        after_warm_up=True,
+        group="ood",
     )
     recluster_every: int = option(
         1,
@@ -464,6 +522,7 @@ class Config:
             if field.metadata["check"] is not None:
                 field.metadata["check"](name, getattr(self, name))
         self._check_objective()
+        self._check_optimizer()
         self._check_folders()
         if not self.warmup_length <= self.epochs:
             raise ArgumentError(f"warmup_epochs: expected 0 to epochs={self.epochs}, got {self.warmup_epochs!r}")
@@ -481,6 +540,15 @@ class Config:
         ]
         if wrong:  # all at once: a recipe for one objective has several that another does not use
             raise ArgumentError("; ".join(wrong))
+
+    def _check_optimizer(self) -> None:
+        unused = {"adamw": "momentum", "lars": "fused_optimizer"}.get(self.optimizer)
+        if unused and getattr(self, unused) != FIELDS[unused].default:
+            expected = f"{FIELDS[unused].default} with optimizer {self.optimizer!r}"
+            raise ArgumentError(f"{unused}: expected {expected}, got {getattr(self, unused)!r}")
+        if self.lr_warmup_epochs >= self.epochs:
+            expected = f"fewer than epochs={self.epochs}"
+            raise ArgumentError(f"lr_warmup_epochs: expected {expected}, got {self.lr_warmup_epochs!r}")
 
     def _check_folders(self) -> None:
         if self.resume and self.overwrite:

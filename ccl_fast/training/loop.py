@@ -18,6 +18,7 @@ from ccl_fast.training.config import Config, as_list
 from ccl_fast.training.cooperation import CooperativeCCL
 from ccl_fast.training.gradient_cache import cached_backward
 from ccl_fast.training.objectives import BASELINE, OBJECTIVES
+from ccl_fast.training.optimizers import make_optimizer
 from ccl_fast.training.prototypes import Prototypes
 from ccl_fast.training.pseudo_labels import PseudoLabels
 from ccl_fast.training.random_views import embedded_views
@@ -49,7 +50,14 @@ class Run:
         assert config.batch_size is not None and config.clusters is not None  # as they are fitted
         self.config, self.images, self.fabric, self.group = config, images, fabric, group
         self.batch_size = config.batch_size
-        self.model = Model(config.backbone, images.shape, config.embedding_dim, stem=config.stem, seed=config.seed)
+        self.model = Model(
+            config.backbone,
+            images.shape,
+            config.embedding_dim,
+            stem=config.stem,
+            pretrained=config.pretrained,
+            seed=config.seed,
+        )
         self.model.to(fabric.device).to(memory_format=self._memory_format)
         self.objective = OBJECTIVES[config.objective]
         self.loss_fn = self.objective.make_loss(config.temperature, group.process_group)
@@ -63,11 +71,14 @@ class Run:
             seed=config.seed,
             device=fabric.device,
         )
-        groups = [parameters for parameters in (list(self.model.parameters()), list(self.prototypes)) if parameters]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": parameters} for parameters in groups],
+        self.optimizer = make_optimizer(
+            config.optimizer,
+            self.model.parameters(),
+            self.prototypes,
             weight_decay=config.weight_decay,
-            fused=config.fused_optimizer or None,
+            momentum=config.momentum,
+            exclude_bias_and_norm=config.exclude_bias_and_norm,
+            fused=config.fused_optimizer,
         )
         network = cast("nn.Module", torch.compile(self.model)) if config.compile_model else self.model
         self._network, self._stepper = fabric.setup(network, self.optimizer)
@@ -158,8 +169,15 @@ class Run:
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate of the next step: half a cosine down to 0."""
-        progress = self.step / (self.config.epochs * self.steps_per_epoch)
+        """The learning rate of the next step: linearly from 0 to its full value, then half a cosine down to 0.
+
+        It is a formula of the step and no scheduler of torch's: there is no second count of steps that has to be saved,
+        loaded and kept in step with the first, by a run that is resumed in an epoch or begins with another's warm-up.
+        """
+        rise = self.config.lr_warmup_epochs * self.steps_per_epoch
+        if self.step < rise:
+            return self.config.learning_rate * self.step / rise
+        progress = (self.step - rise) / (self.config.epochs * self.steps_per_epoch - rise)
         return self.config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
     @property
