@@ -48,7 +48,8 @@ COMMANDS = {
         "evaluate_run", "Evaluate a trained run on OOD sets: a table, evaluation.json and evaluation.html."
     ),
     "score": Command(
-        "score_images", "Write an outlier score for every image in a folder into a CSV file, most outlying first."
+        "score_images",
+        "Write an outlier score for every image of files and folders into a CSV or JSON file, most outlying first.",
     ),
 }
 
@@ -67,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> int:
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help", "--version"):
-        print(f"ccl-fast {__version__}" if name == "--version" else _overview())
+        told_on = sys.stdout if arguments else sys.stderr
+        print(f"ccl-fast {__version__}" if name == "--version" else _overview(), file=told_on)
         return 0 if arguments else 2
     try:
         if name not in COMMANDS:

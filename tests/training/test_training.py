@@ -276,35 +276,6 @@ def test_wrong_arguments_are_named_without_a_traceback(option, tmp_path, capsys)
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["train", "--epochs=many"],
-        ["train", "--objective=magic"],
-        ["tarin"],
-        ["train", "--config=nowhere.yaml"],
-        ["train", "--augmentation=x"],
-        ["train", "--believe=everybody"],
-    ],
-)
-def test_unreadable_commands_exit_with_2(arguments, capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(arguments)
-    assert exit.value.code == 2
-    assert "error" in capsys.readouterr().err
-
-
-def test_help_explains_every_argument(capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(["train", "--help"])
-    assert exit.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for name, field in FIELDS.items():
-        assert f"--{name}" in text
-        assert field.metadata["help"] in text
-
-
 def test_the_function_shows_its_arguments_with_types_and_help():
     parameters = inspect.signature(ccl_fast.train).parameters
     assert list(parameters) == list(FIELDS) and list(parameters)[:2] == ["output", "objective"]
