@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
@@ -102,9 +103,14 @@ def css_colors(dark: bool) -> str:
     return " ".join(f"--{name}: {pair[dark]};" for name, pair in COLORS.items())
 
 
-def threshold(test: Tensor) -> float:
-    """Return the least score that accepts 95 % of the test images."""
-    return test.sort().values[-(-ACCEPTED * len(test) // 100) - 1].item()
+def threshold(test: Tensor, accept: float = ACCEPTED / 100) -> float:
+    """Return the least score that accepts that share of the test images.
+
+    Args:
+        test: their scores [m].
+        accept: above 0, at most 1; as it is written in decimals, so that 0.95 of 100 images are 95.
+    """
+    return test.sort().values[math.ceil(Fraction(str(accept)) * len(test)) - 1].item()
 
 
 class ScoreAxis(NamedTuple):

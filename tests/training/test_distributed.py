@@ -298,7 +298,7 @@ def go_through(given, state=None):
         run = Run(config, images, fabric, group)
         if state is not None:
             run.load_state_dict(state)
-        run.advance(3, name="", after_step=lambda: states.append(run.state_dict()))
+        run.advance(3, after_step=lambda: states.append(run.state_dict()))
     return states
 
 
@@ -392,7 +392,7 @@ def views_of_a_step():
     with torchrun(), launched("cpu", "32-true", 60) as (fabric, group):
         run = Run(config, images, fabric, group)
         run.model.encoder.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
-        run.advance(1, name="")
+        run.advance(1)
     return seen[0]
 
 
