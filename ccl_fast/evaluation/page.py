@@ -82,23 +82,30 @@ def write_page(path: Path, report: dict, evaluations: Mapping[str, Evaluation], 
 
 
 def summarize(report: dict) -> str:
-    """Say in a sentence what came out."""
+    """Say in a sentence what came out, and of two objectives whether they can be told apart."""
     objectives, groups = list(report["results"]), [group for group in GROUPS if report[group]]
-    titles = [report["titles"][objective] for objective in objectives]
+    titles, default = [report["titles"][objective] for objective in objectives], report["default"]
     if not groups:
         return "No OOD set was given, so there is nothing to tell from the test images."
     values = {
-        group: [round(report["results"][objective][report["default"]][group]["auroc"], 3) for objective in objectives]
+        group: [round(report["results"][objective][default][group]["auroc"], 3) for objective in objectives]
         for group in groups
     }
     if len(objectives) == 1:
-        found = " and ".join(f"{value:.3f} on {group} OOD sets" for group, (value,) in values.items())
-        return f"With its default detector, {titles[0]} reaches an AUROC of {found}."
+        (objective,), found = objectives, []
+        for group, (value,) in values.items():
+            between = _interval(report["intervals"][objective][default][group]["auroc"])
+            found.append(f"{value:.3f} ({between}) on {group} OOD sets")
+        return f"With its default detector, {titles[0]} reaches an AUROC of {' and '.join(found)}."
     first, second = titles
     parts = []
     for group, (a, b) in values.items():
-        verdict = "level with" if a == b else f"{abs(b - a):.3f} {'above' if b > a else 'below'}"
-        parts.append(f"{b:.3f} on {group} OOD sets, {verdict} {first}’s {a:.3f}")
+        between = report["differences"][default][group]["auroc"]
+        if _excludes_zero(between):
+            verdict = f"{abs(b - a):.3f} {'above' if between[0] > 0 else 'below'} {first}’s {a:.3f}"
+        else:
+            verdict = f"no clear difference from {first}’s {a:.3f}"
+        parts.append(f"{b:.3f} on {group} OOD sets, {verdict} ({_signed_interval(between)})")
     return f"With the default detector, {second} reaches an AUROC of {'; and of '.join(parts)}."
 
 
@@ -118,6 +125,8 @@ def _content(report: dict, evaluations: Mapping[str, Evaluation], images: Mappin
         "default": report["default"],
         "summary": summarize(report),
         "facts": _facts(report, sets),
+        "resamples": f"{report['bootstrap']['resamples']:,}",
+        "confidence": f"{100 * report['bootstrap']['confidence']:g} %",
         "cards": [_card(report, objectives, group) for group in groups],
         "knn": [
             {"objective": objective} | {level: _percent(accuracy) for level, accuracy in of_levels.items()}
@@ -193,15 +202,47 @@ def _colors(objectives: Sequence[str]) -> dict[str, str]:
 
 
 def _card(report: dict, objectives: Sequence[str], group: str) -> dict:
-    values = {objective: report["results"][objective][report["default"]][group] for objective in objectives}
+    default, rows = report["default"], []
+    for objective in objectives:
+        values, between = (report[of][objective][default][group] for of in ("results", "intervals"))
+        auroc, fpr95 = f"{values['auroc']:.3f}", _percent(values["fpr95_id"])
+        auroc_between, fpr95_between = _interval(between["auroc"]), _interval(between["fpr95_id"], percent=True)
+        rows.append({"objective": objective, "auroc": (auroc, auroc_between), "fpr95": (fpr95, fpr95_between)})
     return {
         "title": f"{group.capitalize()} OOD",
         "note": _mean_of(report[group]),
-        "rows": [
-            {"objective": objective, "auroc": f"{v['auroc']:.3f}", "fpr95": _percent(v["fpr95_id"])}
-            for objective, v in values.items()
-        ],
+        "rows": rows,
+        "difference": _difference(report, objectives, group) if len(objectives) > 1 else "",
     }
+
+
+def _difference(report: dict, objectives: Sequence[str], group: str) -> str:
+    """Say how the objective's default detector differs from the baseline's, and whether that is told from nothing."""
+    default, parts = report["default"], []
+    first, second = (report["results"][objective][default][group] for objective in objectives)
+    for metric, name, scale, unit in (("auroc", "AUROC", 1, ""), ("fpr95_id", "FPR95", 100, " points")):
+        between = report["differences"][default][group][metric]
+        value = _signed(scale * (second[metric] - first[metric]), 4 if scale == 1 else 1)
+        includes = "" if _excludes_zero(between) else ", includes 0"
+        parts.append(f"{name} {value}{unit} ({_signed_interval(between, scale)}{includes})")
+    return "; ".join(parts)
+
+
+def _interval(between: Sequence[float], *, percent: bool = False) -> str:
+    return "–".join(f"{100 * value:.1f}" if percent else f"{value:.3f}" for value in between) + " %" * percent
+
+
+def _signed_interval(between: Sequence[float], scale: float = 1) -> str:
+    return " to ".join(_signed(scale * value, 4 if scale == 1 else 1) for value in between)
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _excludes_zero(between: Sequence[float]) -> bool:
+    low, high = between
+    return low > 0 or high < 0
 
 
 def _overview(report: dict, objectives: Sequence[str], group: str) -> dict:
@@ -220,10 +261,21 @@ def _overview(report: dict, objectives: Sequence[str], group: str) -> dict:
         "title": f"{group.capitalize()} OOD",
         "svg": _attempted(
             f"the detectors on {group} OOD",
-            lambda: Markup(pictures.detectors({colors[o]: values[o] for o in objectives}, report["default"], alt)),
+            lambda: Markup(
+                pictures.detectors(
+                    {colors[o]: values[o] for o in objectives},
+                    {colors[o]: _aurocs_between(report["intervals"][o], group) for o in objectives},
+                    report["default"],
+                    alt,
+                )
+            ),
         ),
         "caption": f"{_mean_of(report[group]).capitalize()}. Highest with {words}.",
     }
+
+
+def _aurocs_between(intervals: Mapping[str, Mapping], group: str) -> dict[str, Sequence[float]]:
+    return {detector: by_set[group]["auroc"] for detector, by_set in intervals.items()}
 
 
 def _rows(report: dict, objectives: Sequence[str], of: str) -> list[dict]:
@@ -236,13 +288,19 @@ def _rows(report: dict, objectives: Sequence[str], of: str) -> list[dict]:
 
 
 def _cells(report: dict, objectives: Sequence[str], detector: str, of: str) -> list[dict]:
-    """Return one metric after the other, of each the objectives side by side; the best of these stands out."""
+    """Return one metric after the other, of each the objectives side by side, with their intervals.
+
+    The better one stands out if the interval of the difference excludes 0.
+    """
     cells = []
     for metric in METRICS:
         values = [report["results"][objective][detector][of][metric.name] for objective in objectives]
-        shown = [f"{value:.3f}" for value in values]
-        best = (max if metric.is_better_high else min)(shown) if len(set(shown)) > 1 else None
-        cells += [{"value": v, "text": s, "is_best": s == best} for v, s in zip(values, shown, strict=True)]
+        best = None
+        if len(objectives) > 1 and _excludes_zero(report["differences"][detector][of][metric.name]):
+            best = (max if metric.is_better_high else min)(values)
+        for objective, value in zip(objectives, values, strict=True):
+            between = _interval(report["intervals"][objective][detector][of][metric.name])
+            cells.append({"value": value, "text": f"{value:.3f}", "interval": between, "is_best": value == best})
     return cells
 
 

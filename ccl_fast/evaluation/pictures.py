@@ -213,18 +213,25 @@ def roc_curves(test: Tensor, sets: Sequence[OodSet], alt: str) -> str:
 
 
 @_style()
-def detectors(values: Mapping[str, Mapping[str, float]], default: str, alt: str) -> str:
-    """Draw a dot an objective on a row a detector: ``values[its colour][detector]`` is an AUROC."""
+def detectors(
+    values: Mapping[str, Mapping[str, float]],
+    intervals: Mapping[str, Mapping[str, Sequence[float]]],
+    default: str,
+    alt: str,
+) -> str:
+    """Draw a dot an objective, and its interval, on a row a detector: ``values[its colour][detector]`` is an AUROC."""
     names = list(next(iter(values.values())))
-    row, top, left = 23, 6, 186
+    row, top, left = 15 + 11 * len(values), 6, 186
     figure = _figure(top + row * len(names) + 40)
     panel = _axes(figure, left, top, WIDTH - left - 14, row * len(names))
-    rows = range(len(names))
-    of_name = [[by_name[name] for by_name in values.values()] for name in names]
-    panel.hlines(rows, [min(v) for v in of_name], [max(v) for v in of_name], color=LIGHT["quiet"], lw=2)
-    for size, (color, by_name) in zip((9.5, 6), values.items(), strict=False):
-        panel.plot(list(by_name.values()), rows, "o", color=LIGHT[color], ms=size, mew=0, clip_on=False)
-    low = min(min(v) for v in of_name)
+    rows, low = np.arange(len(names)), 1.0
+    for number, (color, by_name) in enumerate(values.items()):
+        at = rows + (number - (len(values) - 1) / 2) * 11 / row
+        ends = np.array([intervals[color][name] for name in names])
+        low = min(low, *by_name.values(), ends.min())
+        panel.hlines(at, ends[:, 0], ends[:, 1], color=LIGHT[color], lw=2, clip_on=False)
+        marker = "s" if color == "objective" else "o"  # colour alone tells nothing to some
+        panel.plot(list(by_name.values()), at, marker, color=LIGHT[color], ms=6.5, mew=0, ls="", clip_on=False)
     panel.set(xlim=(max(0, math.floor(low * 20 - 0.2) / 20), 1), ylim=(len(names) - 0.5, -0.5), xlabel="AUROC")
     panel.set_yticks(rows, [_UNDRAWN] * len(names), color=LIGHT["ink"])
     panel.get_yticklabels()[names.index(default)].set_fontweight("bold")

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from torch.nn.functional import normalize
 
-from ccl_fast.evaluation import Evaluation, pictures
+from ccl_fast.evaluation import Evaluation, difference_intervals, metric_intervals, pictures, resample_metrics
 from ccl_fast.evaluation.page import summarize, write_page
 from ccl_fast.ood import auroc, fpr95, ood_metrics
 
@@ -64,22 +64,24 @@ def make(
 ):
     """A report, evaluations and images of random features; sizes are those of train, test and every OOD set."""
     sets = [*near, *far]
-    parts = {"train": sizes[0], "test": sizes[1]} | dict.fromkeys(sets, sizes[2])
     evaluations, results = {}, {}
     for number, objective in enumerate(objectives):
         torch.manual_seed(number)
         centers = normalize(torch.randn(clusters, 6))
+        parts = {"train": sizes[0], "test": sizes[1]} | dict.fromkeys(sets, sizes[2])
         ids = {part: torch.randint(clusters, (n,)) for part, n in parts.items()}
         features = {part: change_features(centers[of] + 0.3 * torch.randn(len(of), 6)) for part, of in ids.items()}
-        scores = {part: change_scores(torch.rand(n) ** 2 + 0.2 * (part != "test")) for part, n in parts.items()}
-        del scores["train"]
+        del parts["train"]
+        of_detectors = {
+            detector: {part: change_scores(torch.rand(n) ** 2 + 0.2 * (part != "test")) for part, n in parts.items()}
+            for detector in DETECTORS
+        }
         metrics = {}
-        for detector in DETECTORS:
+        for detector, scores in of_detectors.items():
             by_set = {}
             for name in sets:
                 is_ood = torch.arange(sizes[1] + sizes[2]) >= sizes[1]
-                shown = torch.cat([scores["test"], scores[name]])
-                by_set[name] = ood_metrics(shown if detector == DEFAULT else torch.rand(len(shown)), is_ood)
+                by_set[name] = ood_metrics(torch.cat([scores["test"], scores[name]]), is_ood)
             for group, names in (("near", near), ("far", far)):
                 if names:
                     of_names = [by_set[name] for name in names]
@@ -87,7 +89,10 @@ def make(
             metrics[detector] = by_set
         results[objective] = metrics
         both = {part: {"head": x, "encoder": 2 * x} for part, x in features.items()}
-        evaluations[objective] = Evaluation(metrics, both, scores, ids["train"], change_features(centers))
+        resampled = resample_metrics(of_detectors, {"near": near, "far": far}, resamples=40)
+        evaluations[objective] = Evaluation(
+            metrics, both, of_detectors[DEFAULT], ids["train"], change_features(centers), resampled=resampled
+        )
     report = {
         "arguments": {"data": HOSTILE, "clusters": clusters, "output": None, "in_classes": [0, 1], "resume": False},
         "images": {"train": sizes[0], "test": sizes[1], "ood": dict.fromkeys(sets, sizes[2])},
@@ -96,6 +101,8 @@ def make(
         "default": DEFAULT,
         "titles": {objective: TITLES[objective] for objective in objectives},
         "results": results,
+        "bootstrap": {"resamples": 40, "confidence": 0.95},
+        "intervals": {objective: metric_intervals(of.resampled) for objective, of in evaluations.items()},
         "losses": {objective: [2.5, 1.5] for objective in objectives},
         "log": {
             objective: [
@@ -108,6 +115,9 @@ def make(
         "seconds": 4000.0,
         "environment": {"ccl_fast": "1", "torch": "2", "python": "3", "device": "a <b>", "date": "2026-01-02T03:04:05"},
     }
+    if len(objectives) == 2:
+        report["differences"] = difference_intervals(*(of.resampled for of in evaluations.values()))
+    parts = {"train": sizes[0], "test": sizes[1]} | dict.fromkeys(sets, sizes[2])
     return report, evaluations, {part: Noise(n, shape) for part, n in parts.items()}
 
 
@@ -120,6 +130,7 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict]] = []
         self.text = ""
         self.rows: list[tuple[str, list[str]]] = []  # header, cells of every row of every table, as text
+        self.intervals: list[str] = []  # of the cells
         self.best: list[str] = []
         self.headers = ""
         self.captions: list[str] = []
@@ -153,7 +164,9 @@ class Page(HTMLParser):
         if "style" in self._open:
             return
         self.text += data
-        if "td" in self._open:
+        if "td" in self._open and self._open[-1] == "small":
+            self.intervals.append(data)
+        elif "td" in self._open:
             self.rows[-1][1][-1] += data.strip()
             if self._in_best and data.strip():
                 self.best.append(data.strip())
@@ -241,42 +254,67 @@ def test_tables_have_the_reports_numbers(page, made):
     assert exact[0] == report["results"]["simclr"][DEFAULT]["near"]["auroc"]
     above = " ".join(page.headers.split())
     assert above.count(" ".join([*COLUMNS.values(), *["SimCLR CCL"] * 5])) == 2 + len(sets)
-    best = []
-    for _, cells in rows:
-        for name, *pair in zip(COLUMNS, cells[::2], cells[1::2], strict=True):
-            if pair[0] != pair[1]:
+    assert page.intervals[0] == "–".join(f"{v:.3f}" for v in report["intervals"]["simclr"][DEFAULT]["near"]["auroc"])
+    assert len(page.intervals) == len(exact)
+
+
+def test_bold_is_what_the_interval_of_the_difference_bears_out(made, tmp_path):
+    report, evaluations, images = made
+    rows = [(d, group) for group in ("near", "far") for d in DETECTORS]
+    rows += [(DEFAULT, name) for name in report["near"] + report["far"]]
+    rows += [(d, name) for name in report["near"] + report["far"] for d in DETECTORS]
+    for between in ([-0.1, 0.2], [0.0, 0.0], [0.001, 0.2], [-0.2, -0.001]):
+        is_clear = between[0] > 0 or between[1] < 0
+        all_between = {
+            d: {of: dict.fromkeys(metrics, between) for of, metrics in by_set.items()}
+            for d, by_set in report["differences"].items()
+        }
+        page = write(tmp_path, report | {"differences": all_between}, evaluations, images)
+        best = []
+        for detector, of in rows if is_clear else ():
+            for name in COLUMNS:
+                pair = [report["results"][objective][detector][of][name] for objective in evaluations]
                 best.append(max(pair) if name.startswith("au") else min(pair))
-    assert page.best == best
+        assert page.best == [f"{value:.3f}" for value in best]
+        assert ("includes 0" in page.text) == ("no clear difference" in page.text) == (not is_clear)
 
 
 @pytest.mark.parametrize(
-    ("objectives", "values", "expected"),
+    ("objectives", "values", "between", "expected"),
     [
         (
             ("simclr", "ccl"),
             {"near": (0.9004, 0.91), "far": (0.97, 0.96)},
-            "With the default detector, CCL reaches an AUROC of 0.910 on near OOD sets, 0.010 above SimCLR’s 0.900; "
-            "and of 0.960 on far OOD sets, 0.010 below SimCLR’s 0.970.",
+            {"near": [0.00521, 0.02], "far": [-0.0141, 0.001]},
+            "With the default detector, CCL reaches an AUROC of 0.910 on near OOD sets, 0.010 above SimCLR’s 0.900 "
+            "(+0.0052 to +0.0200); and of 0.960 on far OOD sets, no clear difference from SimCLR’s 0.970 (−0.0141 to "
+            "+0.0010).",
         ),
         (
             ("simclr", "ccl"),
-            {"far": (0.95, 0.9502)},
-            "With the default detector, CCL reaches an AUROC of 0.950 on far OOD sets, level with SimCLR’s 0.950.",
+            {"far": (0.95, 0.9402)},
+            {"far": [-0.02, -0.001]},
+            "With the default detector, CCL reaches an AUROC of 0.940 on far OOD sets, 0.010 below SimCLR’s 0.950 "
+            "(−0.0200 to −0.0010).",
         ),
         (
             ("ccl",),
             {"near": (0.9,), "far": (0.8,)},
-            "With its default detector, CCL reaches an AUROC of 0.900 on near OOD sets and 0.800 on far OOD sets.",
+            {"near": [0.88, 0.92], "far": [0.7, 0.9]},
+            "With its default detector, CCL reaches an AUROC of 0.900 (0.880–0.920) on near OOD sets and 0.800 "
+            "(0.700–0.900) on far OOD sets.",
         ),
     ],
 )
-def test_summary_says_what_came_out(objectives, values, expected):
+def test_summary_says_what_came_out(objectives, values, between, expected):
     by_objective = {
         objective: {DEFAULT: {group: {"auroc": of_group[number]} for group, of_group in values.items()}}
         for number, objective in enumerate(objectives)
     }
     sets = {group: ["some"] * (group in values) for group in ("near", "far")}
-    assert summarize({"titles": TITLES, "results": by_objective, "default": DEFAULT} | sets) == expected
+    intervals = {DEFAULT: {group: {"auroc": of_group} for group, of_group in between.items()}}
+    report = {"titles": TITLES, "results": by_objective, "default": DEFAULT, "differences": intervals} | sets
+    assert summarize(report | {"intervals": dict.fromkeys(objectives, intervals)}) == expected
 
 
 def test_what_users_named_is_text(page, made):
