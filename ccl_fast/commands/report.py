@@ -61,6 +61,7 @@ def describe(arguments: dict, sets: ImageSets, evaluations: Mapping[str, Evaluat
     if len(evaluations) == 2:  # of the objective less the baseline
         report["differences"] = difference_intervals(*(evaluation.resampled for evaluation in evaluations.values()))
     if classes is not None:
+        report["classes"] = len(classes.unique())
         report["clustering"] = {m: cluster_quality(j.cluster_ids, classes) for m, j in evaluations.items()}
     if all(evaluation.knn for evaluation in evaluations.values()):
         report["knn"] = {objective: evaluation.knn for objective, evaluation in evaluations.items()}

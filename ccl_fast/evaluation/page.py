@@ -49,7 +49,8 @@ CURVES = {  # of a line of the log
     "changed_labels": "Share of images that changed cluster",
     "view_agreement": "Share of images whose two views lie in the same cluster",
     "nmi": "NMI of clusters and classes",
-    "accuracy": "Accuracy of clusters as classes",
+    "accuracy": "Accuracy of clusters as classes, one-to-one",
+    "purity": "Accuracy of clusters as classes, many-to-one",
     "same_class": "Share of cluster-mates of the same class",
     "smallest_cluster": "Images in the smallest cluster",
     "largest_cluster": "Images in the largest cluster",
@@ -357,11 +358,27 @@ def _clusters(report: dict, evaluation: Evaluation, objective: str, images: Mapp
         "map": _attempted(f"{title}'s map of clusters", draw_map),
         "sizes": _attempted(f"{title}'s sizes of clusters", draw_sizes),
         "caption": f"{_count(k, 'cluster')}, {words}.",
-        "quality": report.get("clustering", {}).get(objective, {}),
+        "quality": _quality(report, objective, sizes) if objective in report.get("clustering", {}) else "",
         "gallery": _attempted(
             f"{title}'s images of clusters", lambda: _gallery(evaluation, images["train"], sizes, colors())
         ),
     }
+
+
+def _quality(report: dict, objective: str, sizes: Tensor) -> str:
+    """Say how clusters compare with classes, and what their number alone does to the figures."""
+    values, classes = report["clustering"][objective], report["classes"]
+    limit = ""
+    if len(sizes) > classes:
+        highest = sizes.topk(classes).values.sum().item() / sizes.sum().item()
+        limit = f", which {len(sizes)} clusters of these sizes cannot bring above {highest:.3f}, as"
+        limit += f" {_count(len(sizes) - classes, 'cluster')} must stand for no class"
+    return (
+        f"Against the {_count(classes, 'class', 'classes')}, which training never saw: accuracy {values['purity']:.3f}"
+        " many-to-one (each cluster stands for its most frequent class; more clusters make it higher by themselves) and"
+        f" {values['accuracy']:.3f} one-to-one (each class has one cluster at most{limit});"
+        f" NMI {values['nmi']:.3f}; cluster-mates of the same class {values['same_class']:.3f}."
+    )
 
 
 def _gallery(evaluation: Evaluation, train: Images, sizes: Tensor, colors: Sequence[str]) -> list[dict]:
@@ -457,8 +474,8 @@ def _mean_of(names: Sequence[str]) -> str:
     return f"mean of {len(names)} sets" if len(names) > 1 else "one set"
 
 
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+def _count(n: int, noun: str, plural: str = "") -> str:
+    return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
 
 
 def _percent(share: float) -> str:

@@ -111,7 +111,11 @@ def make(
             ]
             for objective in objectives
         },
-        "clustering": {objective: {"nmi": 0.625, "accuracy": 0.875} for objective in objectives},
+        "classes": 2,
+        "clustering": {
+            objective: {"nmi": 0.625, "accuracy": 0.875, "purity": 0.925, "same_class": 0.75}
+            for objective in objectives
+        },
         "seconds": 4000.0,
         "environment": {"ccl_fast": "1", "torch": "2", "python": "3", "device": "a <b>", "date": "2026-01-02T03:04:05"},
     }
@@ -476,6 +480,17 @@ def test_parts_that_are_not_there_are_left_out(tmp_path):
     assert "Loss" not in page.text and "#training" not in page.bytes.decode()
 
 
+@pytest.mark.parametrize(("classes", "limit"), [(2, 28 / 40), (5, None), (9, None)])
+def test_accuracy_of_clusters_says_what_their_number_makes_of_it(classes, limit, tmp_path):
+    report, evaluations, images = make(objectives=("ccl",), sizes=(40, 20, 6))
+    evaluations["ccl"].cluster_ids[:] = torch.tensor([3] * 18 + [1] * 10 + [0] * 5 + [2] * 4 + [4] * 3)
+    text = " ".join(write(tmp_path, report | {"classes": classes}, evaluations, images).text.split())
+    assert "accuracy 0.925 many-to-one (each cluster stands for its most frequent class" in text
+    assert "0.875 one-to-one (each class has one cluster at most" in text
+    assert ("cannot bring above" in text) == (limit is not None)
+    assert limit is None or f"cannot bring above {limit:.3f}, as 3 clusters must stand for no class" in text
+
+
 def test_whatever_is_in_the_log_has_a_curve(tmp_path):
     report, evaluations, images = make(objectives=("ccl",), sizes=(40, 20, 6))
     for epoch, line in enumerate(report["log"]["ccl"]):
@@ -488,7 +503,7 @@ def test_whatever_is_in_the_log_has_a_curve(tmp_path):
         "k-NN accuracy of the head’s features",
         "Share of images that changed cluster",
         "NMI of clusters and classes",
-        "Accuracy of clusters as classes",
+        "Accuracy of clusters as classes, one-to-one",
         "Share of cluster-mates of the same class, K = 7",
         "Share of cluster-mates of the same class, K = 9",
         "Some new share",
