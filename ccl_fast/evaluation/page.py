@@ -54,6 +54,8 @@ CURVES = {  # of a line of the log
     "same_class": "Share of cluster-mates of the same class",
     "smallest_cluster": "Images in the smallest cluster",
     "largest_cluster": "Images in the largest cluster",
+    "believed": "Share of images whose cluster is believed",
+    "believed_same_class": "Share of cluster-mates of the same class, believed images",
 }
 NO_CURVES = ("stage", "objective", "epoch", "step", "learning_rate")
 SHOWN_IMAGES = 12  # most outlying, least outlying
@@ -115,14 +117,13 @@ def _content(report: dict, evaluations: Mapping[str, Evaluation], images: Mappin
     sets = [*report["near"], *report["far"]]
     groups = [group for group in GROUPS if report[group]]
     counts = report["images"]
-    axis = functools.cache(
-        lambda: pictures.ScoreAxis.of([s for evaluation in evaluations.values() for s in evaluation.scores.values()])
-    )
+    axis = functools.cache(lambda: pictures.ScoreAxis.of([evaluation.scores for evaluation in evaluations.values()]))
     return {
         "light": Markup(pictures.css_colors(dark=False)),
         "dark": Markup(pictures.css_colors(dark=True)),
         "objectives": report["titles"],
         "colors": _colors(objectives),
+        "dashes": pictures.DASHES,
         "default": report["default"],
         "summary": summarize(report),
         "facts": _facts(report, sets),
@@ -164,7 +165,7 @@ def _content(report: dict, evaluations: Mapping[str, Evaluation], images: Mappin
         if sets
         else [],
         "clusters": [_clusters(report, evaluations[objective], objective, images) for objective in objectives],
-        "training": _training(report, objectives),
+        "training": _training(report, evaluations),
         "borders": [_border(report, evaluations[objective], objective, images, sets) for objective in objectives],
         "arguments": {name: _plain(value) for name, value in report["arguments"].items()},
         "environment": {name: _plain(value) for name, value in report["environment"].items()},
@@ -346,7 +347,8 @@ def _clusters(report: dict, evaluation: Evaluation, objective: str, images: Mapp
     def draw_map() -> Markup:
         points = pictures.sample(features["train"], evaluation.cluster_ids, evaluation.centers, near, far)
         alt = f"{title}: map of {len(points.train):,} training images in the colours of their clusters, with"
-        alt += f" {len(points.near)} images of near and {len(points.far)} of far OOD sets."
+        of_near, of_far = (sum(map(len, of_group)) for of_group in (points.near, points.far))
+        alt += f" {of_near} images of near and {of_far} of far OOD sets."
         return Markup(pictures.cluster_map(points, colors(), alt))
 
     def draw_sizes() -> Markup:
@@ -357,12 +359,25 @@ def _clusters(report: dict, evaluation: Evaluation, objective: str, images: Mapp
         "objective": title,
         "map": _attempted(f"{title}'s map of clusters", draw_map),
         "sizes": _attempted(f"{title}'s sizes of clusters", draw_sizes),
+        "sets": [
+            (name, _outline(pictures.mark(number, group == "near")))
+            for group in GROUPS
+            for number, name in enumerate(report[group])
+        ],
+        "repeats": f"{k:,} clusters share {len(pictures.HUES)} colours; those next to each other differ."
+        if k > len(pictures.HUES)
+        else "",
         "caption": f"{_count(k, 'cluster')}, {words}.",
         "quality": _quality(report, objective, sizes) if objective in report.get("clustering", {}) else "",
         "gallery": _attempted(
             f"{title}'s images of clusters", lambda: _gallery(evaluation, images["train"], sizes, colors())
         ),
     }
+
+
+def _outline(ends: Sequence[tuple[float, float]]) -> str:
+    """Return strokes as the data of an SVG path, whose y grows downwards."""
+    return "".join(f"{'ML'[number % 2]}{x:g} {-y:g}" for number, (x, y) in enumerate(ends))
 
 
 def _quality(report: dict, objective: str, sizes: Tensor) -> str:
@@ -412,30 +427,57 @@ def _curves_of(log: Mapping[str, Sequence[Mapping]]) -> dict[str, str]:
     return titles
 
 
-def _training(report: dict, objectives: Sequence[str]) -> list[dict]:
+def _training(report: dict, evaluations: Mapping[str, Evaluation]) -> list[dict]:
     """Draw every number that the log has, of an objective's own epochs: the warm-up has another's loss."""
     log = report.get("log") or {
         objective: [{"epoch": number, "loss": loss} for number, loss in enumerate(losses, 1)]
         for objective, losses in report.get("losses", {}).items()
     }
-    log = {o: [line for line in lines if line.get("objective", o) == o] for o, lines in log.items()}
-    shown, colors = [], _colors(objectives)
-    for key, title in _curves_of(log).items():
-        lines = {}
-        for objective in objectives:
-            points = [(line["epoch"], line[key]) for line in log.get(objective, []) if line.get(key) is not None]
-            points = [(epoch, value) for epoch, value in points if math.isfinite(value)]
-            if points:
-                lines[objective] = tuple(zip(*points, strict=True))
-        if lines:
-            ends = "; ".join(f"{report['titles'][o]} from {v[0]:.3g} to {v[-1]:.3g}" for o, (_, v) in lines.items())
-            alt = f"{title} by epoch: {ends}."
-            colored = {colors[objective]: values for objective, values in lines.items()}
-            svg = _attempted(
-                f"the curve of {key}", lambda colored=colored, alt=alt: Markup(pictures.curves(colored, alt))
+    lines = [line for of_objective in log.values() for line in of_objective]
+    last = max((line["epoch"] for line in lines), default=1)
+    warm_up = max((line["epoch"] for line in lines if line.get("stage") == "warm-up"), default=0)
+    own = {o: [line for line in log.get(o, []) if line.get("objective", o) == o] for o in evaluations}
+    shown, colors = [], _colors(list(evaluations))
+    for key, title in _curves_of(own).items():
+        curves = {o: _curve(report, evaluations[o], o, colors[o], own[o], key) for o in evaluations}
+        if any(curve.values for curve in curves.values()):
+            found = {o: curve for o, curve in curves.items() if curve.values or curve.at_end is not None}
+            ends = "; ".join(f"{report['titles'][o]} {_ends(curve)}" for o, curve in found.items())
+            draw = functools.partial(
+                pictures.curves,
+                list(found.values()),
+                f"{title} by epoch: {ends}.",
+                last=last,
+                warm_up=warm_up,
+                apart=key == "loss",
             )
-            shown.append({"title": title, "svg": svg, "objectives": lines})
+            svg = _attempted(f"the curve of {key}", lambda draw=draw: Markup(draw()))
+            is_marked = any(curve.at_end is not None for curve in found.values())
+            shown.append({"title": title, "svg": svg, "objectives": list(found), "is_marked": is_marked})
     return shown
+
+
+def _curve(
+    report: dict, evaluation: Evaluation, objective: str, color: str, lines: Sequence[Mapping], key: str
+) -> pictures.Curve:
+    """Return the finite numbers that the log has of a key, and of clusters the same of those made for the report."""
+    points = [(line["epoch"], line[key]) for line in lines if line.get(key) is not None]
+    points = [(epoch, value) for epoch, value in points if math.isfinite(value)]
+    epochs, values = zip(*points, strict=True) if points else ((), ())
+    name, _, k = key.partition("/")
+    at_end = None
+    if k in ("", str(len(evaluation.centers))):
+        sizes = evaluation.cluster_ids.bincount(minlength=len(evaluation.centers))
+        of_report = {"smallest_cluster": int(sizes.min()), "largest_cluster": int(sizes.max())}
+        at_end = (of_report | report.get("clustering", {}).get(objective, {})).get(name)
+    return pictures.Curve(color, epochs, values, at_end)
+
+
+def _ends(curve: pictures.Curve) -> str:
+    """Say where a curve begins and ends."""
+    line = f"from {curve.values[0]:.3g} to {curve.values[-1]:.3g}" if curve.values else ""
+    own = "" if curve.at_end is None else f"{curve.at_end:.3g} with the report’s own clusters"
+    return ", ".join(filter(None, (line, own)))
 
 
 def _border(

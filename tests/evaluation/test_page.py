@@ -323,7 +323,7 @@ def test_summary_says_what_came_out(objectives, values, between, expected):
 
 def test_what_users_named_is_text(page, made):
     assert summarize(made[0]) in page.text
-    assert page.text.count(HOSTILE) == 1 + 1 + 2 + 8 + 1 + 1  # tables, legends, images, argument, counts
+    assert page.text.count(HOSTILE) == 2 + 2 + 2 + 8 + 1 + 1  # tables, legends, legends of maps, images, ...
     assert "a <b>" in page.text
     labels = [svg["aria-label"] for svg in page.all("svg") if HOSTILE in svg.get("aria-label", "")]
     assert len(labels) == 4  # histograms and ROC curves of both objectives
@@ -454,7 +454,7 @@ BROKEN_FIRST = {"ScoreAxis.of", "cluster_map", "curves", "thumbnail"}
     "broken", [pytest.param(x, marks=() if x in BROKEN_FIRST else pytest.mark.slow) for x in PICTURES]
 )
 def test_a_picture_that_cannot_be_drawn_costs_this_picture(broken, made, page, tmp_path, monkeypatch, capsys):
-    def fail(*_):
+    def fail(*_, **__):
         raise ValueError("zip() argument 2 is <longer> than argument 1\nand more")
 
     monkeypatch.setattr(f"ccl_fast.evaluation.pictures.{broken}", fail)
@@ -519,6 +519,42 @@ def test_the_accuracy_of_neighbors_is_beside_the_auroc(tmp_path):
     assert "SimCLR 59.3 % encoder 61.5 % head CCL 70.0 % encoder 80.0 % head" in text
 
 
+def test_curves_of_clusters_have_the_baseline_beside_them(tmp_path):
+    report, evaluations, images = make(sizes=(40, 20, 6))
+    own = {"smallest_cluster": 3, "nmi": 0.5, "purity/5": 0.5, "purity/7": 0.75, "changed_labels": 0.125}
+    report["log"] = {"simclr": [{"epoch": 1, "loss": 2.5}], "ccl": [{"epoch": 1, "loss": 1.5} | own]}
+    page = write(tmp_path, report, evaluations, images)
+    labels = [svg["aria-label"] for svg in page.all("svg") if " by epoch: " in svg.get("aria-label", "")]
+    smallest = [int(of.cluster_ids.bincount(minlength=5).min()) for of in evaluations.values()]
+    of_report = "with the report’s own clusters"
+    assert set(labels) == {
+        "Loss by epoch: SimCLR from 2.5 to 2.5; CCL from 1.5 to 1.5.",
+        f"Images in the smallest cluster by epoch: SimCLR {smallest[0]} {of_report}; "
+        f"CCL from 3 to 3, {smallest[1]} {of_report}.",
+        f"NMI of clusters and classes by epoch: SimCLR 0.625 {of_report}; CCL from 0.5 to 0.5, 0.625 {of_report}.",
+        "Accuracy of clusters as classes, many-to-one, K = 5 by epoch: "
+        f"SimCLR 0.925 {of_report}; CCL from 0.5 to 0.5, 0.925 {of_report}.",
+        "Accuracy of clusters as classes, many-to-one, K = 7 by epoch: CCL from 0.75 to 0.75.",
+        "Share of images that changed cluster by epoch: CCL from 0.125 to 0.125.",
+    }
+
+
+def ticks_of(svg: str) -> list[str]:
+    """The labels of both axes."""
+    return re.findall(r"<text[^>]*>([−0-9.]+)</text>", svg)
+
+
+def test_axes_of_counts_are_of_whole_numbers():
+    for values in ((3, 4), (397, 396, 405), (7,)):
+        epochs = range(1, len(values) + 1)
+        svg = pictures.curves([pictures.Curve("objective", epochs, values)], "counts", last=len(values))
+        labels = ticks_of(svg)
+        assert labels and all(re.fullmatch(r"\d+", label) for label in labels)
+    shares = pictures.curves([pictures.Curve("objective", (1, 2), (0.7900, 0.7901))], "shares", last=2)
+    assert max(map(len, ticks_of(shares))) <= 5  # what hardly changes is not blown up
+    assert all(label in ("1", "2") or "." in label for label in ticks_of(shares))
+
+
 @pytest.mark.parametrize("objectives", [("simclr", "ccl"), ("ccl",), ("simclr",)])
 def test_the_loss_of_the_warm_up_is_in_the_line_of_the_baseline_alone(objectives, tmp_path):
     report, evaluations, images = make(objectives=objectives, sizes=(40, 20, 6))
@@ -544,26 +580,35 @@ def test_threshold_and_curve_are_those_of_the_metrics(n):
         assert accepted == pytest.approx(fpr95(scores, is_ood, positive="id"), abs=1e-6)
         x, y = pictures.roc(test, ood)
         assert x[0] == y[0] == 0 and x[-1] == y[-1] == 1
-        assert torch.trapezoid(y, x).item() == pytest.approx(auroc(scores, is_ood), abs=1e-6)
+        assert np.trapezoid(y, x) == pytest.approx(auroc(scores, is_ood), abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("scores", "is_log"),
+    ("test", "ood", "is_linear"),
     [
-        (torch.tensor([0.0, 0.001, 0.002, 0.003, 0.5]), True),
-        (torch.tensor([0.4, 0.5, 0.6]), False),
-        (torch.tensor([-0.1, 0.001, 0.002, 0.5]), False),
-        (torch.zeros(4), False),
-        (torch.full((3,), -7.0), False),
+        ([0.001, 0.002, 0.003, 0.004], [0.003, 0.5], False),  # cosine distances
+        ([-0.5, 0.0, 0.2, 1.1], [0.5, 30.0, 800.0], False),  # standardised scores
+        ([-300.0, -299.0, -298.5], [-299.0, -2.0], False),
+        ([0.4, 0.5, 0.6], [0.5, 0.9], True),
+        ([-0.1, 0.001, 0.002, 0.5], [0.3], True),
+        ([0.0] * 4, [0.0], True),
+        ([0.0] * 4, [0.0, 7.0], True),
+        ([-7.0] * 3, [-7.0], True),
+        ([1e6, 1e6 + 1], [1e6 + 2], True),
     ],
 )
-def test_score_axis(scores, is_log):
-    axis = pictures.ScoreAxis.of([scores[:2], scores[2:]])
-    assert axis.is_log == is_log
-    at = axis.place(scores.sort().values)
+def test_score_axis(test, ood, is_linear):
+    test, ood = (torch.tensor(x, dtype=torch.float64) for x in (test, ood))
+    axis = pictures.ScoreAxis.of([{"test": test[:1], "birds": ood}, {"test": test[1:], "birds": ood}])
+    assert (axis.spread is None) == is_linear
+    at = axis.place(torch.cat([test, ood]).sort().values)
     assert (at >= 0).all() and (at <= 1).all() and (np.diff(at) >= 0).all()
+    if not is_linear:  # the test images have room
+        at = axis.place(test)
+        assert at.max() - at.min() > 0.1
     ticks = axis.ticks()
-    assert 1 <= len(ticks) <= 10 and all(axis.low <= tick <= axis.high for tick in ticks)
+    assert 1 <= len(ticks) <= 12 and all(axis.low <= tick <= axis.high for tick in ticks)
+    assert (np.diff(axis.place(np.array(ticks))) > 0.09).all()
 
 
 def test_every_set_looks_different():
@@ -576,8 +621,19 @@ def test_neighboring_clusters_differ_in_color():
     angles = place * 2 * torch.pi / 40
     colors = pictures.cluster_colors(torch.stack([angles.cos(), angles.sin()], 1))
     around = [colors[i] for i in place.argsort()]
-    assert len(set(colors)) == 8
+    assert len(set(colors)) == 24
     assert all(color != after for color, after in zip(around, around[1:] + around[:1], strict=True))
+
+
+@pytest.mark.parametrize("k", [8, 12, 24])
+def test_as_many_clusters_as_there_are_colors_share_none(k):
+    colors = pictures.cluster_colors(torch.randn(k, 5))
+    assert len(set(colors)) == k and set(colors) == set(pictures.HUES[:k])
+
+
+def test_marks_of_sets_differ():
+    marks = [tuple(pictures.mark(number, near)) for near in (True, False) for number in range(10)]
+    assert len(set(marks)) == 20
 
 
 def test_map_keeps_what_is_alike_together():
@@ -593,8 +649,8 @@ def test_sample_is_bounded_and_of_every_set():
     train, ids, centers = torch.randn(1500, 3), torch.arange(1500) % 7, torch.randn(9, 3)
     near, far = [torch.zeros(500, 3), torch.ones(500, 3)], []
     points = pictures.sample(train, ids, centers, near, far)
-    assert len(points.train) == len(points.ids) == 1000 and len(points.far) == 0
-    assert points.near.sum(0).tolist() == [60, 60, 60] and len(points.near) == 120
+    assert len(points.train) == len(points.ids) == 1000 and points.far == []
+    assert [len(of_set) for of_set in points.near] == [60, 60] and bool((points.near[1] == 1).all())
     assert points.centers.equal(centers[:7])  # the two that have no image are left out
     assert points.numbers.equal(torch.arange(7))
     again = pictures.sample(train, ids, centers, near, far)
