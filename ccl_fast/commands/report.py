@@ -13,7 +13,16 @@ from pathlib import Path
 import torch
 
 from ccl_fast.commands.image_sets import ImageSets
-from ccl_fast.evaluation import DEFAULT, GROUPS, Evaluation, write_page
+from ccl_fast.evaluation import (
+    CONFIDENCE,
+    DEFAULT,
+    GROUPS,
+    RESAMPLES,
+    Evaluation,
+    difference_intervals,
+    metric_intervals,
+    write_page,
+)
 from ccl_fast.files import write_atomically
 from ccl_fast.metrics import cluster_quality
 from ccl_fast.models import Model
@@ -45,11 +54,18 @@ def describe(arguments: dict, sets: ImageSets, evaluations: Mapping[str, Evaluat
         "default": DEFAULT,
         "titles": {objective: titles[objective] for objective in evaluations},
         "results": {objective: evaluation.metrics for objective, evaluation in evaluations.items()},
+        "bootstrap": {"resamples": RESAMPLES, "confidence": CONFIDENCE},
+        "intervals": {
+            objective: metric_intervals(evaluation.resampled) for objective, evaluation in evaluations.items()
+        },
     }
     notes = {objective: evaluation.notes for objective, evaluation in evaluations.items() if evaluation.notes}
     if notes:
         report["notes"] = notes
+    if len(evaluations) == 2:  # of the objective less the baseline
+        report["differences"] = difference_intervals(*(evaluation.resampled for evaluation in evaluations.values()))
     if classes is not None:
+        report["classes"] = len(classes.unique())
         report["clustering"] = {m: cluster_quality(j.cluster_ids, classes) for m, j in evaluations.items()}
     if all(evaluation.knn for evaluation in evaluations.values()):
         report["knn"] = {objective: evaluation.knn for objective, evaluation in evaluations.items()}
