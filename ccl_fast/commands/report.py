@@ -47,8 +47,9 @@ def describe(arguments: dict, sets: ImageSets, evaluations: Mapping[str, Evaluat
     }
     if classes is not None:
         report["clustering"] = {m: cluster_quality(j.cluster_ids, classes) for m, j in evaluations.items()}
-    if all(evaluation.knn for evaluation in evaluations.values()):
+    if all(evaluation.knn for evaluation in evaluations.values()):  # classes are known
         report["knn"] = {objective: evaluation.knn for objective, evaluation in evaluations.items()}
+        report["linear"] = {objective: evaluation.linear for objective, evaluation in evaluations.items()}
     return report | {
         "environment": {
             "ccl_fast": __version__,
@@ -82,7 +83,8 @@ def format_table(report: dict) -> str:
         lines.append(f"{name + (' *' if name == DEFAULT else ''):29}{values}")
     for objective, accuracies in report.get("knn", {}).items():
         of_levels = ", ".join(f"{level} {accuracy:.3f}" for level, accuracy in accuracies.items())
-        lines.append(f"k-NN accuracy on the test images, {titles[objective]}: {of_levels}")
+        linear = f"; linear classifier, encoder {report['linear'][objective]:.3f}"
+        lines.append(f"k-NN accuracy on the test images, {titles[objective]}: {of_levels}{linear}")
     lines.append("* the default. FPR95: share of OOD images accepted when 95 % of the test images are.")
     return "\n".join(lines)
 

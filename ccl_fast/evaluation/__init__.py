@@ -5,6 +5,7 @@ from ccl_fast.errors import packages_of_training
 with packages_of_training():
     from ccl_fast.evaluation.detection import DEFAULT, GROUPS, Evaluation, cluster, evaluate_model, make_detectors
     from ccl_fast.evaluation.knn import knn_accuracy
+    from ccl_fast.evaluation.linear import linear_accuracy
     from ccl_fast.evaluation.page import write_page
     from ccl_fast.evaluation.pictures import threshold
 
@@ -15,6 +16,7 @@ __all__ = [
     "cluster",
     "evaluate_model",
     "knn_accuracy",
+    "linear_accuracy",
     "make_detectors",
     "threshold",
     "write_page",

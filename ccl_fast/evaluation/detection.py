@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ccl_fast.clustering import KMeans
 from ccl_fast.evaluation.knn import knn_accuracy
+from ccl_fast.evaluation.linear import linear_accuracy
 from ccl_fast.models import Model, embed_layers
 from ccl_fast.ood import Columns, CosineNorm, Ensemble, Mahalanobis, NearestCenter, NearestNeighbor, ood_metrics
 
@@ -103,6 +104,8 @@ class Evaluation:
     centers: Tensor
     # "encoder" or "head" -> accuracy of the nearest training images' votes on the classes of the test images, if known
     knn: dict[str, float] = field(default_factory=dict)
+    # accuracy of a linear classifier of the encoder's features, if classes are known
+    linear: float | None = None
 
 
 def evaluate_model(
@@ -134,13 +137,14 @@ def evaluate_model(
         metrics[detector_name] = _metrics(scores, near, far)
         if detector_name == DEFAULT:
             shown = scores
-    knn = {}
+    knn, linear = {}, None
     if train.classes is not None and test.classes is not None:
         of_train, of_test = features["train"], features["test"]
         knn = {
             level: knn_accuracy(of_train[level], train.classes, of_test[level], test.classes)
             for level in ("encoder", "head")
         }
+        linear = linear_accuracy(of_train["encoder"], train.classes, of_test["encoder"], test.classes)
     return Evaluation(
         metrics,
         {part: {level: of_part[level].cpu() for level in ("encoder", "head")} for part, of_part in features.items()},
@@ -148,6 +152,7 @@ def evaluate_model(
         kmeans["head"].labels_.cpu(),
         kmeans["head"].cluster_centers_.cpu(),
         knn,
+        linear,
     )
 
 
