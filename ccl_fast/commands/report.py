@@ -61,6 +61,20 @@ def describe(arguments: dict, sets: ImageSets, evaluations: Mapping[str, Evaluat
     }
 
 
+def measures(report: dict, objective: str) -> dict[str, float]:
+    """Return what a logger gets of a report: AUROC by set and detector, and the accuracies, if classes are known."""
+    found = {
+        f"auroc/{name}/{detector}": metrics["auroc"]
+        for detector, by_set in report["results"][objective].items()
+        for name, metrics in by_set.items()
+    }
+    for level, accuracy in report.get("knn", {}).get(objective, {}).items():
+        found[f"knn/{level}"] = accuracy
+    if "linear" in report:
+        found["linear/encoder"] = report["linear"][objective]
+    return found
+
+
 def format_table(report: dict) -> str:
     """Return the metrics as text: a line for each detector, AUROC and FPR95 for each objective and kind of OOD sets."""
     results, titles = report["results"], report["titles"]

@@ -13,7 +13,7 @@ import yaml
 from lightning.fabric import Fabric
 
 from ccl_fast.commands.image_sets import ImageSets, load_image_sets, read_split
-from ccl_fast.commands.report import describe, write_report
+from ccl_fast.commands.report import describe, measures, write_report
 from ccl_fast.commands.run_folder import CONFIG, RunFolder, clear
 from ccl_fast.data import Images
 from ccl_fast.distributed import Group
@@ -25,6 +25,7 @@ from ccl_fast.training.checkpoint import CHECKPOINTS
 from ccl_fast.training.config import Config, as_list, check_sizes, fixed_on_resume, takes_fields_of
 from ccl_fast.training.interruption import Interruption
 from ccl_fast.training.launch import alone, launched, launched_size
+from ccl_fast.training.loggers import Loggers
 from ccl_fast.training.loop import Run
 from ccl_fast.training.objectives import BASELINE, OBJECTIVES, ObjectiveName
 from ccl_fast.training.probe import Probe
@@ -40,8 +41,8 @@ def train(config: Config) -> dict | None:
 
     After every epoch the state goes to ``<output>/checkpoints/last.ckpt``, and the one before it stays as
     ``previous.ckpt``. Ctrl-C and SIGTERM save it too, in the middle of an epoch, and stop; with ``resume`` the run goes
-    on, on a CPU bit for bit as if it had not been stopped. ``<output>/metrics.jsonl`` has a line for every epoch,
-    ``<output>/tensorboard`` the same for TensorBoard, ``<output>/config.yaml`` the arguments.
+    on, on a CPU bit for bit as if it had not been stopped. ``<output>/metrics.jsonl`` has a line for every epoch, the
+    ``loggers`` (by default ``<output>/tensorboard``) the same, ``<output>/config.yaml`` the arguments.
 
     Several processes (``torchrun --nproc-per-node 8 -m ccl_fast train ...``) share every batch and every clustering;
     the loss is that of the whole batch. The first of them writes the files.
@@ -115,7 +116,8 @@ def _open_progress(config: Config, folder: Path, images: Images, sets: ImageSets
     elif given is not None:
         origin = group.patient.first(lambda: _load_origin(given))
     probe = Probe(config.probe_every, images, None if sets is None else sets.test)
-    progress = Progress(folder, fixed_on_resume(config.plain()), images, state, group, probe)
+    loggers = Loggers(as_list(config.loggers), folder, config.plain())
+    progress = Progress(folder, fixed_on_resume(config.plain()), images, state, group, probe, loggers)
     if given is not None and origin is not None:
         progress.begin_with(origin, given, {WARM_UP, *config.objectives} - {config.objective})
     return progress
@@ -180,4 +182,7 @@ def _write_results(
         "seconds": round(progress.seconds_before + time.perf_counter() - start, 1),
     }
     write_report(folder, report, evaluations, sets, models)
+    with closing(progress):
+        for name in models:
+            progress.log_results(name, measures(report, name), folder / "report.html")
     return report
