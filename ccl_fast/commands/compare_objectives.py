@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ccl_fast.commands.options import SET_BY_COMPARE
 from ccl_fast.commands.run_folder import check_free, clear, default_folder, held, is_empty
 from ccl_fast.commands.train_models import train
 from ccl_fast.errors import ArgumentError
@@ -18,8 +19,6 @@ from ccl_fast.training.config import Config, as_list, fixed_on_resume
 from ccl_fast.training.launch import check_alone
 from ccl_fast.training.objectives import BASELINE
 
-# Arguments of ``train`` that are compare's to set.
-SET_BY_COMPARE = ("seed", "baseline")
 COMPARISON = "comparison.json"
 
 

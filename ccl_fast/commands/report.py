@@ -45,6 +45,9 @@ def describe(arguments: dict, sets: ImageSets, evaluations: Mapping[str, Evaluat
         "titles": {objective: titles[objective] for objective in evaluations},
         "results": {objective: evaluation.metrics for objective, evaluation in evaluations.items()},
     }
+    notes = {objective: evaluation.notes for objective, evaluation in evaluations.items() if evaluation.notes}
+    if notes:
+        report["notes"] = notes
     if classes is not None:
         report["clustering"] = {m: cluster_quality(j.cluster_ids, classes) for m, j in evaluations.items()}
     if all(evaluation.knn for evaluation in evaluations.values()):  # classes are known
@@ -99,6 +102,7 @@ def format_table(report: dict) -> str:
         of_levels = ", ".join(f"{level} {accuracy:.3f}" for level, accuracy in accuracies.items())
         linear = f"; linear classifier, encoder {report['linear'][objective]:.3f}"
         lines.append(f"k-NN accuracy on the test images, {titles[objective]}: {of_levels}{linear}")
+    lines += [f"{titles[objective]}: {note}" for objective, of in report.get("notes", {}).items() for note in of]
     lines.append("* the default. FPR95: share of OOD images accepted when 95 % of the test images are.")
     return "\n".join(lines)
 

@@ -79,7 +79,7 @@ def score(
     if objective not in trained.objectives:
         known = " or ".join(trained.objectives)
         raise ArgumentError(f"objective: expected one that the run has, {known}, got {objective!r}")
-    clusters, seed = trained.clusters, trained.config.seed
+    clusters, seed = trained.config.detector_clusters, trained.config.seed
     names = make_detectors(2, clusters, seed, [1])
     if detector not in names:
         raise ArgumentError(f"detector: expected one of {', '.join(names)}, got {detector!r}")
@@ -107,6 +107,7 @@ def _score(
     parts = (split.train.to(images.device), split.test.to(images.device), images)
     embedded = [embed_layers(model, part) for part in parts]
     of_train, of_test, of_new = (features for features, _ in embedded)
+    clusters = min(clusters, len(split.train))
     kmeans = cluster(of_train, clusters, seed)[level]
     fitted = make_detectors(len(split.train), clusters, seed, embedded[0][1])[detector]
     fitted.fit_features(of_train[level], kmeans.labels_)

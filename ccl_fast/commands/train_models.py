@@ -174,7 +174,7 @@ def _write_results(
         progress.load(run, progress.finished[name])
         models[name] = run.result
         evaluations[name] = evaluate_model(
-            run.result, sets.train, sets.test, sets.near, sets.far, clusters=as_list(plan.clusters)[0], seed=plan.seed
+            run.result, sets.train, sets.test, sets.near, sets.far, clusters=plan.detector_clusters, seed=plan.seed
         )
     report = describe(config.plain(), sets, evaluations, fabric.device) | {
         "losses": {name: progress.finished[name]["losses"] for name in models},

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ccl_fast.checks import check_count
 from ccl_fast.data.checks import check_loading, check_shape
 from ccl_fast.data.loading import load
+from ccl_fast.data.options import MAX_PIXELS
 from ccl_fast.data.pixels import native_shape, pillow_silenced
 from ccl_fast.data.reading import BATCH, progress_bar, read
 from ccl_fast.data.source import Sampled, Source, reason
@@ -27,7 +28,6 @@ from ccl_fast.errors import ArgumentError
 if TYPE_CHECKING:
     from ccl_fast.data.images import Images
 
-MAX_PIXELS = 90_000_000  # of an image, by default: where Pillow begins to warn
 N_NAMED = 3  # of the files that were skipped
 # Of Pillow's, those that IMG_EXTENSIONS name: for others, whatever a file is called, it may start a program.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
@@ -86,11 +86,13 @@ class Files(Dataset):
     Args:
         paths: of the files.
         targets: their classes, or None.
+        classes: the names of these, or None.
     """
 
-    def __init__(self, paths: Sequence[Path], targets: Sequence[int] | None):
+    def __init__(self, paths: Sequence[Path], targets: Sequence[int] | None, classes: Sequence[str] | None):
         self.paths = paths
         self.targets = targets
+        self.classes = classes
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -181,7 +183,7 @@ def open_folders(
             )
         kept = {i: header for i, header in enumerate(headers) if not isinstance(header, Exception)}
         targets = None if "" in numbers else [numbers[of_one[i]] for i in kept]
-        images = Files([paths[i] for i in kept], targets)
+        images = Files([paths[i] for i in kept], targets, None if targets is None else list(numbers))
         sources.append(FolderSource(images, list(kept.values()), argument, strict=strict, skipped=errors))
     return sources
 

@@ -12,8 +12,9 @@ import torch
 from ccl_fast.checks import check_count
 from ccl_fast.data.catalog import folded, names
 from ccl_fast.data.checks import check_loading
-from ccl_fast.data.folder import MAX_PIXELS, report_skipped
+from ccl_fast.data.folder import report_skipped
 from ccl_fast.data.opening import is_folder, open_test
+from ccl_fast.data.options import MAX_PIXELS
 from ccl_fast.data.reading import limited, read
 from ccl_fast.data.synthetic import make, synthetic_names
 from ccl_fast.errors import ArgumentError

@@ -84,6 +84,13 @@ class Source(Dataset):
         """Whether all sampled items have a class."""
         return all(item.c is not None for item in self.sample)
 
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """Of each class by number, if an attribute of the data set tells them."""
+        names = getattr(self.items, "classes", None)
+        is_told = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+        return names if is_told else None
+
     @functools.cached_property
     def classes(self) -> Tensor | None:
         """int64 [n], if an attribute of the data set tells them and is right about the sampled items."""

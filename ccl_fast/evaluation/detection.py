@@ -106,6 +106,8 @@ class Evaluation:
     knn: dict[str, float] = field(default_factory=dict)
     # accuracy of a linear classifier of the encoder's features, if classes are known
     linear: float | None = None
+    # what a reader of the figures should know, a line each
+    notes: list[str] = field(default_factory=list)
 
 
 def evaluate_model(
@@ -122,7 +124,16 @@ def evaluate_model(
 
     Every model gets its own clusters for the detectors that need some, so that none depends on how the model was
     trained. "near" and "far" are means over the sets of that kind, as in OpenOOD.
+
+    Args:
+        model: it is left in the mode that it is in.
+        train: images to fit the detectors to.
+        test: images of the same kind.
+        near, far: OOD sets by name.
+        clusters: number of clusters of each level of features; fewer if there are fewer training images.
+        seed: of k-means and of the ensembles' folds.
     """
+    clusters = min(clusters, len(train))
     parts = {"train": train, "test": test} | dict(near) | dict(far)
     features, widths = {}, []
     for name, images in parts.items():
@@ -130,7 +141,8 @@ def evaluate_model(
     kmeans = cluster(features["train"], clusters, seed)
     metrics: dict[str, dict[str, dict[str, float]]] = {}
     shown: dict[str, Tensor] = {}
-    for detector_name, detector in make_detectors(len(train), clusters, seed, widths).items():
+    detectors = make_detectors(len(train), clusters, seed, widths)
+    for detector_name, detector in detectors.items():
         level = detector_name.partition("/")[0]
         detector.fit_features(features["train"][level], kmeans[level].labels_)
         scores = {p: detector.predict_features(features[p][level]).cpu() for p in parts if p != "train"}
@@ -153,7 +165,23 @@ def evaluate_model(
         kmeans["head"].cluster_centers_.cpu(),
         knn,
         linear,
+        _notes(detectors),
     )
+
+
+def _notes(detectors: Mapping[str, FeatureDetector]) -> list[str]:
+    """Return what is to be said of fitted detectors."""
+    notes = []
+    for level in ("head", "encoder"):
+        detector = detectors[f"{level}/mahalanobis"]
+        assert isinstance(detector, Mahalanobis)
+        if detector.is_shared:
+            k, width = detector.means.shape
+            notes.append(
+                f"Mahalanobis distances of {level} features: the {k:,} clusters share one covariance, as their own "
+                f"would take {k * width**2 * 4 / 2**30:,.1f} GiB"
+            )
+    return notes
 
 
 def _metrics(scores: dict[str, Tensor], near: Collection[str], far: Collection[str]) -> dict[str, dict[str, float]]:

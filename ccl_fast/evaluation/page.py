@@ -125,6 +125,11 @@ def _content(report: dict, evaluations: Mapping[str, Evaluation], images: Mappin
             for objective, of_levels in report.get("knn", {}).items()
         ],
         "metrics": METRICS,
+        "notes": [
+            f"{report['titles'][objective]}: {note}"
+            for objective in objectives
+            for note in evaluations[objective].notes
+        ],
         "overview": [_overview(report, objectives, group) for group in groups],
         "of_groups": [
             {

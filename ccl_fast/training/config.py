@@ -14,10 +14,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ccl_fast import checks
-from ccl_fast.data.augmentation import Recipe
-from ccl_fast.data.folder import MAX_PIXELS
+from ccl_fast.data.options import MAX_PIXELS, Recipe
 from ccl_fast.errors import ArgumentError
-from ccl_fast.models.backbones import Stem
+from ccl_fast.models.libraries import Pretrained, Stem
 from ccl_fast.training.checkpoint import Which
 from ccl_fast.training.cooperation import Labels, Negatives
 from ccl_fast.training.loggers import LoggerName, check_loggers
@@ -29,6 +28,19 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 Precision = Literal["32-true", "bf16-mixed"]
+
+# What options are about, in the order in which a newcomer needs them, and their titles in the help.
+GROUPS = {
+    "data": "images",
+    "ood": "what is out of distribution",
+    "model": "model",
+    "training": "training",
+    "clusters": "clusters and contrast",
+    "output": "output",
+    "going_on": "going on with a run",
+    "device": "device and speed",
+    "processes": "several processes",
+}
 
 # By default half of a short run is warm-up.
 MAX_DEFAULT_WARM_UP = 20
@@ -94,6 +106,12 @@ def check_folder(name: str, value: object) -> None:
         raise ArgumentError(f"{name}: expected the path of a folder, got {value!r}")
 
 
+def check_pretrained(name: str, value: object) -> None:
+    """Check that a value is true, false or may be the path of a file."""
+    if not isinstance(value, bool | str | Path):
+        raise ArgumentError(f"{name}: expected true, false or a file of weights, got {value!r}")
+
+
 def check_device_name(name: str, value: object) -> None:
     """Check that a value may be the name of a device."""
     if not isinstance(value, str):
@@ -107,7 +125,13 @@ def check_ood_sets(name: str, value: object) -> None:
 
 
 def option(
-    default: Any, help: str, check: Check | None = None, *, may_differ: bool = False, after_warm_up: bool = False
+    default: Any,
+    help: str,
+    check: Check | None = None,
+    *,
+    group: str,
+    may_differ: bool = False,
+    after_warm_up: bool = False,
 ) -> Any:
     """Make a field of `Config`.
 
@@ -115,10 +139,17 @@ def option(
         default: its value where none is given.
         help: a sentence for the command line and the documentation.
         check: raises an ArgumentError of a wrong value; None: whoever uses the value checks it.
+        group: what it is about, a key of `GROUPS`.
         may_differ: a run may be resumed with another value: it says where files are, or where and how fast is computed.
         after_warm_up: it does not matter before the end of the warm-up, so it may differ between runs that share one.
     """
-    metadata = {"help": help, "check": check, "may_differ": may_differ, "after_warm_up": after_warm_up}
+    metadata = {
+        "help": help,
+        "check": check,
+        "group": group,
+        "may_differ": may_differ,
+        "after_warm_up": after_warm_up,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -132,6 +163,7 @@ class Config:
         "above; by default a fresh ``runs/train-<time>``.",
         check_folder,
         may_differ=True,
+        group="output",
     )
     objective: ObjectiveName = option(
         "ccl",
@@ -140,25 +172,33 @@ class Config:
         'are learned "swav".',
         one_of(ObjectiveName),
         after_warm_up=True,
+        group="training",
     )
     baseline: bool = option(
-        True, "train SimCLR too, and report both side by side.", checks.check_flag, after_warm_up=True
+        True, "train SimCLR too, and report both side by side.", checks.check_flag, after_warm_up=True, group="training"
     )
     data: str | Path | Dataset | tuple[Dataset, Dataset] = option(
         "digits",
         'the images to train on: "digits" (5,000 real ones, part of the installation), one of torchvision\'s data sets '
         'by name ("cifar10", "svhn", "stl10", ...), or a folder of images (with the folders train and test, or split '
         "at random); from Python also a torch Dataset, or a pair of them to train and to test on.",
-        may_differ=True,  # the training images themselves are compared
+        may_differ=True,  # the training images themselves are compared,
+        group="data",
     )
-    data_root: str | Path = option("data", "folder of torchvision's data sets.", may_differ=True)
+    data_root: str | Path = option("data", "folder of torchvision's data sets.", may_differ=True, group="data")
     download: bool = option(
-        False, "let torchvision download a data set that is not there.", checks.check_flag, may_differ=True
+        False,
+        "let torchvision download a data set that is not there.",
+        checks.check_flag,
+        may_differ=True,
+        group="data",
     )
-    in_classes: Sequence[int] | None = option(
+    in_classes: Sequence[str | int] | None = option(
         None,
-        "numbers of the classes to train on; images of the others are OOD. By default all; of the digits 0 to 5. "
-        "Classes are used for this and for the log, never for training.",
+        "the classes to train on, by number or, where they have names, by name (of a folder its subfolders); images of "
+        "the others are OOD. By default all; of the digits 0 to 5. Classes are used for this and for the log, never "
+        "for training.",
+        group="ood",
     )
     near_ood: Sequence[str] | Mapping[str, Dataset] | None = option(
         None,
@@ -167,66 +207,84 @@ class Config:
         'images), "letters"; from Python also {name: Dataset}. By default "held-out", or without that "interpolation".',
         check_ood_sets,
         after_warm_up=True,
+        group="ood",
     )
     far_ood: Sequence[str] | Mapping[str, Dataset] | None = option(
         None,
         "OOD sets that do not, in the same way. By default the other synthetic sets.",
         check_ood_sets,
         after_warm_up=True,
+        group="ood",
     )
     image_size: int | None = option(
         None,
         "height and width in pixels, to which images are scaled and cropped. By default the data set's own, or 224 if "
         "it has none.",
         or_none(checks.check_count),
+        group="data",
     )
     augmentation: Recipe = option(
         "auto",
         'how views are made: "digits" (small affine maps, contrast, noise), "simclr" (crops, flips, colours, blur), '
         '"none", or "auto": "digits" for grey images and "simclr" for coloured ones.',
+        group="data",
     )
     limit: int | None = option(
-        None, "at most that many images of each part, for a quick run.", or_none(checks.check_count)
+        None, "at most that many images of each part, for a quick run.", or_none(checks.check_count), group="data"
     )
     strict: bool = option(
         False,
         "stop at an unreadable image of a folder; by default they are skipped and counted.",
         checks.check_flag,
+        group="data",
     )
     max_pixels: int = option(
         MAX_PIXELS,
         "a file of more pixels than that counts as an unreadable one: a small file can hold gigabytes.",
         at_least(1),
+        group="data",
     )
-    workers: int = option(0, "processes that read images.", at_least(0), may_differ=True)
+    workers: int = option(0, "processes that read images.", at_least(0), may_differ=True, group="data")
     image_memory: float = option(
         4.0,
         "a set of images up to this size (in GiB, one byte a value) is read once and kept in memory; of a larger one "
         "each batch is read when it is needed.",
         checks.check_not_negative,
         may_differ=True,
+        group="data",
     )
     backbone: str | nn.Module = option(
         "small",
         'the encoder: "small" (three convolutions), "resnet8" (a narrow ResNet for small natural images on a CPU), a '
-        'classifier of torchvision by name ("resnet18", ...) with random weights; from Python also a module, images '
-        "[n, c, h, w] to features [n, width].",
+        'classifier of torchvision by name ("resnet18", ...) or a model of timm ("timm/vit_small_patch16_224", ...), '
+        "without its last layer; from Python also a module, images [n, c, h, w] to features [n, width] or to an "
+        "object as Hugging Face's models return it.",
+        group="model",
+    )
+    pretrained: Pretrained = option(
+        False,
+        "begin with weights that torchvision or timm publishes for that backbone (true; they are downloaded once), or "
+        "with those of a file (.safetensors, .pth). The network then normalises images as they expect it.",
+        check_pretrained,
+        group="model",
     )
     stem: Stem = option(
         "auto",
         '"3x3" lets a ResNet begin at full resolution, as is usual for small images; "7x7" leaves it as it is; "auto" '
-        'means "3x3" for images of up to 64 pixels.',
+        'means "3x3" for images of up to 64 pixels, if the weights are not pretrained.',
         one_of(Stem),
+        group="model",
     )
     embedding_dim: int = option(
-        64, "width of the projection head's output, to which the loss is applied.", check_dimension
+        64, "width of the projection head's output, to which the loss is applied.", check_dimension, group="model"
     )
-    epochs: int = option(40, "passes over the training images, warm-up included.", at_least(1))
+    epochs: int = option(40, "passes over the training images, warm-up included.", at_least(1), group="training")
     batch_size: int = option(
         256,
         "images of a step, of two views each, on all processes together; the incomplete last batch of an epoch is left "
         "out.",
         at_least(2),
+        group="training",
     )
     micro_batch: int | None = option(
         None,
@@ -234,44 +292,54 @@ class Config:
         "a micro-batch, the price one more forward pass. BatchNorm takes its statistics over a micro-batch. By default "
         "the whole batch.",
         or_none(checks.check_count),
+        group="training",
     )
     optimizer: OptimizerName = option(
         "adamw",
         '"adamw"; "sgd", whose learning rate is 0.03 or so for each 256 images of a batch (MoCo); or "lars", with a '
         "factor for each layer, for large batches, whose rate is 0.3 for each 256 (SimCLR).",
         one_of(OptimizerName),
+        group="training",
     )
     learning_rate: float = option(
         1e-3,
         "the largest one; it rises in ``lr_warmup_epochs`` and then follows half a cosine down to 0.",
         checks.check_positive,
+        group="training",
     )
     lr_warmup_epochs: int = option(
         0,
         "epochs in which the learning rate rises linearly from 0. Those of SimCLR, ``warmup_epochs``, are others.",
         at_least(0),
+        group="training",
     )
-    momentum: float = option(0.9, 'of "sgd" and "lars".', check_momentum)
+    momentum: float = option(0.9, 'of "sgd" and "lars".', check_momentum, group="training")
     weight_decay: float = option(
-        1e-4, 'of the optimiser: decoupled from the gradient with "adamw", else added to it.', checks.check_not_negative
+        1e-4,
+        'of the optimiser: decoupled from the gradient with "adamw", else added to it.',
+        checks.check_not_negative,
+        group="training",
     )
     exclude_bias_and_norm: bool = option(
         False,
         "leave biases and the parameters of norms, whatever is no matrix, out of weight decay and of the adaptation of "
         '"lars".',
         checks.check_flag,
+        group="training",
     )
     temperature: float = option(
         0.1,
         'temperature of the similarities in the loss. "cacr" has none, so there it is that of warm-up and baseline, '
         "and without these has no effect.",
         checks.check_positive,
+        group="training",
     )
     warmup_epochs: int | None = option(
         None,
         "how many epochs use instance-level contrast (SimCLR) before the objective comes in. By default half of the "
         "epochs, at most 20.",
         or_none(at_least(0)),
+        group="training",
     )
     clusters: int | Sequence[int] = option(
         12,
@@ -279,12 +347,23 @@ class Config:
         '"deepcluster-v2", "meow" and "swav".',
         check_clusters,
         after_warm_up=True,
+        group="clusters",
+    )
+    detector_clusters: int = option(
+        12,
+        "number of k-means clusters of the detectors, and of the report's pictures and cluster measures, whatever the "
+        "model was trained with; fewer if there are fewer training images. Where the clusters' covariances would take "
+        "more than 2^26 numbers they share one, and the report says so.",
+        at_least(1),
+        after_warm_up=True,
+        group="ood",
     )
     recluster_every: int = option(
         1,
         'epochs from one clustering to the next. Each starts from the last centres. Not for "swav".',
         at_least(1),
         after_warm_up=True,
+        group="clusters",
     )
     labels_from: Labels = option(
         "k-means",
@@ -292,18 +371,21 @@ class Config:
         'classes in training) or "random" numbers (the worst).',
         one_of(Labels),
         after_warm_up=True,
+        group="clusters",
     )
     center_weight: float = option(
         1.0,
         'weight of the cluster\'s centre among the positives, for "ccl".',
         checks.check_not_negative,
         after_warm_up=True,
+        group="clusters",
     )
     center_ramp_epochs: int = option(
         0,
         "epochs after the warm-up in which that weight grows linearly from 0.",
         at_least(0),
         after_warm_up=True,
+        group="clusters",
     )
     concentration: bool = option(
         False,
@@ -311,6 +393,7 @@ class Config:
         '(PCL), for "ccl" and "protonce".',
         checks.check_flag,
         after_warm_up=True,
+        group="clusters",
     )
     instance_weight: float | Literal["agreement"] = option(
         "agreement",
@@ -319,6 +402,7 @@ class Config:
         "the images whose clusters are not believed.",
         check_share_or_agreement,
         after_warm_up=True,
+        group="clusters",
     )
     instance_negatives: Negatives = option(
         "centers",
@@ -326,6 +410,7 @@ class Config:
         'images of "other-clusters" alone, as those of its own are likely of its kind, or "all" images.',
         one_of(Negatives),
         after_warm_up=True,
+        group="clusters",
     )
     believe: float | Literal["agreement"] = option(
         "agreement",
@@ -335,12 +420,14 @@ class Config:
         "nothing are not believed.",
         check_share_or_agreement,
         after_warm_up=True,
+        group="clusters",
     )
     ema: float | None = option(
         None,
         "decay of an exponential moving average of the weights, 0.99 to 0.9999 or so. The average is what is "
         "clustered, evaluated and saved. By default there is none.",
         or_none(checks.check_fraction),
+        group="training",
     )
     probe_every: int = option(
         10,
@@ -349,6 +436,7 @@ class Config:
         "warm-up's last epoch and the last of all. 0: never.",
         at_least(0),
         after_warm_up=True,
+        group="output",
     )
     loggers: LoggerName | Sequence[LoggerName] = option(
         ("tensorboard",),
@@ -357,11 +445,13 @@ class Config:
         "say (WANDB_MODE, MLFLOW_TRACKING_URI, ...). metrics.jsonl is written whatever they do.",
         check_loggers,
         may_differ=True,
+        group="output",
     )
     seed: int = option(
         0,
         "of weights, split, batches, augmentations and k-means. On one machine it fixes every number.",
         check_seed,
+        group="training",
     )
     device: str = option(
         "auto",
@@ -369,32 +459,37 @@ class Config:
         "own.",
         check_device_name,
         may_differ=True,
+        group="device",
     )
     precision: Precision = option(
         "32-true",
         '"32-true", or "bf16-mixed": the network in bfloat16, loss and weights in float32.',
         one_of(Precision),
+        group="device",
     )
     channels_last: bool = option(
         False,
         "keep images and weights in that memory format, which suits convolutions on tensor cores.",
         checks.check_flag,
+        group="device",
     )
     compile_model: bool = option(
-        False, "let torch.compile make the network faster.", checks.check_flag, may_differ=True
+        False, "let torch.compile make the network faster.", checks.check_flag, may_differ=True, group="device"
     )
-    fused_optimizer: bool = option(False, "one kernel for the optimiser's step.", checks.check_flag)
+    fused_optimizer: bool = option(False, "one kernel for the optimiser's step.", checks.check_flag, group="device")
     timeout: float = option(
         300.0,
         "seconds after which a process that does not answer the others counts as lost.",
         check_timeout,
         may_differ=True,
+        group="processes",
     )
     overwrite: bool = option(
         False,
         "replace the run in an existing output folder; files that no run writes stay as they are.",
         checks.check_flag,
         may_differ=True,
+        group="output",
     )
     resume: bool = option(
         False,
@@ -402,12 +497,14 @@ class Config:
         "<output>/config.yaml`` gives them).",
         checks.check_flag,
         may_differ=True,
+        group="going_on",
     )
     resume_from: Which = option(
         "last",
         'the checkpoint to go on from, "last", or the one before it, "previous".',
         one_of(Which),
         may_differ=True,
+        group="going_on",
     )
     warmup_from: str | Path | None = option(
         None,
@@ -416,6 +513,7 @@ class Config:
         "result is that of a run by itself, on a CPU bit for bit. A run that is resumed needs it no more.",
         check_folder,
         may_differ=True,
+        group="going_on",
     )
 
     def __post_init__(self):

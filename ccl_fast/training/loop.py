@@ -47,7 +47,14 @@ class Run:
 
     def __init__(self, config: Config, images: Images, fabric: Fabric, group: Group = NO_GROUP):
         self.config, self.images, self.fabric, self.group = config, images, fabric, group
-        self.model = Model(config.backbone, images.shape, config.embedding_dim, stem=config.stem, seed=config.seed)
+        self.model = Model(
+            config.backbone,
+            images.shape,
+            config.embedding_dim,
+            stem=config.stem,
+            pretrained=config.pretrained,
+            seed=config.seed,
+        )
         self.model.to(fabric.device).to(memory_format=self._memory_format)
         self.objective = OBJECTIVES[config.objective]
         self.loss_fn = self.objective.make_loss(config.temperature, group.process_group)

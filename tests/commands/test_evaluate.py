@@ -67,6 +67,15 @@ def test_other_sets_near_and_far(run, folder_of_images, tmp_path):
     assert (tmp_path / "out" / "evaluation.json").exists()
 
 
+def test_covariances_that_clusters_share_are_said(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ccl_fast.ood.clusters.MOST_COVARIANCES", 12 * 100**2)
+    report = evaluate(run, tmp_path / "out")  # 128 features before the head, 64 behind it
+    said = "Mahalanobis distances of encoder features: the 12 clusters share one covariance, as their own would take "
+    assert report["notes"] == {objective: [said + "0.0 GiB"] for objective in ("simclr", "ccl")}
+    assert f"CCL: {said}" in capsys.readouterr().out
+    assert "notes" not in json.loads((run / "report.json").read_text())
+
+
 def test_scores_of_a_folder(run, folder_of_images, tmp_path, capsys):
     output = tmp_path / "scores.csv"
     command = ["score", f"--run={run}", f"--images={folder_of_images}", f"--output={output}"]
@@ -96,7 +105,7 @@ def test_scores_of_a_folder(run, folder_of_images, tmp_path, capsys):
             row = by_name[str(folder_of_images / kind / f"{i:02}.png")]
             assert float(row["score"]) == pytest.approx(value.item(), abs=1e-5)
             assert int(row["outlier"]) == (value > threshold) or abs(value - threshold) < 1e-5
-    assert {int(row["cluster"]) for row in rows} <= set(range(4))
+    assert {int(row["cluster"]) for row in rows} <= set(range(12))
     assert {row["outlier"] for row in rows} == {"0", "1"}
     assert main(["score", f"--run={run}", f"--images={folder_of_images}", f"--output={output}"]) == 2
     assert "output: expected a file that does not exist yet" in capsys.readouterr().err

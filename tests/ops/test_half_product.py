@@ -307,7 +307,7 @@ def run_inside(function, *arguments):
 @pytest.mark.usefixtures("tensor_cores")
 def test_a_pair_takes_no_more_bytes_than_blocks_are_sized_for(dtype, monkeypatch):
     monkeypatch.setattr(topk, "_largest_of_few", torch.topk)  # as on a GPU, where NumPy is not at hand
-    monkeypatch.setattr(softmax, "kth_largest", lambda x, k: topk._largest(x, k)[0][:, -1])
+    monkeypatch.setattr(softmax, "kth_largest", lambda x, k: topk.largest(x, k)[0][:, -1])
     n, m, d = 64, 5000, 4
     monkeypatch.setattr(blocks, "MAX_ROWS", n)
     monkeypatch.setattr(blocks, "CPU_ELEMENTS", 2 * n * m)
