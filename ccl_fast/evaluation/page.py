@@ -131,7 +131,8 @@ def _content(report: dict, evaluations: Mapping[str, Evaluation], images: Mappin
         "confidence": f"{100 * report['bootstrap']['confidence']:g} %",
         "cards": [_card(report, objectives, group) for group in groups],
         "knn": [
-            {"objective": objective} | {level: _percent(accuracy) for level, accuracy in of_levels.items()}
+            {"objective": objective, "linear": _percent(report["linear"][objective])}
+            | {level: _percent(accuracy) for level, accuracy in of_levels.items()}
             for objective, of_levels in report.get("knn", {}).items()
         ],
         "metrics": METRICS,
