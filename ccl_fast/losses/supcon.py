@@ -190,7 +190,8 @@ class SupConLoss(CCLLoss):
         if self.form != "outside":
             raise ArgumentError(f"mask: expected None with form={self.form!r}, got a mask")
         check_tensor("embeddings", embeddings)
-        batch = self.prepare(embeddings, torch.arange(len(embeddings), device=embeddings.device), "mask")
+        each = torch.arange(len(embeddings), device=embeddings.device) if embeddings.ndim else None
+        batch = self.prepare(embeddings, each, "mask")
         check_mask(mask, embeddings)
         z = batch.z.view(embeddings.shape if embeddings.ndim == 3 else (len(embeddings), 1, embeddings.shape[1]))
         scale = 1.0 / self.temperature
