@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ccl_fast.errors import ArgumentError
 
-# Ways to make views; "auto" goes by the images.
-Recipe = Literal["auto", "digits", "simclr", "none"]
+if TYPE_CHECKING:
+    from ccl_fast.data.options import Recipe
+
 SMALL = 64  # pixels; smaller images are not blurred, as in SimCLR on CIFAR
 
 

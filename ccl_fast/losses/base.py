@@ -348,17 +348,21 @@ class Loss(nn.Module):
         gives 0. Of several processes each returns the sum or mean over all rows. The gradient is that of its own rows'
         part, times the number of processes, so that the mean of all processes' gradients is the gradient.
         """
-        shape = losses.shape if shape is None else shape
-        losses = losses.flatten()
-        if has_positive is None:
-            has_positive = torch.ones_like(losses, dtype=torch.bool)
-        losses = losses.masked_fill(~has_positive, 0.0)
+        count = losses.numel()
+        if has_positive is not None:
+            losses, count = losses.flatten().masked_fill(~has_positive, 0.0), has_positive.sum()
         if self.reduction == "none":
-            return losses.view(shape)
-        total, count = losses.sum(), has_positive.sum()
-        if group.is_null:
-            return total if self.reduction == "sum" else total / count.clamp(min=1)
-        return processes.reduce(total, count, self.reduction == "mean", group)
+            return losses if shape is None else losses.reshape(shape)
+        return self.reduce_total(losses.sum(), count, group)
+
+    def reduce_total(self, total: Tensor, count: int | Tensor, group: Group = NO_GROUP) -> Tensor:
+        """The sum, or the mean, of losses whose sum and number are known, as `reduce`."""
+        mean = self.reduction == "mean"
+        if not group.is_null:
+            return processes.reduce(total, torch.as_tensor(count, device=total.device), mean, group)
+        if not mean:
+            return total
+        return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
     def _check_supported(self, name: str, value) -> None:
         default = inspect.signature(type(self)).parameters[name].default

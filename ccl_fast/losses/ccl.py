@@ -76,6 +76,11 @@ class CCLLoss(Loss):
         learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `Loss`; "none" gives a loss
             per row, ``[n]`` or ``[n, views]``.
 
+    Cost:
+        operators: LSE; LSE over centres; the positives by `same_id_similarity`, in the form "inside" by the same
+            LSE (`return_same`).
+        units: 2 of N x N x D, 3 of N x K x D.
+
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
         PeerError: (a RuntimeError) another process has ended or does not answer.

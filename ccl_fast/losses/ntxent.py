@@ -48,6 +48,11 @@ class NTXentLoss(InfoNCELoss):
         learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `Loss`; "none" gives with
             labels the sum of each row's pairs. Several processes take views, not labels.
 
+    Cost:
+        operators: LSE; with labels LSE, `candidates="other_id"`, and `edge_similarity` of the P pairs of one label,
+            some at a time.
+        units: 2 of N x N x D; with labels and 3 P x D.
+
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
 

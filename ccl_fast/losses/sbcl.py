@@ -43,6 +43,10 @@ class SBCLLoss(Loss):
         own_views: embeddings ``[n, views, d]`` have their own views in the second term too, as in the authors' code.
         learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `Loss`.
 
+    Cost:
+        operators: one LSE with both sums (`return_same`), two `same_id_similarity`.
+        units: 2 of N x N x D.
+
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
 

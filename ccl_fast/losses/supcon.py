@@ -59,6 +59,11 @@ class SupConLoss(CCLLoss):
         learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `Loss`. Several processes
             take embeddings and labels alone.
 
+    Cost:
+        operators: LSE; `same_id_similarity`, or the mask times the rows; over M references a rectangular LSE; of E
+            listed pairs `edge_similarity`.
+        units: 2 of N x N x D; with references 4 of N x M x D; of pairs 3 E x D.
+
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
 
