@@ -41,12 +41,13 @@ class Batch(NamedTuple):
 def labels_as_ids(labels: Tensor, embeddings: Tensor, unassigned: int | None = -1, alone: bool = True) -> Tensor:
     """Return labels as the ids of `check_ids`.
 
-    They may be of any integer dtype, bool, or whole numbers of a floating one, and on the CPU, as data loaders leave
-    them. If none of them means "unassigned" each is a class: they are numbered where the process is ``alone``, else
-    folded over 0. What is no vector of whole numbers is left to the checks.
+    They may be of any integer dtype, bool, or whole numbers of a floating one, [n, 1], and on the CPU, as data loaders
+    leave them. If none of them means "unassigned" each is a class: they are numbered where the process is ``alone``,
+    else folded over 0. What is no vector of whole numbers is left to the checks.
     """
-    if not isinstance(labels, Tensor) or labels.ndim != 1:
+    if not isinstance(labels, Tensor) or labels.shape[1:] not in ((), (1,)) or labels.ndim == 0:
         return labels
+    labels = labels.flatten()
     if labels.device.type == "cpu" and isinstance(embeddings, Tensor):
         labels = labels.to(embeddings.device)
     labels = whole_numbers(labels)

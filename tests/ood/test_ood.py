@@ -697,7 +697,7 @@ def test_wrong_arguments_of_detectors(features):
         Ensemble([NearestNeighbor()], folds=1)
     with pytest.raises(ValueError, match=r"^x: expected at least folds=5 rows, got 4"):
         Ensemble([NearestNeighbor()]).fit_features(x[:4])
-    with pytest.raises(ValueError, match="^seed: expected an integer >= 0 and below 2.63, got '1'"):
+    with pytest.raises(ValueError, match=r"^seed: expected an integer >= 0 and below 2\^63, got '1'"):
         Ensemble([NearestNeighbor()], seed="1")
     with pytest.raises(ValueError, match=r"^speed: expected one of \['k'\], got 'speed'"):
         NearestNeighbor().set_hyperparameters(speed=2)
