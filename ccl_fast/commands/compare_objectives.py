@@ -76,7 +76,8 @@ def compare(
     with held(folder):
         if overwrite:  # all at once: a comparison that is stopped and resumed takes no result of an earlier one
             _clear_all(folder, seeds)
-        _write_arguments(folder, seeds, warmup_from, options)
+        if not (folder / ARGUMENTS).exists():
+            _write_arguments(folder, seeds, warmup_from, options)
         with _told_how_to_go_on(folder):
             reports = [
                 _report_of_seed(folder / f"seed{seed}", seed, origins[seed], options, resume=resume) for seed in seeds
