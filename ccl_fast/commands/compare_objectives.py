@@ -60,8 +60,8 @@ def compare(
 
     Returns:
         The content of comparison.json: for every detector, kind of OOD set ("near", "far") and metric the values of
-        both and the gains, by seed, with mean and standard deviation; so too the k-NN accuracy of encoder and head, if
-        classes are known; the arguments, and where and when each seed was run.
+        both and the gains, by seed, with mean and standard deviation; so too the k-NN accuracy of encoder and head and
+        the accuracy of a linear classifier, if classes are known; the arguments, and where and when each seed was run.
 
     Raises:
         ArgumentError: a ValueError naming the argument, what was expected and what came.
@@ -196,6 +196,9 @@ def _describe(seeds: Sequence[int], reports: Sequence[dict]) -> dict:
     }
     if all("knn" in report for report in reports):
         comparison["knn"] = summarize_knn([report["knn"] for report in reports])
+    if all("linear" in report for report in reports):
+        accuracies = [report["linear"] for report in reports]
+        comparison["linear"] = _paired({name: [of_seed[name] for of_seed in accuracies] for name in accuracies[0]})
     return comparison
 
 
@@ -239,7 +242,7 @@ def _moments(values: list[float]) -> dict:
 def format_comparison(comparison: dict) -> str:
     """Return a line for every detector and kind of OOD sets: AUROC of both objectives, and the gain, with the spread.
 
-    If classes are known, encoder and head have one of the k-NN accuracy.
+    If classes are known there is one for the k-NN accuracy of encoder and head, and for the linear one of the encoder.
     """
     titles = comparison["titles"]
     theirs, ours = titles.values()
@@ -252,7 +255,7 @@ def format_comparison(comparison: dict) -> str:
         return f"{name:29}{group:6}{cells[0]:>16}{cells[1]:>16}{of_gain}"
 
     lines = [
-        f"AUROC (k-NN: accuracy), mean and standard deviation over {len(comparison['seeds'])} seeds",
+        f"AUROC (k-NN, linear: accuracy), mean and standard deviation over {len(comparison['seeds'])} seeds",
         f"{'features/detector':29}{'OOD':6}{theirs:>16}{ours:>16}{'gain':>17}{'seeds better':>14}",
     ]
     for detector, groups in comparison["results"].items():
@@ -261,5 +264,7 @@ def format_comparison(comparison: dict) -> str:
             lines.append(line(name, group, metrics["auroc"]))
     for level, parts in comparison.get("knn", {}).items():
         lines.append(line(f"k-NN accuracy of the {level}", "", parts))
+    if "linear" in comparison:
+        lines.append(line("linear accuracy, encoder", "", comparison["linear"]))
     lines.append(f"* the default. Gain: {ours} less {theirs} of the same seed.")
     return "\n".join(lines)

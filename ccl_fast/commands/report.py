@@ -13,7 +13,16 @@ from pathlib import Path
 import torch
 
 from ccl_fast.commands.image_sets import ImageSets
-from ccl_fast.evaluation import DEFAULT, GROUPS, Evaluation, write_page
+from ccl_fast.evaluation import (
+    CONFIDENCE,
+    DEFAULT,
+    GROUPS,
+    RESAMPLES,
+    Evaluation,
+    difference_intervals,
+    metric_intervals,
+    write_page,
+)
 from ccl_fast.files import write_atomically
 from ccl_fast.metrics import cluster_quality
 from ccl_fast.models import Model
@@ -45,14 +54,22 @@ def describe(arguments: dict, sets: ImageSets, evaluations: Mapping[str, Evaluat
         "default": DEFAULT,
         "titles": {objective: titles[objective] for objective in evaluations},
         "results": {objective: evaluation.metrics for objective, evaluation in evaluations.items()},
+        "bootstrap": {"resamples": RESAMPLES, "confidence": CONFIDENCE},
+        "intervals": {
+            objective: metric_intervals(evaluation.resampled) for objective, evaluation in evaluations.items()
+        },
     }
     notes = {objective: evaluation.notes for objective, evaluation in evaluations.items() if evaluation.notes}
     if notes:
         report["notes"] = notes
+    if len(evaluations) == 2:  # of the objective less the baseline
+        report["differences"] = difference_intervals(*(evaluation.resampled for evaluation in evaluations.values()))
     if classes is not None:
+        report["classes"] = len(classes.unique())
         report["clustering"] = {m: cluster_quality(j.cluster_ids, classes) for m, j in evaluations.items()}
-    if all(evaluation.knn for evaluation in evaluations.values()):
+    if all(evaluation.knn for evaluation in evaluations.values()):  # classes are known
         report["knn"] = {objective: evaluation.knn for objective, evaluation in evaluations.items()}
+        report["linear"] = {objective: evaluation.linear for objective, evaluation in evaluations.items()}
     return report | {
         "environment": {
             "ccl_fast": __version__,
@@ -79,6 +96,20 @@ def describe_images(numbers: Mapping[str, int], near: Sequence[str], far: Sequen
     return f"{numbers['train']} training and {numbers['test']} test images; OOD: {'; '.join(of_groups)}"
 
 
+def measures(report: dict, objective: str) -> dict[str, float]:
+    """Return what a logger gets of a report: AUROC by set and detector, and the accuracies, if classes are known."""
+    found = {
+        f"auroc/{name}/{detector}": metrics["auroc"]
+        for detector, by_set in report["results"][objective].items()
+        for name, metrics in by_set.items()
+    }
+    for level, accuracy in report.get("knn", {}).get(objective, {}).items():
+        found[f"knn/{level}"] = accuracy
+    if "linear" in report:
+        found["linear/encoder"] = report["linear"][objective]
+    return found
+
+
 def format_table(report: dict) -> str:
     """Return the metrics as text: a line for each detector, AUROC and FPR95 for each objective and kind of OOD sets."""
     results, titles = report["results"], report["titles"]
@@ -98,7 +129,8 @@ def format_table(report: dict) -> str:
         lines.append(f"{name + (' *' if name == DEFAULT else ''):29}{values}")
     for objective, accuracies in report.get("knn", {}).items():
         of_levels = ", ".join(f"{level} {accuracy:.3f}" for level, accuracy in accuracies.items())
-        lines.append(f"k-NN accuracy on the test images, {titles[objective]}: {of_levels}")
+        linear = f"; linear classifier, encoder {report['linear'][objective]:.3f}"
+        lines.append(f"k-NN accuracy on the test images, {titles[objective]}: {of_levels}{linear}")
     lines += [f"{titles[objective]}: {note}" for objective, of in report.get("notes", {}).items() for note in of]
     lines.append("* the default. FPR95: share of OOD images accepted when 95 % of the test images are.")
     return "\n".join(lines)

@@ -15,8 +15,9 @@ from ccl_fast.errors import ArgumentError
 from ccl_fast.files import is_unfinished
 from ccl_fast.training.checkpoint import CHECKPOINTS, LAST, PREVIOUS
 from ccl_fast.training.config import FIELDS
+from ccl_fast.training.loggers import EVENTS, TABLES
 from ccl_fast.training.objectives import OBJECTIVES
-from ccl_fast.training.progress import EVENTS, METRICS
+from ccl_fast.training.progress import METRICS
 
 CONFIG, EVALUATION, LOCK = "config.yaml", "evaluation", ".lock"
 # Where runs are by default; and of each command that can be resumed, which file says that there is something to resume,
@@ -176,9 +177,10 @@ def clear(folder: Path) -> None:
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
     drop_unfinished(folder)
-    for events in folder.glob(f"{EVENTS}/*/events.out.tfevents.*"):
-        events.unlink()
-    for inside in (*folder.glob(f"{EVENTS}/*"), *(folder / name for name in (EVENTS, CHECKPOINTS, EVALUATION))):
+    for logged in (*folder.glob(f"{EVENTS}/*/events.out.tfevents.*"), *folder.glob(f"{TABLES}/*/metrics.csv")):
+        logged.unlink()
+    of_stages = (*folder.glob(f"{EVENTS}/*"), *folder.glob(f"{TABLES}/*"))
+    for inside in (*of_stages, *(folder / name for name in (EVENTS, TABLES, CHECKPOINTS, EVALUATION))):
         with suppress(OSError):  # not there, or something else is in it
             inside.rmdir()
 

@@ -13,7 +13,7 @@ import yaml
 from lightning.fabric import Fabric
 
 from ccl_fast.commands.image_sets import ImageSets, load_image_sets, read_split
-from ccl_fast.commands.report import describe, describe_device, describe_images, write_report
+from ccl_fast.commands.report import describe, describe_device, describe_images, measures, write_report
 from ccl_fast.commands.run_folder import CONFIG, RunFolder, clear, command_to_go_on, resumed_folder
 from ccl_fast.data import Images
 from ccl_fast.distributed import Group
@@ -34,6 +34,7 @@ from ccl_fast.training.config import (
 )
 from ccl_fast.training.interruption import Interruption
 from ccl_fast.training.launch import alone, launched, launched_size
+from ccl_fast.training.loggers import Loggers
 from ccl_fast.training.loop import Run
 from ccl_fast.training.objectives import BASELINE, OBJECTIVES, ObjectiveName
 from ccl_fast.training.probe import Probe
@@ -52,8 +53,8 @@ def train(config: Config) -> dict | None:
 
     After every epoch the state goes to ``<output>/checkpoints/last.ckpt``, and the one before it stays as
     ``previous.ckpt``. Ctrl-C and SIGTERM save it too, in the middle of an epoch, and stop; with ``resume`` the run goes
-    on, on a CPU bit for bit as if it had not been stopped. ``<output>/metrics.jsonl`` has a line for every epoch,
-    ``<output>/tensorboard`` the same for TensorBoard, ``<output>/config.yaml`` the arguments.
+    on, on a CPU bit for bit as if it had not been stopped. ``<output>/metrics.jsonl`` has a line for every epoch, the
+    ``loggers`` (by default ``<output>/tensorboard``) the same, ``<output>/config.yaml`` the arguments.
 
     Several processes (``torchrun --nproc-per-node 8 -m ccl_fast train ...``) share every batch and every clustering;
     the loss is that of the whole batch. The first of them writes the files.
@@ -141,7 +142,8 @@ def _open_progress(config: Config, folder: Path, images: Images, sets: ImageSets
         is_unkept(value) for name in ("data", "backbone", "near_ood", "far_ood") for value in as_list(arguments[name])
     ):
         go_on = f"the same call with output={str(folder)!r} and resume=True"
-    progress = Progress(folder, fixed_on_resume(arguments), images, state, group, probe, go_on)
+    loggers = Loggers(as_list(config.loggers), folder, arguments)
+    progress = Progress(folder, fixed_on_resume(arguments), images, state, group, probe, loggers, go_on)
     if given is not None and origin is not None:
         progress.begin_with(origin, given, {WARM_UP, *config.objectives} - {config.objective})
     return progress
@@ -241,4 +243,7 @@ def _write_results(
         "seconds": round(progress.seconds_before + time.perf_counter() - start, 1),
     }
     write_report(folder, report, evaluations, sets, models)
+    with closing(progress):
+        for name in models:
+            progress.log_results(name, measures(report, name), folder / "report.html")
     return report

@@ -20,6 +20,7 @@ from ccl_fast.errors import ArgumentError
 from ccl_fast.models.libraries import Pretrained, Stem
 from ccl_fast.training.checkpoint import Which
 from ccl_fast.training.cooperation import Labels, Negatives
+from ccl_fast.training.loggers import LoggerName, check_loggers
 from ccl_fast.training.objectives import BASELINE, OBJECTIVES, OPTIONS, ObjectiveName
 from ccl_fast.training.optimizers import OptimizerName
 
@@ -440,6 +441,15 @@ class Config:
         "warm-up's last epoch and the last of all. 0: never.",
         at_least(0),
         after_warm_up=True,
+        group="output",
+    )
+    loggers: LoggerName | Sequence[LoggerName] = option(
+        ("tensorboard",),
+        "who is given the hyper-parameters, the numbers of every epoch and at the end those of the report: one or more "
+        'of "tensorboard" and "csv", into folders of these names, "wandb" and "mlflow", as their environment variables '
+        "say (WANDB_MODE, MLFLOW_TRACKING_URI, ...). metrics.jsonl is written whatever they do.",
+        check_loggers,
+        may_differ=True,
         group="output",
     )
     seed: int = option(

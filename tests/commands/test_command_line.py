@@ -67,6 +67,8 @@ def test_what_is_typed_wins_over_a_file(given, tmp_path):
             ["train", "--bach_size", "3"],
             "--bach-size: expected an option of train (did you mean --batch-size or --image-size?)",
         ),
+        (["train", "--accumulate", "4"], "--accumulate: expected an option of train (gradients that are added up"),
+        (["train", "--accumulate_grad_batches=4"], "--micro-batch has the loss of the whole batch in the memory of a"),
         (["train", "--qqq"], "--qqq: expected an option of train (ccl-fast train --help lists them)"),
         (["train", "--batch-size", "many"], "batch_size: expected an integer, got 'many'"),
         (["train", "--batch-size"], "argument --batch-size: expected one argument"),
@@ -91,6 +93,9 @@ def test_an_unknown_option_in_a_file_is_named(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("epoch: 3\n")
     assert main(["train", f"--config={tmp_path / 'c.yaml'}"]) == 2
     assert "config: expected options alone, got 'epoch' (did you mean epochs?)" in capsys.readouterr().err
+    (tmp_path / "c.yaml").write_text("gradient_accumulation_steps: 3\n")
+    assert main(["train", f"--config={tmp_path / 'c.yaml'}"]) == 2
+    assert "got 'gradient_accumulation_steps' (gradients that are added up" in capsys.readouterr().err
 
 
 def test_missing_options_are_named(capsys):

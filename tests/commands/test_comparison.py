@@ -58,21 +58,27 @@ def test_says_what_the_reports_of_the_seeds_say(two_seeds):
         simclr, ccl = ([report["knn"][objective][level] for report in reports] for objective in ("simclr", "ccl"))
         assert (parts["simclr"]["values"], parts["ccl"]["values"]) == (simclr, ccl)
         assert parts["gain"]["values"] == [a - b for a, b in zip(ccl, simclr, strict=True)]
+    for objective in ("simclr", "ccl"):
+        values = [report["linear"][objective] for report in reports]
+        assert written["linear"][objective]["values"] == values and min(values) > 0.5  # of two classes
 
 
 def test_the_table_has_a_line_for_every_detector_and_kind_of_ood_set(two_seeds):
     written = json.loads((two_seeds / "comparison.json").read_text())
     lines = compare_objectives.format_comparison(written).splitlines()
-    assert len(lines) == 2 + 11 * 2 + 2 + 1
+    assert len(lines) == 2 + 11 * 2 + 2 + 1 + 1
     gain = written["results"]["layers/ensemble"]["near"]["auroc"]["gain"]
     line = next(line for line in lines if line.startswith("layers/ensemble *"))
     assert f"{gain['mean']:+.3f} +- {gain['deviation']:.3f}" in line
     assert line.endswith(f"{sum(value > 0 for value in gain['values'])} of 2")
-    gain = written["knn"]["head"]["gain"]
-    assert lines[-2].startswith("k-NN accuracy of the head ")
-    assert f"{gain['mean']:+.3f} +- {gain['deviation']:.3f}" in lines[-2]
-    del written["knn"]  # as without classes
-    assert compare_objectives.format_comparison(written).splitlines() == lines[:-3] + lines[-1:]
+    for number, name, gain in (
+        (-3, "k-NN accuracy of the head ", written["knn"]["head"]["gain"]),
+        (-2, "linear accuracy, encoder ", written["linear"]["gain"]),
+    ):
+        assert lines[number].startswith(name)
+        assert f"{gain['mean']:+.3f} +- {gain['deviation']:.3f}" in lines[number]
+    del written["knn"], written["linear"]  # as without classes
+    assert compare_objectives.format_comparison(written).splitlines() == lines[:-4] + lines[-1:]
 
 
 def test_resuming_runs_only_what_is_missing(two_seeds):

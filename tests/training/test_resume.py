@@ -24,6 +24,7 @@ from ccl_fast.errors import ArgumentError
 from ccl_fast.training import checkpoint
 from ccl_fast.training.checkpoint import CheckpointError
 from ccl_fast.training.interruption import Interruption
+from ccl_fast.training.loop import Run
 from tests.data.noise import Noise
 
 pytestmark = pytest.mark.xdist_group("test_resume")  # one process has the runs that all tests share
@@ -85,7 +86,25 @@ def test_killed_in_the_middle_of_an_epoch(tmp_path, whole, epoch):
     assert_same_end(folder, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_asked_to_stop_it_saves_and_goes_on(tmp_path, whole, monkeypatch, capsys):
+    folder, arguments = tmp_path / "run", [f"--output={tmp_path / 'run'}", *OPTIONS]
+
+    def step(run, *batch, original=Run._step):
+        if run.step == 6:  # in the middle of the second epoch
+            signal.raise_signal(signal.SIGTERM)
+        return original(run, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_step", step)
+        assert main(["train", *arguments]) == 128 + signal.SIGTERM
+    assert f"stopped by SIGTERM; saved to {folder}" in capsys.readouterr().err
+    assert checkpoint.load(folder / "checkpoints")["run"]["step"] == 7
+    assert main(["train", *arguments, "--resume"]) == 0
+    assert_same_end(folder, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_says_how_to_go_on_and_exits_with_the_signals_code(tmp_path, whole, number):
     folder = tmp_path / "my run's"
     process = start(folder)
