@@ -39,7 +39,7 @@ def load_folder(
     *,
     argument: str = "images",
     strict: bool = False,
-    workers: int = 0,
+    workers: int | None = 0,
     memory: float = 4.0,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[Images, list[Path]]:
@@ -55,7 +55,7 @@ def load_folder(
         shape: (1 or 3, h, w).
         argument: how errors, and the line on stderr, call the folder.
         strict: a file that cannot be read is an error; of images on demand, when it is used.
-        workers: processes that read; 0: this one does.
+        workers: processes that read; 0: this one does; None: as `load_split` says.
         memory: GiB that the decoded images may take; if they take more, they are read on demand.
         max_pixels: a file of more pixels than that counts as one that cannot be read: a small file can hold gigabytes.
 
@@ -70,7 +70,7 @@ def load_folder(
     check_loading(seed=0, workers=workers, memory=memory, limit=None, strict=strict, download=False)
     check_count("max_pixels", max_pixels)
     check_shape("shape", shape)
-    [source] = open_folders([Path(path)], argument, strict=strict, workers=workers, max_pixels=max_pixels)
+    [source] = open_folders([Path(path)], argument, strict=strict, workers=workers or 0, max_pixels=max_pixels)
     rows = torch.arange(len(source), device="cpu")
     channels, height, width = shape
     images, rows = read(source, rows, (channels, height, width), workers=workers, memory=memory, verify=not strict)
@@ -114,6 +114,7 @@ class FolderSource(Source):
         skipped: why files were skipped so far.
     """
 
+    can_be_shared = True
     items: Files
 
     def __init__(
