@@ -98,6 +98,9 @@ def told(error: ParserError, annotations: Mapping[str, Any]) -> str:
         hint = close(unknown["name"], annotations) or "--help lists them"
         return f"config: expected options alone, got {unknown['name']!r} ({hint})"
     of_key = OF_KEY.search(text)
+    if (loose := text.removeprefix("unrecognized arguments: ")) != text:
+        likely = "run" if "run" in annotations else "data"
+        return f"{loose}: expected after the name of an option, as in --{likely} {loose}"
     if of_key is None:
         return " ".join(text.replace("the following arguments are required", "required").split())
     name, value = of_key["name"], VALUE.search(of_key["reason"])

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BATCH = 64
 # More than that many processes are more than most disks and training steps keep busy, and each takes memory.
 MAX_WORKERS = 8
-SLOW = 10_000  # images; from here on a terminal shows the progress
+SLOW = 1.0  # seconds; from here on a terminal shows the progress
 
 
 def read(
@@ -106,8 +106,8 @@ def limited(rows: Tensor, limit: int | None, seed: int) -> Tensor:
 
 
 def progress_bar(n: int, what: str = "reading") -> tqdm:
-    """A bar, where there is a terminal and so many images that it takes long."""
-    return tqdm(total=n, desc=what, unit=" images", leave=False, disable=n <= SLOW or None)
+    """A bar, where there is a terminal and it takes long."""
+    return tqdm(total=n, desc=what, unit=" images", leave=False, disable=None, delay=SLOW)
 
 
 def _batches(source: Source, rows: Tensor, shape: tuple[int, int, int], workers: int, what: str) -> Iterator[Batch]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ccl_fast.clustering import KMeans
+from ccl_fast.evaluation.bootstrap import Resampled, resample_metrics
 from ccl_fast.evaluation.knn import knn_accuracy
 from ccl_fast.evaluation.linear import linear_accuracy
 from ccl_fast.models import Model, embed_layers
@@ -108,6 +109,8 @@ class Evaluation:
     linear: float | None = None
     # what a reader of the figures should know, a line each
     notes: list[str] = field(default_factory=list)
+    # as metrics, but values on resampled images: of two evaluations of the same images and seed they are paired
+    resampled: Resampled = field(default_factory=dict)
 
 
 def evaluate_model(
@@ -140,15 +143,14 @@ def evaluate_model(
         features[name], widths = embed_layers(model, images)
     kmeans = cluster(features["train"], clusters, seed)
     metrics: dict[str, dict[str, dict[str, float]]] = {}
-    shown: dict[str, Tensor] = {}
+    of_detectors: dict[str, dict[str, Tensor]] = {}
     detectors = make_detectors(len(train), clusters, seed, widths)
     for detector_name, detector in detectors.items():
         level = detector_name.partition("/")[0]
         detector.fit_features(features["train"][level], kmeans[level].labels_)
         scores = {p: detector.predict_features(features[p][level]).cpu() for p in parts if p != "train"}
         metrics[detector_name] = _metrics(scores, near, far)
-        if detector_name == DEFAULT:
-            shown = scores
+        of_detectors[detector_name] = scores
     knn, linear = {}, None
     if train.classes is not None and test.classes is not None:
         of_train, of_test = features["train"], features["test"]
@@ -160,12 +162,13 @@ def evaluate_model(
     return Evaluation(
         metrics,
         {part: {level: of_part[level].cpu() for level in ("encoder", "head")} for part, of_part in features.items()},
-        shown,
+        of_detectors[DEFAULT],
         kmeans["head"].labels_.cpu(),
         kmeans["head"].cluster_centers_.cpu(),
-        knn,
-        linear,
-        _notes(detectors),
+        knn=knn,
+        linear=linear,
+        notes=_notes(detectors),
+        resampled=resample_metrics(of_detectors, dict(zip(GROUPS, (list(near), list(far)), strict=True)), seed),
     )
 
 

@@ -25,8 +25,14 @@ if TYPE_CHECKING:
     from ccl_fast.training.loggers import Loggers
     from ccl_fast.training.loop import Run
     from ccl_fast.training.probe import Probe
+    from ccl_fast.training.telling import Telling
 
 WARM_UP = "warm-up"
+# Why a run keeps its number of epochs.
+LENGTHENED = (
+    "the learning rate of every step depends on it, half a cosine that ends at 0, so a longer run is another one from "
+    "its first step on: train it into another output"
+)
 # What is in a run's folder beside its checkpoints.
 METRICS = "metrics.jsonl"
 FINGERPRINTED = 100
@@ -48,6 +54,16 @@ class Progress:
     """The finished part of an experiment, its files (checkpoints, metrics.jsonl) and its loggers.
 
     Every process knows what is done; the first one writes the files, and has the loggers.
+
+    Args:
+        folder: of the run.
+        arguments: those that a resumed run must share.
+        images: to train on.
+        state: to go on from, of a checkpoint.
+        group: the processes.
+        probe: looks at the features now and then.
+        loggers: what else is told of every epoch.
+        go_on: the command that goes on with the run.
     """
 
     def __init__(
@@ -59,8 +75,10 @@ class Progress:
         group: Group,
         probe: Probe,
         loggers: Loggers,
+        go_on: str,
     ):
-        self.folder, self.arguments, self.group, self.probe, self.loggers = folder, arguments, group, probe, loggers
+        self.folder, self.arguments, self.group, self.probe = folder, arguments, group, probe
+        self.loggers, self.go_on = loggers, go_on
         with group.together():
             self.images = _fingerprint(images)
         everywhere = group.gather_objects(self.images)
@@ -119,7 +137,8 @@ class Progress:
         for name, was in theirs.items():
             if was != ours[name]:
                 expected = f"{was!r}, as {whose} has it (config.yaml in its folder has all)"
-                raise ArgumentError(f"{name}: expected {expected}, got {ours[name]!r}")
+                why = f"; {LENGTHENED}" if name == "epochs" else ""
+                raise ArgumentError(f"{name}: expected {expected}, got {ours[name]!r}{why}")
         if state["images"] != self.images:
             raise ArgumentError(f"data: expected the training images of {whose}, got others, or others in number")
 
@@ -195,7 +214,9 @@ class Progress:
         write_atomically(self.folder / METRICS, lambda file: file.write(text.encode()))
 
 
-def advance(run: Run, stage: str, epochs: int, progress: Progress, interruption: Interruption) -> None:
+def advance(
+    run: Run, stage: str, epochs: int, progress: Progress, interruption: Interruption, telling: Telling
+) -> None:
     """Bring one stage to its end, from wherever it is."""
     if stage in progress.finished:
         return
@@ -205,27 +226,31 @@ def advance(run: Run, stage: str, epochs: int, progress: Progress, interruption:
         progress.load(run, progress.finished[WARM_UP])
     progress.begin_logging(stage, len(run.losses) + 1)
 
-    def stop_if_asked() -> None:
+    def after_step() -> None:
+        telling.step(stage, run)
         # A signal may reach one process alone, or all of them at different steps: they stop after the same one.
         number = max(progress.group.gather_int(interruption.received or 0))
         if number:
             received, path = signal.Signals(number), progress.save(stage, run)
-            message = f"stopped by {received.name}; saved to {path}; the same command with resume goes on"
-            raise Interrupted(message, received)
+            raise Interrupted(f"stopped by {received.name}; saved to {path}", received, progress.go_on)
+
+    def after_epoch() -> None:
+        progress.end_epoch(stage, run, epochs)
+        telling.epoch(stage, run)
 
     try:
         with progress.group.waiting():
             run.advance(
                 epochs,
-                name=stage,
-                after_step=stop_if_asked,
-                after_epoch=lambda: progress.end_epoch(stage, run, epochs),
+                after_step=after_step,
+                after_epoch=after_epoch,
+                clustering=lambda: telling.clustering(stage, run),
             )
     except (FloatingPointError, PeerError, ReaderError) as error:
         last = progress.folder / CHECKPOINTS / checkpoint.LAST
         good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
         if last.exists() and not isinstance(error, FloatingPointError):
-            good += "; the same command with resume goes on from it"
+            good += f"; to go on from it: {progress.go_on}"
         raise type(error)(f"{error}; {good}") from error
     progress.finished[stage] = _end_of(stage, run.state_dict())
 

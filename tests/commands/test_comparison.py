@@ -85,7 +85,7 @@ def test_resuming_runs_only_what_is_missing(two_seeds):
     (two_seeds / "seed5" / "report.json").unlink()
     (two_seeds / "comparison.json").unlink()
     finished = (two_seeds / "seed3" / "report.json").stat().st_mtime_ns
-    assert main(["compare", f"--output={two_seeds}", "--seeds=[3,5]", "--resume", *OPTIONS]) == 0
+    assert main(["compare", f"--output={two_seeds.parent}", "--resume"]) == 0  # the newest in it, as it was given
     assert (two_seeds / "seed3" / "report.json").stat().st_mtime_ns == finished
     assert (two_seeds / "seed5" / "report.json").exists()
     after = json.loads((two_seeds / "comparison.json").read_text())
@@ -120,7 +120,7 @@ def test_another_budget_is_not_mixed_in(two_seeds):
         )
 
 
-def test_wrong_arguments_are_named(two_seeds, tmp_path, capsys):
+def test_wrong_arguments_are_named(two_seeds, tmp_path, capsys, monkeypatch):
     def fails_with(message, *arguments):
         assert main(["compare", *OPTIONS, *arguments]) == 2
         assert message in capsys.readouterr().err
@@ -128,7 +128,9 @@ def test_wrong_arguments_are_named(two_seeds, tmp_path, capsys):
     fails_with("seeds: expected at least two different seeds, got [3]", "--seeds=[3]", f"--output={tmp_path / 'new'}")
     fails_with("seeds: expected at least two different seeds, got [3, 3]", "--seeds=[3,3]")
     fails_with("output: expected a folder that does not exist yet", f"--output={two_seeds}")
-    fails_with("resume: expected the output folder of a comparison", "--resume")
+    monkeypatch.chdir(tmp_path)
+    fails_with("there is nothing to resume in runs", "--resume")
     fails_with("output: expected the folder of a comparison to resume", "--resume", f"--output={tmp_path / 'typo'}")
+    fails_with("overwrite: expected False when resuming", "--resume", "--overwrite", f"--output={two_seeds}")
     resumed = (f"--output={two_seeds}", "--seeds=[3,5]", "--resume")
     fails_with("clusters: expected 4, as the comparison to resume has it, got 5", *resumed, "--clusters=5")
