@@ -28,7 +28,7 @@ def evaluate(
     data: str | Path | Dataset | tuple[Dataset, Dataset] | None = None,
     data_root: str | Path | None = None,
     backbone: str | nn.Module | None = None,
-    workers: int = 0,
+    workers: int | None = None,
     device: str = "auto",
     download: bool = False,
     strict: bool = False,
@@ -48,7 +48,7 @@ def evaluate(
         data: where the run's images are now; by default where they were.
         data_root: folder of torchvision's data sets; by default that of the run.
         backbone: the module that the run was trained with, if it was one (Python only).
-        workers: processes that read images.
+        workers: processes that read images; by default as in the run.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         download: let torchvision download a data set that is not there.
         strict: stop at an unreadable image of a folder; by default they are skipped and counted.
