@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import sys
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
 
 import torch
 
+from ccl_fast.commands.environment import describe_environment
 from ccl_fast.commands.image_sets import ImageSets
+from ccl_fast.commands.reproduction import command_line, resolved
 from ccl_fast.evaluation import (
     CONFIDENCE,
     DEFAULT,
     GROUPS,
     RESAMPLES,
     Evaluation,
+    describe_thresholds,
     difference_intervals,
     metric_intervals,
     write_page,
@@ -27,7 +27,6 @@ from ccl_fast.files import write_atomically
 from ccl_fast.metrics import cluster_quality
 from ccl_fast.models import Model
 from ccl_fast.training.objectives import OBJECTIVES
-from ccl_fast.version import __version__
 
 
 def describe(arguments: dict, sets: ImageSets, evaluations: Mapping[str, Evaluation], device: torch.device) -> dict:
@@ -43,6 +42,7 @@ def describe(arguments: dict, sets: ImageSets, evaluations: Mapping[str, Evaluat
     classes = sets.train.classes
     report = {
         "arguments": arguments,
+        "resolved": resolved(arguments, sets, device),
         "images": {
             "train": len(sets.train),
             "test": len(sets.test),
@@ -58,22 +58,17 @@ def describe(arguments: dict, sets: ImageSets, evaluations: Mapping[str, Evaluat
             objective: metric_intervals(evaluation.resampled) for objective, evaluation in evaluations.items()
         },
     }
+    report["thresholds"] = {o: describe_thresholds(of.scores, list(sets.ood)) for o, of in evaluations.items()}
     if len(evaluations) == 2:  # of the objective less the baseline
         report["differences"] = difference_intervals(*(evaluation.resampled for evaluation in evaluations.values()))
     if classes is not None:
         report["classes"] = len(classes.unique())
         report["clustering"] = {m: cluster_quality(j.cluster_ids, classes) for m, j in evaluations.items()}
+    if (command := command_line(arguments)) is not None:
+        report["command"] = command
     if all(evaluation.knn for evaluation in evaluations.values()):
         report["knn"] = {objective: evaluation.knn for objective, evaluation in evaluations.items()}
-    return report | {
-        "environment": {
-            "ccl_fast": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {os.cpu_count()} cores",
-            "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        }
-    }
+    return report | {"environment": describe_environment(device)}
 
 
 def format_table(report: dict) -> str:

@@ -14,7 +14,7 @@ with packages_of_training():
     from ccl_fast.evaluation.detection import DEFAULT, GROUPS, Evaluation, cluster, evaluate_model, make_detectors
     from ccl_fast.evaluation.knn import knn_accuracy
     from ccl_fast.evaluation.page import write_page
-    from ccl_fast.evaluation.pictures import threshold
+    from ccl_fast.evaluation.thresholds import describe_thresholds, threshold
 
 __all__ = [
     "CONFIDENCE",
@@ -24,6 +24,7 @@ __all__ = [
     "Evaluation",
     "cluster",
     "confidence_interval",
+    "describe_thresholds",
     "difference_intervals",
     "evaluate_model",
     "knn_accuracy",
