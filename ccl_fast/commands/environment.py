@@ -28,12 +28,17 @@ def describe_environment(device: torch.device) -> dict:
         **{name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "system": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if is_cuda else f"cpu, {os.cpu_count()} cores",
+        "device": describe_device(device),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if is_cuda else None,
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
     return {name: value for name, value in environment.items() if value is not None}
+
+
+def describe_device(device: torch.device) -> str:
+    """Return a device's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {os.cpu_count()} cores"
 
 
 def find_commit() -> str | None:

@@ -89,7 +89,7 @@ def evaluate(
             sets.test,
             sets.near,
             sets.far,
-            clusters=min(trained.clusters, len(sets.train)),
+            clusters=trained.config.detector_clusters,
             seed=trained.config.seed,
         )
         for objective in trained.objectives

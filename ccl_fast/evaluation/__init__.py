@@ -13,6 +13,7 @@ with packages_of_training():
     )
     from ccl_fast.evaluation.detection import DEFAULT, GROUPS, Evaluation, cluster, evaluate_model, make_detectors
     from ccl_fast.evaluation.knn import knn_accuracy
+    from ccl_fast.evaluation.linear import linear_accuracy
     from ccl_fast.evaluation.page import write_page
     from ccl_fast.evaluation.thresholds import describe_thresholds, threshold
 
@@ -28,6 +29,7 @@ __all__ = [
     "difference_intervals",
     "evaluate_model",
     "knn_accuracy",
+    "linear_accuracy",
     "make_detectors",
     "metric_intervals",
     "resample_metrics",

@@ -132,10 +132,16 @@ def _content(report: dict, evaluations: Mapping[str, Evaluation], images: Mappin
         "confidence": f"{100 * report['bootstrap']['confidence']:g} %",
         "cards": [_card(report, objectives, group) for group in groups],
         "knn": [
-            {"objective": objective} | {level: _percent(accuracy) for level, accuracy in of_levels.items()}
+            {"objective": objective, "linear": _percent(report["linear"][objective])}
+            | {level: _percent(accuracy) for level, accuracy in of_levels.items()}
             for objective, of_levels in report.get("knn", {}).items()
         ],
         "metrics": METRICS,
+        "notes": [
+            f"{report['titles'][objective]}: {note}"
+            for objective in objectives
+            for note in evaluations[objective].notes
+        ],
         "overview": [_overview(report, objectives, group) for group in groups],
         "of_groups": [
             {
@@ -502,7 +508,7 @@ def _curve(
     epochs, values = zip(*points, strict=True) if points else ((), ())
     name, _, k = key.partition("/")
     at_end = None
-    if k in ("", str(len(evaluation.centers))):
+    if (k or str(report["arguments"]["clusters"]).strip("[]")) == str(len(evaluation.centers)):  # as many
         sizes = evaluation.cluster_ids.bincount(minlength=len(evaluation.centers))
         of_report = {"smallest_cluster": int(sizes.min()), "largest_cluster": int(sizes.max())}
         at_end = (of_report | report.get("clustering", {}).get(objective, {})).get(name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,12 +14,12 @@ if TYPE_CHECKING:
 PERCENTS = (90, 95, 99)
 
 
-def threshold(test: Tensor, percent: int = 95) -> float:
-    """Return the least score that accepts so many percent of the test images: those with scores up to it.
+def threshold(test: Tensor, accept: float = 0.95) -> float:
+    """Return the least score that accepts that share of the test images: those with scores up to it.
 
     Args:
         test: scores of the test images [n], higher = more outlying.
-        percent: 1 to 100.
+        accept: above 0, at most 1; as it is written in decimals, so that 0.95 of 100 images are 95.
 
     Example:
         >>> import torch
@@ -25,7 +27,7 @@ def threshold(test: Tensor, percent: int = 95) -> float:
         >>> threshold(torch.arange(100.0))
         94.0
     """
-    return test.sort().values[-(-percent * len(test) // 100) - 1].item()
+    return test.sort().values[math.ceil(Fraction(str(accept)) * len(test)) - 1].item()
 
 
 def describe_thresholds(scores: Mapping[str, Tensor], sets: Sequence[str]) -> dict[str, dict]:
@@ -40,7 +42,7 @@ def describe_thresholds(scores: Mapping[str, Tensor], sets: Sequence[str]) -> di
     """
     described = {}
     for percent in PERCENTS:
-        cut = threshold(scores["test"], percent)
+        cut = threshold(scores["test"], percent / 100)
         accepted = {name: (scores[name] <= cut).double().mean().item() for name in sets}
         described[str(percent)] = {"threshold": cut, "accepted": accepted}
     return described

@@ -570,8 +570,10 @@ def test_the_accuracy_of_neighbors_is_beside_the_auroc(tmp_path):
     report, evaluations, images = make(sizes=(40, 20, 6))
     assert "Classes" not in write(tmp_path, report, evaluations, images).text
     report["knn"] = {"simclr": {"encoder": 0.5931, "head": 0.6152}, "ccl": {"encoder": 0.7, "head": 0.8}}
+    report["linear"] = {"simclr": 0.25, "ccl": 0.5}
     text = " ".join(write(tmp_path, report, evaluations, images).text.split())
-    assert "SimCLR 59.3 % encoder 61.5 % head CCL 70.0 % encoder 80.0 % head" in text
+    of_simclr = "SimCLR 59.3 % encoder 61.5 % head 25.0 % encoder, linear"
+    assert f"{of_simclr} CCL 70.0 % encoder 80.0 % head 50.0 % encoder, linear" in text
 
 
 def test_curves_of_clusters_have_the_baseline_beside_them(tmp_path):
