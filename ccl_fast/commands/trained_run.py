@@ -49,14 +49,16 @@ class TrainedRun:
                 "the same training command with resume goes on with it"
             )
 
-    @property
-    def clusters(self) -> int:
-        """The number of clusters that detectors get: of several the first."""
-        return as_list(self.config.clusters)[0]
-
     def model(self, objective: str, shape: tuple[int, int, int], device: torch.device) -> Model:
         """Return the model of an objective, in evaluation mode."""
-        model = Model(self.config.backbone, shape, self.config.embedding_dim, stem=self.config.stem)
+        model = Model(
+            self.config.backbone,
+            shape,
+            self.config.embedding_dim,
+            stem=self.config.stem,
+            pretrained=self.config.pretrained,
+            load=False,
+        )
         path = self.folder / f"{objective}.pt"
         try:
             weights = read_tensors(path)

@@ -37,8 +37,11 @@ class Source(Dataset):
         argument: how errors call it.
 
     Attributes:
+        can_be_shared: processes may read it unasked; of anybody's data set nobody knows, as it may hold an open file.
         skipped: why images were left out; only a folder's are.
     """
+
+    can_be_shared = False
 
     def __init__(self, items: Dataset, argument: str):
         if isinstance(items, IterableDataset) or not (hasattr(items, "__getitem__") and hasattr(items, "__len__")):
@@ -83,6 +86,16 @@ class Source(Dataset):
     def labelled(self) -> bool:
         """Whether all sampled items have a class."""
         return all(item.c is not None for item in self.sample)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """What classes 0, 1, ... are called, where the data set tells as torchvision's do; of synonyms the first."""
+        names = getattr(self.items, "classes", None)
+        if not isinstance(names, Sequence) or isinstance(names, str):
+            return None
+        firsts = [name[0] if isinstance(name, tuple) and name else name for name in names]
+        found = [name for name in firsts if isinstance(name, str)]
+        return found if len(found) == len(names) else None
 
     @functools.cached_property
     def classes(self) -> Tensor | None:

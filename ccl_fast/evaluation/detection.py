@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ccl_fast.clustering import KMeans
+from ccl_fast.evaluation.bootstrap import Resampled, resample_metrics
 from ccl_fast.evaluation.knn import knn_accuracy
+from ccl_fast.evaluation.linear import linear_accuracy
 from ccl_fast.models import Model, embed_layers
 from ccl_fast.ood import Columns, CosineNorm, Ensemble, Mahalanobis, NearestCenter, NearestNeighbor, ood_metrics
 
@@ -103,6 +105,12 @@ class Evaluation:
     centers: Tensor
     # "encoder" or "head" -> accuracy of the nearest training images' votes on the classes of the test images, if known
     knn: dict[str, float] = field(default_factory=dict)
+    # accuracy of a linear classifier of the encoder's features, if classes are known
+    linear: float | None = None
+    # what a reader of the figures should know, a line each
+    notes: list[str] = field(default_factory=list)
+    # as metrics, but values on resampled images: of two evaluations of the same images and seed they are paired
+    resampled: Resampled = field(default_factory=dict)
 
 
 def evaluate_model(
@@ -119,36 +127,64 @@ def evaluate_model(
 
     Every model gets its own clusters for the detectors that need some, so that none depends on how the model was
     trained. "near" and "far" are means over the sets of that kind, as in OpenOOD.
+
+    Args:
+        model: it is left in the mode that it is in.
+        train: images to fit the detectors to.
+        test: images of the same kind.
+        near, far: OOD sets by name.
+        clusters: number of clusters of each level of features; fewer if there are fewer training images.
+        seed: of k-means and of the ensembles' folds.
     """
+    clusters = min(clusters, len(train))
     parts = {"train": train, "test": test} | dict(near) | dict(far)
     features, widths = {}, []
     for name, images in parts.items():
         features[name], widths = embed_layers(model, images)
     kmeans = cluster(features["train"], clusters, seed)
     metrics: dict[str, dict[str, dict[str, float]]] = {}
-    shown: dict[str, Tensor] = {}
-    for detector_name, detector in make_detectors(len(train), clusters, seed, widths).items():
+    of_detectors: dict[str, dict[str, Tensor]] = {}
+    detectors = make_detectors(len(train), clusters, seed, widths)
+    for detector_name, detector in detectors.items():
         level = detector_name.partition("/")[0]
         detector.fit_features(features["train"][level], kmeans[level].labels_)
         scores = {p: detector.predict_features(features[p][level]).cpu() for p in parts if p != "train"}
         metrics[detector_name] = _metrics(scores, near, far)
-        if detector_name == DEFAULT:
-            shown = scores
-    knn = {}
+        of_detectors[detector_name] = scores
+    knn, linear = {}, None
     if train.classes is not None and test.classes is not None:
         of_train, of_test = features["train"], features["test"]
         knn = {
             level: knn_accuracy(of_train[level], train.classes, of_test[level], test.classes)
             for level in ("encoder", "head")
         }
+        linear = linear_accuracy(of_train["encoder"], train.classes, of_test["encoder"], test.classes)
     return Evaluation(
         metrics,
         {part: {level: of_part[level].cpu() for level in ("encoder", "head")} for part, of_part in features.items()},
-        shown,
+        of_detectors[DEFAULT],
         kmeans["head"].labels_.cpu(),
         kmeans["head"].cluster_centers_.cpu(),
-        knn,
+        knn=knn,
+        linear=linear,
+        notes=_notes(detectors),
+        resampled=resample_metrics(of_detectors, dict(zip(GROUPS, (list(near), list(far)), strict=True)), seed),
     )
+
+
+def _notes(detectors: Mapping[str, FeatureDetector]) -> list[str]:
+    """Return what is to be said of fitted detectors."""
+    notes = []
+    for level in ("head", "encoder"):
+        detector = detectors[f"{level}/mahalanobis"]
+        assert isinstance(detector, Mahalanobis)
+        if detector.is_shared:
+            k, width = detector.means.shape
+            notes.append(
+                f"Mahalanobis distances of {level} features: the {k:,} clusters share one covariance, as their own "
+                f"would take {k * width**2 * 4 / 2**30:,.1f} GiB"
+            )
+    return notes
 
 
 def _metrics(scores: dict[str, Tensor], near: Collection[str], far: Collection[str]) -> dict[str, dict[str, float]]:

@@ -10,6 +10,7 @@ from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.batch import check_ids, check_queries
 from ccl_fast.losses.meow import MEOWLoss
 from ccl_fast.ops import row_dot, streaming_logsumexp
+from ccl_fast.ops.differentiable import savable
 from ccl_fast.ops.precision import accumulation_dtype
 
 # Of a removed key, besides all that the embeddings can bring: exp is 0 there also in float64.
@@ -40,6 +41,11 @@ class AdaMEOWLoss(MEOWLoss):
         weigh_positive: the positive has the weight of its cluster with itself in the sum, as in the authors' code; if
             not, it has the weight 1.
         learnable_temperature, normalize, reduction, backend: as in `Loss`. (It runs on one process.)
+
+    Cost:
+        operators: LSE of rows of D + K: the logarithms of the weights against the cluster, `candidates="other_id"`
+            by sample; the positive.
+        units: 4 of N x N x (D + K): views once, N all rows; two towers for each direction.
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
@@ -157,7 +163,12 @@ class PairWeights(nn.Module):
         Returns:
             ``[k, k]``: the weights of `AdaMEOWLoss`; symmetric without ``key_centers``.
         """
-        key_centers = centers if key_centers is None else key_centers
+        width = self.first.in_features
+        for name, x in (("centers", centers), ("key_centers", centers if key_centers is None else key_centers)):
+            check_matrix(name, x, columns=width)
+            check_same(name, x, "the network", self.first.weight)
+        centers = savable(centers)
+        key_centers = centers if key_centers is None else savable(key_centers)
         # Linear before it is added up: k x k x hidden, not k x k x d.
         pairs = self.first(centers)[:, None] + nn.functional.linear(key_centers, self.first.weight)
         return self.second(pairs.tanh()).squeeze(-1).sigmoid()

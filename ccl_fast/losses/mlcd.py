@@ -49,6 +49,10 @@ class MLCDLoss(Loss):
         margin_form: "arcface" or "cosface".
         learnable_temperature, normalize, reduction: as in `Loss`. (It has one backend, and runs on one process.)
 
+    Cost:
+        operators: `edge_similarity` of the row's clusters, `logsumexp_excluding` them.
+        units: 4 of N x r K x D.
+
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
 
@@ -151,7 +155,7 @@ class MLCDLoss(Loss):
 def draw_prototypes(ids: Tensor, k: int, share: float, generator: torch.Generator | None) -> Tensor:
     """The prototypes of a batch, ascending: those of all its clusters, and others at random up to ``share * k``."""
     own = ids[ids >= 0].unique()  # the host waits: it must know how many
-    priority = torch.rand(k, generator=generator, device=ids.device).index_fill_(0, own, 2.0)
+    priority = torch.rand(k, generator=generator, device=ids.device, dtype=torch.float32).index_fill_(0, own, 2.0)
     count = max(own.shape[0], ceil_of_share(share, k))
     return priority.topk(count, sorted=False).indices.sort().values
 

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_count, check_flag, check_seed, check_share
+from ccl_fast.checks import check_choice, check_count, check_flag, check_seed, check_share
 from ccl_fast.clustering import KMeans
 from ccl_fast.ood.detector import FeatureDetector
 from ccl_fast.ood.neighbors import largest_cosine
+from ccl_fast.ops import kmeans_assign
 from ccl_fast.ops.kmeans.update import kmeans_update
 from ccl_fast.ops.normalize import normalize_rows
 
 # A feature whose standard deviation is below this share of the features' mean one counts as constant: one that is
 # active in a few training images of a thousand. Of the networks measured so far the least share is 0.075.
 CONSTANT = 0.05
+# Numbers in the covariances of all clusters, K D^2, up to which each has its own: 256 MiB in float32.
+MOST_COVARIANCES = 2**26
+# Rows of which a covariance is summed at a time, in float64.
+ROWS = 65_536
+
+Covariance = Literal["auto", "each", "shared"]
 
 
 class ClusterDetector(FeatureDetector):
@@ -73,14 +80,34 @@ class Mahalanobis(ClusterDetector):
     covariance of cluster c. A feature that is all but constant in training is standardised by the features' mean
     standard deviation. Small clusters have singular covariances, so ``C_c = (1 - s) cov_c + s (tr cov_c / D) I``.
 
+    K covariances take K D^2 numbers, and every score K triangular solves. A shared one takes D^2, and one solve: for
+    all clusters cov_c is then the mean over the samples of ``(z - mu_y) (z - mu_y)^T``.
+
     Args:
         model: see :class:`FeatureDetector`.
         n_clusters: number of spherical k-means clusters made when fitted without labels.
         shrinkage: s, in (0, 1].
         normalize: False: the length of x counts.
+        covariance: "each" cluster's own, or one that all clusters have "shared"; "auto": each, unless the covariances
+            would be more than 2^26 numbers (256 MiB in float32).
         seed: seed of that k-means.
 
-    Paper: Sehwag, Chiang, Mittal, "SSD: a unified framework for self-supervised outlier detection", 2021 (s = 0 there).
+    Attributes:
+        is_shared: once fitted, whether several clusters share a covariance.
+
+    Papers: Sehwag, Chiang, Mittal, "SSD: a unified framework for self-supervised outlier detection", 2021 (s = 0
+    there); with a shared covariance, Lee, Lee, Lee, Shin, "A simple unified framework for detecting out-of-distribution
+    samples and adversarial attacks", 2018.
+
+    Example:
+        >>> import torch
+        >>> from ccl_fast.ood import Mahalanobis
+        >>> features = torch.randn(600, 16, generator=torch.Generator().manual_seed(0))
+        >>> detector = Mahalanobis(n_clusters=3).fit_features(features)
+        >>> detector.factors.shape, detector.is_shared
+        (torch.Size([3, 16, 16]), False)
+        >>> Mahalanobis(n_clusters=3, covariance="shared").fit_features(features).factors.shape
+        torch.Size([1, 16, 16])
     """
 
     hyperparameter_space: ClassVar[dict[str, list]] = {
@@ -95,15 +122,17 @@ class Mahalanobis(ClusterDetector):
         *,
         shrinkage: float = 0.1,
         normalize: bool = True,
+        covariance: Covariance = "auto",
         seed: int = 0,
     ):
-        self.shrinkage, self.normalize = shrinkage, normalize
+        self.shrinkage, self.normalize, self.covariance = shrinkage, normalize, covariance
         super().__init__(model, n_clusters, seed=seed)
 
     def _check_hyperparameters(self) -> None:
         super()._check_hyperparameters()
         check_share("shrinkage", self.shrinkage)
         check_flag("normalize", self.normalize)
+        check_choice("covariance", self.covariance, get_args(Covariance))
 
     def _fit(self, x: Tensor, y: Tensor | None) -> None:
         y, n_clusters = self._clusters(x, y)
@@ -114,25 +143,64 @@ class Mahalanobis(ClusterDetector):
         typical = std.mean().clamp(min=1e-6)
         self.std = torch.where(std > CONSTANT * typical, std, typical)
         z = (x - self.mean) / self.std
-        fitted = [self._gaussian(z[y == c].double()) for c in range(n_clusters)]
-        self.means, self.factors = (torch.stack(part).to(x.dtype) for part in zip(*fitted, strict=True))
+        if self._shares(n_clusters, z.shape[1]):
+            fitted = [self._shared(z, y, n_clusters)]
+        else:
+            fitted = [self._gaussian(z[y == c]) for c in range(n_clusters)]
+        means, factors = zip(*fitted, strict=True)
+        self.means, self.factors = torch.cat(means), torch.stack(factors)
+
+    def _shares(self, n_clusters: int, width: int) -> bool:
+        if self.covariance == "auto":
+            return n_clusters * width**2 > MOST_COVARIANCES
+        return self.covariance == "shared"
+
+    @property
+    def is_shared(self) -> bool:
+        return len(self.factors) < len(self.means)
 
     def _placed(self, x: Tensor) -> Tensor:
         return normalize_rows(x) if self.normalize else x
 
     def _gaussian(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and Cholesky factor of the covariance of the rows of one cluster."""
-        mean = z.mean(0)
-        covariance = (z - mean).T @ (z - mean) / len(z)
+        """Mean [1, D] of the rows of one cluster and Cholesky factor of their covariance."""
+        rows = z.double()
+        mean = rows.mean(0, keepdim=True)
+        covariance = (rows - mean).T @ (rows - mean) / len(rows)
+        return mean.to(z.dtype), self._factor(covariance).to(z.dtype)
+
+    def _shared(self, z: Tensor, y: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
+        """Means [K, D] and Cholesky factor of the covariance about them."""
+        sums = torch.zeros(n_clusters, z.shape[1], dtype=torch.float64, device=z.device)
+        covariance = torch.zeros(z.shape[1], z.shape[1], dtype=torch.float64, device=z.device)
+        blocks = list(zip(z.split(ROWS), y.split(ROWS), strict=True))
+        for rows, ids in blocks:
+            sums.index_add_(0, ids, rows.double())
+        means = sums / y.bincount(minlength=n_clusters)[:, None]
+        for rows, ids in blocks:
+            centered = rows.double() - means[ids]
+            covariance.addmm_(centered.T, centered, alpha=1 / len(z))
+        return means.to(z.dtype), self._factor(covariance).to(z.dtype)
+
+    def _factor(self, covariance: Tensor) -> Tensor:
+        """Cholesky factor of the covariance once it is shrunk."""
         spread = covariance.diagonal().mean().clamp(min=1e-6)  # one sample, or copies of one, have none
         shrunk = (1 - self.shrinkage) * covariance
         shrunk.diagonal().add_(self.shrinkage * spread)
-        return mean, torch.linalg.cholesky(shrunk)
+        return torch.linalg.cholesky(shrunk)
 
     def _score(self, x: Tensor) -> Tensor:
         z = (self._placed(x) - self.mean) / self.std
+        if self.is_shared:
+            return self._score_by_one(z)
         best = z.new_full((len(z),), torch.inf)
         for mean, factor in zip(self.means, self.factors, strict=True):
             whitened = torch.linalg.solve_triangular(factor, (z - mean).T, upper=False)
             best = torch.minimum(best, whitened.square().sum(0))
         return best
+
+    def _score_by_one(self, z: Tensor) -> Tensor:
+        """By the one covariance: whitened by it, the nearest cluster is the one whose mean is nearest."""
+        rows, means = (torch.linalg.solve_triangular(self.factors[0], of.T, upper=False).T for of in (z, self.means))
+        nearest = kmeans_assign(rows, means)[0]
+        return (rows - means[nearest]).square().sum(1)

@@ -221,14 +221,6 @@ ERRORS = {
     "by place": (lambda z, m: SupConLoss()(z, None, m), "indices_tuple: expected a tuple .* got Tensor"),
     "embeddings": (lambda z, m: SupConLoss()(z.tolist(), mask=m), "embeddings: expected a torch.Tensor, got list"),
     "contrast_mode": (lambda z, m: SupConLoss(contrast_mode="two"), "contrast_mode: expected one of 'all', 'one'"),
-    "processes": (
-        lambda z, m: SupConLoss(contrast_mode="one", process_group="world"),
-        "contrast_mode: expected 'all' with process_group",
-    ),
-    "mask of processes": (
-        lambda z, m: SupConLoss(process_group="world")(z, mask=m),
-        "mask: expected None with process_group",
-    ),
 }
 
 
@@ -236,3 +228,12 @@ ERRORS = {
 def test_errors(use, message):
     with pytest.raises(ValueError, match=message):
         use(features(), masks()["weights"].float())
+
+
+def test_labels_may_be_a_column():
+    labels = torch.arange(9) % 3
+    for options in ({}, {"form": "inside"}, {"contrast_mode": "one"}, {"unassigned": None}):
+        loss = SupConLoss(0.07, **options)
+        assert loss(features(), labels[:, None]).equal(loss(features(), labels))
+    with pytest.raises(ValueError, match=r"labels: expected shape \[9\], got \[9, 2\]"):
+        SupConLoss()(features(), labels[:, None].expand(-1, 2))

@@ -255,12 +255,43 @@ def test_mahalanobis(features):
     torch.testing.assert_close(Mahalanobis(shrinkage=0.2).fit_features(x, y).predict_features(new), expected)
 
 
+def test_mahalanobis_with_a_shared_covariance(features):
+    x, y, new = features
+    unit, new_unit = (v / v.norm(dim=1, keepdim=True) for v in (x, new))
+    standard, new_standard = ((v - unit.mean(0)) / unit.std(0, correction=0) for v in (unit, new_unit))
+    means = torch.stack([standard[y == c].mean(0) for c in range(3)])
+    centered = standard - means[y]
+    covariance = centered.T @ centered / len(x)
+    shrunk = 0.8 * covariance + 0.2 * covariance.trace() / 6 * torch.eye(6, dtype=torch.float64)
+    differences = new_standard[:, None] - means
+    expected = ((differences @ shrunk.inverse()) * differences).sum(2).amin(1)
+    detector = Mahalanobis(shrinkage=0.2, covariance="shared").fit_features(x, y)
+    assert detector.is_shared and detector.factors.shape == (1, 6, 6)
+    torch.testing.assert_close(detector.predict_features(new), expected)
+
+
+def test_covariances_that_would_be_too_large_are_shared(features, monkeypatch):
+    x, y, new = features
+    of_each, shared = (
+        Mahalanobis(covariance=which).fit_features(x, y).predict_features(new) for which in ("each", "shared")
+    )
+    assert not torch.allclose(of_each, shared)
+    for most, expected in ((3 * 6 * 6, of_each), (3 * 6 * 6 - 1, shared)):
+        monkeypatch.setattr("ccl_fast.ood.clusters.MOST_COVARIANCES", most)
+        detector = Mahalanobis().fit_features(x, y)
+        assert detector.is_shared == (expected is shared)
+        assert detector.predict_features(new).equal(expected)
+    # A width of ResNet-50's: one covariance of 2,048 features instead of 25,000.
+    assert Mahalanobis()._shares(25_000, 2048)
+
+
 DETECTORS = {
     "nearest neighbour": NearestNeighbor,
     "third neighbour": lambda **options: NearestNeighbor(k=3, **options),
     "cosine x norm": CosineNorm,
     "centre": lambda **options: NearestCenter(n_clusters=3, **options),
     "mahalanobis": lambda **options: Mahalanobis(n_clusters=3, **options),
+    "mahalanobis, shared": lambda **options: Mahalanobis(n_clusters=3, covariance="shared", **options),
     "ensemble": lambda **options: Ensemble(
         [NearestNeighbor(k=3), NearestCenter(n_clusters=3), Mahalanobis(n_clusters=3)], **options
     ),
@@ -652,7 +683,7 @@ def test_wrong_arguments_of_detectors(features):
         Ensemble([NearestNeighbor(), "knn"])
     with pytest.raises(ValueError, match=r"^weights: expected a positive number for each of 1 detectors, got \[1, 2\]"):
         Ensemble([NearestNeighbor()], weights=[1, 2])
-    with pytest.raises(ValueError, match=r"^weights: expected a positive number"):
+    with pytest.raises(ValueError, match=r"^weights\[0\]: expected a positive number, got 0"):
         Ensemble([NearestNeighbor()], weights=[0])
     with pytest.raises(ValueError, match=r"^detector: expected a detector of features, got str"):
         Columns("knn", slice(2))
@@ -660,11 +691,13 @@ def test_wrong_arguments_of_detectors(features):
         Columns(NearestNeighbor(), 3)
     with pytest.raises(ValueError, match=r"^normalize: expected True or False, got 'no'"):
         Mahalanobis(normalize="no")
+    with pytest.raises(ValueError, match=r"^covariance: expected one of 'auto', 'each', 'shared', got 'tied'"):
+        Mahalanobis(covariance="tied")
     with pytest.raises(ValueError, match=r"^folds: expected an integer >= 2, got 1"):
         Ensemble([NearestNeighbor()], folds=1)
     with pytest.raises(ValueError, match=r"^x: expected at least folds=5 rows, got 4"):
         Ensemble([NearestNeighbor()]).fit_features(x[:4])
-    with pytest.raises(ValueError, match=r"^seed: expected an integer, got '1'"):
+    with pytest.raises(ValueError, match=r"^seed: expected an integer >= 0 and below 2\^63, got '1'"):
         Ensemble([NearestNeighbor()], seed="1")
     with pytest.raises(ValueError, match=r"^speed: expected one of \['k'\], got 'speed'"):
         NearestNeighbor().set_hyperparameters(speed=2)

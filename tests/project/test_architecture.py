@@ -11,7 +11,7 @@ import pytest
 import ccl_fast
 
 PACKAGE = Path(ccl_fast.__file__).parent
-COMMON = {"checks", "errors", "files", "version"}
+COMMON = {"checks", "errors", "files", "later", "version"}
 # What each layer may import of the package, besides itself and what is common.
 MAY_IMPORT = {
     "kernels": set(),
@@ -66,4 +66,9 @@ extras = {"torchvision", "torchmetrics", "mlxtend", "matplotlib", "tqdm", "jsona
 found |= extras & (sys.modules.keys() - of_torch)
 sys.exit(f"imported {found}" if found else 0)
 """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_needs_no_extra_is_reached_from_the_package():
+    code = "import ccl_fast; ccl_fast.ood.Mahalanobis, ccl_fast.metrics.uniformity, ccl_fast.clustering.KMeans"
     subprocess.run([sys.executable, "-c", code], check=True)
