@@ -10,12 +10,13 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ccl_fast.commands.image_sets import load_image_sets
-from ccl_fast.commands.report import describe, write_report
+from ccl_fast.commands.report import describe, describe_device, write_report
 from ccl_fast.commands.run_folder import EVALUATION
 from ccl_fast.commands.trained_run import TrainedRun
 from ccl_fast.errors import ArgumentError
 from ccl_fast.evaluation import evaluate_model
 from ccl_fast.training.launch import check_alone, find_device
+from ccl_fast.training.telling import say
 
 
 def evaluate(
@@ -81,7 +82,9 @@ def evaluate(
         raise ArgumentError(f"output: expected a folder, got the file {str(folder)!r}")
     if (folder / "evaluation.json").exists() and not overwrite:
         raise FileExistsError(f"output: expected a folder without an evaluation, or overwrite, got {str(folder)!r}")
+    say(f"on {describe_device(where)}; reading {trained.config.plain()['data']}")
     sets = load_image_sets(trained.config).to(where)
+    say(f"evaluating {' and '.join(trained.objectives)}: features, k-means, detectors on {len(sets.ood)} OOD sets")
     evaluations = {
         objective: evaluate_model(
             trained.model(objective, sets.train.shape, where),

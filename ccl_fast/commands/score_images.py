@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ccl_fast.checks import check_share
+from ccl_fast.commands.environment import describe_device
 from ccl_fast.commands.image_sets import read_split
-from ccl_fast.commands.report import describe_device
 from ccl_fast.commands.score_table import write_scores
 from ccl_fast.commands.trained_run import TrainedRun
 from ccl_fast.data import Images, Split, load_folder

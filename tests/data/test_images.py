@@ -380,6 +380,19 @@ def test_damaged_metadata_and_huge_images_do_not_matter(tmp_path, monkeypatch, r
         load_folder(tmp_path, (3, 8, 8), strict=True)
 
 
+def test_files_and_folders_together(tmp_path):
+    (tmp_path / "more").mkdir()
+    for i, name in enumerate(("b.png", "a.png", "more/c.png")):
+        save(gradient(8, 8 + i), tmp_path / name)
+    files = [tmp_path / "b.png", tmp_path / "more", tmp_path / "b.png", tmp_path / "a.png"]
+    images, paths = load_folder(files, (3, 8, 8))
+    assert paths == [tmp_path / name for name in ("b.png", "more/c.png", "a.png")]
+    assert images.classes is None
+    alone, [path] = load_folder(str(tmp_path / "a.png"), (3, 8, 8))
+    assert path == tmp_path / "a.png"
+    assert alone[torch.arange(1)].equal(images[torch.tensor([2])])
+
+
 def test_folders_without_images(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=f"images: expected a folder of images, got {tmp_path}/missing, which is"
@@ -388,8 +401,10 @@ def test_folders_without_images(tmp_path):
     with pytest.raises(ArgumentError, match=r"images: expected images \(\.jpg, .*\.webp\) in .*, got none"):
         load_folder(tmp_path, (3, 8, 8))
     (tmp_path / "a.png").touch()
-    with pytest.raises(ArgumentError, match="images: expected a folder of images, got a file"):
+    with pytest.raises(ArgumentError, match=r"images: expected images in .*a\.png, got 1 files .* got an empty file"):
         load_folder(tmp_path / "a.png", (3, 8, 8))
+    with pytest.raises(ArgumentError, match="images: expected at least one file or folder, got none"):
+        load_folder([], (3, 8, 8))
     with pytest.raises(
         ArgumentError, match=r"images: expected images in .*, got 1 files that cannot be read; .*a\.png"
     ):

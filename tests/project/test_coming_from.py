@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import ccl_fast
-import ccl_fast.ood
 from tests import ROOT
 from tests.oracles import supcontrast
 
