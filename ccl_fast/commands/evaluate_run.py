@@ -9,8 +9,9 @@ from pathlib import Path
 from torch import nn
 from torch.utils.data import Dataset
 
+from ccl_fast.commands.environment import describe_device
 from ccl_fast.commands.image_sets import load_image_sets
-from ccl_fast.commands.report import describe, describe_device, write_report
+from ccl_fast.commands.report import describe, write_report
 from ccl_fast.commands.run_folder import EVALUATION
 from ccl_fast.commands.trained_run import TrainedRun
 from ccl_fast.errors import ArgumentError
