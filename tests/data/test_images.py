@@ -14,6 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from torchvision.transforms import v2
 
+import ccl_fast.data.reading
 from ccl_fast.data import Images, load_folder, load_split
 from ccl_fast.data.pixels import to_pixels
 from ccl_fast.errors import ArgumentError
@@ -224,6 +225,31 @@ def test_on_demand_equals_in_memory(photos, workers):
     assert few.classes.tolist() == same_few.classes.tolist() == in_memory.classes[order[[4, 0]]].tolist()
     assert torch.equal(torch.cat(list(same_few.batches(1))), everything(few))
     assert state.equal(torch.get_rng_state())  # the caller's
+
+
+@pytest.mark.parametrize(("cpus", "processes", "expected"), [(1, 1, 0), (2, 1, 1), (64, 1, 8), (64, 8, 7), (2, 3, 0)])
+def test_as_many_processes_read_ahead_as_there_are_cpus_to_spare(cpus, processes, expected, monkeypatch, photos):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cpus)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    on_demand, _ = load_folder(photos, (3, 8, 8), memory=0, workers=None)
+    assert on_demand.workers == expected
+    assert load_folder(photos, (3, 8, 8), memory=0)[0].workers == 0
+
+
+def test_unasked_no_process_reads_what_is_kept_or_is_anybodys(monkeypatch, photos):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    reading, asked = ccl_fast.data.reading, []
+    load_images = reading.load_images
+
+    def spy(*given, workers):
+        asked.append(workers)
+        return load_images(*given, workers=workers)
+
+    monkeypatch.setattr(reading, "load_images", spy)
+    load_folder(photos, (3, 8, 8), workers=None)
+    assert asked == [0]
+    data = Custom(*(gradient(8, 8) for _ in range(3)))
+    assert load_split((data, data), memory=0, workers=None).train.workers == 0
 
 
 def test_values_are_the_bytes_by_255(tmp_path):
