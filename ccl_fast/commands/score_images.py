@@ -31,7 +31,7 @@ def score(
     data: str | Path | Dataset | tuple[Dataset, Dataset] | None = None,
     data_root: str | Path | None = None,
     backbone: str | nn.Module | None = None,
-    workers: int = 0,
+    workers: int | None = None,
     device: str = "auto",
     strict: bool = False,
     overwrite: bool = False,
@@ -55,7 +55,7 @@ def score(
         data: where the run's training images are now; by default where they were.
         data_root: folder of torchvision's data sets; by default that of the run.
         backbone: the module that the run was trained with, if it was one (Python only).
-        workers: processes that read images.
+        workers: processes that read images; by default as for ``train``.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         strict: stop at an unreadable image; by default they are skipped and counted.
         overwrite: replace the output file.
