@@ -53,8 +53,9 @@ def resample_metrics(
         >>> import torch
         >>> from ccl_fast.evaluation import confidence_interval, resample_metrics
         >>> scores = {"mine": {"test": torch.rand(200), "noise": torch.rand(100) + 0.5}}
-        >>> values = resample_metrics(scores, {"far": ["noise"]})["mine"]["noise"]["auroc"]
-        >>> low, high = confidence_interval(values)
+        >>> of_mine = resample_metrics(scores, {"far": ["noise"]})["mine"]
+        >>> of_noise = of_mine["noise"]
+        >>> low, high = confidence_interval(of_noise["auroc"])
         >>> 0.5 < low < high < 1
         True
     """
