@@ -14,6 +14,19 @@ def consecutive_ids(ids: Tensor) -> Tensor:
     return torch.empty_like(rank).scatter_(0, order, rank)
 
 
+def int32_ids(q_ids: Tensor | None, k_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Numbers of 32 bits that are equal where the ids are, for a kernel compares these with fewer registers."""
+    if q_ids is None or (q_ids.dtype == torch.int32 and (k_ids is None or k_ids.dtype == torch.int32)):
+        return q_ids, k_ids
+    ids = q_ids.contiguous() if k_ids is None else torch.cat((q_ids, k_ids))
+    # The place of the first of each id among all in order.
+    numbers = torch.searchsorted(ids.sort().values, ids, out_int32=True)
+    if k_ids is None:
+        return numbers, None
+    of_q, of_k = numbers.split((q_ids.shape[0], k_ids.shape[0]))
+    return of_q, of_k
+
+
 def same_id_count(ids: Tensor) -> Tensor:
     """How many others have the id of each, int64 [n]."""
     group = consecutive_ids(ids)

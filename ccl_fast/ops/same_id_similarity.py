@@ -37,10 +37,9 @@ def same_id_similarity(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     check_same("ids", ids, "z", z, dtype=False)
     if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
         raise ArgumentError(f"ids: expected integers, got {ids.dtype}")
-    group = consecutive_ids(ids)
-    counts = torch.zeros(z.shape[0], dtype=accumulation_dtype(z), device=z.device)
-    counts = counts.index_add(0, group, torch.ones_like(counts))[group] - 1
-    return _SIMILARITY(z, group), counts
+    ordered, ids = ids.sort().values, ids.contiguous()
+    group, end = torch.searchsorted(ordered, ids), torch.searchsorted(ordered, ids, right=True)
+    return _SIMILARITY(z, group), (end - group - 1).to(accumulation_dtype(z))
 
 
 def _similarity(z: Tensor, group: Tensor) -> Tensor:
