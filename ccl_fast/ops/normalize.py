@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ccl_fast.checks import host_knows
-from ccl_fast.ops.differentiable import Differentiable
-from ccl_fast.ops.precision import accumulation_dtype
+from ccl_fast.ops.differentiable import Differentiable, is_traced
+from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
 # Exponents of lengths whose squares are normal float32 numbers. Below the first a gradient is that of a row of this
 # length: at most 1e12 times what comes in, as of torch's normalize.
@@ -24,18 +24,20 @@ def normalize_embeddings(x: Tensor) -> Tensor:
 
     A row of zeros gets the gradient 0, and no gradient is more than `SHORTEST` allows.
     """
-    return _UNIT(x.to(accumulation_dtype(x)))[0]
+    x = x.to(accumulation_dtype(x))
+    # An exported program keeps the operations, and not the gradient that a Function brings.
+    return (_unit if is_traced(x) else _UNIT)(x)[0]
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of length 1, or 0, and the inverse lengths that their gradients have: 0 for rows of zeros."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     if host_knows(norm) and x.shape[0] and lengths_are_usual(norm):
-        inverse = norm.reciprocal_()
+        inverse = norm.reciprocal()
         return x * inverse, inverse
     scaled, power, is_zero = _of_length_one_or_so(x)
-    inverse = torch.linalg.vector_norm(scaled, dim=1, keepdim=True).reciprocal_().masked_fill_(is_zero, 0.0)
-    return scaled * inverse, inverse * power
+    inverse = torch.linalg.vector_norm(scaled, dim=1, keepdim=True).reciprocal()
+    return (scaled * inverse).masked_fill(is_zero, 0.0), (inverse * power).masked_fill(is_zero, 0.0)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -47,11 +49,12 @@ def _gradients(ctx, grad: Tensor | None, of_inverse: Tensor | None) -> Tensor | 
     """Itself differentiable: then the inverse, which is an output for that, has a gradient too."""
     unit, inverse = ctx.saved_tensors
     to_x = None
-    if grad is not None:
-        to_x = torch.addcmul(grad, unit, torch.linalg.vecdot(grad, unit).unsqueeze(1), value=-1) * inverse
-    if of_inverse is not None:
-        more = unit * (of_inverse * inverse.square())
-        to_x = -more if to_x is None else to_x - more
+    with without_autocast(unit.device):
+        if grad is not None:
+            to_x = torch.addcmul(grad, unit, torch.linalg.vecdot(grad, unit).unsqueeze(1), value=-1) * inverse
+        if of_inverse is not None:
+            more = unit * (of_inverse * inverse.square())
+            to_x = -more if to_x is None else to_x - more
     return to_x
 
 
@@ -66,17 +69,22 @@ def lengths_are_usual(norm: Tensor) -> bool:
 
 
 def _of_length_one_or_so(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale each row by a power of two, so that its largest component is about 1.
+    """Scale each row by a power of two, so that its largest component is about 1; rows of zeros become ones.
 
-    Also that power, as far as gradients may grow by it, and which rows are zeros.
+    Also that power, as far as gradients may grow by it, and which rows are zeros. For autograd, where it traces this,
+    the power is a constant, as the direction does not depend on it.
     """
     if x.shape[1] == 0:
         one = x.new_ones(x.shape[0], 1)
         return x, one, one.bool()
-    largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True)
+    constant = x.detach()
+    largest = constant.abs().amax(1, keepdim=True)
     exponent = torch.frexp(largest).exponent
     most = 126 if x.dtype == torch.float32 else 1022  # of the exponents of normal numbers, either way
     one = torch.ones_like(largest)
     power, subnormal = exponent.clamp(-most, most), (exponent + most).clamp(max=0)
-    scaled = torch.ldexp(torch.ldexp(one, -power) * x, -subnormal)
-    return scaled, torch.ldexp(one, -exponent.clamp(SHORTEST, most)), largest == 0
+    scaled = torch.ldexp(torch.ldexp(one, -power) * constant, -subnormal)
+    of_gradient = torch.ldexp(one, -exponent.clamp(SHORTEST, most))
+    x = x * of_gradient + (scaled - constant * of_gradient)  # no difference but for the shortest rows
+    is_zero = largest == 0
+    return x.masked_fill(is_zero, 1.0), of_gradient, is_zero

@@ -9,7 +9,7 @@ from torch import Tensor
 from ccl_fast.checks import Candidates, check_candidates, check_flag, check_logits
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.backends import BACKENDS, ContrastBackend, choose_backend
-from ccl_fast.ops.differentiable import USE_REFERENCE, Differentiable, GradientOperator
+from ccl_fast.ops.differentiable import USE_REFERENCE, Differentiable, GradientOperator, is_traced
 from ccl_fast.ops.ids import int32_ids
 from ccl_fast.ops.logsumexp.bound import bounded_on_cpu
 from ccl_fast.ops.logsumexp.reference import logsumexp_by_relation, mutual_by_relation
@@ -222,7 +222,14 @@ def logaddexp(*terms: Tensor) -> Tensor:
     Returns:
         Of their shape.
     """
-    return _LOG_OF_SUM(*terms)
+    # An exported program keeps the operations, and not the gradient that a Function brings.
+    return functools.reduce(_traced_logaddexp, terms) if is_traced(terms[0]) else _LOG_OF_SUM(*terms)
+
+
+def _traced_logaddexp(a: Tensor, b: Tensor) -> Tensor:
+    a_empty, b_empty = a == -torch.inf, b == -torch.inf
+    both = torch.logaddexp(a.masked_fill(a_empty, 0.0), b.masked_fill(b_empty, 0.0))
+    return torch.where(a_empty, b, torch.where(b_empty, a, both))
 
 
 def _log_of_sum(*terms: Tensor) -> Tensor:
