@@ -19,6 +19,12 @@ NUMBER = re.compile(r"-?(0|[1-9]\d*)")
 OF_KEY = re.compile(r'Parser key "(?P<name>\w+)":\s*(?P<reason>.*)', re.DOTALL)
 UNKNOWN_IN_FILE = re.compile(r"Option '(?P<name>[^']*)' is not accepted")
 VALUE = re.compile(r".*(?:Got value|Given value): (.*)", re.DOTALL)
+# What people know from other trainers and would do harm here, and what does what they want.
+ACCUMULATION = (
+    "gradients that are added up contrast images with those of their small batch alone; "
+    "--micro-batch has the loss of the whole batch in the memory of a small one"
+)
+INSTEAD: dict[str, str] = dict.fromkeys(("accumulate", "accumulate-grad-batches", "gradient-accumulation-steps"), ACCUMULATION)
 WORDS: dict[Any, str] = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -58,7 +64,9 @@ def check_known(arguments: Sequence[str], known: Collection[str], command: str) 
 
 
 def close(word: str, known: Collection[str]) -> str:
-    """Return a question about the names that a word is like or begins; empty: none."""
+    """Return a question about the names that a word is like or begins, or why there is none; empty: neither."""
+    if reason := INSTEAD.get(word.lstrip("-").replace("_", "-")):
+        return reason
     begun = sorted(name for name in known if name.startswith(word)) if len(word) > len("--") else []
     meant = begun[:3] or difflib.get_close_matches(word, known)
     return f"did you mean {' or '.join(meant)}?" if meant else ""
@@ -88,6 +96,9 @@ def told(error: ParserError, annotations: Mapping[str, Any]) -> str:
         hint = close(unknown["name"], annotations) or "--help lists them"
         return f"config: expected options alone, got {unknown['name']!r} ({hint})"
     of_key = OF_KEY.search(text)
+    if (loose := text.removeprefix("unrecognized arguments: ")) != text:
+        likely = "run" if "run" in annotations else "data"
+        return f"{loose}: expected after the name of an option, as in --{likely} {loose}"
     if of_key is None:
         return " ".join(text.replace("the following arguments are required", "required").split())
     name, value = of_key["name"], VALUE.search(of_key["reason"])

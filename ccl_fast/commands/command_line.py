@@ -48,7 +48,8 @@ COMMANDS = {
         "evaluate_run", "Evaluate a trained run on OOD sets: a table, evaluation.json and evaluation.html."
     ),
     "score": Command(
-        "score_images", "Write an outlier score for every image in a folder into a CSV file, most outlying first."
+        "score_images",
+        "Write an outlier score for every image of files and folders into a CSV or JSON file, most outlying first.",
     ),
 }
 
@@ -67,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> int:
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help", "--version"):
-        print(f"ccl-fast {__version__}" if name == "--version" else _overview())
+        told_on = sys.stdout if arguments else sys.stderr
+        print(f"ccl-fast {__version__}" if name == "--version" else _overview(), file=told_on)
         return 0 if arguments else 2
     try:
         if name not in COMMANDS:
@@ -107,12 +109,23 @@ def _parsed(name: str, arguments: Sequence[str]) -> dict:
     check_known(arguments, shown, name)
     try:
         parsed = parser.parse_args(arguments).as_dict()
+        if parsed.get("resume"):
+            parsed = parser.parse_args(_resumed(name, parsed["output"], arguments)).as_dict()
     except argparse.ArgumentError as error:
         raise ArgumentError(told(error, annotations)) from error
     del parsed["config"]
     for option, value in parsed.items():
         _check_text(option, value)
     return parsed
+
+
+def _resumed(name: str, output: str | Path | None, arguments: list[str]) -> list[str]:
+    """Return the arguments after those of what is gone on with, which hold unless others are given."""
+    from ccl_fast.commands.run_folder import RESUMED, resumed_folder  # here: no help needs it
+
+    folder = resumed_folder(name, output)
+    config = folder / RESUMED[name][1]
+    return [*([f"--config={config}"] if config.exists() else []), *arguments, f"--output={folder}"]
 
 
 def _function(name: str) -> Callable:
@@ -125,8 +138,9 @@ def _call(name: str, options: dict) -> int:
         if _speaks_for_all():
             print(f"ccl-fast {__version__} {name}", flush=True)  # what comes next takes seconds to import
         _function(name)(**options)
-    except KeyboardInterrupt:
-        print(f"ccl-fast {name}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        go_on = [f"; to go on:\n  {note}" for note in getattr(interrupt, "__notes__", [])]
+        print(f"ccl-fast {name}: interrupted{(go_on or [''])[-1]}", file=sys.stderr)
         return 130
     except Interrupted as interrupted:
         if _speaks_for_all():

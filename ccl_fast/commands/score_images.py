@@ -1,36 +1,33 @@
-"""Outlier scores of the images in a folder."""
+"""Outlier scores of images in files and folders."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ccl_fast.checks import check_share
 from ccl_fast.commands.image_sets import read_split
+from ccl_fast.commands.report import describe_device
+from ccl_fast.commands.score_table import write_scores
 from ccl_fast.commands.trained_run import TrainedRun
 from ccl_fast.data import Images, Split, load_folder
 from ccl_fast.errors import ArgumentError
 from ccl_fast.evaluation import DEFAULT, cluster, make_detectors, threshold
-from ccl_fast.files import write_atomically
 from ccl_fast.models import Model, embed_layers
 from ccl_fast.training.launch import check_alone, find_device
-
-COLUMNS = ("image", "score", "outlier", "cluster")
-# Of a cell that begins so, spreadsheets make a formula.
-FORMULA = tuple("=+-@\t\r")
+from ccl_fast.training.telling import say
 
 
 def score(
     run: str | Path,
-    images: str | Path,
+    images: Sequence[str | Path] | str | Path,
     output: str | Path = "scores.csv",
     objective: str | None = None,
     detector: str = DEFAULT,
+    accept: float = 0.95,
     data: str | Path | Dataset | tuple[Dataset, Dataset] | None = None,
     data_root: str | Path | None = None,
     backbone: str | nn.Module | None = None,
@@ -39,18 +36,22 @@ def score(
     strict: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Write an outlier score for every image in a folder into a CSV file, most outlying first.
+    """Write an outlier score for every image of files and folders into a CSV or JSON file, most outlying first.
 
     The detector is fitted to the run's training images, which must be at hand. Columns: ``image``, its path;
-    ``score``, higher = more outlying; ``outlier``, 1 if the score is above the least one that accepts 95 % of the run's
-    test images; ``cluster``, the nearest of the clusters of the training images.
+    ``score``, higher = more outlying; ``outlier``, 1 if the score is above the threshold, the least score that accepts
+    95 % (``accept``) of the run's test images; ``cluster``, the nearest of the clusters of the training images;
+    ``threshold``. A file whose name ends with .json has run, objective, detector, ``accept`` and ``threshold`` once,
+    and a list of images.
 
     Args:
         run: folder of a finished run of ``train``.
-        images: folder of images, with those of its subfolders; they are scaled and cropped to the run's size.
-        output: the CSV file.
+        images: a file, a folder with its subfolders, or several of either; they are scaled and cropped to the run's
+            size.
+        output: the CSV file, or a JSON file.
         objective: whose model; by default the run's objective, not the baseline.
         detector: features and detector, as in the run's report.
+        accept: share of the run's test images that are no outliers, above 0 and at most 1.
         data: where the run's training images are now; by default where they were.
         data_root: folder of torchvision's data sets; by default that of the run.
         backbone: the module that the run was trained with, if it was one (Python only).
@@ -60,7 +61,7 @@ def score(
         overwrite: replace the output file.
 
     Returns:
-        The path of the CSV file.
+        The path of the file.
 
     Raises:
         ArgumentError: a ValueError naming the argument, what was expected and what came.
@@ -68,6 +69,7 @@ def score(
         FileNotFoundError: the run's data is not there; says where it was looked for and how to get it.
     """
     check_alone("score")
+    check_share("accept", accept)
     output = Path(output)
     if output.exists() and not output.is_file():
         raise ArgumentError(f"output: expected a regular file, got something else, {str(output)!r}")
@@ -83,6 +85,7 @@ def score(
     names = make_detectors(2, clusters, seed, [1])
     if detector not in names:
         raise ArgumentError(f"detector: expected one of {', '.join(names)}, got {detector!r}")
+    say(f"on {describe_device(where)}; reading {trained.config.plain()['data']}")
     split = read_split(trained.config)
     scored, paths = load_folder(
         images,
@@ -93,16 +96,19 @@ def score(
         argument="images",
     )
     model = trained.model(objective, split.train.shape, where)
-    scores, is_outlier, nearest = _score(model, split, scored.to(where), detector, clusters=clusters, seed=seed)
-    _write_table(output, paths, scores, is_outlier, nearest)
-    print(f"{len(paths)} images, {int(is_outlier.sum())} outliers; written to {output}")
+    say(f"{len(split.train)} training, {len(split.test)} test images, {len(paths)} to score")
+    scores, nearest, cut = _score(model, split, scored.to(where), detector, accept, clusters=clusters, seed=seed)
+    by = {"run": str(trained.folder), "objective": objective, "detector": detector, "accept": accept}
+    outliers = write_scores(output, [str(path) for path in paths], scores, nearest, cut, by)
+    print(f"{len(paths)} images, {outliers} outliers, above {cut:.6g} (accepts {accept:.4g} of the test images)")
+    print(f"written to {output}")
     return output
 
 
 def _score(
-    model: Model, split: Split, images: Images, detector: str, *, clusters: int, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Fit the detector to the training images; return the images' scores, which are outliers, and nearest clusters."""
+    model: Model, split: Split, images: Images, detector: str, accept: float, *, clusters: int, seed: int
+) -> tuple[Tensor, Tensor, float]:
+    """Fit the detector to the training images; return the images' scores, their nearest clusters, and the threshold."""
     level = detector.partition("/")[0]
     parts = (split.train.to(images.device), split.test.to(images.device), images)
     embedded = [embed_layers(model, part) for part in parts]
@@ -111,22 +117,6 @@ def _score(
     kmeans = cluster(of_train, clusters, seed)[level]
     fitted = make_detectors(len(split.train), clusters, seed, embedded[0][1])[detector]
     fitted.fit_features(of_train[level], kmeans.labels_)
-    cut = threshold(fitted.predict_features(of_test[level]))
-    scores = fitted.predict_features(of_new[level])
-    return scores, scores > cut, kmeans.predict(of_new["encoder" if level == "layers" else level])
-
-
-def _cell(path: str) -> str:
-    """Return a path that no spreadsheet takes for a formula."""
-    return f"./{path}" if path.startswith(FORMULA) else path
-
-
-def _write_table(path: Path, images: Sequence[Path], scores: Tensor, is_outlier: Tensor, nearest: Tensor) -> None:
-    """Write a row for every image, most outlying first."""
-    rows = io.StringIO()
-    writer = csv.writer(rows)
-    writer.writerow(COLUMNS)
-    for i in torch.argsort(scores, descending=True, stable=True).tolist():
-        writer.writerow([_cell(str(images[i])), f"{scores[i].item():.6g}", int(is_outlier[i]), nearest[i].item()])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(rows.getvalue().encode("utf-8", "surrogateescape")))
+    cut = threshold(fitted.predict_features(of_test[level]), accept)
+    nearest = kmeans.predict(of_new["encoder" if level == "layers" else level])
+    return fitted.predict_features(of_new[level]), nearest, cut

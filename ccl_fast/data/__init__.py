@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from ccl_fast.data.augmentation import Views
     from ccl_fast.data.folder import load_folder
     from ccl_fast.data.images import Images
-    from ccl_fast.data.ood import canonical, load_ood
+    from ccl_fast.data.ood import canonical, load_ood, located
     from ccl_fast.data.split import Split, load_split
     from ccl_fast.data.synthetic import synthetic_names
 
@@ -22,10 +22,21 @@ _LATER = {
     "load_folder": "folder",
     "load_ood": "ood",
     "load_split": "split",
+    "located": "ood",
     "synthetic_names": "synthetic",
 }
 
-__all__ = ["Images", "Split", "Views", "canonical", "load_folder", "load_ood", "load_split", "synthetic_names"]
+__all__ = [
+    "Images",
+    "Split",
+    "Views",
+    "canonical",
+    "load_folder",
+    "load_ood",
+    "load_split",
+    "located",
+    "synthetic_names",
+]
 
 
 def __getattr__(name: str):

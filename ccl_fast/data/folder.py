@@ -7,7 +7,7 @@ import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -34,7 +34,7 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 
 
 def load_folder(
-    path: str | Path,
+    path: str | Path | Sequence[str | Path],
     shape: tuple[int, int, int],
     *,
     argument: str = "images",
@@ -51,7 +51,7 @@ def load_folder(
     replaced.
 
     Args:
-        path: the folder.
+        path: the folder; or a file, or several files and folders.
         shape: (1 or 3, h, w).
         argument: how errors, and the line on stderr, call the folder.
         strict: a file that cannot be read is an error; of images on demand, when it is used.
@@ -60,7 +60,8 @@ def load_folder(
         max_pixels: a file of more pixels than that counts as one that cannot be read: a small file can hold gigabytes.
 
     Returns:
-        The images, and the path of each. Their classes are the subfolders of ``path``, or None where there are none.
+        The images, and the path of each. Their classes are the subfolders of a single folder, or None where there are
+        none.
 
     Raises:
         ArgumentError: naming the argument; also if there is no image, or none that can be read.
@@ -70,13 +71,37 @@ def load_folder(
     check_loading(seed=0, workers=workers, memory=memory, limit=None, strict=strict, download=False)
     check_count("max_pixels", max_pixels)
     check_shape("shape", shape)
-    [source] = open_folders([Path(path)], argument, strict=strict, workers=workers, max_pixels=max_pixels)
+    reading: Any = {"strict": strict, "workers": workers, "max_pixels": max_pixels}
+    several = [path] if isinstance(path, str | Path) else list(path)
+    place = ", ".join(map(str, several))
+    if len(several) == 1 and not Path(os.path.expanduser(several[0])).is_file():
+        [source] = open_folders([Path(several[0])], argument, **reading)
+    else:
+        source = _source(_listed(several, argument), None, (), argument, place=place, **reading)
+    return _load(source, shape, place, strict=strict, workers=workers, memory=memory)
+
+
+def _listed(paths: Sequence[str | Path], argument: str) -> list[Path]:
+    """The files among the paths, and those below the folders among them."""
+    found = []
+    for path in (Path(os.path.expanduser(path)) for path in paths):
+        found += [path] if path.is_file() else _image_files(path, argument, parts=[])
+    if not found:
+        raise ArgumentError(f"{argument}: expected at least one file or folder, got none")
+    return list(dict.fromkeys(found))
+
+
+def _load(
+    source: FolderSource, shape: tuple[int, int, int], place: str | Path, *, strict: bool, workers: int, memory: float
+) -> tuple[Images, list[Path]]:
+    """The images of a source and their paths, without those that cannot be read; these are reported."""
     rows = torch.arange(len(source), device="cpu")
     channels, height, width = shape
     images, rows = read(source, rows, (channels, height, width), workers=workers, memory=memory, verify=not strict)
     report_skipped(source)
     if not len(images):
-        raise ArgumentError(f"{argument}: expected images in {path}, got none that can be read; {source.skipped[0]}")
+        expected = f"images in {place}, got none that can be read"
+        raise ArgumentError(f"{source.argument}: expected {expected}; {source.skipped[0]}")
     return images, [source.items.paths[row] for row in rows.tolist()]
 
 
@@ -86,10 +111,10 @@ class Files(Dataset):
     Args:
         paths: of the files.
         targets: their classes, or None.
-        classes: the names of these, or None.
+        classes: what classes 0, 1, ... are called; none where there are none.
     """
 
-    def __init__(self, paths: Sequence[Path], targets: Sequence[int] | None, classes: Sequence[str] | None):
+    def __init__(self, paths: Sequence[Path], targets: Sequence[int] | None, classes: Sequence[str] = ()):
         self.paths = paths
         self.targets = targets
         self.classes = classes
@@ -172,20 +197,35 @@ def open_folders(
     numbers = {name: i for i, name in enumerate(sorted({name for of_one in names for name in of_one}))}
     sources = []
     for folder, paths, of_one in zip(folders, files, names, strict=True):
-        headers = _headers(paths, workers=workers, max_pixels=max_pixels)
-        errors = [header for header in headers if isinstance(header, Exception)]
-        if errors and strict:
-            raise errors[0]
-        if len(errors) == len(paths):
-            raise ArgumentError(
-                f"{argument}: expected images in {folder.absolute()}, got {len(paths)} files that cannot be read; "
-                f"{errors[0]}"
-            )
-        kept = {i: header for i, header in enumerate(headers) if not isinstance(header, Exception)}
-        targets = None if "" in numbers else [numbers[of_one[i]] for i in kept]
-        images = Files([paths[i] for i in kept], targets, None if targets is None else list(numbers))
-        sources.append(FolderSource(images, list(kept.values()), argument, strict=strict, skipped=errors))
+        targets = None if "" in numbers else [numbers[name] for name in of_one]
+        classes = () if targets is None else list(numbers)
+        reading = {"place": folder.absolute(), "strict": strict, "workers": workers, "max_pixels": max_pixels}
+        sources.append(_source(paths, targets, classes, argument, **reading))
     return sources
+
+
+def _source(
+    paths: Sequence[Path],
+    targets: Sequence[int] | None,
+    classes: Sequence[str],
+    argument: str,
+    *,
+    place: str | Path,
+    strict: bool,
+    workers: int,
+    max_pixels: int,
+) -> FolderSource:
+    """Those of some files whose header can be read; it is an error if there are none, and with ``strict`` any other."""
+    headers = _headers(paths, workers=workers, max_pixels=max_pixels)
+    errors = [header for header in headers if isinstance(header, Exception)]
+    if errors and strict:
+        raise errors[0]
+    if len(errors) == len(paths):
+        expected = f"images in {place}, got {len(paths)} files that cannot be read"
+        raise ArgumentError(f"{argument}: expected {expected}; {errors[0]}")
+    kept = {i: header for i, header in enumerate(headers) if not isinstance(header, Exception)}
+    images = Files([paths[i] for i in kept], None if targets is None else [targets[i] for i in kept], classes)
+    return FolderSource(images, list(kept.values()), argument, strict=strict, skipped=errors)
 
 
 def split_folders(folder: Path) -> list[Path]:

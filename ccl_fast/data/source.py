@@ -85,11 +85,14 @@ class Source(Dataset):
         return all(item.c is not None for item in self.sample)
 
     @property
-    def class_names(self) -> Sequence[str] | None:
-        """Of each class by number, if an attribute of the data set tells them."""
+    def class_names(self) -> list[str] | None:
+        """What classes 0, 1, ... are called, where the data set tells as torchvision's do; of synonyms the first."""
         names = getattr(self.items, "classes", None)
-        is_told = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
-        return names if is_told else None
+        if not isinstance(names, Sequence) or isinstance(names, str):
+            return None
+        firsts = [name[0] if isinstance(name, tuple) and name else name for name in names]
+        found = [name for name in firsts if isinstance(name, str)]
+        return found if len(found) == len(names) else None
 
     @functools.cached_property
     def classes(self) -> Tensor | None:

@@ -3,19 +3,35 @@
 from ccl_fast.errors import packages_of_training
 
 with packages_of_training():
+    from ccl_fast.evaluation.bootstrap import (
+        CONFIDENCE,
+        RESAMPLES,
+        confidence_interval,
+        difference_intervals,
+        metric_intervals,
+        resample_metrics,
+    )
     from ccl_fast.evaluation.detection import DEFAULT, GROUPS, Evaluation, cluster, evaluate_model, make_detectors
     from ccl_fast.evaluation.knn import knn_accuracy
+    from ccl_fast.evaluation.linear import linear_accuracy
     from ccl_fast.evaluation.page import write_page
     from ccl_fast.evaluation.pictures import threshold
 
 __all__ = [
+    "CONFIDENCE",
     "DEFAULT",
     "GROUPS",
+    "RESAMPLES",
     "Evaluation",
     "cluster",
+    "confidence_interval",
+    "difference_intervals",
     "evaluate_model",
     "knn_accuracy",
+    "linear_accuracy",
     "make_detectors",
+    "metric_intervals",
+    "resample_metrics",
     "threshold",
     "write_page",
 ]

@@ -117,7 +117,7 @@ class Loss(nn.Module):
         if learnable_temperature:
             # Its logarithm is learned: it stays positive whatever the optimiser does. [1]: FSDP shards no scalar.
             self.log_temperature = nn.Parameter(torch.empty(1))
-            self.reset_parameters()
+            self._reset_temperature()
 
     def __init_subclass__(cls, **options):
         """Spells the common options out in the signature of an ``__init__`` that takes them as ``**common``."""
@@ -142,10 +142,13 @@ class Loss(nn.Module):
         if "temperature" in self.unsupported:
             self._check_supported("temperature", value)
         self._temperature = checked_temperature("temperature", value)
-        self.reset_parameters()
+        self._reset_temperature()
 
     def reset_parameters(self) -> None:
-        """Set a learnable temperature to the value that was given, as after `torch.nn.Module.to_empty`."""
+        """Set what the module keeps in tensors to what was given, as after `torch.nn.Module.to_empty`."""
+        self._reset_temperature()
+
+    def _reset_temperature(self) -> None:
         if hasattr(self, "log_temperature"):
             nn.init.constant_(self.log_temperature, math.log(self._temperature))
 

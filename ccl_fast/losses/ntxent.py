@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ccl_fast.checks import check_has_values, check_tensor, product_dtype
 from ccl_fast.errors import ArgumentError
+from ccl_fast.losses import processes
 from ccl_fast.losses.base import CommonOptions
 from ccl_fast.losses.batch import (
     check_unassigned,
@@ -112,7 +113,7 @@ class NTXentLoss(InfoNCELoss):
             if negatives is not None:
                 raise ArgumentError(f"negatives: expected None with {pairs[0]}, got a tensor")
             if self.process_group is not None:
-                raise ArgumentError(f"{pairs[0]}: expected two views with process_group, got {pairs[0]}")
+                processes.refuse(self, pairs[0])
             if indices_tuple is not None:
                 return self._of_pairs(embeddings, indices_tuple, ref_emb)
             return self._of_labels(embeddings, labels, ref_emb, ref_labels)

@@ -6,7 +6,7 @@ from torch import Tensor
 from ccl_fast.checks import check_floating, check_matrix, check_same, check_vector
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.differentiable import Differentiable
-from ccl_fast.ops.ids import consecutive_ids
+from ccl_fast.ops.ids import place_of_first
 from ccl_fast.ops.precision import accumulation_dtype
 from ccl_fast.ops.row_dot import row_dot
 
@@ -60,9 +60,47 @@ def _gradients(ctx, grad: Tensor) -> tuple[Tensor, None]:
 _SIMILARITY = Differentiable("same_id_similarity", _similarity, _save, _gradients)
 
 
+def same_id_sums(q: Tensor, ids: Tensor, k: Tensor | None = None, k_ids: Tensor | None = None) -> Tensor:
+    """Sum of every row's inner products with the keys of its id (None: with the other rows), in O((n + m) d).
+
+    Not differentiable.
+    """
+    if k is None or k_ids is None:
+        return _similarity(q, place_of_first(ids))
+    group = place_of_first(torch.cat((ids, k_ids)))
+    of_rows, of_keys = group[: q.shape[0]], group[q.shape[0] :]
+    return row_dot(_by_group(group.shape[0], _accumulated(k), of_keys)[of_rows], q)
+
+
+def same_id_gradients(
+    q: Tensor,
+    k: Tensor | None,
+    ids: Tensor,
+    k_ids: Tensor | None,
+    scale: Tensor,
+    grad: Tensor,
+    needs: list[bool] | tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of q, k and the scale, in accumulation precision, given those of `same_id_sums` times the scale."""
+    need_q, need_k, need_scale = needs[:3]
+    to_k = None
+    if k is None or k_ids is None:
+        to_q = _gradient(q, place_of_first(ids), grad)
+        share = 0.5
+    else:
+        group = place_of_first(torch.cat((ids, k_ids)))
+        of_rows, of_keys = group[: q.shape[0]], group[q.shape[0] :]
+        to_q = grad[:, None] * _by_group(group.shape[0], _accumulated(k), of_keys)[of_rows]
+        share = 1.0
+        if need_k:
+            to_k = _by_group(group.shape[0], grad[:, None] * q, of_rows)[of_keys] * scale
+    to_scale = row_dot(to_q, q).sum() * share if need_scale else None
+    return to_q.mul_(scale) if need_q else None, to_k, to_scale
+
+
 def same_id_similarity_gradient(z: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
     """Gradient of z in `same_id_similarity`, given that of the sums: [n, d] in accumulation precision."""
-    return _gradient(z, consecutive_ids(ids), grad)
+    return _gradient(z, place_of_first(ids), grad)
 
 
 def _gradient(z: Tensor, group: Tensor, grad: Tensor) -> Tensor:
@@ -108,8 +146,8 @@ def mutual_similarity_gradient(
 
 
 def _groups_of_first(ids: Tensor, other_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Consecutive numbers for the ids [n], n > 0; for the others those of the same id, and n if there is none."""
-    group = consecutive_ids(ids)
+    """Numbers below n for the ids [n], n > 0; for the others those of the same id, and n if there is none."""
+    group = place_of_first(ids)
     ordered, order = ids.sort()
     place = torch.searchsorted(ordered, other_ids).clamp_(max=ids.shape[0] - 1)
     return group, torch.where(ordered[place] == other_ids, group[order[place]], ids.shape[0])

@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import inspect
+import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from ccl_fast.errors import ArgumentError
 from ccl_fast.models.libraries import Pretrained, Stem
 from ccl_fast.training.checkpoint import Which
 from ccl_fast.training.cooperation import Labels, Negatives
+from ccl_fast.training.loggers import LoggerName, check_loggers
 from ccl_fast.training.objectives import BASELINE, OBJECTIVES, OPTIONS, ObjectiveName
 from ccl_fast.training.optimizers import OptimizerName
 
@@ -43,6 +45,10 @@ GROUPS = {
 
 # By default half of a short run is warm-up.
 MAX_DEFAULT_WARM_UP = 20
+# By default, of so many training images on: an epoch has four batches, of 16 images at least, as each is held against
+# the others, and a cluster has ten images.
+BATCH_SIZE, BATCHES, MIN_BATCH_SIZE = 256, 4, 16
+CLUSTERS, IMAGES_OF_CLUSTER = 12, 10
 MAX_DIMENSIONS = 65_536
 MAX_SEED = 2**62
 WEEK = 7 * 24 * 3600
@@ -93,8 +99,8 @@ def check_share_or_agreement(name: str, value: object) -> None:
 
 
 def check_clusters(name: str, value: object) -> None:
-    """Check one or several numbers of clusters."""
-    numbers = as_list(value)
+    """Check one or several numbers of clusters, or None."""
+    numbers = [CLUSTERS] if value is None else as_list(value)
     if not numbers or not all(checks.is_integer(k) and k >= 1 for k in numbers) or len(set(numbers)) < len(numbers):
         raise ArgumentError(f"{name}: expected a positive integer, or several different ones, got {value!r}")
 
@@ -278,11 +284,11 @@ class Config:
         64, "width of the projection head's output, to which the loss is applied.", check_dimension, group="model"
     )
     epochs: int = option(40, "passes over the training images, warm-up included.", at_least(1), group="training")
-    batch_size: int = option(
-        256,
+    batch_size: int | None = option(
+        None,
         "images of a step, of two views each, on all processes together; the incomplete last batch of an epoch is left "
-        "out.",
-        at_least(2),
+        "out. By default 256, or the largest power of two of which an epoch of few images has four, but not below 16.",
+        or_none(at_least(2)),
         group="training",
     )
     micro_batch: int | None = option(
@@ -340,10 +346,10 @@ class Config:
         or_none(at_least(0)),
         group="training",
     )
-    clusters: int | Sequence[int] = option(
-        12,
+    clusters: int | Sequence[int] | None = option(
+        None,
         "number of k-means clusters, or of prototypes; of several, the loss is the mean over them. At least 2 for "
-        '"deepcluster-v2", "meow" and "swav".',
+        '"deepcluster-v2", "meow" and "swav". By default 12, or of few images one for every ten.',
         check_clusters,
         after_warm_up=True,
         group="clusters",
@@ -437,6 +443,15 @@ class Config:
         after_warm_up=True,
         group="output",
     )
+    loggers: LoggerName | Sequence[LoggerName] = option(
+        ("tensorboard",),
+        "who is given the hyper-parameters, the numbers of every epoch and at the end those of the report: one or more "
+        'of "tensorboard" and "csv", into folders of these names, "wandb" and "mlflow", as their environment variables '
+        "say (WANDB_MODE, MLFLOW_TRACKING_URI, ...). metrics.jsonl is written whatever they do.",
+        check_loggers,
+        may_differ=True,
+        group="output",
+    )
     seed: int = option(
         0,
         "of weights, split, batches, augmentations and k-means. On one machine it fixes every number.",
@@ -483,8 +498,8 @@ class Config:
     )
     resume: bool = option(
         False,
-        "go on with the run in the output folder; the other arguments must be the same (``--config "
-        "<output>/config.yaml`` gives them).",
+        "go on with the run in the output folder, of several the newest, by default of those in ``runs``. On the "
+        "command line the other arguments are those of the run; in Python they must be given, and be the same.",
         checks.check_flag,
         may_differ=True,
         group="going_on",
@@ -525,7 +540,7 @@ class Config:
     def _check_objective(self) -> None:
         objective, with_objective = OBJECTIVES[self.objective], f"with objective {self.objective!r}"
         fewest = objective.min_clusters
-        if min(as_list(self.clusters)) < fewest:
+        if self.clusters is not None and min(as_list(self.clusters)) < fewest:
             expected = f"{fewest} or more {with_objective} (each, of several)"
             raise ArgumentError(f"clusters: expected {expected}, got {self.clusters!r}")
         wrong = [
@@ -548,8 +563,6 @@ class Config:
     def _check_folders(self) -> None:
         if self.resume and self.overwrite:
             raise ArgumentError("overwrite: expected False when resuming, got True")
-        if self.resume and self.output is None:
-            raise ArgumentError("output: expected the folder of the run to resume, got None")
         if self.output is None or self.warmup_from is None or self.resume:
             return
         if Path(self.output).resolve() == Path(self.warmup_from).resolve():
@@ -567,13 +580,23 @@ class Config:
             return BASELINE, self.objective
         return (self.objective,)
 
+    def fitted(self, n: int) -> Self:
+        """Return the configuration with a batch size and clusters for n training images, where none are given."""
+        batch_size = fitted_batch_size(n) if self.batch_size is None else self.batch_size
+        clusters = fitted_clusters(n) if self.clusters is None else self.clusters
+        return dataclasses.replace(self, batch_size=batch_size, clusters=clusters)
+
     def resolved(self) -> Self:
         """Return the configuration with its clusters as a list and its warm-up as a number."""
-        return dataclasses.replace(self, clusters=as_list(self.clusters), warmup_epochs=self.warmup_length)
+        clusters = None if self.clusters is None else as_list(self.clusters)
+        return dataclasses.replace(self, clusters=clusters, warmup_epochs=self.warmup_length)
 
     def plain(self) -> dict:
-        """Return the arguments as a file keeps them: a module or a data set by the name of its class."""
-        return {name: _plain(getattr(self, name)) for name in FIELDS}
+        """Return the arguments as a file keeps them: a module or a data set by the name of its class.
+
+        Folders have their whole path, so that the file means the same wherever it is read.
+        """
+        return {name: _plain(_located(name, getattr(self, name))) for name in FIELDS}
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -599,8 +622,21 @@ def warmup_length(epochs: int, given: int | None) -> int:
     return min(MAX_DEFAULT_WARM_UP, epochs // 2) if given is None else given
 
 
+def fitted_batch_size(n: int) -> int:
+    """Return the batch size for n training images: a power of two, where n has so many."""
+    few = max(n // BATCHES, min(n, MIN_BATCH_SIZE))
+    return min(BATCH_SIZE, 1 << (few.bit_length() - 1))
+
+
+def fitted_clusters(n: int) -> int:
+    """Return the number of clusters for n training images."""
+    return min(CLUSTERS, max(2, n // IMAGES_OF_CLUSTER))
+
+
 def check_sizes(n: int, config: Config, processes: int = 1) -> None:
     """Check what depends on the number n of training images, and on that of processes."""
+    config = config.fitted(n)
+    assert config.batch_size is not None
     most, batch_size = max(as_list(config.clusters)), config.batch_size
     if batch_size < processes:
         raise ArgumentError(f"batch_size: expected at least {processes}, an image for each process, got {batch_size}")
@@ -615,6 +651,26 @@ def check_sizes(n: int, config: Config, processes: int = 1) -> None:
 def as_list(value) -> list:
     """Return one or several numbers as a list."""
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def is_unkept(value: object) -> bool:
+    """Tell whether a value, as a file keeps it, is the name of something that no file can keep."""
+    return isinstance(value, str) and value.startswith("<")
+
+
+def _located(name: str, value: Any) -> Any:
+    """Return a value with the whole path of every folder in it."""
+    from ccl_fast.data import located  # here: it takes seconds to import, and no help needs it
+
+    if name in ("output", "data_root", "warmup_from") and isinstance(value, str | Path):
+        return os.path.abspath(os.path.expanduser(value))
+    if name == "data":
+        return located(value, is_ood=False)
+    if name not in ("near_ood", "far_ood") or value is None:
+        return value
+    if isinstance(value, Mapping):
+        return {own: located(data, is_ood=True) for own, data in value.items()}
+    return [located(data, is_ood=True) for data in value]
 
 
 def _plain(value):

@@ -26,8 +26,8 @@ def test_one_tile(counts, loss):
 def test_several_tiles(counts, loss):
     """What a larger batch takes; SupCon and CCL list what has a single positive."""
     blocked, triton, kernels = {
-        "CCL": (305, 195, 6),
-        "SupCon": (160, 102, 3),
+        "CCL": (305, 204, 6),
+        "SupCon": (160, 112, 3),
         "NT-Xent": (145, 80, 3),
         "CLIP": (190, 105, 6),
     }[loss]

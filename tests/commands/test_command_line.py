@@ -67,13 +67,16 @@ def test_what_is_typed_wins_over_a_file(given, tmp_path):
             ["train", "--bach_size", "3"],
             "--bach-size: expected an option of train (did you mean --batch-size or --image-size?)",
         ),
+        (["train", "--accumulate", "4"], "--accumulate: expected an option of train (gradients that are added up"),
+        (["train", "--accumulate_grad_batches=4"], "--micro-batch has the loss of the whole batch in the memory of a"),
         (["train", "--qqq"], "--qqq: expected an option of train (ccl-fast train --help lists them)"),
         (["train", "--batch-size", "many"], "batch_size: expected an integer, got 'many'"),
         (["train", "--batch-size"], "argument --batch-size: expected one argument"),
         (["train", "--objective=swave"], "got 'swave' (did you mean swav?)"),
+        (["train", "--augmentation", "x"], "augmentation: expected one of 'auto', 'digits', 'simclr', 'none', got 'x'"),
         (["train", "--instance-weight", "x"], "instance_weight: expected a number or 'agreement', got 'x'"),
         (["train", "--clusters", "4", "x"], "clusters: expected an integer or a list (of integers), got [4, 'x']"),
-        (["train", "photos"], "unrecognized arguments: photos"),
+        (["train", "photos"], "photos: expected after the name of an option, as in --data photos"),
         (["train", "--config", "/no/such.yaml"], "config: File does not exist: '/no/such.yaml'"),
         (["trian"], "expected a command, train, compare, evaluate, score, got 'trian' (did you mean train?)"),
         (["--epochs", "3"], "expected a command"),
@@ -90,6 +93,9 @@ def test_an_unknown_option_in_a_file_is_named(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("epoch: 3\n")
     assert main(["train", f"--config={tmp_path / 'c.yaml'}"]) == 2
     assert "config: expected options alone, got 'epoch' (did you mean epochs?)" in capsys.readouterr().err
+    (tmp_path / "c.yaml").write_text("gradient_accumulation_steps: 3\n")
+    assert main(["train", f"--config={tmp_path / 'c.yaml'}"]) == 2
+    assert "got 'gradient_accumulation_steps' (gradients that are added up" in capsys.readouterr().err
 
 
 def test_missing_options_are_named(capsys):
@@ -105,7 +111,10 @@ def test_the_help_has_every_option_under_its_title(capsys):
     places = [text.index(f"\n{title}:\n") for title in GROUPS.values()]
     assert places == sorted(places)
     assert {field.metadata["group"] for field in FIELDS.values()} == set(GROUPS)
-    assert all(f"--{name.replace('_', '-')}" in text for name in FIELDS)
+    words = " ".join(text.split())
+    for name, field in FIELDS.items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert field.metadata["help"].replace("``", "") in words
     assert "--far-ood FAR_OOD ..." in text and "--batch-size BATCH_SIZE" in text
     assert "_size" not in text and "Sequence" not in text and "``" not in text
 
@@ -117,6 +126,7 @@ def test_the_overview_has_the_first_lines_of_the_commands(capsys):
         assert command_line._function(name).__doc__.partition("\n")[0] == command.summary
         assert f"{name} {command.summary}" in text
     assert main([]) == 2
+    assert capsys.readouterr().err.split() == text.split()
 
 
 def test_help_and_version_wait_for_nothing_that_only_training_needs():
