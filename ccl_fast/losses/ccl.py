@@ -15,6 +15,7 @@ from ccl_fast.ops.backends import ContrastBackend
 from ccl_fast.ops.contrast_tile import self_contrast
 from ccl_fast.ops.ids import same_id_count
 from ccl_fast.ops.logsumexp.distributed import Wanted, global_contrast
+from ccl_fast.ops.logsumexp.operator import log_of_one_more
 from ccl_fast.ops.logsumexp.positives import contrast_with_positives
 from ccl_fast.ops.precision import accumulation_dtype
 
@@ -226,7 +227,7 @@ class CCLLoss(Loss):
         only = torch.where(single, weight == 0, (count == 0) & (weight > 0))
         partner = positives.masked_fill(~single | only, -torch.inf)
         center = to_centers.own.masked_fill(~batch.assigned | (only & ~single), -torch.inf)
-        rest = logaddexp(logaddexp(rest, to_centers.others), logaddexp(partner, center))
+        rest = logaddexp(rest, to_centers.others, partner, center)
         return loss_of_mean(rest, mean, only), of_instance, total > 0
 
     def _inside(self, batch: Batch, scale: float | Tensor, to_centers: _ToCenters | None) -> _Parts:
@@ -295,7 +296,8 @@ def logsumexp_by_id(batch: Batch, scale: float | Tensor, backend: ContrastBacken
 
 def loss_of_mean(rest: Tensor, mean: Tensor, only: Tensor) -> Tensor:
     """-log of the positives' softmax in the mean: the rest of the sum is without a positive that is the only one."""
-    return torch.where(only, cross_entropy(rest, mean), rest - mean)
+    above = rest - mean
+    return torch.where(only, log_of_one_more(above), above)
 
 
 def _mean_of_own_views(batch: Batch) -> Tensor:

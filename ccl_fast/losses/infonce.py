@@ -10,9 +10,10 @@ from ccl_fast.distributed import Exchange
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_queries
-from ccl_fast.ops import cross_entropy, logaddexp, mutual_logsumexp, row_dot, streaming_logsumexp
+from ccl_fast.ops import cross_entropy, logaddexp, row_dot, streaming_logsumexp
 from ccl_fast.ops.contrast_tile import tower_contrast, views_contrast
 from ccl_fast.ops.logsumexp.distributed import Wanted, global_contrast
+from ccl_fast.ops.logsumexp.operator import both_logsumexps
 
 
 class InfoNCELoss(Loss):
@@ -129,24 +130,25 @@ class InfoNCELoss(Loss):
         n = queries.shape[0]
         shape = (n,) if keys is not None and not self.symmetric else (n, 2)
         if keys is None:
-            anchors = self.unit(queries.flatten(0, 1))
-            positives = anchors.unflatten(0, (n, 2)).flip(1).flatten(0, 1)
+            anchors, positives = self.unit(queries.flatten(0, 1)), None
+            views = anchors.unflatten(0, (n, 2))
+            pairs = views[:, 0], views[:, 1]
         else:
-            anchors, positives = self.unit(queries), self.unit(keys)
+            anchors, positives = pairs = self.unit(queries), self.unit(keys)
         # The positive is left out of the sum, and comes to it again by log(1 + x): nothing cancels where it prevails.
         rest = None
         if self.in_batch_negatives:
-            rest = self._logsumexp_of_others(anchors, None if keys is None else positives, scale, exchange, first)
-        if len(shape) == 2 and keys is not None:
-            anchors, positives = torch.cat((anchors, positives)), torch.cat((positives, anchors))
+            rest = self._logsumexp_of_others(anchors, positives, scale, exchange, first)
         if negatives is not None:
+            if len(shape) == 2 and positives is not None:
+                anchors = torch.cat((anchors, positives))
             extra = streaming_logsumexp(anchors, self.unit(negatives), scale=scale, backend=self.backend)
             rest = extra if rest is None else logaddexp(rest, extra)
         assert rest is not None  # without negatives of the batch there is a queue: `_check` has seen to that
-        losses = cross_entropy(rest, row_dot(anchors, positives) * scale)
-        if len(shape) == 2 and keys is not None:
-            losses = losses.view(2, n).T.flatten()
-        return losses, torch.Size(shape)
+        own = row_dot(*pairs) * scale  # of both anchors
+        if len(shape) == 2:
+            rest, own = rest.view(n, 2) if keys is None else rest.view(2, n).T, own[:, None]
+        return cross_entropy(rest, own), torch.Size(shape)
 
     def _logsumexp_of_others(
         self, q: Tensor, k: Tensor | None, scale: float | Tensor, exchange: Exchange, first: int
@@ -155,9 +157,9 @@ class InfoNCELoss(Loss):
 
         Anchors are both views of a sample, ``q`` [2 n, d], or queries, or all queries and then all keys.
         """
-        samples = torch.arange(first, first + q.shape[0], device=q.device)
+        numbers = {"device": q.device, "dtype": torch.int32}
         if k is None:
-            samples = samples[: q.shape[0] // 2].repeat_interleave(2)
+            samples = torch.arange(2 * first, 2 * first + q.shape[0], **numbers) // 2
             return self.logsumexp_over_rows(q, samples, "other_id", scale, exchange)
         if not exchange.group.is_null:
             towers = torch.arange(2, device=q.device).repeat_interleave(q.shape[0])
@@ -165,7 +167,8 @@ class InfoNCELoss(Loss):
             rows, options = torch.cat((q, k)), {"exchange": exchange, "backend": self.backend}
             found = global_contrast(rows, towers, scale=scale, wanted=wanted, **options)["other"]
             return found if self.symmetric else found[: q.shape[0]]
+        samples = torch.arange(q.shape[0], **numbers)
         among = {"q_ids": samples, "k_ids": samples, "candidates": "other_id", "backend": self.backend}
         if self.symmetric:
-            return torch.cat(mutual_logsumexp(q, k, scale=scale, **among))
+            return both_logsumexps(q, k, scale=scale, **among)
         return streaming_logsumexp(q, k, scale=scale, **among)

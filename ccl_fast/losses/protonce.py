@@ -94,5 +94,5 @@ class ProtoNCELoss(InfoNCELoss):
         losses, shape = self._losses(queries, keys, negatives, exchange, first)
         of_centers = center_cross_entropies(self, queries, cluster_ids, centers, center_temperature, exchange)
         terms = [term for term, _ in of_centers]
-        losses = losses + sum(terms) / len(terms)
+        losses = losses.flatten() + sum(terms) / len(terms)
         return self.reduce(losses, shape=shape, group=exchange.group)

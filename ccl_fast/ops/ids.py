@@ -14,9 +14,26 @@ def consecutive_ids(ids: Tensor) -> Tensor:
     return torch.empty_like(rank).scatter_(0, order, rank)
 
 
+def place_of_first(ids: Tensor, out_int32: bool = False) -> Tensor:
+    """Numbers of 0 to n - 1, int64 [n], equal where ids are: the place of the first of an id among all in order."""
+    return torch.searchsorted(ids.sort().values, ids.contiguous(), out_int32=out_int32)
+
+
+def int32_ids(q_ids: Tensor | None, k_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Numbers of 32 bits that are equal where the ids are, for a kernel compares these with fewer registers."""
+    if q_ids is None or (q_ids.dtype == torch.int32 and (k_ids is None or k_ids.dtype == torch.int32)):
+        return q_ids, k_ids
+    ids = q_ids if k_ids is None else torch.cat((q_ids, k_ids))
+    numbers = place_of_first(ids, out_int32=True)
+    if k_ids is None:
+        return numbers, None
+    of_q, of_k = numbers.split((q_ids.shape[0], k_ids.shape[0]))
+    return of_q, of_k
+
+
 def same_id_count(ids: Tensor, of: Tensor | None = None) -> Tensor:
     """How many others have the id of each, int64 [n]; or how many ``of`` further ids are equal to it."""
-    group = consecutive_ids(ids if of is None else torch.cat((ids, of)))
+    group = place_of_first(ids if of is None else torch.cat((ids, of)))
     counted = group if of is None else group[ids.shape[0] :]
     number = torch.zeros_like(group).index_add_(0, counted, torch.ones_like(counted))[group[: ids.shape[0]]]
     return number - 1 if of is None else number
@@ -32,7 +49,7 @@ def ids_of_single_positives(
     if single is None:
         return None, None
     n = ids.shape[0]
-    group = consecutive_ids(ids if k_ids is None else torch.cat((ids, k_ids)))
+    group = place_of_first(ids if k_ids is None else torch.cat((ids, k_ids)))
     own = torch.arange(group.shape[0], group.shape[0] + n, device=ids.device)
     return torch.where(single, group[:n], own), None if k_ids is None else group[n:]
 

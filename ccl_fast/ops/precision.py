@@ -10,7 +10,7 @@ from ccl_fast.checks import autocasts, product_dtype
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """Of sums, and of all that follows the products of x: float32; float64 for float64."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def scale_tensor(scale: float | Tensor, q: Tensor) -> Tensor:

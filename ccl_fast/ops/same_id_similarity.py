@@ -6,7 +6,7 @@ from torch import Tensor
 from ccl_fast.checks import check_floating, check_matrix, check_same, check_vector
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.differentiable import Differentiable
-from ccl_fast.ops.ids import consecutive_ids
+from ccl_fast.ops.ids import place_of_first
 from ccl_fast.ops.precision import accumulation_dtype
 from ccl_fast.ops.row_dot import row_dot
 
@@ -37,10 +37,9 @@ def same_id_similarity(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     check_same("ids", ids, "z", z, dtype=False)
     if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
         raise ArgumentError(f"ids: expected integers, got {ids.dtype}")
-    group = consecutive_ids(ids)
-    counts = torch.zeros(z.shape[0], dtype=accumulation_dtype(z), device=z.device)
-    counts = counts.index_add(0, group, torch.ones_like(counts))[group] - 1
-    return _SIMILARITY(z, group), counts
+    ordered, ids = ids.sort().values, ids.contiguous()
+    group, end = torch.searchsorted(ordered, ids), torch.searchsorted(ordered, ids, right=True)
+    return _SIMILARITY(z, group), (end - group - 1).to(accumulation_dtype(z))
 
 
 def _similarity(z: Tensor, group: Tensor) -> Tensor:
@@ -67,8 +66,8 @@ def same_id_sums(q: Tensor, ids: Tensor, k: Tensor | None = None, k_ids: Tensor 
     Not differentiable.
     """
     if k is None or k_ids is None:
-        return _similarity(q, consecutive_ids(ids))
-    group = consecutive_ids(torch.cat((ids, k_ids)))
+        return _similarity(q, place_of_first(ids))
+    group = place_of_first(torch.cat((ids, k_ids)))
     of_rows, of_keys = group[: q.shape[0]], group[q.shape[0] :]
     return row_dot(_by_group(group.shape[0], _accumulated(k), of_keys)[of_rows], q)
 
@@ -86,10 +85,10 @@ def same_id_gradients(
     need_q, need_k, need_scale = needs[:3]
     to_k = None
     if k is None or k_ids is None:
-        to_q = _gradient(q, consecutive_ids(ids), grad)
+        to_q = _gradient(q, place_of_first(ids), grad)
         share = 0.5
     else:
-        group = consecutive_ids(torch.cat((ids, k_ids)))
+        group = place_of_first(torch.cat((ids, k_ids)))
         of_rows, of_keys = group[: q.shape[0]], group[q.shape[0] :]
         to_q = grad[:, None] * _by_group(group.shape[0], _accumulated(k), of_keys)[of_rows]
         share = 1.0
@@ -101,7 +100,7 @@ def same_id_gradients(
 
 def same_id_similarity_gradient(z: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
     """Gradient of z in `same_id_similarity`, given that of the sums: [n, d] in accumulation precision."""
-    return _gradient(z, consecutive_ids(ids), grad)
+    return _gradient(z, place_of_first(ids), grad)
 
 
 def _gradient(z: Tensor, group: Tensor, grad: Tensor) -> Tensor:
@@ -147,8 +146,8 @@ def mutual_similarity_gradient(
 
 
 def _groups_of_first(ids: Tensor, other_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Consecutive numbers for the ids [n], n > 0; for the others those of the same id, and n if there is none."""
-    group = consecutive_ids(ids)
+    """Numbers below n for the ids [n], n > 0; for the others those of the same id, and n if there is none."""
+    group = place_of_first(ids)
     ordered, order = ids.sort()
     place = torch.searchsorted(ordered, other_ids).clamp_(max=ids.shape[0] - 1)
     return group, torch.where(ordered[place] == other_ids, group[order[place]], ids.shape[0])

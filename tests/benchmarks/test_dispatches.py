@@ -25,7 +25,12 @@ def test_one_tile(counts, loss):
 @pytest.mark.parametrize("loss", MAX_OPERATIONS)
 def test_several_tiles(counts, loss):
     """What a larger batch takes; SupCon and CCL list what has a single positive."""
-    operations, kernels = {"CCL": (420, 6), "SupCon": (190, 3), "NT-Xent": (165, 3), "CLIP": (245, 8)}[loss]
-    assert counts[loss]["blocked"].operations <= operations
-    assert counts[loss]["triton"].operations <= operations
+    blocked, triton, kernels = {
+        "CCL": (305, 204, 6),
+        "SupCon": (160, 112, 3),
+        "NT-Xent": (145, 80, 3),
+        "CLIP": (190, 105, 6),
+    }[loss]
+    assert counts[loss]["blocked"].operations <= blocked
+    assert counts[loss]["triton"].operations <= triton
     assert counts[loss]["triton"].kernels == kernels

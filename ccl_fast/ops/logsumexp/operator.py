@@ -1,5 +1,6 @@
 """The streaming log-sum-exp: its contract, its gradient, its registration with torch, its backends."""
 
+import functools
 from typing import Literal, overload
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 from ccl_fast.checks import Candidates, check_candidates, check_flag, check_logits
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.backends import BACKENDS, ContrastBackend, choose_backend
-from ccl_fast.ops.differentiable import USE_REFERENCE, Differentiable, GradientOperator
+from ccl_fast.ops.differentiable import USE_REFERENCE, Differentiable, GradientOperator, is_traced
+from ccl_fast.ops.ids import int32_ids
 from ccl_fast.ops.logsumexp.bound import bounded_on_cpu
 from ccl_fast.ops.logsumexp.reference import logsumexp_by_relation, mutual_by_relation
 from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, scale_tensor, without_autocast
@@ -91,6 +93,7 @@ def streaming_logsumexp(
     if key_bias is not None:
         key_bias = key_bias.to(scale.dtype)
 
+    q_ids, k_ids = _compared(q_ids, k_ids, chosen_backend)
     want_same = return_same or (q_ids is not None and candidates != "other_id")
     want_other = candidates != "same_id"
     if chosen_backend == "reference":
@@ -132,18 +135,39 @@ def mutual_logsumexp(
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value; the backend cannot run here.
     """
+    found = both_logsumexps(q, k, scale=scale, q_ids=q_ids, k_ids=k_ids, candidates=candidates, backend=backend)
+    of_q, of_k = found.split((q.shape[0], k.shape[0]))
+    return of_q, of_k
+
+
+def both_logsumexps(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float | Tensor,
+    q_ids: Tensor | None,
+    k_ids: Tensor | None,
+    candidates: str,
+    backend: str,
+) -> Tensor:
+    """`mutual_logsumexp` as one tensor, [n + m]."""
     _check(q, k, scale, None, q_ids, k_ids, candidates, False)
     q = in_autocast_dtype(q)
     k = k.to(q.dtype)
     backend = choose_backend("streaming_logsumexp", backend, q.device, q.dtype)
     scale = scale_tensor(scale, q)
+    q_ids, k_ids = _compared(q_ids, k_ids, backend)
     want_same, want_other = q_ids is not None and candidates != "other_id", candidates != "same_id"
     if backend == "reference":
         same, other = mutual_by_relation(q, k, scale, q_ids, k_ids)
     else:
         same, other, _bounded = _LOGSUMEXP(q, k, scale, None, q_ids, k_ids, want_same, want_other, True, backend)
-    found = other if not want_same else same if not want_other else logaddexp(same, other)
-    return found[: q.shape[0]], found[q.shape[0] :]
+    return other if not want_same else same if not want_other else logaddexp(same, other)
+
+
+def _compared(q_ids: Tensor | None, k_ids: Tensor | None, backend: str) -> tuple[Tensor | None, Tensor | None]:
+    """The ids as kernels compare them, forward and backward."""
+    return int32_ids(q_ids, k_ids) if backend == "triton" else (q_ids, k_ids)
 
 
 def softmax_sums(
@@ -189,11 +213,40 @@ def softmax_sums(
     return sums[0 if of == "keys" else 1].to(scale.dtype) / scale
 
 
-def logaddexp(a: Tensor, b: Tensor) -> Tensor:
-    """``torch.logaddexp`` of sums that may be empty (-inf): no derivative of any order is NaN there."""
+def logaddexp(*terms: Tensor) -> Tensor:
+    r"""Return :math:`\log \sum_t e^{x_t}` of sums that may be empty (-inf): no derivative of any order is NaN there.
+
+    Args:
+        terms: two or more, of one shape and dtype.
+
+    Returns:
+        Of their shape.
+    """
+    # An exported program keeps the operations, and not the gradient that a Function brings.
+    return functools.reduce(_traced_logaddexp, terms) if is_traced(terms[0]) else _LOG_OF_SUM(*terms)
+
+
+def _traced_logaddexp(a: Tensor, b: Tensor) -> Tensor:
     a_empty, b_empty = a == -torch.inf, b == -torch.inf
     both = torch.logaddexp(a.masked_fill(a_empty, 0.0), b.masked_fill(b_empty, 0.0))
     return torch.where(a_empty, b, torch.where(b_empty, a, both))
+
+
+def _log_of_sum(*terms: Tensor) -> Tensor:
+    return functools.reduce(torch.logaddexp, terms)
+
+
+def _save_terms(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, output)
+
+
+def _gradients_of_terms(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+    *terms, total = ctx.saved_tensors
+    return ((torch.stack(terms) - total.masked_fill(total == -torch.inf, 0.0)).exp() * grad).unbind()
+
+
+# The gradient of torch's own is NaN where terms are -inf.
+_LOG_OF_SUM = Differentiable("logaddexp", _log_of_sum, _save_terms, _gradients_of_terms)
 
 
 def cross_entropy(rest: Tensor, positive: Tensor) -> Tensor:
@@ -205,8 +258,13 @@ def cross_entropy(rest: Tensor, positive: Tensor) -> Tensor:
     Never below 0, and exact to rounding, with its gradient, also where the positive outweighs the rest by so much that
     the log-sum-exp over all is the positive's logit to rounding. The rest may be empty (-inf).
     """
-    # Up to the threshold the exponential is a float32 number; above it log(1 + e^x) is x to rounding, also in float64.
-    return torch.nn.functional.softplus(rest - positive, threshold=40.0)
+    return log_of_one_more(rest - positive)
+
+
+def log_of_one_more(x: Tensor) -> Tensor:
+    """Return log(1 + e^x)."""
+    # Up to the threshold the exponential is a float32 number; above it the result is x to rounding, also in float64.
+    return torch.nn.functional.softplus(x, threshold=40.0)
 
 
 def _check(q, k, scale, key_bias, q_ids, k_ids, candidates, return_same) -> None:
@@ -240,7 +298,9 @@ def _forward(
     with without_autocast(q.device):
         if mutual:
             of_q, of_k = module.mutual_forward(q, k, scale, q_ids, k_ids, want_same, want_other)
-            same, other = (torch.cat(both) for both in zip(of_q, of_k, strict=True))
+            (same, more_same), (other, more_other) = zip(of_q, of_k, strict=True)
+            same = torch.cat((same, more_same)) if want_same else same
+            other = torch.cat((other, more_other)) if want_other else other
             return same, other, scale.new_zeros((), dtype=torch.bool)
         return module.forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other)
 
@@ -270,8 +330,9 @@ def _backward(
     module = BACKENDS["streaming_logsumexp"][backend].module
     with without_autocast(q.device):
         if mutual:
-            numbers = (same, other, grad_same, grad_other)
-            of_q, of_k = (tuple(x[part] for x in numbers) for part in (slice(q.shape[0]), slice(q.shape[0], None)))
+            assert k is not None
+            sizes, numbers = (q.shape[0], k.shape[0]), (same, other, grad_same, grad_other)
+            of_q, of_k = zip(*(x.split(sizes) if x.shape[0] else (x, x) for x in numbers), strict=True)
             grads = *module.mutual_gradients(q, k, scale, q_ids, k_ids, of_q, of_k, needs[:3]), None
             grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
         else:
@@ -291,14 +352,21 @@ def _empty_gradients(
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, _want_same, _want_other, ctx.mutual, ctx.backend = inputs
+    *tensors, want_same, want_other, ctx.mutual, ctx.backend = inputs
+    ctx.wanted = want_same, want_other
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[-1])
     ctx.save_for_backward(*tensors, *output)
 
 
-def _gradients(ctx, grad_same: Tensor, grad_other: Tensor, _grad_bounded: None):
-    needs = list(ctx.needs_input_grad[:4])
-    grads = _GRADIENT(*ctx.saved_tensors, grad_same, grad_other, needs, ctx.mutual, ctx.backend)
+def _gradients(ctx, *grads: Tensor | None):
+    needs, saved = list(ctx.needs_input_grad[:4]), ctx.saved_tensors
+    # What is not wanted is empty, and so is its gradient.
+    given = (
+        grad if grad is not None else torch.zeros_like(x) if want else x
+        for grad, x, want in zip(grads[:2], saved[-3:-1], ctx.wanted, strict=True)
+    )
+    grads = _GRADIENT(*saved, *given, needs, ctx.mutual, ctx.backend)
     return (*(g if n else None for g, n in zip(grads, needs, strict=True)), *[None] * 6)
 
 

@@ -1,6 +1,7 @@
 """The streaming log-sum-exp on Triton: which kernels run, over which buffers."""
 
 import contextlib
+import copy
 import importlib.util
 import os
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ccl_fast.kernels.launch import takes
-from ccl_fast.ops.ids import consecutive_ids, ids_of_single_positives
+from ccl_fast.ops.ids import ids_of_single_positives, int32_ids
 from ccl_fast.ops.logsumexp.bound import logits_are_bounded
 from ccl_fast.ops.row_dot import row_dot
 from ccl_fast.ops.same_id_similarity import mutual_similarity_gradient, same_id_gradients
@@ -70,7 +71,7 @@ def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple
     bounded = logits_are_bounded(q, None, scale, None) if use_flag else scale.new_zeros((), dtype=torch.bool)
     if n == 0:
         return *(q.new_empty(0, dtype=torch.float32) for _ in range(2)), bounded
-    q_ids, k_ids = _int32_ids(q_ids, k_ids)
+    q_ids, k_ids = int32_ids(q_ids, k_ids)
     k_ids = q_ids if is_self else k_ids
     q = _aligned(q)
     k = q if is_self else _aligned(k)
@@ -90,22 +91,22 @@ def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple
         table = launch("forward_rows", q.dtype, q.shape[1], q_ids is not None, q.device)
         row_blocks = _blocks(n, table.block_m)
         parts = _parts(row_blocks, m, q.device)
-        shapes = [(parts, n if want else 0) for want in wanted.values()]
-        found = [torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes]
+        sizes = [parts * n if want else 0 for want in wanted.values()]
+        found = [torch.empty(size, dtype=torch.float32, device=q.device) for size in sizes]
         kernels.forward_rows[(row_blocks, parts)](
             q, k, scale, key_bias, q_ids, k_ids, skip, *found, flag, n, m, q.stride(0), k.stride(0),
             IS_SELF=is_self, **wanted, **_tile(table, q),
         )  # fmt: skip
-        same, other = (_combined(lse, of_triangle, flag) for lse, of_triangle in zip(found, sums, strict=True))
+        same, other = (_combined(lse, parts, of_triangle, flag) for lse, of_triangle in zip(found, sums, strict=True))
     return same, other, bounded
 
 
-def _combined(lse: Tensor, sums: Tensor | None, flag: Tensor | None) -> Tensor:
-    """Of log-sum-exps over parts of the keys [parts, n] those over all; where the flag is up of the triangle's sums."""
-    parts, n = lse.shape
+def _combined(lse: Tensor, parts: int, sums: Tensor | None, flag: Tensor | None) -> Tensor:
+    """Of log-sum-exps over parts of the keys, [parts * n], those over all; of the triangle's sums if the flag is up."""
+    n = lse.shape[0] // parts
     if n == 0 or (parts == 1 and flag is None):
-        return lse[0]
-    result = torch.empty_like(lse[0])
+        return lse
+    result = lse.new_empty(n)
     _kernels()[0].combine_parts[(_blocks(n, 256),)](lse, sums, flag, result, n, parts, BLOCK=256)
     return result
 
@@ -148,7 +149,7 @@ def _backward(
     q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs, dtype
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     d = q.shape[1]
-    q_ids, k_ids = _int32_ids(q_ids, k_ids)
+    q_ids, k_ids = int32_ids(q_ids, k_ids)
     gain = _gain(q, grad_same, grad_other)
     q, k = _aligned(q), None if k is None else _aligned(k)
     on_chip = _fits_on_chip(q, q_ids)
@@ -185,14 +186,12 @@ def mutual_gradients(
     if not (len(q) and len(k)):
         return torch.zeros_like(q, dtype=dtype), torch.zeros_like(k, dtype=dtype), scale.new_zeros(())
     need_q, need_k, need_scale = needs
-    dtype, grad_q, grad_k, to_scale = dtype or q.dtype, None, None, scale.new_zeros(())
-    if need_q or need_scale:
-        grad_q, share = mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k)
-        grad_q, to_scale = grad_q.to(dtype), to_scale + share
-    if need_k or need_scale:
-        grad_k, share = mutual_backward(k, q, scale, k_ids, q_ids, of_k, of_q)
-        grad_k, to_scale = grad_k.to(dtype), to_scale + share
-    return grad_q, grad_k, to_scale if need_scale else None
+    dtype, pair = dtype or q.dtype, _Pair(q, k, scale, q_ids, k_ids, of_q, of_k)
+    grad_q, to_scale = pair.gradients(need_scale) if need_q or need_scale else (None, None)
+    grad_k, more = pair.swapped().gradients(need_scale) if need_k or need_scale else (None, None)
+    if to_scale is not None and more is not None:
+        to_scale = to_scale + more
+    return None if grad_q is None else grad_q.to(dtype), None if grad_k is None else grad_k.to(dtype), to_scale
 
 
 def mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k, positives=None) -> tuple[Tensor, Tensor]:
@@ -204,37 +203,52 @@ def mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k, positives=None) -> tu
     ``of_q``, ``of_k``: (same, other, grad_same, grad_other), with the log-sum-exps over all blocks.
     ``positives``: those of `backward`, of q and of k.
     """
-    grad, to_scale = _mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k)
+    grad, to_scale = _Pair(q, k, scale, q_ids, k_ids, of_q, of_k).gradients(True)
+    assert to_scale is not None
     if positives is None:
         return grad, to_scale
     more = mutual_similarity_gradient(q, q_ids, positives[0], k, k_ids, positives[1])
     return grad + more * scale, to_scale + row_dot(more, q).sum() / 2
 
 
-def _mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k) -> tuple[Tensor, Tensor]:
-    d, wide = q.shape[1], torch.float32
-    q_ids, k_ids = _int32_ids(q_ids, k_ids)
-    gain = _gain(q, *of_q[2:], *of_k[2:])
-    on_chip = _fits_on_chip(q, q_ids)
-    flag = None
-    if on_chip and min(q.shape[0], k.shape[0]) >= TRIANGLE_MIN_ROWS:
-        flag = logits_are_bounded(q, k, scale, None).to(torch.int32)
-    q, k = _aligned(q), _aligned(k)
-    with _device_of(q):
-        anchors, k_anchors = _anchors(*of_q, gain=gain, flag=flag), _anchors(*of_k, gain=gain, flag=flag)
-        if on_chip:
-            grad, to_scale, _ = _backward_pass(
-                q, k, q_ids, k_ids, scale, _divided(scale, gain), None, anchors, k_anchors,
-                False, True, True, False, wide, flag,
-            )  # fmt: skip
-            to_scale = None if to_scale is None else to_scale.sum() / 2
-        else:
-            grad, _, to_scale, _ = _backward_in_strips(
-                q, k, scale, _divided(scale, gain), None, q_ids, k_ids, anchors, None,
-                (True, False, True, False), wide, k_anchors,
-            )  # fmt: skip
-    assert grad is not None and to_scale is not None
-    return grad[:, :d], to_scale if isinstance(gain, float) else to_scale / gain
+class _Pair:
+    """Two blocks of rows that are anchors of each other, as the kernels read them."""
+
+    def __init__(self, q, k, scale, q_ids, k_ids, of_q, of_k):
+        self.d = q.shape[1]
+        self.ids = int32_ids(q_ids, k_ids)
+        self.gain = _gain(q, *of_q[2:], *of_k[2:])
+        self.on_chip, self.flag = _fits_on_chip(q, self.ids[0]), None
+        if self.on_chip and min(q.shape[0], k.shape[0]) >= TRIANGLE_MIN_ROWS:
+            self.flag = logits_are_bounded(q, k, scale, None).to(torch.int32)
+        self.rows = _aligned(q), _aligned(k)
+        self.scales = scale, _divided(scale, self.gain)
+        with _device_of(q):
+            self.anchors = tuple(_anchors(*of, gain=self.gain, flag=self.flag) for of in (of_q, of_k))
+
+    def swapped(self) -> "_Pair":
+        other = copy.copy(self)
+        other.rows, other.ids, other.anchors = self.rows[::-1], self.ids[::-1], self.anchors[::-1]
+        return other
+
+    def gradients(self, need_scale: bool) -> tuple[Tensor, Tensor | None]:
+        """Of the first block's rows, in float32, and its half of the scale's."""
+        (q, k), (q_ids, k_ids), (anchors, k_anchors) = self.rows, self.ids, self.anchors
+        scale, out_scale = self.scales
+        with _device_of(q):
+            if self.on_chip:
+                grad, to_scale, _ = _backward_pass(
+                    q, k, q_ids, k_ids, scale, out_scale, None, anchors, k_anchors,
+                    False, True, need_scale, False, torch.float32, self.flag,
+                )  # fmt: skip
+                to_scale = None if to_scale is None else to_scale.sum() / 2
+            else:
+                grad, _, to_scale, _ = _backward_in_strips(
+                    q, k, scale, out_scale, None, q_ids, k_ids, anchors, None,
+                    (True, False, need_scale, False), torch.float32, k_anchors,
+                )  # fmt: skip
+        assert grad is not None
+        return grad[:, : self.d], _divided(to_scale, self.gain)
 
 
 def _anchors(same, other, grad_same, grad_other, gain, flag) -> Anchors:
@@ -361,7 +375,7 @@ def _backward_in_strips(
         )  # fmt: skip
         if to_q is not None:
             _add_product(to_q[start:stop], weights, k[first:])
-            if symmetric:
+            if symmetric and stop < n:
                 _add_product(to_q[stop:], weights[:, stop - start :].T, q[start:stop])
         if to_k is not None:
             _add_product(to_k, weights.T, q[start:stop])
@@ -449,16 +463,6 @@ def _kernels():
     from ccl_fast.kernels.launch import launch
 
     return streaming_logsumexp, launch
-
-
-def _int32_ids(q_ids: Tensor | None, k_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Only equality matters: wide ids are relabelled, as a tile compares 32 bits with fewer registers."""
-    if q_ids is None or (q_ids.dtype == torch.int32 and (k_ids is None or k_ids.dtype == torch.int32)):
-        return q_ids, k_ids
-    if k_ids is None:
-        return consecutive_ids(q_ids).int(), None
-    ids = consecutive_ids(torch.cat((q_ids, k_ids))).int()
-    return ids[: len(q_ids)], ids[len(q_ids) :]
 
 
 def _interpreted() -> bool:

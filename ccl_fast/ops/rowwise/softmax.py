@@ -163,9 +163,10 @@ def _forward(
         blocks = RowBlocks(q, k, q_ids, k_ids, candidates, excluded)
         logsumexp, mean, threshold = (scale.new_empty(size) for size in _sizes(q, topk, with_mean))
         for rows in blocks:
-            x = blocks.similarities(rows)
+            x = _similarities(blocks, rows, topk > 0)
             if topk:
-                threshold[rows] = kth_largest(blocks.only_candidates_(x.clone(), rows), topk)
+                # Of fewer candidates all, but nothing else.
+                threshold[rows] = kth_largest(x, topk).clamp_(min=torch.finfo(x.dtype).min / 2)
             logits = _logits(blocks, x, rows, scale, key_bias, threshold)
             maximum = logits.amax(1) if logits.shape[1] else logits.new_full((logits.shape[0],), -torch.inf)
             weights = _exp_(logits, maximum)
@@ -181,12 +182,20 @@ def _sizes(q: Tensor, topk: int, with_mean: bool) -> tuple[int, int, int]:
     return n, n if with_mean else 0, n if topk else 0
 
 
+def _similarities(blocks: RowBlocks, rows: slice, of_candidates: bool) -> Tensor:
+    """Those of the rows; what is no candidate has the least number of all, if that is wanted: 0 times it is 0."""
+    x = blocks.similarities(rows)
+    return blocks.only_candidates_(x, rows, torch.finfo(x.dtype).min) if of_candidates else x
+
+
 def _logits(
     blocks: RowBlocks, x: Tensor, rows: slice, scale: Tensor, key_bias: Tensor | None, threshold: Tensor
 ) -> Tensor:
     """Of similarities x; -inf for keys that do not take part. Forward and backward they are rounded alike."""
-    logits = blocks.only_candidates_(x * scale if key_bias is None else torch.addcmul(key_bias, x, scale), rows)
-    return logits.masked_fill_(x < threshold[rows, None], -torch.inf) if threshold.shape[0] else logits
+    logits = x * scale if key_bias is None else torch.addcmul(key_bias, x, scale)
+    if threshold.shape[0]:
+        return logits.masked_fill_(x < threshold[rows, None], -torch.inf)
+    return blocks.only_candidates_(logits, rows)
 
 
 def _exp_(logits: Tensor, shift: Tensor) -> Tensor:
@@ -223,7 +232,7 @@ def _backward(
         grad = grad_mean if with_mean else grad_logsumexp
 
         def weights(rows: slice) -> Tensor:
-            x, g = blocks.similarities(rows), grad[rows]
+            x, g = _similarities(blocks, rows, threshold.shape[0] > 0), grad[rows]
             p = _exp_(_logits(blocks, x, rows, scale, key_bias, threshold), logsumexp[rows])
             if with_mean:
                 x.sub_(mean[rows, None])
