@@ -24,7 +24,9 @@ ACCUMULATION = (
     "gradients that are added up contrast images with those of their small batch alone; "
     "--micro-batch has the loss of the whole batch in the memory of a small one"
 )
-INSTEAD: dict[str, str] = dict.fromkeys(("accumulate", "accumulate-grad-batches", "gradient-accumulation-steps"), ACCUMULATION)
+INSTEAD: dict[str, str] = dict.fromkeys(
+    ("accumulate", "accumulate-grad-batches", "gradient-accumulation-steps"), ACCUMULATION
+)
 WORDS: dict[Any, str] = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ccl_fast.checks import check_share
+from ccl_fast.commands.environment import describe_device
 from ccl_fast.commands.image_sets import read_split
-from ccl_fast.commands.report import describe_device
 from ccl_fast.commands.score_table import write_scores
 from ccl_fast.commands.trained_run import TrainedRun
 from ccl_fast.data import Images, Split, load_folder
@@ -31,7 +31,7 @@ def score(
     data: str | Path | Dataset | tuple[Dataset, Dataset] | None = None,
     data_root: str | Path | None = None,
     backbone: str | nn.Module | None = None,
-    workers: int = 0,
+    workers: int | None = None,
     device: str = "auto",
     strict: bool = False,
     overwrite: bool = False,
@@ -55,7 +55,7 @@ def score(
         data: where the run's training images are now; by default where they were.
         data_root: folder of torchvision's data sets; by default that of the run.
         backbone: the module that the run was trained with, if it was one (Python only).
-        workers: processes that read images.
+        workers: processes that read images; by default as for ``train``.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         strict: stop at an unreadable image; by default they are skipped and counted.
         overwrite: replace the output file.

@@ -12,8 +12,9 @@ import torch
 import yaml
 from lightning.fabric import Fabric
 
+from ccl_fast.commands.environment import describe_device
 from ccl_fast.commands.image_sets import ImageSets, load_image_sets, read_split
-from ccl_fast.commands.report import describe, describe_device, describe_images, measures, write_report
+from ccl_fast.commands.report import describe, describe_images, measures, write_report
 from ccl_fast.commands.run_folder import CONFIG, RunFolder, clear, command_to_go_on, resumed_folder
 from ccl_fast.data import Images
 from ccl_fast.distributed import Group

@@ -15,7 +15,7 @@ with packages_of_training():
     from ccl_fast.evaluation.knn import knn_accuracy
     from ccl_fast.evaluation.linear import linear_accuracy
     from ccl_fast.evaluation.page import write_page
-    from ccl_fast.evaluation.pictures import threshold
+    from ccl_fast.evaluation.thresholds import describe_thresholds, threshold
 
 __all__ = [
     "CONFIDENCE",
@@ -25,6 +25,7 @@ __all__ = [
     "Evaluation",
     "cluster",
     "confidence_interval",
+    "describe_thresholds",
     "difference_intervals",
     "evaluate_model",
     "knn_accuracy",
