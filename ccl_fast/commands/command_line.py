@@ -25,11 +25,16 @@ from ccl_fast.commands.output import lasting_output
 from ccl_fast.commands.plain_yaml import without_aliases
 from ccl_fast.commands.score_images import score
 from ccl_fast.commands.train_models import train
-from ccl_fast.errors import ArgumentError, PeerError, ReaderError
+from ccl_fast.errors import ArgumentError, MissingPackages, PeerError, ReaderError
 from ccl_fast.training.checkpoint import CheckpointError
 from ccl_fast.training.interruption import Interrupted
 
-COMMANDS = {"train": train, "compare": compare, "evaluate": evaluate, "score": score}
+COMMANDS = {
+    "train": train,
+    "compare": compare,
+    "evaluate": evaluate,
+    "score": score,
+}
 # What Python can give and a command line cannot.
 PYTHON_ONLY = (Dataset, nn.Module)
 
@@ -67,10 +72,18 @@ def _run(arguments: Sequence[str]) -> int:
         if _speaks_for_all():
             print(f"ccl-fast {parsed.subcommand}: {interrupted}", file=sys.stderr)
         return interrupted.code
-    except (ArgumentError, CheckpointError, OSError, FloatingPointError, PeerError, ReaderError) as error:
+    except (
+        ArgumentError,
+        CheckpointError,
+        OSError,
+        FloatingPointError,
+        PeerError,
+        ReaderError,
+        MissingPackages,
+    ) as error:
         if _speaks_for_all() or isinstance(error, PeerError):
             print(f"ccl-fast {parsed.subcommand}: error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError | PeerError | ReaderError) else 2
+        return 1 if isinstance(error, FloatingPointError | PeerError | ReaderError | MissingPackages) else 2
     return 0
 
 

@@ -71,12 +71,54 @@ def load_folder(
     check_count("max_pixels", max_pixels)
     check_shape("shape", shape)
     [source] = open_folders([Path(path)], argument, strict=strict, workers=workers, max_pixels=max_pixels)
+    return _load(source, shape, path, strict=strict, workers=workers, memory=memory)
+
+
+def load_files(
+    paths: Sequence[str | Path],
+    shape: tuple[int, int, int],
+    *,
+    argument: str = "images",
+    workers: int = 0,
+    memory: float = 4.0,
+    max_pixels: int = MAX_PIXELS,
+) -> Images:
+    """The images in some files, in their order, brought to a shape as by `load_folder`.
+
+    Args:
+        paths: of the files, at least one.
+        shape: (1 or 3, h, w).
+        argument: how errors call the files.
+        workers: processes that read; 0: this one does.
+        memory: GiB that the decoded images may take; if they take more, they are read on demand.
+        max_pixels: a file of more pixels than that counts as one that cannot be read.
+
+    Raises:
+        ArgumentError: naming the argument.
+        OSError: a file cannot be read.
+    """
+    check_loading(seed=0, workers=workers, memory=memory, limit=None, strict=True, download=False)
+    check_count("max_pixels", max_pixels)
+    check_shape("shape", shape)
+    files = [Path(os.path.expanduser(path)) for path in paths]
+    if not files:
+        raise ArgumentError(f"{argument}: expected at least one file, got none")
+    place = "the files"
+    source = _source(files, None, (), argument, place=place, strict=True, workers=workers, max_pixels=max_pixels)
+    return _load(source, shape, place, strict=True, workers=workers, memory=memory)[0]
+
+
+def _load(
+    source: FolderSource, shape: tuple[int, int, int], place: str | Path, *, strict: bool, workers: int, memory: float
+) -> tuple[Images, list[Path]]:
+    """The images of a source and their paths, without those that cannot be read; these are reported."""
     rows = torch.arange(len(source), device="cpu")
     channels, height, width = shape
     images, rows = read(source, rows, (channels, height, width), workers=workers, memory=memory, verify=not strict)
     report_skipped(source)
     if not len(images):
-        raise ArgumentError(f"{argument}: expected images in {path}, got none that can be read; {source.skipped[0]}")
+        expected = f"images in {place}, got none that can be read"
+        raise ArgumentError(f"{source.argument}: expected {expected}; {source.skipped[0]}")
     return images, [source.items.paths[row] for row in rows.tolist()]
 
 
@@ -86,11 +128,13 @@ class Files(Dataset):
     Args:
         paths: of the files.
         targets: their classes, or None.
+        classes: what classes 0, 1, ... are called; none where there are none.
     """
 
-    def __init__(self, paths: Sequence[Path], targets: Sequence[int] | None):
+    def __init__(self, paths: Sequence[Path], targets: Sequence[int] | None, classes: Sequence[str] = ()):
         self.paths = paths
         self.targets = targets
+        self.classes = classes
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -170,20 +214,35 @@ def open_folders(
     numbers = {name: i for i, name in enumerate(sorted({name for of_one in names for name in of_one}))}
     sources = []
     for folder, paths, of_one in zip(folders, files, names, strict=True):
-        headers = _headers(paths, workers=workers, max_pixels=max_pixels)
-        errors = [header for header in headers if isinstance(header, Exception)]
-        if errors and strict:
-            raise errors[0]
-        if len(errors) == len(paths):
-            raise ArgumentError(
-                f"{argument}: expected images in {folder.absolute()}, got {len(paths)} files that cannot be read; "
-                f"{errors[0]}"
-            )
-        kept = {i: header for i, header in enumerate(headers) if not isinstance(header, Exception)}
-        targets = None if "" in numbers else [numbers[of_one[i]] for i in kept]
-        images = Files([paths[i] for i in kept], targets)
-        sources.append(FolderSource(images, list(kept.values()), argument, strict=strict, skipped=errors))
+        targets = None if "" in numbers else [numbers[name] for name in of_one]
+        classes = () if targets is None else list(numbers)
+        reading = {"place": folder.absolute(), "strict": strict, "workers": workers, "max_pixels": max_pixels}
+        sources.append(_source(paths, targets, classes, argument, **reading))
     return sources
+
+
+def _source(
+    paths: Sequence[Path],
+    targets: Sequence[int] | None,
+    classes: Sequence[str],
+    argument: str,
+    *,
+    place: str | Path,
+    strict: bool,
+    workers: int,
+    max_pixels: int,
+) -> FolderSource:
+    """Those of some files whose header can be read; it is an error if there are none, and with ``strict`` any other."""
+    headers = _headers(paths, workers=workers, max_pixels=max_pixels)
+    errors = [header for header in headers if isinstance(header, Exception)]
+    if errors and strict:
+        raise errors[0]
+    if len(errors) == len(paths):
+        expected = f"images in {place}, got {len(paths)} files that cannot be read"
+        raise ArgumentError(f"{argument}: expected {expected}; {errors[0]}")
+    kept = {i: header for i, header in enumerate(headers) if not isinstance(header, Exception)}
+    images = Files([paths[i] for i in kept], None if targets is None else [targets[i] for i in kept], classes)
+    return FolderSource(images, list(kept.values()), argument, strict=strict, skipped=errors)
 
 
 def split_folders(folder: Path) -> list[Path]:

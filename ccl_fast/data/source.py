@@ -84,6 +84,16 @@ class Source(Dataset):
         """Whether all sampled items have a class."""
         return all(item.c is not None for item in self.sample)
 
+    @property
+    def class_names(self) -> list[str] | None:
+        """What classes 0, 1, ... are called, where the data set tells as torchvision's do; of synonyms the first."""
+        names = getattr(self.items, "classes", None)
+        if not isinstance(names, Sequence) or isinstance(names, str):
+            return None
+        firsts = [name[0] if isinstance(name, tuple) and name else name for name in names]
+        found = [name for name in firsts if isinstance(name, str)]
+        return found if len(found) == len(names) else None
+
     @functools.cached_property
     def classes(self) -> Tensor | None:
         """int64 [n], if an attribute of the data set tells them and is right about the sampled items."""

@@ -3,16 +3,18 @@
 from ccl_fast.errors import packages_of_training
 
 with packages_of_training():
-    from ccl_fast.evaluation.detection import DEFAULT, GROUPS, Evaluation, cluster, evaluate_model, make_detectors
+    from ccl_fast.evaluation.detection import GROUPS, Evaluation, evaluate_model
+    from ccl_fast.evaluation.detectors import DEFAULT, make_detectors
+    from ccl_fast.evaluation.fitted import ACCEPTED, FittedDetectors, threshold
     from ccl_fast.evaluation.knn import knn_accuracy
     from ccl_fast.evaluation.page import write_page
-    from ccl_fast.evaluation.pictures import threshold
 
 __all__ = [
+    "ACCEPTED",
     "DEFAULT",
     "GROUPS",
     "Evaluation",
-    "cluster",
+    "FittedDetectors",
     "evaluate_model",
     "knn_accuracy",
     "make_detectors",

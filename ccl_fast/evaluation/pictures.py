@@ -29,6 +29,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ccl_fast.evaluation.fitted import ACCEPTED, threshold
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -57,7 +59,6 @@ _NAMES = {light: name for name, light in LIGHT.items()}
 WIDTH = 480  # of a picture; the page shows it as wide as there is room
 MAX_LABELLED = 30  # clusters
 MAX_DRAWN = 500  # clusters, each with a colour, a bar and a ring of its own
-ACCEPTED = 95  # percent of the test images that the threshold accepts
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "ccl_fast",
@@ -100,11 +101,6 @@ def look(number: int, is_near: bool) -> tuple[str, tuple[int, ...]]:
 def css_colors(dark: bool) -> str:
     """Return declarations of the custom properties that the pictures use."""
     return " ".join(f"--{name}: {pair[dark]};" for name, pair in COLORS.items())
-
-
-def threshold(test: Tensor) -> float:
-    """Return the least score that accepts 95 % of the test images."""
-    return test.sort().values[-(-ACCEPTED * len(test) // 100) - 1].item()
 
 
 class ScoreAxis(NamedTuple):
@@ -181,7 +177,7 @@ def histograms(test: Tensor, sets: Sequence[OodSet], axis: ScoreAxis, alt: str) 
         panel.text(0, 1.03, _UNDRAWN, color=color, weight="bold", transform=panel.transAxes)
         panel.text(1, 1.03, _UNDRAWN, color=LIGHT["soft"], ha="right", transform=panel.transAxes)
     panel.set_xlabel("outlier score" + (", logarithmic" if axis.is_log else ""))
-    label = f"accepts {ACCEPTED} % of the test images: {threshold(test):.3g}"
+    label = f"accepts {round(100 * ACCEPTED)} % of the test images: {threshold(test):.3g}"
     side = "left" if at[0] < 0.5 else "right"
     figure.text((10 + at[0] * (WIDTH - 20)) / WIDTH, 1 - 12 / height, label, ha=side, va="center")
     return _svg(figure, alt, texts)
