@@ -4,9 +4,10 @@ from ccl_fast.errors import packages_of_training
 
 with packages_of_training():
     from ccl_fast.commands.compare_objectives import compare
+    from ccl_fast.commands.embed_images import embed
     from ccl_fast.commands.evaluate_run import evaluate
     from ccl_fast.commands.predictor import Predictor, load_run
     from ccl_fast.commands.score_images import score
     from ccl_fast.commands.train_models import train
 
-__all__ = ["Predictor", "compare", "evaluate", "load_run", "score", "train"]
+__all__ = ["Predictor", "compare", "embed", "evaluate", "load_run", "score", "train"]

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ccl_fast.commands.compare_objectives import SET_BY_COMPARE, compare
+from ccl_fast.commands.embed_images import embed
 from ccl_fast.commands.evaluate_run import evaluate
 from ccl_fast.commands.output import lasting_output
 from ccl_fast.commands.plain_yaml import without_aliases
@@ -34,6 +35,7 @@ COMMANDS = {
     "compare": compare,
     "evaluate": evaluate,
     "score": score,
+    "embed": embed,
 }
 # What Python can give and a command line cannot.
 PYTHON_ONLY = (Dataset, nn.Module)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,11 +19,11 @@ from PIL import Image
 from torchvision.utils import save_image
 
 import ccl_fast
-from ccl_fast.commands import evaluate, load_run, train
+from ccl_fast.commands import embed, evaluate, load_run, score, train
 from ccl_fast.commands.command_line import main
 from ccl_fast.commands.tensor_files import read_tensors, write_tensors
 from ccl_fast.data import load_split
-from ccl_fast.errors import ArgumentError
+from ccl_fast.errors import ArgumentError, MissingPackages
 from ccl_fast.evaluation import make_detectors
 from ccl_fast.models import embed_layers
 
@@ -234,6 +235,60 @@ def test_detectors_of_other_weights_are_refused(copy, tmp_path):
         load_run(copy).score(torch.rand(2, 1, 28, 28))
 
 
+def test_embeddings_in_a_table_and_two_arrays(run, photos, tmp_path, capsys):
+    output = tmp_path / "out" / "digits.csv"
+    assert main(["embed", f"--run={run}", f"--images={photos}", f"--output={output}"]) == 0
+    rows = rows_of(output)
+    paths = sorted(map(str, photos.iterdir()))
+    assert [row["image"] for row in rows] == paths
+    expected = load_run(run).embed_images(paths)
+    assert np.array_equal(np.load(output.with_suffix(".features.npy")), expected.features)
+    assert np.array_equal(np.load(output.with_suffix(".embeddings.npy")), expected.embeddings)
+    assert [int(row["cluster"]) for row in rows] == expected.clusters.tolist()
+    assert set(expected.clusters.tolist()) <= {0, 1, 2}
+    assert [row["score"] for row in rows] == [f"{value:.6g}" for value in expected.scores.tolist()]
+    for name in ("digits.csv", "digits.features.npy", "digits.embeddings.npy"):
+        for other in output.parent.iterdir():
+            if other.name != name:
+                other.rename(other.with_suffix(".away"))
+        with pytest.raises(FileExistsError, match=name):
+            embed(run, photos, output)
+        for other in output.parent.glob("*.away"):
+            other.unlink()
+        embed(run, photos, output, overwrite=True)
+
+
+def test_embeddings_in_one_parquet_file(run, photos, tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("ccl_fast.models.model.BLOCK", 5)  # 12 images: three row groups
+    output = embed(run, photos, tmp_path / "digits.parquet")
+    table = parquet.read_table(output).to_pydict()
+    assert list(table) == ["image", "score", "outlier", "cluster", "features", "embedding"]
+    loaded = load_run(run)
+    expected = loaded.embed_images(photos)
+    assert table["image"] == sorted(map(str, photos.iterdir()))
+    assert np.array_equal(np.float32(table["features"]), expected.features)
+    assert np.array_equal(np.float32(table["embedding"]), expected.embeddings)
+    assert np.float32(table["score"]).tolist() == expected.scores.tolist()
+    assert table["outlier"] == (expected.scores > loaded.threshold()).tolist()
+    assert table["cluster"] == expected.clusters.tolist()
+    assert [path.name for path in tmp_path.iterdir()] == ["digits.parquet"]
+    with pytest.raises(FileExistsError):
+        embed(run, photos, output)
+
+
+def test_what_embed_and_export_cannot_write_is_named(run, photos, tmp_path, monkeypatch, capsys):
+    for command in (["embed", f"--images={photos}"],):
+        assert main([*command, f"--run={run}", f"--output={tmp_path / 'a.txt'}"]) == 2
+        assert "output: expected a file that ends in" in capsys.readouterr().err
+    for name, module, use in (("a.parquet", "pyarrow.parquet", lambda path: embed(run, photos, path)),):
+        monkeypatch.setitem(sys.modules, module, None)
+        monkeypatch.setitem(sys.modules, module.partition(".")[0], None)
+        with pytest.raises(MissingPackages, match='pip install "ccl-fast'):
+            use(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_backbone_of_ones_own_is_asked_for_and_has_to_be_keepable(tmp_path, no_page):
     images = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     data = torch.utils.data.TensorDataset(images, torch.zeros(40, dtype=torch.int64))
@@ -256,3 +311,10 @@ def test_a_backbone_of_ones_own_is_asked_for_and_has_to_be_keepable(tmp_path, no
     with pytest.raises(ArgumentError, match=r"^backbone: expected a module whose state_dict .*_extra_state \(str\)"):
         train(tmp_path / "other", backbone=torch.nn.Sequential(Stateful(), linear), **options)
     assert not Path(tmp_path / "other").exists()
+
+
+def test_score_and_embed_take_the_same_images(run, photos, tmp_path):
+    output = score(run, photos, tmp_path / "scores.csv", objective="simclr")
+    embedded = embed(run, photos, tmp_path / "embedded.csv", objective="simclr")
+    first, second = ({row.pop("image"): row for row in rows_of(path)} for path in (output, embedded))
+    assert first == second
