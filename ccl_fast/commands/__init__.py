@@ -6,8 +6,9 @@ with packages_of_training():
     from ccl_fast.commands.compare_objectives import compare
     from ccl_fast.commands.embed_images import embed
     from ccl_fast.commands.evaluate_run import evaluate
+    from ccl_fast.commands.export_model import export
     from ccl_fast.commands.predictor import Predictor, load_run
     from ccl_fast.commands.score_images import score
     from ccl_fast.commands.train_models import train
 
-__all__ = ["Predictor", "compare", "embed", "evaluate", "load_run", "score", "train"]
+__all__ = ["Predictor", "compare", "embed", "evaluate", "export", "load_run", "score", "train"]

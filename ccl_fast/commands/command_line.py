@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from ccl_fast.commands.compare_objectives import SET_BY_COMPARE, compare
 from ccl_fast.commands.embed_images import embed
 from ccl_fast.commands.evaluate_run import evaluate
+from ccl_fast.commands.export_model import export
 from ccl_fast.commands.output import lasting_output
 from ccl_fast.commands.plain_yaml import without_aliases
 from ccl_fast.commands.score_images import score
@@ -36,6 +37,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "score": score,
     "embed": embed,
+    "export": export,
 }
 # What Python can give and a command line cannot.
 PYTHON_ONLY = (Dataset, nn.Module)

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ccl_fast.checks import check_share
+from ccl_fast.commands.exporting import Input, export_model
 from ccl_fast.commands.trained_run import TrainedRun
 from ccl_fast.data import Images, load_files, load_folder
 from ccl_fast.data.images import InMemory
@@ -162,6 +163,10 @@ class Predictor:
                 self.detector.predict_features(features[level]),
             )
             yield Predictions(*(part.cpu() for part in predicted))
+
+    def export(self, path: str | Path, input: Input = "uint8", *, overwrite: bool = False) -> Path:
+        """Write the model as one file for other programs, .pt2 or .onnx; see `ccl_fast.commands.export`."""
+        return export_model(self.model, self.shape, path, input, overwrite=overwrite)
 
     def load_folder(self, path: str | Path, *, strict: bool = False, workers: int = 0) -> tuple[Images, list[Path]]:
         """Read the images below a folder as the model takes them; see `ccl_fast.data.load_folder`."""

@@ -19,7 +19,7 @@ from PIL import Image
 from torchvision.utils import save_image
 
 import ccl_fast
-from ccl_fast.commands import embed, evaluate, load_run, score, train
+from ccl_fast.commands import embed, evaluate, export, load_run, score, train
 from ccl_fast.commands.command_line import main
 from ccl_fast.commands.tensor_files import read_tensors, write_tensors
 from ccl_fast.data import load_split
@@ -278,14 +278,56 @@ def test_embeddings_in_one_parquet_file(run, photos, tmp_path, monkeypatch):
 
 
 def test_what_embed_and_export_cannot_write_is_named(run, photos, tmp_path, monkeypatch, capsys):
-    for command in (["embed", f"--images={photos}"],):
+    for command in (["embed", f"--images={photos}"], ["export"]):
         assert main([*command, f"--run={run}", f"--output={tmp_path / 'a.txt'}"]) == 2
         assert "output: expected a file that ends in" in capsys.readouterr().err
-    for name, module, use in (("a.parquet", "pyarrow.parquet", lambda path: embed(run, photos, path)),):
+    for name, module, use in (
+        ("a.parquet", "pyarrow.parquet", lambda path: embed(run, photos, path)),
+        ("a.onnx", "onnxruntime", lambda path: export(run, path)),
+    ):
         monkeypatch.setitem(sys.modules, module, None)
         monkeypatch.setitem(sys.modules, module.partition(".")[0], None)
         with pytest.raises(MissingPackages, match='pip install "ccl-fast'):
             use(tmp_path / name)
+    assert main(["export", f"--run={run}", f"--output={tmp_path / 'a.onnx'}"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("input", ["uint8", "float32"])
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_an_exported_model_is_the_model(run, digits, tmp_path, suffix, input):
+    if suffix == ".onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    path = tmp_path / f"model{suffix}"
+    assert main(["export", f"--run={run}", f"--output={path}", f"--input={input}"]) == 0
+    images = digits.test[torch.arange(7)]
+    given = (images * 255).round().byte() if input == "uint8" else images
+    if suffix == ".onnx":
+        session = onnxruntime.InferenceSession(path)
+        features, embeddings = map(torch.from_numpy, session.run(["features", "embeddings"], {"images": given.numpy()}))
+    else:
+        features, embeddings = torch.export.load(path).module()(given)
+    model = load_run(run, device="cpu").model
+    with torch.no_grad():
+        torch.testing.assert_close(features, model.features(images), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(embeddings, model.embed(images), rtol=1e-5, atol=1e-5)
+    with pytest.raises(FileExistsError):
+        export(run, path)
+
+
+def test_a_file_that_does_something_else_does_not_appear(run, tmp_path, monkeypatch):
+    original = torch.export.load
+
+    def other(file):
+        program = original(file)
+        program.state_dict["model.head.2.bias"].add_(0.1)
+        return program
+
+    monkeypatch.setattr("torch.export.load", other)
+    with pytest.raises(ArgumentError, match=r"^output: expected the model's embeddings up to 1e-05"):
+        load_run(run).export(tmp_path / "model.pt2")
     assert not list(tmp_path.iterdir())
 
 
