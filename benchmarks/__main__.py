@@ -1,5 +1,5 @@
 """python -m benchmarks cpu [--quick] | memory | gpu [--dry-run] | import FOLDER... | predict [FOLDER] | readme FILE |
-natural FOLDER... | plots FILE... | scaling | dispatches
+natural FOLDER... | plots FILE... | scaling | dispatches | family
 
 cpu and gpu take --only PART.
 """
@@ -12,7 +12,7 @@ import torch
 from benchmarks.clustering import kmeans
 from benchmarks.harness.results import DIRECTORY
 from benchmarks.losses import cpu, dispatches, distributed, gpu, objectives
-from benchmarks.pages import scaling
+from benchmarks.pages import family, scaling
 from benchmarks.pages.readme import update
 from benchmarks.training import natural, parts, whole_step
 
@@ -55,12 +55,15 @@ def main() -> None:
     what.add_parser(
         "dispatches", help="operations that a step of a small batch dispatches; Triton's too with TRITON_INTERPRET=1"
     )
+    what.add_parser("family", help="write the table of docs/objectives.md from the docstrings of the losses")
     plan = what.add_parser("scaling", help="the plan for many GPUs, as in docs/scaling.md")
     for name, (value, text) in scaling.ASSUMED.items():
         plan.add_argument(f"--{name.replace('_', '-')}", type=float, default=value, help=f"{text} ({value:g})")
     a = parser.parse_args()
     if a.what == "scaling":
         print(scaling.plan(**{name: getattr(a, name) for name in scaling.ASSUMED}))
+    elif a.what == "family":
+        family.update()
     elif a.what == "dispatches":
         print(dispatches.table())
     elif a.what == "import":

@@ -1,8 +1,8 @@
 """Cluster-aware contrastive learning: exact losses, linear memory, any batch size."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from ccl_fast.later import imported_later
 from ccl_fast.losses import CCLLoss, InfoNCELoss, NTXentLoss, SupConLoss
 from ccl_fast.ops import streaming_logsumexp
 from ccl_fast.version import __version__
@@ -20,9 +20,7 @@ __all__ = ["CCLLoss", "InfoNCELoss", "KMeans", "NTXentLoss", "SupConLoss", "__ve
 
 
 def __getattr__(name: str):
-    if name in _LATER:
-        return getattr(import_module(f"ccl_fast.{_LATER[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return imported_later(__name__, _LATER, name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,5 @@
 import collections
+import contextlib
 import os
 import shutil
 
@@ -79,6 +80,22 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def torch_defaults():
+    """A context in which torch's default dtype and device are others."""
+
+    @contextlib.contextmanager
+    def defaults(dtype: str, device: str):
+        torch.set_default_dtype(getattr(torch, dtype))
+        try:
+            with torch.device(device):
+                yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    return defaults
 
 
 @pytest.fixture

@@ -2,48 +2,64 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import operator
+import argparse
 import os
 import sys
-import types
-import typing
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import docstring_parser
-import yaml
-from jsonargparse import ActionYesNo, ArgumentParser, get_loader, set_loader
-from torch import nn
-from torch.utils.data import Dataset
-
-from ccl_fast.commands.compare_objectives import SET_BY_COMPARE, compare
-from ccl_fast.commands.embed_images import embed
-from ccl_fast.commands.evaluate_run import evaluate
-from ccl_fast.commands.export_model import export
+from ccl_fast.commands.arguments import check_known, close, prepared, told
+from ccl_fast.commands.options import make_parser, options_of
 from ccl_fast.commands.output import lasting_output
-from ccl_fast.commands.plain_yaml import without_aliases
-from ccl_fast.commands.score_images import score
-from ccl_fast.commands.train_models import train
 from ccl_fast.errors import ArgumentError, MissingPackages, PeerError, ReaderError
 from ccl_fast.training.checkpoint import CheckpointError
+from ccl_fast.training.config import Config
 from ccl_fast.training.interruption import Interrupted
+from ccl_fast.version import __version__
+
+
+class Command(NamedTuple):
+    """A command, whose module is imported when it runs: that takes seconds, and its help need not wait for it.
+
+    Attributes:
+        module: of `ccl_fast.commands`, with a function of the command's name.
+        summary: a sentence on it.
+        options: what has its options as arguments, if that is not the function; it is quick to import.
+    """
+
+    module: str
+    summary: str
+    options: Callable | None = None
+
 
 COMMANDS = {
-    "train": train,
-    "compare": compare,
-    "evaluate": evaluate,
-    "score": score,
-    "embed": embed,
-    "export": export,
+    "train": Command(
+        "train_models",
+        "Train on images without their labels, and tell images of other kinds from them.",
+        Config,
+    ),
+    "compare": Command(
+        "compare_objectives",
+        "Train SimCLR and an objective on the same budget with several seeds, and tell what the objective gains.",
+    ),
+    "evaluate": Command(
+        "evaluate_run", "Evaluate a trained run on OOD sets: a table, evaluation.json and evaluation.html."
+    ),
+    "score": Command(
+        "score_images",
+        "Write an outlier score for every image of files and folders into a CSV or JSON file, most outlying first.",
+    ),
+    "embed": Command(
+        "embed_images",
+        "Write what a trained model makes of every image of files and folders: features, embedding, cluster, score.",
+    ),
+    "export": Command(
+        "export_model",
+        "Write a trained model as one file that needs ccl_fast no more: torch.export's (.pt2) or ONNX (.onnx).",
+    ),
 }
-# What Python can give and a command line cannot.
-PYTHON_ONLY = (Dataset, nn.Module)
-
-_load_yaml = get_loader("yaml")
-set_loader("yaml", lambda text: _load_yaml(without_aliases(text)), exceptions=(yaml.YAMLError,))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,23 +74,85 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    parser = ArgumentParser(prog="ccl-fast", description="Cluster-aware contrastive learning.")
-    subcommands = parser.add_subcommands()
-    for name, function in COMMANDS.items():
-        subcommands.add_subcommand(name, _parser(function), help=_summary(function))
-    parsed = parser.parse_args([_with_underscores(argument) for argument in arguments])
-    options = parsed[parsed.subcommand].as_dict()
-    del options["config"]
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help", "--version"):
+        told_on = sys.stdout if arguments else sys.stderr
+        print(f"ccl-fast {__version__}" if name == "--version" else _overview(), file=told_on)
+        return 0 if arguments else 2
     try:
-        for name, value in options.items():
-            _check_text(name, value)
-        COMMANDS[parsed.subcommand](**options)
-    except KeyboardInterrupt:
-        print(f"ccl-fast {parsed.subcommand}: interrupted", file=sys.stderr)
+        if name not in COMMANDS:
+            hint = close(name, COMMANDS) or "ccl-fast --help says what they do"
+            raise ArgumentError(f"expected a command, {', '.join(COMMANDS)}, got {name!r} ({hint})")
+        options = _parsed(name, rest)
+    except ArgumentError as error:
+        if _speaks_for_all():
+            print(f"ccl-fast{f' {name}' * (name in COMMANDS)}: error: {error}", file=sys.stderr)
+        return 2
+    return _call(name, options)
+
+
+def _overview() -> str:
+    """Return what the commands are."""
+    parser = argparse.ArgumentParser("ccl-fast", description="Cluster-aware contrastive learning.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", help="print the version")
+    commands = parser.add_subparsers(metavar="command", title="commands (ccl-fast train --help lists its options)")
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.summary)
+    return parser.format_help().rstrip()
+
+
+def _parsed(name: str, arguments: Sequence[str]) -> dict:
+    """Return the options of a command.
+
+    Raises:
+        ArgumentError: one is wrong.
+    """
+    command = COMMANDS[name]
+    function = command.options or _function(name)
+    options = options_of(function)
+    parser = make_parser(name, command.summary, options, function)
+    annotations = {option: given.annotation for option, given in options.items()}
+    arguments = prepared(arguments, annotations)
+    shown = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    check_known(arguments, shown, name)
+    try:
+        parsed = parser.parse_args(arguments).as_dict()
+        if parsed.get("resume"):
+            parsed = parser.parse_args(_resumed(name, parsed["output"], arguments)).as_dict()
+    except argparse.ArgumentError as error:
+        raise ArgumentError(told(error, annotations)) from error
+    del parsed["config"]
+    for option, value in parsed.items():
+        _check_text(option, value)
+    return parsed
+
+
+def _resumed(name: str, output: str | Path | None, arguments: list[str]) -> list[str]:
+    """Return the arguments after those of what is gone on with, which hold unless others are given."""
+    from ccl_fast.commands.run_folder import RESUMED, resumed_folder  # here: no help needs it
+
+    folder = resumed_folder(name, output)
+    config = folder / RESUMED[name][1]
+    return [*([f"--config={config}"] if config.exists() else []), *arguments, f"--output={folder}"]
+
+
+def _function(name: str) -> Callable:
+    return getattr(import_module(f"ccl_fast.commands.{COMMANDS[name].module}"), name)
+
+
+def _call(name: str, options: dict) -> int:
+    """Run a command; return the exit code."""
+    try:
+        if _speaks_for_all():
+            print(f"ccl-fast {__version__} {name}", flush=True)  # what comes next takes seconds to import
+        _function(name)(**options)
+    except KeyboardInterrupt as interrupt:
+        go_on = [f"; to go on:\n  {note}" for note in getattr(interrupt, "__notes__", [])]
+        print(f"ccl-fast {name}: interrupted{(go_on or [''])[-1]}", file=sys.stderr)
         return 130
     except Interrupted as interrupted:
         if _speaks_for_all():
-            print(f"ccl-fast {parsed.subcommand}: {interrupted}", file=sys.stderr)
+            print(f"ccl-fast {name}: {interrupted}", file=sys.stderr)
         return interrupted.code
     except (
         ArgumentError,
@@ -86,7 +164,7 @@ def _run(arguments: Sequence[str]) -> int:
         MissingPackages,
     ) as error:
         if _speaks_for_all() or isinstance(error, PeerError):
-            print(f"ccl-fast {parsed.subcommand}: error: {error}", file=sys.stderr)
+            print(f"ccl-fast {name}: error: {error}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError | PeerError | ReaderError | MissingPackages) else 2
     return 0
 
@@ -103,66 +181,6 @@ def _check_text(name: str, value: object) -> None:
 def _speaks_for_all() -> bool:
     """Tell whether this is the first of several processes, which all end with the same error."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _with_underscores(argument: str) -> str:
-    """Return ``--batch-size=2`` as ``--batch_size=2``: both are accepted."""
-    name, equals, value = argument.partition("=")
-    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument
-
-
-def _parser(function: Callable) -> ArgumentParser:
-    """Make a parser with an option for every argument; a truth value makes a flag, and --no_<flag>."""
-    parser = ArgumentParser(description=_summary(function))
-    parser.add_argument("--config", action="config", help="a YAML file with any of the options below.")
-    for name, parameter in _parameters(function).items():
-        given: dict[str, Any] = {"help": _help(function, name)}
-        if isinstance(parameter.default, bool):
-            given["action"] = ActionYesNo(no_prefix="no_")
-        else:
-            given["type"] = _without_python_only(parameter.annotation)
-        if parameter.default is parameter.empty:
-            given["required"] = True
-        else:
-            given["default"] = parameter.default
-        parser.add_argument(f"--{name}", **given)
-    return parser
-
-
-def _parameters(function: Callable) -> dict[str, inspect.Parameter]:
-    """Return the parameters by name; where ``**options`` are those of ``train``, these too."""
-    parameters = dict(inspect.signature(function, eval_str=True).parameters)
-    if parameters.pop("options", None):
-        of_train = {n: p for n, p in inspect.signature(train).parameters.items() if n not in SET_BY_COMPARE}
-        parameters = of_train | parameters
-    return parameters
-
-
-def _without_python_only(annotation: object) -> object:
-    """Return a type without the alternatives that a command line cannot give."""
-    if not isinstance(annotation, types.UnionType):
-        return annotation
-    left = [one for one in typing.get_args(annotation) if not _is_python_only(one)]
-    return functools.reduce(operator.or_, left)
-
-
-def _is_python_only(annotation: object) -> bool:
-    if isinstance(annotation, type) and issubclass(annotation, PYTHON_ONLY):
-        return True
-    return any(_is_python_only(part) for part in typing.get_args(annotation))
-
-
-def _help(function: Callable, name: str) -> str:
-    """Return what a function's docstring, or that of ``train``, says of an argument."""
-    for described in (function, train):
-        for parameter in docstring_parser.parse(inspect.getdoc(described) or "").params:
-            if parameter.arg_name == name and parameter.description:
-                return parameter.description
-    raise AssertionError(f"{name} is not documented")
-
-
-def _summary(function: Callable) -> str:
-    return (inspect.getdoc(function) or "").partition("\n")[0]
 
 
 if __name__ == "__main__":

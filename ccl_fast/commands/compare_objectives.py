@@ -5,22 +5,34 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from ccl_fast.commands.run_folder import check_free, clear, default_folder, held, is_empty
+import yaml
+
+from ccl_fast.commands.options import SET_BY_COMPARE
+from ccl_fast.commands.run_folder import (
+    RESUMED,
+    check_free,
+    clear,
+    command_to_go_on,
+    default_folder,
+    held,
+    is_empty,
+    resumed_folder,
+)
 from ccl_fast.commands.train_models import train
 from ccl_fast.errors import ArgumentError
 from ccl_fast.evaluation import DEFAULT, GROUPS
 from ccl_fast.files import write_atomically
 from ccl_fast.training.checkpoint import CHECKPOINTS, LAST
 from ccl_fast.training.config import Config, as_list, fixed_on_resume
+from ccl_fast.training.interruption import Interrupted
 from ccl_fast.training.launch import check_alone
 from ccl_fast.training.objectives import BASELINE
 
-# Arguments of ``train`` that are compare's to set.
-SET_BY_COMPARE = ("seed", "baseline")
-COMPARISON = "comparison.json"
+COMPARISON, ARGUMENTS = "comparison.json", RESUMED["compare"][1]
 
 
 def compare(
@@ -40,15 +52,16 @@ def compare(
         output: folder for comparison.json and a folder for each seed; by default a fresh ``runs/compare-<time>``.
         seeds: at least two different seeds.
         overwrite: replace the results in an existing output folder.
-        resume: go on with the comparison in the output folder; seeds that are done are not run again.
+        resume: go on with the comparison in the output folder, of several the newest, by default of those in ``runs``;
+            seeds that are done are not run again. On the command line the other arguments are those of the comparison.
         warmup_from: folder of another comparison with these seeds, whose warm-ups and SimCLR runs are taken over: only
             the objective is trained.
         options: the other arguments of ``train``, ``objective`` among them.
 
     Returns:
         The content of comparison.json: for every detector, kind of OOD set ("near", "far") and metric the values of
-        both and the gains, by seed, with mean and standard deviation; so too the k-NN accuracy of encoder and head, if
-        classes are known; the arguments, and where and when each seed was run.
+        both and the gains, by seed, with mean and standard deviation; so too the k-NN accuracy of encoder and head and
+        the accuracy of a linear classifier, if classes are known; the arguments, and where and when each seed was run.
 
     Raises:
         ArgumentError: a ValueError naming the argument, what was expected and what came.
@@ -56,16 +69,18 @@ def compare(
     """
     check_alone("compare")
     seeds = as_list(seeds)
-    _check_options(seeds, options, resume=resume, overwrite=overwrite, output=output)
-    folder = default_folder("compare") if output is None else Path(output)
+    _check_options(seeds, options, resume=resume, overwrite=overwrite)
+    folder = resumed_folder("compare", output) if resume else Path(output or default_folder("compare"))
     _check_folder(folder, resume=resume, overwrite=overwrite)
     origins = _origins(warmup_from, seeds)
     with held(folder):
         if overwrite:  # all at once: a comparison that is stopped and resumed takes no result of an earlier one
             _clear_all(folder, seeds)
-        reports = [
-            _report_of_seed(folder / f"seed{seed}", seed, origins[seed], options, resume=resume) for seed in seeds
-        ]
+        _write_arguments(folder, seeds, warmup_from, options)
+        with _told_how_to_go_on(folder):
+            reports = [
+                _report_of_seed(folder / f"seed{seed}", seed, origins[seed], options, resume=resume) for seed in seeds
+            ]
         comparison = _describe(seeds, reports)
         text = json.dumps(comparison, indent=2, allow_nan=False) + "\n"
         write_atomically(folder / COMPARISON, lambda file: file.write(text.encode()))
@@ -74,7 +89,29 @@ def compare(
     return comparison
 
 
-def _check_options(seeds: list, options: dict, *, resume: bool, overwrite: bool, output: str | None) -> None:
+def _write_arguments(folder: Path, seeds: Sequence[int], warmup_from: str | Path | None, options: dict) -> None:
+    """Write the arguments, from which the comparison can be resumed."""
+    given = Config(**options, warmup_from=warmup_from).plain()
+    of_call = (*SET_BY_COMPARE, "output", "overwrite", "resume", "resume_from")
+    arguments = {"seeds": list(seeds)} | {name: value for name, value in given.items() if name not in of_call}
+    text = yaml.safe_dump(arguments, sort_keys=False)
+    write_atomically(folder / ARGUMENTS, lambda file: file.write(text.encode()))
+
+
+@contextmanager
+def _told_how_to_go_on(folder: Path) -> Iterator[None]:
+    """Say how to go on with the comparison, not with the run of a seed alone."""
+    go_on = command_to_go_on("compare", folder)
+    try:
+        yield
+    except Interrupted as stopped:
+        raise Interrupted(stopped.message, stopped.received, go_on) from stopped
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(go_on)
+        raise
+
+
+def _check_options(seeds: list, options: dict, *, resume: bool, overwrite: bool) -> None:
     not_options = [name for name in options if name in SET_BY_COMPARE]
     if not_options:
         raise ArgumentError(f"{not_options[0]}: expected other arguments of train, as compare sets this one")
@@ -82,8 +119,8 @@ def _check_options(seeds: list, options: dict, *, resume: bool, overwrite: bool,
         raise ArgumentError(f"objective: expected one to compare with the baseline, got {BASELINE!r} itself")
     if not all(isinstance(seed, int) for seed in seeds) or len(set(seeds)) != len(seeds) or len(seeds) < 2:
         raise ArgumentError(f"seeds: expected at least two different seeds, got {seeds}")
-    if resume and (overwrite or output is None):
-        raise ArgumentError("resume: expected the output folder of a comparison, and not to overwrite it")
+    if resume and overwrite:
+        raise ArgumentError("overwrite: expected False when resuming, got True")
 
 
 def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -113,7 +150,8 @@ def _clear_all(folder: Path, seeds: Sequence[int]) -> None:
         check_free(of_seed, overwrite=True, resume=False)
     for of_seed in earlier:
         clear(of_seed)
-    (folder / COMPARISON).unlink(missing_ok=True)
+    for name in (COMPARISON, ARGUMENTS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _report_of_seed(folder: Path, seed: int, origin: Path | None, options: dict, *, resume: bool) -> dict:
@@ -132,10 +170,11 @@ def _finished(path: Path, options: dict) -> dict:
         report = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ArgumentError(f"output: expected the report of a run in {path}, got something else ({error})") from error
-    parts = ("arguments", "environment", "titles", "results")
+    parts = ("arguments", "environment", "images", "titles", "results")
     if not isinstance(report, dict) or not all(isinstance(report.get(part), dict) for part in parts):
         raise ArgumentError(f"output: expected the report of a run in {path}, got one without {' or '.join(parts)}")
-    for name, value in fixed_on_resume(Config(**options).plain()).items():
+    given = Config(**options).fitted(report["images"]["train"])
+    for name, value in fixed_on_resume(given.plain()).items():
         if name not in report["arguments"]:
             raise ArgumentError(f"output: expected a comparison of this version of ccl_fast, got one without {name}")
         was = report["arguments"][name] if name not in SET_BY_COMPARE else value
@@ -156,6 +195,9 @@ def _describe(seeds: Sequence[int], reports: Sequence[dict]) -> dict:
     }
     if all("knn" in report for report in reports):
         comparison["knn"] = summarize_knn([report["knn"] for report in reports])
+    if all("linear" in report for report in reports):
+        accuracies = [report["linear"] for report in reports]
+        comparison["linear"] = _paired({name: [of_seed[name] for of_seed in accuracies] for name in accuracies[0]})
     return comparison
 
 
@@ -199,7 +241,7 @@ def _moments(values: list[float]) -> dict:
 def format_comparison(comparison: dict) -> str:
     """Return a line for every detector and kind of OOD sets: AUROC of both objectives, and the gain, with the spread.
 
-    If classes are known, encoder and head have one of the k-NN accuracy.
+    If classes are known there is one for the k-NN accuracy of encoder and head, and for the linear one of the encoder.
     """
     titles = comparison["titles"]
     theirs, ours = titles.values()
@@ -212,7 +254,7 @@ def format_comparison(comparison: dict) -> str:
         return f"{name:29}{group:6}{cells[0]:>16}{cells[1]:>16}{of_gain}"
 
     lines = [
-        f"AUROC (k-NN: accuracy), mean and standard deviation over {len(comparison['seeds'])} seeds",
+        f"AUROC (k-NN, linear: accuracy), mean and standard deviation over {len(comparison['seeds'])} seeds",
         f"{'features/detector':29}{'OOD':6}{theirs:>16}{ours:>16}{'gain':>17}{'seeds better':>14}",
     ]
     for detector, groups in comparison["results"].items():
@@ -221,5 +263,7 @@ def format_comparison(comparison: dict) -> str:
             lines.append(line(name, group, metrics["auroc"]))
     for level, parts in comparison.get("knn", {}).items():
         lines.append(line(f"k-NN accuracy of the {level}", "", parts))
+    if "linear" in comparison:
+        lines.append(line("linear accuracy, encoder", "", comparison["linear"]))
     lines.append(f"* the default. Gain: {ours} less {theirs} of the same seed.")
     return "\n".join(lines)

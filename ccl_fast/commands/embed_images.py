@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ccl_fast.commands.predictor import Predictions, load_run, together
 from ccl_fast.commands.run_folder import check_output
-from ccl_fast.commands.score_images import write_table
+from ccl_fast.commands.score_table import write_scores
 from ccl_fast.errors import ArgumentError, MissingPackages
 from ccl_fast.evaluation import DEFAULT
 from ccl_fast.files import write_atomically
@@ -24,7 +24,7 @@ FEATURES, EMBEDDINGS = ".features.npy", ".embeddings.npy"
 
 def embed(
     run: str | Path,
-    images: str | Path,
+    images: Sequence[str | Path] | str | Path,
     output: str | Path = "embeddings.csv",
     objective: str | None = None,
     detector: str = DEFAULT,
@@ -34,16 +34,17 @@ def embed(
     strict: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Write what a trained model makes of every image in a folder: features, embedding, cluster, score.
+    """Write what a trained model makes of every image of files and folders: features, embedding, cluster, score.
 
     ``<name>.parquet`` is one file with the columns ``image`` (its path), ``score``, ``outlier``, ``cluster``,
-    ``features`` (before the head) and ``embedding`` (behind it, not of unit length). ``<name>.csv`` has the first four,
-    as of ``score`` but in the order of the paths, and beside it ``<name>.features.npy`` [n, width] and
+    ``features`` (before the head) and ``embedding`` (behind it, not of unit length). ``<name>.csv`` has the columns of
+    ``score``, but in the order of the paths, and beside it ``<name>.features.npy`` [n, width] and
     ``<name>.embeddings.npy`` [n, dim] have the same rows, float32.
 
     Args:
         run: folder of a finished run of ``train``.
-        images: folder of images, with those of its subfolders; they are scaled and cropped to the run's size.
+        images: a file, a folder with its subfolders, or several of either; they are scaled and cropped to the run's
+            size.
         output: a file that ends in .parquet (needs pyarrow) or .csv.
         objective: whose model; by default the run's objective, not the baseline.
         detector: whose scores, as in the run's report; clusters are those of its features.
@@ -80,7 +81,7 @@ def embed(
         found = together(predictions)
         for path, rows in zip(arrays, (found.features, found.embeddings), strict=True):
             write_atomically(path, lambda file, rows=rows: np.save(file, rows.numpy()))
-        write_table(output, paths, found.scores, found.scores > cut, found.clusters)
+        write_scores(output, [str(path) for path in paths], found.scores, found.clusters, cut, {}, in_order=True)
     print(f"{len(paths)} images; written to {' and '.join(map(str, (output, *arrays)))}")
     return output
 

@@ -16,6 +16,7 @@ from ccl_fast.evaluation import Evaluation, evaluate_model
 from ccl_fast.training import checkpoint
 from ccl_fast.training.checkpoint import CHECKPOINTS, CheckpointError
 from ccl_fast.training.progress import METRICS, WARM_UP
+from ccl_fast.training.telling import say
 
 
 def judge(run: TrainedRun, sets: ImageSets, device: torch.device, *, keep: bool = False) -> dict[str, Evaluation]:
@@ -35,6 +36,7 @@ def judge(run: TrainedRun, sets: ImageSets, device: torch.device, *, keep: bool 
     """
     evaluations = {}
     for objective in run.config.objectives:
+        say(f"evaluating {objective}: its features, k-means, detectors on {len(sets.ood)} OOD sets")
         kept = run.model(objective, device)
         if sets.train.shape != kept.shape:
             expected = f"images {list(kept.shape)}, as those that the run was trained on"

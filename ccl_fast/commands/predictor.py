@@ -168,8 +168,10 @@ class Predictor:
         """Write the model as one file for other programs, .pt2 or .onnx; see `ccl_fast.commands.export`."""
         return export_model(self.model, self.shape, path, input, overwrite=overwrite)
 
-    def load_folder(self, path: str | Path, *, strict: bool = False, workers: int = 0) -> tuple[Images, list[Path]]:
-        """Read the images below a folder as the model takes them; see `ccl_fast.data.load_folder`."""
+    def load_folder(
+        self, path: str | Path | Sequence[str | Path], *, strict: bool = False, workers: int = 0
+    ) -> tuple[Images, list[Path]]:
+        """Read the images of files and folders as the model takes them; see `ccl_fast.data.load_folder`."""
         limits = {"strict": strict, "workers": workers, "max_pixels": self._run.config.max_pixels}
         return load_folder(path, self.shape, argument="images", **limits)
 

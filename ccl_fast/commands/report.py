@@ -6,17 +6,27 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
 import torch
 
 from ccl_fast.commands.image_sets import ImageSets
-from ccl_fast.evaluation import DEFAULT, GROUPS, Evaluation, write_page
+from ccl_fast.evaluation import (
+    CONFIDENCE,
+    DEFAULT,
+    GROUPS,
+    RESAMPLES,
+    Evaluation,
+    difference_intervals,
+    metric_intervals,
+    write_page,
+)
 from ccl_fast.files import write_atomically
 from ccl_fast.metrics import cluster_quality
 from ccl_fast.training.objectives import OBJECTIVES
+from ccl_fast.training.telling import say
 from ccl_fast.version import __version__
 
 
@@ -43,23 +53,60 @@ def describe(arguments: dict, sets: ImageSets, evaluations: Mapping[str, Evaluat
         "default": DEFAULT,
         "titles": {objective: titles[objective] for objective in evaluations},
         "results": {objective: evaluation.metrics for objective, evaluation in evaluations.items()},
+        "bootstrap": {"resamples": RESAMPLES, "confidence": CONFIDENCE},
+        "intervals": {
+            objective: metric_intervals(evaluation.resampled) for objective, evaluation in evaluations.items()
+        },
     }
     notes = {objective: evaluation.notes for objective, evaluation in evaluations.items() if evaluation.notes}
     if notes:
         report["notes"] = notes
+    if len(evaluations) == 2:  # of the objective less the baseline
+        report["differences"] = difference_intervals(*(evaluation.resampled for evaluation in evaluations.values()))
     if classes is not None:
+        report["classes"] = len(classes.unique())
         report["clustering"] = {m: cluster_quality(j.cluster_ids, classes) for m, j in evaluations.items()}
-    if all(evaluation.knn for evaluation in evaluations.values()):
+    if all(evaluation.knn for evaluation in evaluations.values()):  # classes are known
         report["knn"] = {objective: evaluation.knn for objective, evaluation in evaluations.items()}
+        report["linear"] = {objective: evaluation.linear for objective, evaluation in evaluations.items()}
     return report | {
         "environment": {
             "ccl_fast": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {os.cpu_count()} cores",
+            "device": describe_device(device),
             "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         }
     }
+
+
+def describe_device(device: torch.device) -> str:
+    """Return a device's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {os.cpu_count()} cores"
+
+
+def describe_images(numbers: Mapping[str, int], near: Sequence[str], far: Sequence[str]) -> str:
+    """Return, in a line, how many images there are to train on, to test on and to tell apart."""
+    of_groups = [
+        f"{group} " + ", ".join(f"{name} ({numbers[name]})" for name in names)
+        for group, names in (("near", near), ("far", far))
+        if names
+    ]
+    return f"{numbers['train']} training and {numbers['test']} test images; OOD: {'; '.join(of_groups)}"
+
+
+def measures(report: dict, objective: str) -> dict[str, float]:
+    """Return what a logger gets of a report: AUROC by set and detector, and the accuracies, if classes are known."""
+    found = {
+        f"auroc/{name}/{detector}": metrics["auroc"]
+        for detector, by_set in report["results"][objective].items()
+        for name, metrics in by_set.items()
+    }
+    for level, accuracy in report.get("knn", {}).get(objective, {}).items():
+        found[f"knn/{level}"] = accuracy
+    if "linear" in report:
+        found["linear/encoder"] = report["linear"][objective]
+    return found
 
 
 def format_table(report: dict) -> str:
@@ -69,11 +116,8 @@ def format_table(report: dict) -> str:
     columns = [(objective, group) for objective in results for group in GROUPS if report[group]]
     images = report["images"]
     lines = [
-        f"{images['train']} training and {images['test']} test images; OOD: "
-        + "; ".join(
-            f"{group} " + ", ".join(f"{name} ({images['ood'][name]})" for name in report[group])
-            for group in GROUPS
-            if report[group]
+        describe_images(
+            {"train": images["train"], "test": images["test"]} | images["ood"], report["near"], report["far"]
         ),
         " " * 29 + "".join(f"{f'{titles[objective]}, {group}':>{width}}" for objective, group in columns),
         f"{'features/detector':29}" + f"{'AUROC':>{width - 8}}{'FPR95':>8}" * len(columns),
@@ -84,7 +128,8 @@ def format_table(report: dict) -> str:
         lines.append(f"{name + (' *' if name == DEFAULT else ''):29}{values}")
     for objective, accuracies in report.get("knn", {}).items():
         of_levels = ", ".join(f"{level} {accuracy:.3f}" for level, accuracy in accuracies.items())
-        lines.append(f"k-NN accuracy on the test images, {titles[objective]}: {of_levels}")
+        linear = f"; linear classifier, encoder {report['linear'][objective]:.3f}"
+        lines.append(f"k-NN accuracy on the test images, {titles[objective]}: {of_levels}{linear}")
     lines += [f"{titles[objective]}: {note}" for objective, of in report.get("notes", {}).items() for note in of]
     lines.append("* the default. FPR95: share of OOD images accepted when 95 % of the test images are.")
     return "\n".join(lines)
@@ -106,6 +151,7 @@ def write_report(
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     write_atomically(folder / f"{name}.json", lambda file: file.write(text.encode()))
     print(format_table(report))
+    say(f"drawing {page}")
     try:
         write_page(page, report, evaluations, sets.parts)
     except Exception as error:

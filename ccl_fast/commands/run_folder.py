@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
@@ -14,12 +15,17 @@ from ccl_fast.errors import ArgumentError
 from ccl_fast.files import is_unfinished
 from ccl_fast.training.checkpoint import CHECKPOINTS, LAST, PREVIOUS
 from ccl_fast.training.config import FIELDS
+from ccl_fast.training.loggers import EVENTS, TABLES
 from ccl_fast.training.objectives import OBJECTIVES
-from ccl_fast.training.progress import EVENTS, METRICS
+from ccl_fast.training.progress import METRICS
 
 CONFIG, REPORT, EVALUATION, LOCK = "config.yaml", "report", "evaluation", ".lock"
 # Of every objective.
 WEIGHTS, DETECTORS = "{}.safetensors", "{}.detectors.safetensors"
+# Where runs are by default; and of each command that can be resumed, which file says that there is something to resume,
+# and which one has its arguments.
+RUNS = Path("runs")
+RESUMED = {"train": (f"{CHECKPOINTS}/{LAST}", CONFIG), "compare": ("comparison.yaml", "comparison.yaml")}
 # All that a run writes, but for TensorBoard's names; results first, so that none is ever beside a later configuration.
 FILES = (
     *(f"{name}.{kind}" for name in (REPORT, f"{EVALUATION}/evaluation") for kind in ("json", "html")),
@@ -32,12 +38,40 @@ FILES = (
 
 def default_folder(what: str) -> Path:
     """Return a folder under ``runs`` that does not exist."""
-    name = datetime.now().strftime(f"runs/{what}-%Y%m%d-%H%M%S")
-    number, folder = 1, Path(name)
+    name = datetime.now().strftime(f"{what}-%Y%m%d-%H%M%S")
+    number, folder = 1, RUNS / name
     while folder.exists():
         number += 1
-        folder = Path(f"{name}-{number}")
+        folder = RUNS / f"{name}-{number}"
     return folder
+
+
+def resumed_folder(command: str, output: str | Path | None) -> Path:
+    """Return the folder that is gone on with: the newest in the given one, or by default in ``runs``.
+
+    Raises:
+        ArgumentError: no folder is given, and there is none.
+    """
+    found = newest(RUNS if output is None else Path(output), RESUMED[command][0])
+    if found is None and output is None:
+        raise ArgumentError(
+            f"output: expected the folder to resume, got none, and there is nothing to resume in {RUNS}"
+        )
+    return Path(output or RUNS) if found is None else found
+
+
+def newest(folder: Path, mark: str) -> Path | None:
+    """Return the folder itself if it has the marked file, else that of its folders whose is the newest; None: none."""
+    if (folder / mark).exists():
+        return folder
+    marked = [inside for inside in folder.glob("*") if (inside / mark).exists()]
+    return max(marked, key=lambda inside: (inside / mark).stat().st_mtime_ns, default=None)
+
+
+def command_to_go_on(command: str, folder: Path, processes: int = 1) -> str:
+    """Return what to type to go on with what is in the folder."""
+    program = "ccl-fast" if processes == 1 else f"torchrun --nproc-per-node {processes} -m ccl_fast"
+    return f"{program} {command} --output {shlex.quote(str(folder))} --resume"
 
 
 def check_free(folder: Path, *, overwrite: bool, resume: bool) -> None:
@@ -158,9 +192,10 @@ def clear(folder: Path) -> None:
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
     drop_unfinished(folder)
-    for events in folder.glob(f"{EVENTS}/*/events.out.tfevents.*"):
-        events.unlink()
-    for inside in (*folder.glob(f"{EVENTS}/*"), *(folder / name for name in (EVENTS, CHECKPOINTS, EVALUATION))):
+    for logged in (*folder.glob(f"{EVENTS}/*/events.out.tfevents.*"), *folder.glob(f"{TABLES}/*/metrics.csv")):
+        logged.unlink()
+    of_stages = (*folder.glob(f"{EVENTS}/*"), *folder.glob(f"{TABLES}/*"))
+    for inside in (*of_stages, *(folder / name for name in (EVENTS, TABLES, CHECKPOINTS, EVALUATION))):
         with suppress(OSError):  # not there, or something else is in it
             inside.rmdir()
 

@@ -14,7 +14,8 @@ import yaml
 
 from ccl_fast.commands.image_sets import ImageSets, load_image_sets, read_split
 from ccl_fast.commands.judgement import write_run_report
-from ccl_fast.commands.run_folder import CONFIG, RunFolder, clear
+from ccl_fast.commands.report import describe_device, describe_images, measures
+from ccl_fast.commands.run_folder import CONFIG, REPORT, RunFolder, clear, command_to_go_on, resumed_folder
 from ccl_fast.commands.tensor_files import check_writable
 from ccl_fast.commands.trained_run import TrainedRun
 from ccl_fast.data import Images
@@ -23,13 +24,26 @@ from ccl_fast.errors import ArgumentError
 from ccl_fast.files import write_atomically
 from ccl_fast.training import checkpoint
 from ccl_fast.training.checkpoint import CHECKPOINTS
-from ccl_fast.training.config import Config, check_sizes, fixed_on_resume, takes_fields_of
+from ccl_fast.training.config import (
+    BATCH_SIZE,
+    CLUSTERS,
+    Config,
+    as_list,
+    check_sizes,
+    fixed_on_resume,
+    is_unkept,
+    takes_fields_of,
+)
 from ccl_fast.training.interruption import Interruption
 from ccl_fast.training.launch import launched, launched_size
+from ccl_fast.training.loggers import Loggers
 from ccl_fast.training.loop import Run
 from ccl_fast.training.objectives import BASELINE, OBJECTIVES, ObjectiveName
 from ccl_fast.training.probe import Probe
 from ccl_fast.training.progress import WARM_UP, Progress, advance
+from ccl_fast.training.telling import Telling, say
+
+LARGE_IMAGE = 96  # pixels; a quick look need not see more
 
 
 @takes_fields_of(Config)
@@ -41,8 +55,8 @@ def train(config: Config) -> dict | None:
 
     After every epoch the state goes to ``<output>/checkpoints/last.ckpt``, and the one before it stays as
     ``previous.ckpt``. Ctrl-C and SIGTERM save it too, in the middle of an epoch, and stop; with ``resume`` the run goes
-    on, on a CPU bit for bit as if it had not been stopped. ``<output>/metrics.jsonl`` has a line for every epoch,
-    ``<output>/tensorboard`` the same for TensorBoard, ``<output>/config.yaml`` the arguments.
+    on, on a CPU bit for bit as if it had not been stopped. ``<output>/metrics.jsonl`` has a line for every epoch, the
+    ``loggers`` (by default ``<output>/tensorboard``) the same, ``<output>/config.yaml`` the arguments.
 
     Several processes (``torchrun --nproc-per-node 8 -m ccl_fast train ...``) share every batch and every clustering;
     the loss is that of the whole batch. The first of them writes the files.
@@ -66,26 +80,38 @@ def train(config: Config) -> dict | None:
     """
     config.check()
     _check_shared(config.objective)
+    if config.resume:
+        config = replace(config, output=resumed_folder("train", config.output))
     start = time.perf_counter()
     plan = config.resolved()
     with RunFolder(plan.output, overwrite=plan.overwrite, resume=plan.resume) as run_folder:
         with launched(plan.device, plan.precision, plan.timeout) as (fabric, group):
             device = fabric.device
             folder = group.patient.first(run_folder.reserve)
+            if group.is_first:
+                say(f"on {describe_device(device)}; results go to {folder}; reading {config.plain()['data']}")
             images, sets = _read(plan, group, device)
             check_sizes(len(images), plan, group.size)
+            given, config = config, config.fitted(len(images))
+            plan = config.resolved()
             # Before anything is written: its errors are those of arguments.
             warm_up = Run(replace(plan, objective=BASELINE), images, fabric, group)
             check_writable(warm_up.model.state_dict())
             progress = _open_progress(config, folder, images, sets, group)
             group.first(run_folder.claim)
-            _print_taken_over(plan, progress)
-            with _dropped_without_checkpoint(folder, group), closing(progress):
+            if sets is not None:
+                _print_plan(given, plan, sets, warm_up, progress)
+            with _told_how_to_go_on(progress), _dropped_without_checkpoint(folder, group), closing(progress):
                 group.first(lambda: _write_config(folder, config))
                 _train_stages(plan, warm_up, progress, TrainedRun(folder, config), sets)
         if sets is None:  # another process than the first
             return None
-        return write_run_report(TrainedRun(folder, config), sets, device, start)  # the others have left
+        with _told_how_to_go_on(progress):
+            report = write_run_report(TrainedRun(folder, config), sets, device, start)  # the others have left
+            with closing(progress):
+                for name in plan.objectives:
+                    progress.log_results(name, measures(report, name), folder / f"{REPORT}.html")
+            return report
 
 
 def _check_shared(objective: ObjectiveName) -> None:
@@ -116,7 +142,14 @@ def _open_progress(config: Config, folder: Path, images: Images, sets: ImageSets
     elif given is not None:
         origin = group.patient.first(lambda: _load_origin(given))
     probe = Probe(config.probe_every, images, None if sets is None else sets.test)
-    progress = Progress(folder, fixed_on_resume(config.plain()), images, state, group, probe)
+    arguments = config.plain()
+    go_on = command_to_go_on("train", folder, group.size)
+    if any(
+        is_unkept(value) for name in ("data", "backbone", "near_ood", "far_ood") for value in as_list(arguments[name])
+    ):
+        go_on = f"the same call with output={str(folder)!r} and resume=True"
+    loggers = Loggers(as_list(config.loggers), folder, arguments)
+    progress = Progress(folder, fixed_on_resume(arguments), images, state, group, probe, loggers, go_on)
     if given is not None and origin is not None:
         progress.begin_with(origin, given, {WARM_UP, *config.objectives} - {config.objective})
     return progress
@@ -130,10 +163,25 @@ def _load_origin(run: str | Path) -> dict:
     return checkpoint.load(checkpoints)
 
 
-def _print_taken_over(plan: Config, progress: Progress) -> None:
-    """Say which stages of another run need not be trained."""
-    if plan.warmup_from is not None and not plan.resume and progress.group.is_first:
-        print(f"taken over from {plan.warmup_from}: {' and '.join(progress.finished)}")
+def _print_plan(given: Config, plan: Config, sets: ImageSets, run: Run, progress: Progress) -> None:
+    """Say what is trained on what, and what was chosen for so few images."""
+    say(describe_images({name: len(images) for name, images in sets.parts.items()}, list(sets.near), list(sets.far)))
+    n = len(sets.train)
+    if given.batch_size is None and plan.batch_size != BATCH_SIZE:
+        few = f"of {n} training images an epoch has {run.steps_per_epoch} such batches"
+        say(f"batch_size {plan.batch_size} instead of {BATCH_SIZE}: {few}")
+    if given.clusters is None and as_list(plan.clusters) != [CLUSTERS]:
+        say(f"clusters {as_list(plan.clusters)[0]} instead of {CLUSTERS}: {n} training images are few for more")
+    if plan.warmup_from is not None and not plan.resume:
+        say(f"taken over from {plan.warmup_from}: {' and '.join(progress.finished)}")
+    stages = ", ".join(f"{stage} {last - first}" for stage, (last, first) in _epochs(plan, progress).items())
+    say(f"epochs of {run.steps_per_epoch} steps of {plan.batch_size} images: {stages or 'none is left'}")
+
+
+def _epochs(plan: Config, progress: Progress) -> dict[str, tuple[int, int]]:
+    """Return, by stage that is not finished, the epochs it ends and begins with."""
+    epochs = {WARM_UP: (plan.warmup_length, 0)} | dict.fromkeys(plan.objectives, (plan.epochs, plan.warmup_length))
+    return {stage: of_stage for stage, of_stage in epochs.items() if stage not in progress.finished}
 
 
 def _write_config(folder: Path, config: Config) -> None:
@@ -141,6 +189,17 @@ def _write_config(folder: Path, config: Config) -> None:
     lasting = replace(config, resume=False, resume_from="last", overwrite=False)
     text = yaml.safe_dump(lasting.plain(), sort_keys=False)
     write_atomically(folder / CONFIG, lambda file: file.write(text.encode()))
+
+
+@contextmanager
+def _told_how_to_go_on(progress: Progress) -> Iterator[None]:
+    """Say so where a Ctrl-C acts at once, if there is a checkpoint."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if (progress.folder / CHECKPOINTS / checkpoint.LAST).exists():
+            interrupt.add_note(progress.go_on)
+        raise
 
 
 @contextmanager
@@ -156,11 +215,19 @@ def _dropped_without_checkpoint(folder: Path, group: Group) -> Iterator[None]:
 
 def _train_stages(plan: Config, warm_up: Run, progress: Progress, kept: TrainedRun, sets: ImageSets | None) -> None:
     """Train what is not finished of the warm-up and of every objective; keep each model as soon as it is trained."""
-    with Interruption() as interruption:
-        advance(warm_up, WARM_UP, plan.warmup_length, progress, interruption)
+    epochs, steps = _epochs(plan, progress), warm_up.steps_per_epoch
+    done = 0
+    if progress.under_way and progress.under_way[0] in epochs:
+        stage, state = progress.under_way
+        done = state["step"] - epochs[stage][1] * steps
+    is_large = plan.image_size is None and max(warm_up.images.shape[1:]) > LARGE_IMAGE
+    advice = f"--image-size {LARGE_IMAGE} is several times as quick" if is_large else ""
+    telling = Telling(epochs, steps, done=done, quiet=not warm_up.group.is_first, advice=advice)
+    with closing(telling), Interruption() as interruption:
+        advance(warm_up, WARM_UP, plan.warmup_length, progress, interruption, telling)
         for objective in plan.objectives:
             run = Run(replace(plan, objective=objective), warm_up.images, warm_up.fabric, warm_up.group)
-            advance(run, objective, plan.epochs, progress, interruption)
+            advance(run, objective, plan.epochs, progress, interruption, telling)
             progress.load(run, progress.finished[objective])  # it may have been trained before, or by another run
             classes = None if sets is None else sets.class_names
             run.group.first(partial(kept.write_model, objective, run.result, run.images.shape, classes))

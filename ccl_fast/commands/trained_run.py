@@ -126,7 +126,12 @@ class TrainedRun:
                 raise ValueError(f"images are transformed in another way: {description['transform']}")
             channels, height, width = shape
             model = Model(
-                self.config.backbone, (channels, height, width), self.config.embedding_dim, stem=self.config.stem
+                self.config.backbone,
+                (channels, height, width),
+                self.config.embedding_dim,
+                stem=self.config.stem,
+                pretrained=self.config.pretrained,
+                load=False,
             )
             model.load_state_dict(weights)
         except Exception as error:  # whatever weights of another network make torch say

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from ccl_fast.errors import ArgumentError
 
-# Ways to make views; "auto" goes by the images.
-Recipe = Literal["auto", "digits", "simclr", "none"]
+if TYPE_CHECKING:
+    from ccl_fast.data.options import Recipe
+
 SMALL = 64  # pixels; smaller images are not blurred, as in SimCLR on CIFAR
 
 
@@ -46,11 +48,28 @@ class Views(nn.Module):
             known = ", ".join(f'"{name}"' for name in ("auto", *_RECIPES))
             raise ArgumentError(f"augmentation: expected one of {known}, got {recipe!r}")
         self.recipe = recipe
-        self.transform = nn.Sequential(*_RECIPES[recipe](shape))
+        with _usual_defaults():
+            self.transform = nn.Sequential(*_RECIPES[recipe](shape))
 
     def forward(self, images: Tensor) -> Tensor:
         """Views of images, float32 [b, c, h, w] in [0, 1], of the same shape and on the same device."""
-        return self.transform(images)
+        with _usual_defaults():
+            return self.transform(images)
+
+
+@contextlib.contextmanager
+def _usual_defaults():
+    """Whatever torch's defaults are: kornia draws by them, and the same seed shall give the same views."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    on_cpu = contextlib.nullcontext() if device.type == "cpu" else torch.device("cpu")
+    if dtype != torch.float32:
+        torch.set_default_dtype(torch.float32)
+    try:
+        with on_cpu:
+            yield
+    finally:
+        if dtype != torch.float32:
+            torch.set_default_dtype(dtype)
 
 
 def _digits(shape: tuple[int, int, int]) -> list[nn.Module]:
@@ -100,7 +119,7 @@ class _CropAndFlip(nn.Module):
         self.smallest = smallest
 
     def forward(self, images: Tensor) -> Tensor:
-        area, ratio, x, y, mirror = torch.rand(5, len(images), device=images.device)
+        area, ratio, x, y, mirror = torch.rand(5, len(images), device=images.device, dtype=torch.float32)
         side = (self.smallest + (1 - self.smallest) * area).sqrt()
         stretch = ((2 * ratio - 1) * math.log(4 / 3) / 2).exp()
         width, height = (side * stretch).clamp(max=1), (side / stretch).clamp(max=1)
@@ -139,10 +158,9 @@ class _Colors(nn.Module):
     def __init__(self, strength: float, hue: float, jitter: float, grey: float):
         super().__init__()
         self.strength, self.hue, self.jitter, self.grey = strength, hue, jitter, grey
-        to_yiq = torch.tensor(
-            [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], device="cpu"
-        )
-        turn = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, -1.0], [0.0, 1.0, 0.0]], device="cpu")
+        like: dict = {"device": "cpu", "dtype": torch.float32}
+        to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], **like)
+        turn = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, -1.0], [0.0, 1.0, 0.0]], **like)
         from_yiq = to_yiq.inverse()
         self.register_buffer("luma", to_yiq[0], persistent=False)
         self.register_buffer("onto_luma", from_yiq[:, :1] @ to_yiq[:1], persistent=False)
@@ -151,7 +169,7 @@ class _Colors(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         self.to(images.device)
-        *scales, turn, jitters, greys = torch.rand(6, len(images), 1, 1, device=images.device)
+        *scales, turn, jitters, greys = torch.rand(6, len(images), 1, 1, device=images.device, dtype=torch.float32)
         jitters = (jitters < self.jitter).float()
         brightness, contrast, saturation = (1 + jitters * self.strength * (2 * scale - 1) for scale in scales)
         saturation = saturation * (greys >= self.grey)

@@ -21,16 +21,16 @@ def check_loading(*, seed: int, workers: int, memory: float, limit: int | None, 
     check_flag("download", download)
 
 
-def check_in_classes(in_classes: Sequence[int]) -> None:
+def check_in_classes(in_classes: Sequence[int | str]) -> None:
     """Raises ArgumentError."""
     if (
         isinstance(in_classes, str)
         or not isinstance(in_classes, Sequence)
         or not in_classes
-        or not all(isinstance(c, Integral) and not isinstance(c, bool) for c in in_classes)
+        or not all(isinstance(c, Integral | str) and not isinstance(c, bool) for c in in_classes)
         or len(set(in_classes)) < len(in_classes)
     ):
-        raise ArgumentError(f"in_classes: expected different class indices, at least one, got {in_classes!r}")
+        raise ArgumentError(f"in_classes: expected different class numbers or names, at least one, got {in_classes!r}")
 
 
 def check_shape(name: str, shape: tuple[int, int, int]) -> None:

@@ -7,7 +7,7 @@ import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ccl_fast.checks import check_count
 from ccl_fast.data.checks import check_loading, check_shape
 from ccl_fast.data.loading import load
+from ccl_fast.data.options import MAX_PIXELS
 from ccl_fast.data.pixels import native_shape, pillow_silenced
 from ccl_fast.data.reading import BATCH, progress_bar, read
 from ccl_fast.data.source import Sampled, Source, reason
@@ -27,14 +28,13 @@ from ccl_fast.errors import ArgumentError
 if TYPE_CHECKING:
     from ccl_fast.data.images import Images
 
-MAX_PIXELS = 90_000_000  # of an image, by default: where Pillow begins to warn
 N_NAMED = 3  # of the files that were skipped
 # Of Pillow's, those that IMG_EXTENSIONS name: for others, whatever a file is called, it may start a program.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 
 
 def load_folder(
-    path: str | Path,
+    path: str | Path | Sequence[str | Path],
     shape: tuple[int, int, int],
     *,
     argument: str = "images",
@@ -51,7 +51,7 @@ def load_folder(
     replaced.
 
     Args:
-        path: the folder.
+        path: the folder; or a file, or several files and folders.
         shape: (1 or 3, h, w).
         argument: how errors, and the line on stderr, call the folder.
         strict: a file that cannot be read is an error; of images on demand, when it is used.
@@ -60,7 +60,8 @@ def load_folder(
         max_pixels: a file of more pixels than that counts as one that cannot be read: a small file can hold gigabytes.
 
     Returns:
-        The images, and the path of each. Their classes are the subfolders of ``path``, or None where there are none.
+        The images, and the path of each. Their classes are the subfolders of a single folder, or None where there are
+        none.
 
     Raises:
         ArgumentError: naming the argument; also if there is no image, or none that can be read.
@@ -70,8 +71,24 @@ def load_folder(
     check_loading(seed=0, workers=workers, memory=memory, limit=None, strict=strict, download=False)
     check_count("max_pixels", max_pixels)
     check_shape("shape", shape)
-    [source] = open_folders([Path(path)], argument, strict=strict, workers=workers, max_pixels=max_pixels)
-    return _load(source, shape, path, strict=strict, workers=workers, memory=memory)
+    reading: Any = {"strict": strict, "workers": workers, "max_pixels": max_pixels}
+    several = [path] if isinstance(path, str | Path) else list(path)
+    place = ", ".join(map(str, several))
+    if len(several) == 1 and not Path(os.path.expanduser(several[0])).is_file():
+        [source] = open_folders([Path(several[0])], argument, **reading)
+    else:
+        source = _source(_listed(several, argument), None, (), argument, place=place, **reading)
+    return _load(source, shape, place, strict=strict, workers=workers, memory=memory)
+
+
+def _listed(paths: Sequence[str | Path], argument: str) -> list[Path]:
+    """The files among the paths, and those below the folders among them."""
+    found = []
+    for path in (Path(os.path.expanduser(path)) for path in paths):
+        found += [path] if path.is_file() else _image_files(path, argument, parts=[])
+    if not found:
+        raise ArgumentError(f"{argument}: expected at least one file or folder, got none")
+    return list(dict.fromkeys(found))
 
 
 def load_files(

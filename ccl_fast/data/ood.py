@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ccl_fast.checks import check_count
 from ccl_fast.data.catalog import folded, names
 from ccl_fast.data.checks import check_loading
-from ccl_fast.data.folder import MAX_PIXELS, report_skipped
+from ccl_fast.data.folder import report_skipped
 from ccl_fast.data.opening import is_folder, open_test
+from ccl_fast.data.options import MAX_PIXELS
 from ccl_fast.data.reading import limited, read
 from ccl_fast.data.synthetic import make, synthetic_names
 from ccl_fast.errors import ArgumentError
@@ -111,6 +112,19 @@ def canonical(name: str | Path) -> str:
         if not is_folder(name):
             return name
     return os.path.realpath(os.path.expanduser(name))
+
+
+def located(data: Any, *, is_ood: bool) -> Any:
+    """The same in every working directory: of what is a folder the whole path, all else as it is.
+
+    Args:
+        data: as for ``load_ood``, or as for ``load_split``.
+        is_ood: it is an OOD set, which may be held-out or a synthetic one.
+    """
+    known = {folded(HELD_OUT), *synthetic_names, *names()} if is_ood else set(names())
+    if not isinstance(data, str | Path) or (isinstance(data, str) and (folded(data) in known or not is_folder(data))):
+        return data
+    return os.path.abspath(os.path.expanduser(data))
 
 
 def _by_name(sets: Sequence[str | Path] | Mapping[str, str | Path | Dataset], argument: str) -> dict:

@@ -100,9 +100,10 @@ def _place(data: str | Path | Dataset, argument: str, also: Sequence[str] = ()) 
     if is_folder(data):
         return Path(data)
     known = [*also, *names()]
-    close = difflib.get_close_matches(data.lower(), known)
+    folders = [entry.name for entry in os.scandir(".") if entry.is_dir()]
+    close = difflib.get_close_matches(data, [*known, *folders]) or difflib.get_close_matches(data.lower(), known)
     raise ArgumentError(
         f"{argument}: expected the name of a data set ("
         + (f"did you mean {' or '.join(close)}?" if close else ", ".join(known))
-        + f") or a folder that is there, got {data!r}"
+        + f") or a folder that is there (in {os.getcwd()}), got {data!r}"
     )

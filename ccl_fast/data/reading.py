@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ccl_fast.data.source import Source
 
 BATCH = 64
-SLOW = 10_000  # images; from here on a terminal shows the progress
+SLOW = 1.0  # seconds; from here on a terminal shows the progress
 
 
 def read(
@@ -88,8 +88,8 @@ def limited(rows: Tensor, limit: int | None, seed: int) -> Tensor:
 
 
 def progress_bar(n: int, what: str = "reading") -> tqdm:
-    """A bar, where there is a terminal and so many images that it takes long."""
-    return tqdm(total=n, desc=what, unit=" images", leave=False, disable=n <= SLOW or None)
+    """A bar, where there is a terminal and it takes long."""
+    return tqdm(total=n, desc=what, unit=" images", leave=False, disable=None, delay=SLOW)
 
 
 def _batches(source: Source, rows: Tensor, shape: tuple[int, int, int], workers: int, what: str) -> Iterator[Batch]:

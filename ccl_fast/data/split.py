@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from ccl_fast.checks import check_count, check_fraction
 from ccl_fast.data.checks import check_in_classes, check_loading
-from ccl_fast.data.folder import MAX_PIXELS, report_skipped
+from ccl_fast.data.folder import report_skipped
 from ccl_fast.data.opening import Opened, open_parts
+from ccl_fast.data.options import MAX_PIXELS
 from ccl_fast.data.reading import limited, read, read_classes
 from ccl_fast.errors import ArgumentError
 
@@ -48,7 +50,7 @@ def load_split(
     data: str | Path | Dataset | tuple[Dataset, Dataset],
     *,
     root: str | Path = "data",
-    in_classes: Sequence[int] | None = None,
+    in_classes: Sequence[int | str] | None = None,
     image_size: int | None = None,
     limit: int | None = None,
     test_fraction: float = 0.2,
@@ -80,8 +82,9 @@ def load_split(
             The classes are those in an attribute ``targets`` or ``labels`` of the data set, if its items agree with
             it; else all items are read for them, where they are needed.
         root: the folder that torchvision's data sets are in.
-        in_classes: the classes to train and to test on; the others' test images are held out (of data without a part
-            to test on, all of the others' images). None: all classes.
+        in_classes: the classes to train and to test on, by number or, where they have names (those of a folder's
+            subfolders, or in an attribute ``classes`` of the data set), by name; the others' test images are held out
+            (of data without a part to test on, all of the others' images). None: all classes.
         image_size: height and width, by shorter-side resize and centre crop. None: the images' own size if they have
             one that is at most 224 (of a data set that is passed itself, the first image's, whatever it is), else 224.
         limit: at most that many images, drawn at random, in each part; for quick runs.
@@ -114,8 +117,8 @@ def load_split(
     opened = open_parts(
         data, "data", root=root, download=download, strict=strict, workers=workers, max_pixels=max_pixels
     )
-    in_classes = opened.in_classes if in_classes is None else in_classes
-    parts = _parts(opened, in_classes, test_fraction, seed, workers)
+    numbers = opened.in_classes if in_classes is None else _numbers(in_classes, opened)
+    parts = _parts(opened, numbers, test_fraction, seed, workers)
     shape = _shape(opened, image_size, of_all=isinstance(data, str | Path))
     train, test, held_out = (
         read(source, limited(rows, limit, seed), shape, workers=workers, memory=memory)[0] for source, rows in parts
@@ -126,7 +129,7 @@ def load_split(
             f"data: expected at least 2 images to train on and 1 to test on, got {len(train)} and {len(test)} "
             f"(with in_classes {in_classes}, limit {limit}, and test_fraction {test_fraction} if there is no test part)"
         )
-    names = _class_names(opened.train, in_classes)
+    names = _class_names(opened.train, numbers)
     return Split(opened.name, train, test, held_out if len(held_out) else None, names)
 
 
@@ -201,6 +204,20 @@ def _shares(sizes: Sequence[int], fraction: float, generator: torch.Generator) -
         for c in drawn[:up]:
             counts[c] += 1
     return counts
+
+
+def _numbers(in_classes: Sequence[int | str], opened: Opened) -> list[int]:
+    """The numbers of classes, some of which are told by name."""
+    names = opened.train.class_names or []
+    for c in in_classes:
+        if isinstance(c, str) and c not in names:
+            close = difflib.get_close_matches(c, names)
+            known = f"did you mean {' or '.join(close)}?" if close else ", ".join(names) or "none of which has a name"
+            raise ArgumentError(f"in_classes: expected some of the classes of {opened.name} ({known}), got {c!r}")
+    numbers = [names.index(c) if isinstance(c, str) else int(c) for c in in_classes]
+    if len(set(numbers)) < len(numbers):
+        raise ArgumentError(f"in_classes: expected different classes, got {in_classes!r}")
+    return numbers
 
 
 def _check_known(in_classes: Sequence[int], classes: Tensor | None, name: str) -> None:

@@ -24,6 +24,7 @@ MAX_IMAGES = 2000
 CHUNK = 100  # images at a time, for they are made in float32
 BLOB_GRID = 64  # pixels; larger blobs are enlarged
 LETTER_PIXELS = 2  # a side's pixels, drawn for one
+_FLOATS: dict = {"device": "cpu", "dtype": torch.float32}  # whatever torch's defaults are
 
 
 def make(name: str, split: Split, argument: str, *, seed: int, limit: int | None) -> Images:
@@ -52,7 +53,8 @@ def make(name: str, split: Split, argument: str, *, seed: int, limit: int | None
         raise ArgumentError(f"{argument}: expected no {name!r}, for there are not two images to test on")
     n = min(len(split.test), MAX_IMAGES, limit or MAX_IMAGES)
     generator = torch.Generator().manual_seed(seed)
-    chunks = [_MAKERS[name](min(CHUNK, n - start), split.test, generator) for start in range(0, n, CHUNK)]
+    with torch.device("cpu"):  # for what others make
+        chunks = [_MAKERS[name](min(CHUNK, n - start), split.test, generator) for start in range(0, n, CHUNK)]
     return InMemory(torch.cat([(chunk * 255).round().to(torch.uint8) for chunk in chunks]))
 
 
@@ -60,7 +62,7 @@ def _textures(n: int, test: Images, generator: Generator) -> Tensor:
     channels, *size = test.shape
     photographs = _photographs()
     side = _uniform((n,), 64, 256, generator)  # of the crop; a photograph's is 512
-    place = torch.rand(n, 2, generator=generator, device="cpu")
+    place = torch.rand(n, 2, generator=generator, **_FLOATS)
     photograph = torch.randint(len(photographs), (n,), generator=generator, device="cpu")
     crops = []
     for i in range(n):
@@ -71,7 +73,7 @@ def _textures(n: int, test: Images, generator: Generator) -> Tensor:
         crops.append(F.interpolate(crop, size, mode="bilinear", antialias=True))
     images = torch.cat(crops)
     for dim in (2, 3):
-        flipped = torch.rand(n, 1, 1, 1, generator=generator, device="cpu") < 0.5
+        flipped = torch.rand(n, 1, 1, 1, generator=generator, **_FLOATS) < 0.5
         images = torch.where(flipped, images.flip(dim), images)
     # Bright parts keep the tint's colour, as under a coloured light.
     tint = _uniform((n, channels, 1, 1), 0.6, 1.4, generator) if channels == 3 else 1
@@ -79,14 +81,14 @@ def _textures(n: int, test: Images, generator: Generator) -> Tensor:
 
 
 def _noise(n: int, test: Images, generator: Generator) -> Tensor:
-    gaussian = 0.5 + 0.25 * torch.randn(n // 2, *test.shape, generator=generator, device="cpu")
-    return torch.cat([gaussian.clamp(0, 1), torch.rand(n - n // 2, *test.shape, generator=generator, device="cpu")])
+    gaussian = 0.5 + 0.25 * torch.randn(n // 2, *test.shape, generator=generator, **_FLOATS)
+    return torch.cat([gaussian.clamp(0, 1), torch.rand(n - n // 2, *test.shape, generator=generator, **_FLOATS)])
 
 
 def _blobs(n: int, test: Images, generator: Generator) -> Tensor:
     channels, *size = test.shape
     grid = [min(s, BLOB_GRID) for s in size]
-    noise = torch.randn(n, channels, *grid, generator=generator, device="cpu")
+    noise = torch.randn(n, channels, *grid, generator=generator, **_FLOATS)
     widest = 0.12 * max(grid)
     sigma = _uniform((n, 1), widest / 3, widest, generator)
     blurred = gaussian_blur2d(noise, 2 * int(3 * widest) + 3, sigma.expand(n, 2), border_type="replicate")
@@ -117,7 +119,7 @@ def _letters(n: int, test: Images, generator: Generator) -> Tensor:
     mask = torch.stack(masks)[:, None].float() / 255
     if channels == 1:
         return mask
-    paper = torch.rand(n, 3, 1, 1, generator=generator, device="cpu")
+    paper = torch.rand(n, 3, 1, 1, generator=generator, **_FLOATS)
     ink = (paper + _uniform((n, 3, 1, 1), 0.3, 0.7, generator)) % 1  # far from the paper's in every channel
     return paper + mask * (ink - paper)
 
@@ -133,7 +135,7 @@ synthetic_names = tuple(_MAKERS)
 
 
 def _uniform(shape: tuple[int, ...], low: float, high: float, generator: Generator) -> Tensor:
-    return torch.empty(shape, device="cpu").uniform_(low, high, generator=generator)
+    return torch.empty(shape, **_FLOATS).uniform_(low, high, generator=generator)
 
 
 @functools.cache

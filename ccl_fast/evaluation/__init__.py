@@ -3,21 +3,37 @@
 from ccl_fast.errors import packages_of_training
 
 with packages_of_training():
+    from ccl_fast.evaluation.bootstrap import (
+        CONFIDENCE,
+        RESAMPLES,
+        confidence_interval,
+        difference_intervals,
+        metric_intervals,
+        resample_metrics,
+    )
     from ccl_fast.evaluation.detection import GROUPS, Evaluation, evaluate_model
     from ccl_fast.evaluation.detectors import DEFAULT, make_detectors
     from ccl_fast.evaluation.fitted import ACCEPTED, FittedDetectors, threshold
     from ccl_fast.evaluation.knn import knn_accuracy
+    from ccl_fast.evaluation.linear import linear_accuracy
     from ccl_fast.evaluation.page import write_page
 
 __all__ = [
     "ACCEPTED",
+    "CONFIDENCE",
     "DEFAULT",
     "GROUPS",
+    "RESAMPLES",
     "Evaluation",
     "FittedDetectors",
+    "confidence_interval",
+    "difference_intervals",
     "evaluate_model",
     "knn_accuracy",
+    "linear_accuracy",
     "make_detectors",
+    "metric_intervals",
+    "resample_metrics",
     "threshold",
     "write_page",
 ]

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ccl_fast.clustering import KMeans
+from ccl_fast.evaluation.bootstrap import Resampled, resample_metrics
 from ccl_fast.evaluation.detectors import DEFAULT, make_detectors
 from ccl_fast.evaluation.fitted import FittedDetectors
 from ccl_fast.evaluation.knn import knn_accuracy
+from ccl_fast.evaluation.linear import linear_accuracy
 from ccl_fast.models import Model, embed_layers
 from ccl_fast.ood import Mahalanobis, ood_metrics
 
@@ -51,10 +53,14 @@ class Evaluation:
     centers: Tensor
     # "encoder" or "head" -> accuracy of the nearest training images' votes on the classes of the test images, if known
     knn: dict[str, float] = field(default_factory=dict)
+    # accuracy of a linear classifier of the encoder's features, if classes are known
+    linear: float | None = None
     # the detectors, on the CPU
     fitted: FittedDetectors | None = None
     # what a reader of the figures should know, a line each
     notes: list[str] = field(default_factory=list)
+    # as metrics, but values on resampled images: of two evaluations of the same images and seed they are paired
+    resampled: Resampled = field(default_factory=dict)
 
 
 def evaluate_model(
@@ -87,39 +93,40 @@ def evaluate_model(
         features[name], widths = embed_layers(model, images)
     kmeans = cluster(features["train"], clusters, seed)
     metrics: dict[str, dict[str, dict[str, float]]] = {}
-    shown: dict[str, Tensor] = {}
+    of_detectors: dict[str, dict[str, Tensor]] = {}
     arguments = {"n": len(train), "clusters": clusters, "seed": seed, "widths": widths}
-    detectors, test_scores = make_detectors(**arguments), {}
+    detectors = make_detectors(**arguments)
     for detector_name, detector in detectors.items():
         level = detector_name.partition("/")[0]
         detector.fit_features(features["train"][level], kmeans[level].labels_)
         scores = {p: detector.predict_features(features[p][level]).cpu() for p in parts if p != "train"}
         detector.to("cpu")
         metrics[detector_name] = _metrics(scores, near, far)
-        test_scores[detector_name] = scores["test"].sort().values
-        if detector_name == DEFAULT:
-            shown = scores
-    knn = {}
+        of_detectors[detector_name] = scores
+    knn, linear = {}, None
     if train.classes is not None and test.classes is not None:
         of_train, of_test = features["train"], features["test"]
         knn = {
             level: knn_accuracy(of_train[level], train.classes, of_test[level], test.classes)
             for level in ("encoder", "head")
         }
+        linear = linear_accuracy(of_train["encoder"], train.classes, of_test["encoder"], test.classes)
     return Evaluation(
         metrics,
         {part: {level: of_part[level].cpu() for level in ("encoder", "head")} for part, of_part in features.items()},
-        shown,
+        of_detectors[DEFAULT],
         kmeans["head"].labels_.cpu(),
         kmeans["head"].cluster_centers_.cpu(),
-        knn,
-        FittedDetectors(
+        knn=knn,
+        linear=linear,
+        fitted=FittedDetectors(
             arguments,
             detectors,
             {level: kmeans[level].cluster_centers_.cpu() for level in ("encoder", "head")},
-            test_scores,
+            {name: scores["test"].sort().values for name, scores in of_detectors.items()},
         ),
-        _notes(detectors),
+        notes=_notes(detectors),
+        resampled=resample_metrics(of_detectors, dict(zip(GROUPS, (list(near), list(far)), strict=True)), seed),
     )
 
 

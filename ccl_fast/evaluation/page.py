@@ -49,10 +49,13 @@ CURVES = {  # of a line of the log
     "changed_labels": "Share of images that changed cluster",
     "view_agreement": "Share of images whose two views lie in the same cluster",
     "nmi": "NMI of clusters and classes",
-    "accuracy": "Accuracy of clusters as classes",
+    "accuracy": "Accuracy of clusters as classes, one-to-one",
+    "purity": "Accuracy of clusters as classes, many-to-one",
     "same_class": "Share of cluster-mates of the same class",
     "smallest_cluster": "Images in the smallest cluster",
     "largest_cluster": "Images in the largest cluster",
+    "believed": "Share of images whose cluster is believed",
+    "believed_same_class": "Share of cluster-mates of the same class, believed images",
 }
 NO_CURVES = ("stage", "objective", "epoch", "step", "learning_rate")
 SHOWN_IMAGES = 12  # most outlying, least outlying
@@ -82,23 +85,30 @@ def write_page(path: Path, report: dict, evaluations: Mapping[str, Evaluation], 
 
 
 def summarize(report: dict) -> str:
-    """Say in a sentence what came out."""
+    """Say in a sentence what came out, and of two objectives whether they can be told apart."""
     objectives, groups = list(report["results"]), [group for group in GROUPS if report[group]]
-    titles = [report["titles"][objective] for objective in objectives]
+    titles, default = [report["titles"][objective] for objective in objectives], report["default"]
     if not groups:
         return "No OOD set was given, so there is nothing to tell from the test images."
     values = {
-        group: [round(report["results"][objective][report["default"]][group]["auroc"], 3) for objective in objectives]
+        group: [round(report["results"][objective][default][group]["auroc"], 3) for objective in objectives]
         for group in groups
     }
     if len(objectives) == 1:
-        found = " and ".join(f"{value:.3f} on {group} OOD sets" for group, (value,) in values.items())
-        return f"With its default detector, {titles[0]} reaches an AUROC of {found}."
+        (objective,), found = objectives, []
+        for group, (value,) in values.items():
+            between = _interval(report["intervals"][objective][default][group]["auroc"])
+            found.append(f"{value:.3f} ({between}) on {group} OOD sets")
+        return f"With its default detector, {titles[0]} reaches an AUROC of {' and '.join(found)}."
     first, second = titles
     parts = []
     for group, (a, b) in values.items():
-        verdict = "level with" if a == b else f"{abs(b - a):.3f} {'above' if b > a else 'below'}"
-        parts.append(f"{b:.3f} on {group} OOD sets, {verdict} {first}’s {a:.3f}")
+        between = report["differences"][default][group]["auroc"]
+        if _excludes_zero(between):
+            verdict = f"{abs(b - a):.3f} {'above' if between[0] > 0 else 'below'} {first}’s {a:.3f}"
+        else:
+            verdict = f"no clear difference from {first}’s {a:.3f}"
+        parts.append(f"{b:.3f} on {group} OOD sets, {verdict} ({_signed_interval(between)})")
     return f"With the default detector, {second} reaches an AUROC of {'; and of '.join(parts)}."
 
 
@@ -107,20 +117,22 @@ def _content(report: dict, evaluations: Mapping[str, Evaluation], images: Mappin
     sets = [*report["near"], *report["far"]]
     groups = [group for group in GROUPS if report[group]]
     counts = report["images"]
-    axis = functools.cache(
-        lambda: pictures.ScoreAxis.of([s for evaluation in evaluations.values() for s in evaluation.scores.values()])
-    )
+    axis = functools.cache(lambda: pictures.ScoreAxis.of([evaluation.scores for evaluation in evaluations.values()]))
     return {
         "light": Markup(pictures.css_colors(dark=False)),
         "dark": Markup(pictures.css_colors(dark=True)),
         "objectives": report["titles"],
         "colors": _colors(objectives),
+        "dashes": pictures.DASHES,
         "default": report["default"],
         "summary": summarize(report),
         "facts": _facts(report, sets),
+        "resamples": f"{report['bootstrap']['resamples']:,}",
+        "confidence": f"{100 * report['bootstrap']['confidence']:g} %",
         "cards": [_card(report, objectives, group) for group in groups],
         "knn": [
-            {"objective": objective} | {level: _percent(accuracy) for level, accuracy in of_levels.items()}
+            {"objective": objective, "linear": _percent(report["linear"][objective])}
+            | {level: _percent(accuracy) for level, accuracy in of_levels.items()}
             for objective, of_levels in report.get("knn", {}).items()
         ],
         "metrics": METRICS,
@@ -159,7 +171,7 @@ def _content(report: dict, evaluations: Mapping[str, Evaluation], images: Mappin
         if sets
         else [],
         "clusters": [_clusters(report, evaluations[objective], objective, images) for objective in objectives],
-        "training": _training(report, objectives),
+        "training": _training(report, evaluations),
         "borders": [_border(report, evaluations[objective], objective, images, sets) for objective in objectives],
         "arguments": {name: _plain(value) for name, value in report["arguments"].items()},
         "environment": {name: _plain(value) for name, value in report["environment"].items()},
@@ -198,15 +210,47 @@ def _colors(objectives: Sequence[str]) -> dict[str, str]:
 
 
 def _card(report: dict, objectives: Sequence[str], group: str) -> dict:
-    values = {objective: report["results"][objective][report["default"]][group] for objective in objectives}
+    default, rows = report["default"], []
+    for objective in objectives:
+        values, between = (report[of][objective][default][group] for of in ("results", "intervals"))
+        auroc, fpr95 = f"{values['auroc']:.3f}", _percent(values["fpr95_id"])
+        auroc_between, fpr95_between = _interval(between["auroc"]), _interval(between["fpr95_id"], percent=True)
+        rows.append({"objective": objective, "auroc": (auroc, auroc_between), "fpr95": (fpr95, fpr95_between)})
     return {
         "title": f"{group.capitalize()} OOD",
         "note": _mean_of(report[group]),
-        "rows": [
-            {"objective": objective, "auroc": f"{v['auroc']:.3f}", "fpr95": _percent(v["fpr95_id"])}
-            for objective, v in values.items()
-        ],
+        "rows": rows,
+        "difference": _difference(report, objectives, group) if len(objectives) > 1 else "",
     }
+
+
+def _difference(report: dict, objectives: Sequence[str], group: str) -> str:
+    """Say how the objective's default detector differs from the baseline's, and whether that is told from nothing."""
+    default, parts = report["default"], []
+    first, second = (report["results"][objective][default][group] for objective in objectives)
+    for metric, name, scale, unit in (("auroc", "AUROC", 1, ""), ("fpr95_id", "FPR95", 100, " points")):
+        between = report["differences"][default][group][metric]
+        value = _signed(scale * (second[metric] - first[metric]), 4 if scale == 1 else 1)
+        includes = "" if _excludes_zero(between) else ", includes 0"
+        parts.append(f"{name} {value}{unit} ({_signed_interval(between, scale)}{includes})")
+    return "; ".join(parts)
+
+
+def _interval(between: Sequence[float], *, percent: bool = False) -> str:
+    return "–".join(f"{100 * value:.1f}" if percent else f"{value:.3f}" for value in between) + " %" * percent
+
+
+def _signed_interval(between: Sequence[float], scale: float = 1) -> str:
+    return " to ".join(_signed(scale * value, 4 if scale == 1 else 1) for value in between)
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _excludes_zero(between: Sequence[float]) -> bool:
+    low, high = between
+    return low > 0 or high < 0
 
 
 def _overview(report: dict, objectives: Sequence[str], group: str) -> dict:
@@ -225,10 +269,21 @@ def _overview(report: dict, objectives: Sequence[str], group: str) -> dict:
         "title": f"{group.capitalize()} OOD",
         "svg": _attempted(
             f"the detectors on {group} OOD",
-            lambda: Markup(pictures.detectors({colors[o]: values[o] for o in objectives}, report["default"], alt)),
+            lambda: Markup(
+                pictures.detectors(
+                    {colors[o]: values[o] for o in objectives},
+                    {colors[o]: _aurocs_between(report["intervals"][o], group) for o in objectives},
+                    report["default"],
+                    alt,
+                )
+            ),
         ),
         "caption": f"{_mean_of(report[group]).capitalize()}. Highest with {words}.",
     }
+
+
+def _aurocs_between(intervals: Mapping[str, Mapping], group: str) -> dict[str, Sequence[float]]:
+    return {detector: by_set[group]["auroc"] for detector, by_set in intervals.items()}
 
 
 def _rows(report: dict, objectives: Sequence[str], of: str) -> list[dict]:
@@ -241,13 +296,19 @@ def _rows(report: dict, objectives: Sequence[str], of: str) -> list[dict]:
 
 
 def _cells(report: dict, objectives: Sequence[str], detector: str, of: str) -> list[dict]:
-    """Return one metric after the other, of each the objectives side by side; the best of these stands out."""
+    """Return one metric after the other, of each the objectives side by side, with their intervals.
+
+    The better one stands out if the interval of the difference excludes 0.
+    """
     cells = []
     for metric in METRICS:
         values = [report["results"][objective][detector][of][metric.name] for objective in objectives]
-        shown = [f"{value:.3f}" for value in values]
-        best = (max if metric.is_better_high else min)(shown) if len(set(shown)) > 1 else None
-        cells += [{"value": v, "text": s, "is_best": s == best} for v, s in zip(values, shown, strict=True)]
+        best = None
+        if len(objectives) > 1 and _excludes_zero(report["differences"][detector][of][metric.name]):
+            best = (max if metric.is_better_high else min)(values)
+        for objective, value in zip(objectives, values, strict=True):
+            between = _interval(report["intervals"][objective][detector][of][metric.name])
+            cells.append({"value": value, "text": f"{value:.3f}", "interval": between, "is_best": value == best})
     return cells
 
 
@@ -292,7 +353,8 @@ def _clusters(report: dict, evaluation: Evaluation, objective: str, images: Mapp
     def draw_map() -> Markup:
         points = pictures.sample(features["train"], evaluation.cluster_ids, evaluation.centers, near, far)
         alt = f"{title}: map of {len(points.train):,} training images in the colours of their clusters, with"
-        alt += f" {len(points.near)} images of near and {len(points.far)} of far OOD sets."
+        of_near, of_far = (sum(map(len, of_group)) for of_group in (points.near, points.far))
+        alt += f" {of_near} images of near and {of_far} of far OOD sets."
         return Markup(pictures.cluster_map(points, colors(), alt))
 
     def draw_sizes() -> Markup:
@@ -303,12 +365,41 @@ def _clusters(report: dict, evaluation: Evaluation, objective: str, images: Mapp
         "objective": title,
         "map": _attempted(f"{title}'s map of clusters", draw_map),
         "sizes": _attempted(f"{title}'s sizes of clusters", draw_sizes),
+        "sets": [
+            (name, _outline(pictures.mark(number, group == "near")))
+            for group in GROUPS
+            for number, name in enumerate(report[group])
+        ],
+        "repeats": f"{k:,} clusters share {len(pictures.HUES)} colours; those next to each other differ."
+        if k > len(pictures.HUES)
+        else "",
         "caption": f"{_count(k, 'cluster')}, {words}.",
-        "quality": report.get("clustering", {}).get(objective, {}),
+        "quality": _quality(report, objective, sizes) if objective in report.get("clustering", {}) else "",
         "gallery": _attempted(
             f"{title}'s images of clusters", lambda: _gallery(evaluation, images["train"], sizes, colors())
         ),
     }
+
+
+def _outline(ends: Sequence[tuple[float, float]]) -> str:
+    """Return strokes as the data of an SVG path, whose y grows downwards."""
+    return "".join(f"{'ML'[number % 2]}{x:g} {-y:g}" for number, (x, y) in enumerate(ends))
+
+
+def _quality(report: dict, objective: str, sizes: Tensor) -> str:
+    """Say how clusters compare with classes, and what their number alone does to the figures."""
+    values, classes = report["clustering"][objective], report["classes"]
+    limit = ""
+    if len(sizes) > classes:
+        highest = sizes.topk(classes).values.sum().item() / sizes.sum().item()
+        limit = f", which {len(sizes)} clusters of these sizes cannot bring above {highest:.3f}, as"
+        limit += f" {_count(len(sizes) - classes, 'cluster')} must stand for no class"
+    return (
+        f"Against the {_count(classes, 'class', 'classes')}, which training never saw: accuracy {values['purity']:.3f}"
+        " many-to-one (each cluster stands for its most frequent class; more clusters make it higher by themselves) and"
+        f" {values['accuracy']:.3f} one-to-one (each class has one cluster at most{limit});"
+        f" NMI {values['nmi']:.3f}; cluster-mates of the same class {values['same_class']:.3f}."
+    )
 
 
 def _gallery(evaluation: Evaluation, train: Images, sizes: Tensor, colors: Sequence[str]) -> list[dict]:
@@ -342,30 +433,57 @@ def _curves_of(log: Mapping[str, Sequence[Mapping]]) -> dict[str, str]:
     return titles
 
 
-def _training(report: dict, objectives: Sequence[str]) -> list[dict]:
+def _training(report: dict, evaluations: Mapping[str, Evaluation]) -> list[dict]:
     """Draw every number that the log has, of an objective's own epochs: the warm-up has another's loss."""
     log = report.get("log") or {
         objective: [{"epoch": number, "loss": loss} for number, loss in enumerate(losses, 1)]
         for objective, losses in report.get("losses", {}).items()
     }
-    log = {o: [line for line in lines if line.get("objective", o) == o] for o, lines in log.items()}
-    shown, colors = [], _colors(objectives)
-    for key, title in _curves_of(log).items():
-        lines = {}
-        for objective in objectives:
-            points = [(line["epoch"], line[key]) for line in log.get(objective, []) if line.get(key) is not None]
-            points = [(epoch, value) for epoch, value in points if math.isfinite(value)]
-            if points:
-                lines[objective] = tuple(zip(*points, strict=True))
-        if lines:
-            ends = "; ".join(f"{report['titles'][o]} from {v[0]:.3g} to {v[-1]:.3g}" for o, (_, v) in lines.items())
-            alt = f"{title} by epoch: {ends}."
-            colored = {colors[objective]: values for objective, values in lines.items()}
-            svg = _attempted(
-                f"the curve of {key}", lambda colored=colored, alt=alt: Markup(pictures.curves(colored, alt))
+    lines = [line for of_objective in log.values() for line in of_objective]
+    last = max((line["epoch"] for line in lines), default=1)
+    warm_up = max((line["epoch"] for line in lines if line.get("stage") == "warm-up"), default=0)
+    own = {o: [line for line in log.get(o, []) if line.get("objective", o) == o] for o in evaluations}
+    shown, colors = [], _colors(list(evaluations))
+    for key, title in _curves_of(own).items():
+        curves = {o: _curve(report, evaluations[o], o, colors[o], own[o], key) for o in evaluations}
+        if any(curve.values for curve in curves.values()):
+            found = {o: curve for o, curve in curves.items() if curve.values or curve.at_end is not None}
+            ends = "; ".join(f"{report['titles'][o]} {_ends(curve)}" for o, curve in found.items())
+            draw = functools.partial(
+                pictures.curves,
+                list(found.values()),
+                f"{title} by epoch: {ends}.",
+                last=last,
+                warm_up=warm_up,
+                apart=key == "loss",
             )
-            shown.append({"title": title, "svg": svg, "objectives": lines})
+            svg = _attempted(f"the curve of {key}", lambda draw=draw: Markup(draw()))
+            is_marked = any(curve.at_end is not None for curve in found.values())
+            shown.append({"title": title, "svg": svg, "objectives": list(found), "is_marked": is_marked})
     return shown
+
+
+def _curve(
+    report: dict, evaluation: Evaluation, objective: str, color: str, lines: Sequence[Mapping], key: str
+) -> pictures.Curve:
+    """Return the finite numbers that the log has of a key, and of clusters the same of those made for the report."""
+    points = [(line["epoch"], line[key]) for line in lines if line.get(key) is not None]
+    points = [(epoch, value) for epoch, value in points if math.isfinite(value)]
+    epochs, values = zip(*points, strict=True) if points else ((), ())
+    name, _, k = key.partition("/")
+    at_end = None
+    if k in ("", str(len(evaluation.centers))):
+        sizes = evaluation.cluster_ids.bincount(minlength=len(evaluation.centers))
+        of_report = {"smallest_cluster": int(sizes.min()), "largest_cluster": int(sizes.max())}
+        at_end = (of_report | report.get("clustering", {}).get(objective, {})).get(name)
+    return pictures.Curve(color, epochs, values, at_end)
+
+
+def _ends(curve: pictures.Curve) -> str:
+    """Say where a curve begins and ends."""
+    line = f"from {curve.values[0]:.3g} to {curve.values[-1]:.3g}" if curve.values else ""
+    own = "" if curve.at_end is None else f"{curve.at_end:.3g} with the report’s own clusters"
+    return ", ".join(filter(None, (line, own)))
 
 
 def _border(
@@ -404,8 +522,8 @@ def _mean_of(names: Sequence[str]) -> str:
     return f"mean of {len(names)} sets" if len(names) > 1 else "one set"
 
 
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+def _count(n: int, noun: str, plural: str = "") -> str:
+    return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
 
 
 def _percent(share: float) -> str:

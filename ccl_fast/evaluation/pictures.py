@@ -13,7 +13,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,7 +34,8 @@ from ccl_fast.evaluation.fitted import ACCEPTED, threshold
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# name: (on a light page, on a dark one). Any two of c0 to c7 differ to the colour-blind too, and all from the page.
+# name: (on a light page, on a dark one). Any two of c0 to c7 differ to the colour-blind too, and all from the page;
+# c8 to c23 are as far from these and from each other as colours of middling chroma can be.
 COLORS = {
     "ink": ("#1b2530", "#e8edf2"),
     "soft": ("#5a6673", "#9ba8b5"),
@@ -51,8 +52,25 @@ COLORS = {
     "c5": ("#78428c", "#9865b3"),
     "c6": ("#68083b", "#aef6e1"),
     "c7": ("#93915e", "#f8d833"),
+    "c8": ("#ff78c3", "#1e7800"),
+    "c9": ("#004b00", "#ff78b4"),
+    "c10": ("#96a5f0", "#007887"),
+    "c11": ("#1e6969", "#4ba5e1"),
+    "c12": ("#c34b78", "#e1b496"),
+    "c13": ("#008700", "#d287ff"),
+    "c14": ("#5ac34b", "#69f087"),
+    "c15": ("#003c5a", "#96b400"),
+    "c16": ("#0069b4", "#b42d78"),
+    "c17": ("#b45ac3", "#78875a"),
+    "c18": ("#695a1e", "#1ed2e1"),
+    "c19": ("#ff7878", "#965a00"),
+    "c20": ("#b487a5", "#b47887"),
+    "c21": ("#0096d2", "#ffa52d"),
+    "c22": ("#5a0f78", "#ff7869"),
+    "c23": ("#5a2d0f", "#ffe1a5"),
 }
-HUES = [name for name in COLORS if re.fullmatch(r"c\d", name)]
+HUES = [name for name in COLORS if re.fullmatch(r"c\d+", name)]  # of clusters, which have numbers too
+SET_HUES = HUES[:8]
 LIGHT = {name: light for name, (light, _) in COLORS.items()}
 _NAMES = {light: name for name, light in LIGHT.items()}
 
@@ -95,7 +113,7 @@ class OodSet(NamedTuple):
 def look(number: int, is_near: bool) -> tuple[str, tuple[int, ...]]:
     """Choose colour and dashes of a set: near ones solid, far ones dashed; after the last colour they come dotted."""
     dashes = () if is_near else (6, 3)
-    return HUES[number % len(HUES)], (*dashes, 1, 2) if number >= len(HUES) else dashes
+    return SET_HUES[number % len(SET_HUES)], (*dashes, 1, 2) if number >= len(SET_HUES) else dashes
 
 
 def css_colors(dark: bool) -> str:
@@ -104,39 +122,45 @@ def css_colors(dark: bool) -> str:
 
 
 class ScoreAxis(NamedTuple):
-    """The scale that the histograms of all objectives share."""
+    """The scale that the histograms of all objectives share: linear, or logarithmic away from the test images."""
 
     low: float
     high: float
-    is_log: bool
+    center: float
+    spread: float | None  # about the centre the scale is linear as far as that; None: all of it is
 
     @classmethod
-    def of(cls, scores: Iterable[Tensor]) -> ScoreAxis:
-        """Make a scale, logarithmic where scores crowd near 0, as cosine distances do; lower scores are clipped."""
-        values = torch.cat(list(scores)).double().numpy()
-        low, high = values.min().item(), values.max().item()
-        if low >= 0 and np.median(values) < high / 8:
-            low = max(np.quantile(values[values > 0], 0.002).item(), high * 1e-6)
-            return cls(low / 1.05, high * 1.05, True)
+    def of(cls, scores: Sequence[Mapping[str, Tensor]]) -> ScoreAxis:
+        """Make a scale of scores by objective and part: linear, unless the test images would be a line's breadth."""
+        values = torch.cat([of_part for of in scores for of_part in of.values()]).double().numpy()
+        quartiles = np.quantile(torch.cat([of["test"] for of in scores]).double().numpy(), (0.25, 0.5, 0.75)).tolist()
+        low, high, spread = values.min().item(), values.max().item(), quartiles[2] - quartiles[0]
+        if high - low > 20 * spread > 0:
+            return cls(low, high, quartiles[1], spread)
         margin = (high - low) / 40 or 0.1 * abs(low) or 0.1
-        return cls(low - margin, high + margin, False)
+        return cls(low - margin, high + margin, quartiles[1], None)
 
-    def place(self, scores: Tensor) -> np.ndarray:
+    def place(self, scores: Tensor | np.ndarray) -> np.ndarray:
         """Return where scores lie, from 0 to 1."""
-        values = np.clip(scores.double().numpy(), self.low, self.high)
-        if self.is_log:
-            return np.log(values / self.low) / math.log(self.high / self.low)
-        return (values - self.low) / (self.high - self.low)
+        values, low, high = (self._scaled(np.asarray(x, dtype=np.float64)) for x in (scores, self.low, self.high))
+        return np.clip((values - low) / (high - low), 0, 1)
+
+    def _scaled(self, values: np.ndarray) -> np.ndarray:
+        return values if self.spread is None else np.arcsinh((values - self.center) / self.spread)
 
     def ticks(self) -> list[float]:
-        if not self.is_log:
-            ticks = np.asarray(MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(self.low, self.high))
-            return [tick for tick in ticks.tolist() if self.low <= tick <= self.high]
-        decades = math.log10(self.high / self.low)
-        first = math.floor(math.log10(self.low))
-        steps = (1, 2, 5) if decades < 2.5 else (1,)
-        ticks = [float(f"{step}e{first + n}") for n in range(math.ceil(decades) + 2) for step in steps]
-        return [tick for tick in ticks if self.low <= tick <= self.high]
+        """Return round numbers that do not crowd."""
+        ticks = np.asarray(MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(self.low, self.high)).tolist()
+        if self.spread is not None:
+            largest = math.floor(math.log10(max(abs(self.low), abs(self.high))))
+            decades = range(largest, math.floor(math.log10(self.spread)) - 1, -1)
+            ticks = [0.0, *(float(f"{s * step}e{n}") for step in (1, 5, 2) for n in decades for s in (1, -1)), *ticks]
+        chosen: list[float] = []
+        for tick in ticks:
+            places = self.place(np.array([tick, *chosen]))
+            if self.low <= tick <= self.high and (np.abs(places[1:] - places[0]) > 0.09).all():
+                chosen.append(tick)
+        return sorted(chosen)
 
 
 @contextmanager
@@ -151,22 +175,22 @@ def _style() -> Iterator[None]:
 @_style()
 def histograms(test: Tensor, sets: Sequence[OodSet], axis: ScoreAxis, alt: str) -> str:
     """Draw scores of every OOD set over those of the test images, one below the other, and the threshold."""
-    row, gap, top, bottom = 62, 24, 26, 40
+    row, gap, top, bottom, side = 62, 24, 26, 40, 16
     height = top + len(sets) * (row + gap) + bottom
     figure, texts = _figure(height), []
     edges = np.linspace(0, 1, 49)
     ticks = axis.ticks()
-    at = axis.place(torch.tensor([threshold(test), *ticks], dtype=torch.float64, device="cpu")).tolist()
+    at = axis.place(np.array([threshold(test), *ticks])).tolist()
 
     def shares(scores: Tensor) -> np.ndarray:
         return np.histogram(axis.place(scores), edges)[0] / len(scores)
 
     for number, of_set in enumerate(sets):
-        panel = _axes(figure, 10, top + number * (row + gap) + gap, WIDTH - 20, row)
+        panel = _axes(figure, side, top + number * (row + gap) + gap, WIDTH - 2 * side, row)
         color = LIGHT[of_set.color]
         panel.stairs(shares(test), edges, fill=True, color=LIGHT["quiet"], alpha=0.75, lw=0)
         panel.stairs(shares(of_set.scores), edges, fill=True, color=color, alpha=0.35, lw=0)
-        panel.stairs(shares(of_set.scores), edges, color=color, lw=1.2)
+        panel.stairs(shares(of_set.scores), edges, color=color, lw=1.2, ls=(0, of_set.dashes or None))
         up = (row + gap) / row if number == 0 else 1  # to its label
         panel.axvline(at[0], color=LIGHT["ink"], lw=1, ymax=up, clip_on=False)
         panel.set(xlim=(0, 1), yticks=[], ylim=(0, None))
@@ -176,51 +200,69 @@ def histograms(test: Tensor, sets: Sequence[OodSet], axis: ScoreAxis, alt: str) 
         texts += [_shorten(of_set.name), of_set.note]
         panel.text(0, 1.03, _UNDRAWN, color=color, weight="bold", transform=panel.transAxes)
         panel.text(1, 1.03, _UNDRAWN, color=LIGHT["soft"], ha="right", transform=panel.transAxes)
-    panel.set_xlabel("outlier score" + (", logarithmic" if axis.is_log else ""))
+    panel.set_xlabel("outlier score" + ("" if axis.spread is None else ", logarithmic away from the test images"))
     label = f"accepts {round(100 * ACCEPTED)} % of the test images: {threshold(test):.3g}"
-    side = "left" if at[0] < 0.5 else "right"
-    figure.text((10 + at[0] * (WIDTH - 20)) / WIDTH, 1 - 12 / height, label, ha=side, va="center")
+    anchor = "left" if at[0] < 0.5 else "right"
+    figure.text((side + at[0] * (WIDTH - 2 * side)) / WIDTH, 1 - 12 / height, label, ha=anchor, va="center")
     return _svg(figure, alt, texts)
 
 
-def roc(test: Tensor, ood: Tensor) -> tuple[Tensor, Tensor]:
+def roc(test: Tensor, ood: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Return the ROC curve's corners: shares of test and of OOD images with scores above a threshold, from (0, 0)."""
-    test, ood = test.double().sort().values, ood.double().sort().values
-    cuts = torch.cat([test, ood]).unique().flip(0)
-    above = (1 - torch.searchsorted(scores, cuts).double() / len(scores) for scores in (test, ood))
-    x, y = (torch.cat([share.new_zeros(1), share]) for share in above)
+    from sklearn.metrics import roc_curve
+
+    is_ood = np.arange(len(test) + len(ood)) >= len(test)
+    x, y, _ = roc_curve(is_ood, torch.cat([test, ood]).double().numpy())
     return x, y
 
 
 @_style()
 def roc_curves(test: Tensor, sets: Sequence[OodSet], alt: str) -> str:
-    """Draw how many OOD images are rejected at the price of how many test images."""
-    figure = _figure(400)
-    panel = _axes(figure, 52, 10, WIDTH - 62, 340)
+    """Draw how many OOD images are rejected at the price of how many test images; below with a logarithmic price."""
+    figure, size = _figure(660), WIDTH - 62
+    panel, logarithmic = _axes(figure, 52, 10, size, 310), _axes(figure, 52, 374, size, 236)
     panel.plot([0, 1], [0, 1], color=LIGHT["quiet"], lw=1)
+    least = 0.5 / len(test)  # stands for none
+    diagonal = np.geomspace(least, 1, 60)
+    logarithmic.plot(diagonal, diagonal, color=LIGHT["quiet"], lw=1)
     for of_set in sets:
         x, y = roc(test, of_set.scores)
-        shown = torch.linspace(0, len(x) - 1, min(len(x), 400), device="cpu").round().long()
-        (line,) = panel.plot(x[shown].tolist(), y[shown].tolist(), color=LIGHT[of_set.color], lw=1.7, clip_on=False)
-        if of_set.dashes:
-            line.set_dashes([part / 1.7 for part in of_set.dashes])
-    panel.set(xlim=(0, 1), ylim=(0, 1), xlabel="share of test images rejected", ylabel="share of OOD images rejected")
+        for axes, at in ((panel, x), (logarithmic, np.clip(x, least, 1))):
+            (line,) = axes.plot(at, y, color=LIGHT[of_set.color], lw=1.7, clip_on=False)
+            if of_set.dashes:
+                line.set_dashes([part / 1.7 for part in of_set.dashes])
+    logarithmic.set_xscale("log")
+    logarithmic.minorticks_off()
+    decades = [10.0**n for n in range(math.ceil(math.log10(least)), 1)]
+    logarithmic.set_xticks(decades, [f"{decade:g}" for decade in decades])
+    for axes, low in ((panel, 0), (logarithmic, least)):
+        axes.axvline(1 - ACCEPTED, color=LIGHT["ink"], lw=1, ls=(0, (1, 2)))
+        axes.set(xlim=(low, 1), ylim=(0, 1), ylabel="share of OOD images rejected")
+    panel.set_xlabel("share of test images rejected")
+    logarithmic.set_xlabel("share of test images rejected, logarithmic")
     return _svg(figure, alt)
 
 
 @_style()
-def detectors(values: Mapping[str, Mapping[str, float]], default: str, alt: str) -> str:
-    """Draw a dot an objective on a row a detector: ``values[its colour][detector]`` is an AUROC."""
+def detectors(
+    values: Mapping[str, Mapping[str, float]],
+    intervals: Mapping[str, Mapping[str, Sequence[float]]],
+    default: str,
+    alt: str,
+) -> str:
+    """Draw a dot an objective, and its interval, on a row a detector: ``values[its colour][detector]`` is an AUROC."""
     names = list(next(iter(values.values())))
-    row, top, left = 23, 6, 186
+    row, top, left = 15 + 11 * len(values), 6, 186
     figure = _figure(top + row * len(names) + 40)
     panel = _axes(figure, left, top, WIDTH - left - 14, row * len(names))
-    rows = range(len(names))
-    of_name = [[by_name[name] for by_name in values.values()] for name in names]
-    panel.hlines(rows, [min(v) for v in of_name], [max(v) for v in of_name], color=LIGHT["quiet"], lw=2)
-    for size, (color, by_name) in zip((9.5, 6), values.items(), strict=False):
-        panel.plot(list(by_name.values()), rows, "o", color=LIGHT[color], ms=size, mew=0, clip_on=False)
-    low = min(min(v) for v in of_name)
+    rows, low = np.arange(len(names)), 1.0
+    for number, (color, by_name) in enumerate(values.items()):
+        at = rows + (number - (len(values) - 1) / 2) * 11 / row
+        ends = np.array([intervals[color][name] for name in names])
+        low = min(low, *by_name.values(), ends.min())
+        panel.hlines(at, ends[:, 0], ends[:, 1], color=LIGHT[color], lw=2, clip_on=False)
+        marker = "s" if color == "objective" else "o"  # colour alone tells nothing to some
+        panel.plot(list(by_name.values()), at, marker, color=LIGHT[color], ms=6.5, mew=0, ls="", clip_on=False)
     panel.set(xlim=(max(0, math.floor(low * 20 - 0.2) / 20), 1), ylim=(len(names) - 0.5, -0.5), xlabel="AUROC")
     panel.set_yticks(rows, [_UNDRAWN] * len(names), color=LIGHT["ink"])
     panel.get_yticklabels()[names.index(default)].set_fontweight("bold")
@@ -267,6 +309,30 @@ def cluster_sizes(sizes: Tensor, colors: Sequence[str], alt: str) -> str:
     return _svg(figure, alt)
 
 
+# Strokes of a set's images in the map, each from a point to the next: outlines of near sets, crosses of far ones.
+_NEAR_MARKS = (
+    [(0, -4), (4, 0), (4, 0), (0, 4), (0, 4), (-4, 0), (-4, 0), (0, -4)],
+    [(-3, -3), (3, -3), (3, -3), (3, 3), (3, 3), (-3, 3), (-3, 3), (-3, -3)],
+    [(-3.5, -3), (3.5, -3), (3.5, -3), (0, 3.5), (0, 3.5), (-3.5, -3)],
+    [(-3.5, 3), (3.5, 3), (3.5, 3), (0, -3.5), (0, -3.5), (-3.5, 3)],
+)
+_FAR_MARKS = (
+    [(-3.5, 0), (3.5, 0), (0, -3.5), (0, 3.5)],
+    [(-2.8, -2.8), (2.8, 2.8), (-2.8, 2.8), (2.8, -2.8)],
+    [(0, 0), (0, -3.5), (0, 0), (-3, 2.5), (0, 0), (3, 2.5)],
+    [(-3.2, -1.8), (3.2, 1.8), (-3.2, 1.8), (3.2, -1.8), (0, -3.6), (0, 3.6)],
+    [(-3.5, 0), (3.5, 0)],
+    [(0, -3.5), (0, 3.5)],
+)
+
+
+def mark(number: int, is_near: bool) -> list[tuple[float, float]]:
+    """Choose the mark of the number-th near or far set: ends of its strokes, in pixels; the next round is larger."""
+    marks = _NEAR_MARKS if is_near else _FAR_MARKS
+    size = 1 + 0.5 * (number // len(marks))
+    return [(size * x, size * y) for x, y in marks[number % len(marks)]]
+
+
 @dataclass
 class Points:
     """Features to be laid out in the plane: training images with their clusters, and centres with their numbers."""
@@ -275,8 +341,8 @@ class Points:
     ids: Tensor
     centers: Tensor
     numbers: Tensor
-    near: Tensor
-    far: Tensor
+    near: list[Tensor]  # of each set
+    far: list[Tensor]
 
 
 def sample(
@@ -291,8 +357,8 @@ def sample(
     def some(x: Tensor, n: int) -> Tensor:
         return torch.randperm(len(x), generator=generator, device="cpu")[:n].sort().values
 
-    def of_sets(sets: Sequence[Tensor]) -> Tensor:
-        return torch.cat([train[:0], *(x[some(x, -(-120 // len(sets)))] for x in sets)])
+    def of_sets(sets: Sequence[Tensor]) -> list[Tensor]:
+        return [x[some(x, -(-120 // len(sets)))] for x in sets]
 
     rows = some(train, 1000)
     sizes = ids.bincount(minlength=len(centers))
@@ -328,14 +394,14 @@ def plane(x: Tensor) -> np.ndarray:
 
 @_style()
 def cluster_map(points: Points, colors: Sequence[str], alt: str) -> str:
-    """Draw training images in the colours of their clusters, centres with their numbers, OOD images as crosses."""
-    parts = [points.train, points.near, points.far, points.centers]
+    """Draw training images in the colours of their clusters, centres with their numbers, OOD images as their marks."""
+    parts = [points.train, points.centers, *points.near, *points.far]
     at = plane(torch.cat(parts))
     low, high = at.min(0), at.max(0)
     height, margin = 420, 14
     scale = min((side - 2 * margin) / (span or 1) for side, span in zip((WIDTH, height), high - low, strict=True))
     at = (at - (low + high) / 2) * scale + (WIDTH / 2, height / 2)
-    train, near, far, centers = np.split(at, np.cumsum([len(part) for part in parts])[:-1])
+    train, centers, *sets = np.split(at, np.cumsum([len(part) for part in parts])[:-1])
     figure = _figure(height)
     panel = _axes(figure, 0, 0, WIDTH, height)
     panel.set(xlim=(0, WIDTH), ylim=(0, height))
@@ -343,8 +409,9 @@ def cluster_map(points: Points, colors: Sequence[str], alt: str) -> str:
     of_train = np.array([colors[number] for number in points.ids.tolist()])
     for color in dict.fromkeys(colors):
         _draw(panel, train[of_train == color], [(0, 0), (0.01, 0)], LIGHT[color], 4.2, 0.55)
-    _draw(panel, near, [(-2.4, -2.4), (2.4, 2.4), (-2.4, 2.4), (2.4, -2.4)], LIGHT["ink"], 1.2, 0.9)
-    _draw(panel, far, [(-3, 0), (3, 0), (0, -3), (0, 3)], LIGHT["ink"], 1.2, 0.9)
+    marks = [mark(number, near) for near, of in ((True, points.near), (False, points.far)) for number in range(len(of))]
+    for strokes, of_set in zip(marks, sets, strict=True):
+        _draw(panel, of_set, strokes, LIGHT["ink"], 1.1, 0.9)
     numbers: list[int] = points.numbers.tolist()
     is_few = len(numbers) <= MAX_LABELLED
     for number, (x, y) in zip(numbers, centers.tolist(), strict=True):
@@ -364,18 +431,54 @@ def _draw(
         panel.add_patch(PathPatch(outline, fill=False, color=color, lw=width, alpha=alpha, capstyle="round"))
 
 
+class Curve(NamedTuple):
+    """A number of one objective by epoch."""
+
+    color: str
+    epochs: Sequence[float]
+    values: Sequence[float]
+    at_end: float | None = None  # the same of the report's own clusters
+
+
+DASHES = {"baseline": (5, 3), "objective": ()}  # of a curve by its colour, which tells nothing to some
+
+
 @_style()
-def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], alt: str) -> str:
-    """Draw, by colour, epochs and values of an objective, the first one broad enough to be seen below the next."""
-    figure = _figure(230)
-    panel = _axes(figure, 52, 10, WIDTH - 62, 178)
-    for number, (color, (epochs, values)) in enumerate(lines.items()):
-        width = 1.8 if number == len(lines) - 1 else 5
-        (line,) = panel.plot(epochs, values, color=LIGHT[color], lw=width, alpha=1 if width < 5 else 0.6)
-        line.set(marker="o" if len(epochs) == 1 else "", ms=2 * width, mew=0)
-    panel.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-    panel.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    panel.set(xlabel="epoch")
+def curves(lines: Sequence[Curve], alt: str, *, last: int, warm_up: int = 0, apart: bool = False) -> str:
+    """Draw the lines of one number, by epoch up to the last one.
+
+    Args:
+        lines: one or two.
+        alt: what the picture shows.
+        last: epoch at which the axis ends.
+        warm_up: epochs of the warm-up, whose end is marked.
+        apart: each line has an axis of its own, as they cannot be compared in height.
+    """
+    panels = [[line] for line in lines] if apart else [lines]
+    height, gap = (178, 0) if len(panels) == 1 else (110, 16)
+    figure = _figure(len(panels) * (height + gap) - gap + 52)
+    for number, of_panel in enumerate(panels):
+        panel = _axes(figure, 56, 10 + number * (height + gap), WIDTH - 70, height)
+        shown = [value for line in of_panel for value in (*line.values, line.at_end) if value is not None]
+        for color, epochs, values, at_end in of_panel:
+            marker = "os"[color == "objective"] if len(epochs) <= 12 else ""
+            (line,) = panel.plot(epochs, values, color=LIGHT[color], lw=1.8, marker=marker, ms=4.5, mew=0)
+            if DASHES[color]:
+                line.set_dashes([part / 1.8 for part in DASHES[color]])
+            if at_end is not None:
+                panel.plot(last, at_end, "D", ms=7.5, color=LIGHT["paper"], mec=LIGHT[color], mew=1.8, clip_on=False)
+        if 0 < warm_up < last:
+            panel.axvline(warm_up + 0.5, color=LIGHT["quiet"], lw=1)
+        low, high = min(shown), max(shown)
+        missing = (0.04 * max(abs(low), abs(high)) or 0.1) - (high - low)  # what hardly changes is not blown up
+        are_counts = all(isinstance(value, int) for value in shown)
+        margin = max(0.06 * (high - low) + max(0, missing) / 2, 1.0 if are_counts else 0)
+        panel.set(xlim=(0.5, last + 0.5), ylim=(low - margin, high + margin))
+        panel.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+        panel.yaxis.set_major_locator(MaxNLocator(5, integer=are_counts, min_n_ticks=1, steps=[1, 2, 2.5, 5, 10]))
+        if number < len(panels) - 1:
+            panel.tick_params(labelbottom=False)
+    panel.set_xlabel("epoch")
     return _svg(figure, alt)
 
 

@@ -41,6 +41,11 @@ class AdaMEOWLoss(MEOWLoss):
             not, it has the weight 1.
         learnable_temperature, normalize, reduction, backend: as in `Loss`. (It runs on one process.)
 
+    Cost:
+        operators: LSE of rows of D + K: the logarithms of the weights against the cluster, `candidates="other_id"`
+            by sample; the positive.
+        units: 4 of N x N x (D + K): views once, N all rows; two towers for each direction.
+
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
 

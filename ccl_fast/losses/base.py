@@ -117,7 +117,7 @@ class Loss(nn.Module):
         if learnable_temperature:
             # Its logarithm is learned: it stays positive whatever the optimiser does. [1]: FSDP shards no scalar.
             self.log_temperature = nn.Parameter(torch.empty(1))
-            self.reset_parameters()
+            self._reset_temperature()
 
     def __init_subclass__(cls, **options):
         """Spells the common options out in the signature of an ``__init__`` that takes them as ``**common``."""
@@ -142,10 +142,13 @@ class Loss(nn.Module):
         if "temperature" in self.unsupported:
             self._check_supported("temperature", value)
         self._temperature = checked_temperature("temperature", value)
-        self.reset_parameters()
+        self._reset_temperature()
 
     def reset_parameters(self) -> None:
-        """Set a learnable temperature to the value that was given, as after `torch.nn.Module.to_empty`."""
+        """Set what the module keeps in tensors to what was given, as after `torch.nn.Module.to_empty`."""
+        self._reset_temperature()
+
+    def _reset_temperature(self) -> None:
         if hasattr(self, "log_temperature"):
             nn.init.constant_(self.log_temperature, math.log(self._temperature))
 
@@ -345,17 +348,21 @@ class Loss(nn.Module):
         gives 0. Of several processes each returns the sum or mean over all rows. The gradient is that of its own rows'
         part, times the number of processes, so that the mean of all processes' gradients is the gradient.
         """
-        shape = losses.shape if shape is None else shape
-        losses = losses.flatten()
-        if has_positive is None:
-            has_positive = torch.ones_like(losses, dtype=torch.bool)
-        losses = losses.masked_fill(~has_positive, 0.0)
+        count = losses.numel()
+        if has_positive is not None:
+            losses, count = losses.flatten().masked_fill(~has_positive, 0.0), has_positive.sum()
         if self.reduction == "none":
-            return losses.view(shape)
-        total, count = losses.sum(), has_positive.sum()
-        if group.is_null:
-            return total if self.reduction == "sum" else total / count.clamp(min=1)
-        return processes.reduce(total, count, self.reduction == "mean", group)
+            return losses if shape is None else losses.reshape(shape)
+        return self.reduce_total(losses.sum(), count, group)
+
+    def reduce_total(self, total: Tensor, count: int | Tensor, group: Group = NO_GROUP) -> Tensor:
+        """The sum, or the mean, of losses whose sum and number are known, as `reduce`."""
+        mean = self.reduction == "mean"
+        if not group.is_null:
+            return processes.reduce(total, torch.as_tensor(count, device=total.device), mean, group)
+        if not mean:
+            return total
+        return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
     def _check_supported(self, name: str, value) -> None:
         default = inspect.signature(type(self)).parameters[name].default

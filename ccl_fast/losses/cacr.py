@@ -56,6 +56,11 @@ class CACRLoss(Loss):
         reduction: "mean", "sum", or "none" (a loss per row, ``[n]`` or ``[n, views]``). Of the other options of
             `Loss` it can honour none.
 
+    Cost:
+        operators: `expected_similarity`, `candidates="other_id"`; the positives' from products of a sample's views,
+            or with labels `"same_id"`; for the RBF cost two LSEs.
+        units: 4 of N x N x D, with the RBF cost 8; with labels 8 (as they come, not at unit length, 12).
+
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
 

@@ -10,11 +10,12 @@ from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import Batch, check_center_temperature
 from ccl_fast.losses.centers import center_logits
-from ccl_fast.ops import cross_entropy, logaddexp, row_dot, same_id_similarity, streaming_logsumexp
+from ccl_fast.ops import cross_entropy, logaddexp, row_dot, streaming_logsumexp
 from ccl_fast.ops.backends import ContrastBackend
 from ccl_fast.ops.contrast_tile import self_contrast
-from ccl_fast.ops.ids import consecutive_ids, same_id_count
+from ccl_fast.ops.ids import same_id_count
 from ccl_fast.ops.logsumexp.distributed import Wanted, global_contrast
+from ccl_fast.ops.logsumexp.positives import contrast_with_positives
 from ccl_fast.ops.precision import accumulation_dtype
 
 Form = Literal["joint", "split", "inside"]
@@ -75,6 +76,11 @@ class CCLLoss(Loss):
         learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `Loss`; "none" gives a loss
             per row, ``[n]`` or ``[n, views]``.
 
+    Cost:
+        operators: LSE; LSE over centres; the positives by `same_id_similarity`, in the form "inside" by the same
+            LSE (`return_same`).
+        units: 2 of N x N x D, 3 of N x K x D.
+
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
         PeerError: (a RuntimeError) another process has ended or does not answer.
@@ -108,10 +114,19 @@ class CCLLoss(Loss):
         check_center_temperature(center_temperature)
         check_number("instance_weight", instance_weight, "a number from 0 to 1", lambda x: 0 <= x <= 1)
         self.form, self.center_weight, self.instance_weight = form, center_weight, instance_weight
+        self._given_center_temperature = None
         if isinstance(center_temperature, Tensor) and not isinstance(center_temperature, nn.Parameter):
+            self._given_center_temperature = center_temperature
             self.register_buffer("center_temperature", center_temperature, persistent=False)
         else:
             self.center_temperature = center_temperature
+
+    def reset_parameters(self) -> None:
+        """Set what the module keeps in tensors to what was given, as after `torch.nn.Module.to_empty`."""
+        super().reset_parameters()
+        given, own = self._given_center_temperature, self.center_temperature
+        if given is not None and not given.is_meta and isinstance(own, Tensor):
+            self.center_temperature = given.to(device=own.device, dtype=own.dtype, copy=True)
 
     def forward(
         self,
@@ -251,20 +266,19 @@ def logsumexp_and_positives(
     z, ids, _, exchange, _ = batch
     if not exchange.group.is_null:
         options = {"exchange": exchange, "backend": backend}
-        found = global_contrast(z, ids, scale=scale, wanted=Wanted(same=True, other=True, similarity=True), **options)
-        positives, count = found["similarity"], found["count"]
+        found = global_contrast(z, ids, scale=scale, wanted=Wanted(same=True, other=True, positives=True), **options)
+        positives, count = found["positives"], found["count"]
         single = count == 1
-        rest = torch.where(single, found["other"], logaddexp(found["same"], found["other"]))
-        return rest, positives * scale, count, single
-    positives, count = same_id_similarity(z, ids)
+        return torch.where(single, found["other"], logaddexp(found["same"], found["other"])), positives, count, single
+    count = same_id_count(ids).to(accumulation_dtype(z))
     single = count == 1
-    # On a CPU it is known whether there is such a row at all.
-    if host_knows(single) and not bool(single.any()):
-        return streaming_logsumexp(z, scale=scale, backend=backend), positives * scale, count, single
-    group = consecutive_ids(ids)
-    pairs = torch.where(single, group, group.shape[0] + torch.arange(group.shape[0], device=group.device))
-    rest = streaming_logsumexp(z, scale=scale, q_ids=pairs, candidates="other_id", backend=backend)
-    return rest, positives * scale, count, single
+    rest, _, positives = contrast_with_positives(z, ids, scale=scale, single=if_any(single), backend=backend)
+    return rest, positives, count, single
+
+
+def if_any(single: Tensor) -> Tensor | None:
+    """On a CPU it is known whether there is such a row at all; None: there is not."""
+    return None if host_knows(single) and not bool(single.any()) else single
 
 
 def logsumexp_by_id(batch: Batch, scale: float | Tensor, backend: ContrastBackend) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,7 +286,7 @@ def logsumexp_by_id(batch: Batch, scale: float | Tensor, backend: ContrastBacken
     z, ids, _, exchange, _ = batch
     options = {"scale": scale, "backend": backend}
     if not exchange.group.is_null:
-        wanted = Wanted(same=True, other=True, similarity=True)
+        wanted = Wanted(same=True, other=True, positives=True)
         found = global_contrast(z, ids, wanted=wanted, exchange=exchange, **options)
         return found["other"], found["same"], found["count"] == 1
     other, same = streaming_logsumexp(z, q_ids=ids, candidates="other_id", return_same=True, **options)

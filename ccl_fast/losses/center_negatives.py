@@ -23,6 +23,10 @@ class CenterNegativesLoss(Loss):
         temperature: T, > 0; the initial value if learnable.
         learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `Loss`.
 
+    Cost:
+        operators: LSE; LSE over centres, `candidates="other_id"`; the positive.
+        units: 2 of N x N x D, 3 of N x K x D.
+
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
 

@@ -38,6 +38,10 @@ class FeatureTransformationLoss(Loss):
         per_dimension: a lambda for each dimension of a row.
         learnable_temperature, normalize, reduction, backend: as in `Loss`. (It runs on one process.)
 
+    Cost:
+        operators: LSE over the mixed queue.
+        units: 3 of N x M x D.
+
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
 

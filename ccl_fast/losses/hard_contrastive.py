@@ -34,6 +34,10 @@ class HardContrastiveLoss(Loss):
         learnable_temperature, normalize, reduction, backend: as in `Loss`; the backend is that of alpha = 1. (It
             runs on one process.)
 
+    Cost:
+        operators: `topk_logsumexp`, `candidates="other_id"`, and the positive.
+        units: views: 4 of N x N x D; two towers 4 for each direction; and the selection in N x N similarities.
+
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
 

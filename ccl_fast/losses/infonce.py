@@ -42,6 +42,10 @@ class InfoNCELoss(Loss):
         learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `Loss`; the keys of all
             processes are negatives, ``negatives`` those of the process that passes them.
 
+    Cost:
+        operators: LSE, of both directions at once; LSE over a queue of M.
+        units: 2 of N x N x D (one direction of two towers: 4); 3 of N x M x D.
+
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
 

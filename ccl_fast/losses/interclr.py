@@ -47,6 +47,10 @@ class InterCLRLoss(Loss):
         learnable_temperature, normalize, reduction, backend: as in `Loss`; the backend is that of the queue. (It
             runs on one process.)
 
+    Cost:
+        operators: LSE over the queue; `topk_logsumexp` over drawn rows, `candidates="other_id"`.
+        units: 3 of N x M x D; 3 of N x R x D, and the selection.
+
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
 

@@ -36,6 +36,11 @@ class MCLLoss(Loss):
         learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `Loss`; several
             processes take views, not two towers, and ids that mean the same on all of them.
 
+    Cost:
+        operators: LSE, `candidates="same_id"`.
+        units: views: 2 of N x N x D, over K equal clusters on a CPU 2 / K; two towers 4 for each direction,
+            likewise.
+
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
 

@@ -43,6 +43,10 @@ class MEOWLoss(Loss):
         learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `Loss`; several
             processes take views, not two towers, and ids that mean the same on all of them.
 
+    Cost:
+        operators: LSE, `candidates="other_id"`, for each clustering.
+        units: views: 2 of N x N x D; two towers 4 for each direction.
+
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
 

@@ -49,6 +49,10 @@ class MLCDLoss(Loss):
         margin_form: "arcface" or "cosface".
         learnable_temperature, normalize, reduction: as in `Loss`. (It has one backend, and runs on one process.)
 
+    Cost:
+        operators: `edge_similarity` of the row's clusters, `logsumexp_excluding` them.
+        units: 4 of N x r K x D.
+
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
 

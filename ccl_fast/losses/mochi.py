@@ -1,6 +1,6 @@
 """InfoNCE against a queue and against mixtures of the hardest rows in it."""
 
-from typing import NamedTuple, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -8,17 +8,11 @@ from torch import Tensor
 from ccl_fast.checks import check_count
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_queries, check_some
-from ccl_fast.ops import cross_entropy, edge_similarity, logaddexp, row_dot, streaming_logsumexp, streaming_topk
+from ccl_fast.ops import cross_entropy, logaddexp, row_dot, streaming_logsumexp
+from ccl_fast.ops.rowwise.mixtures import Mixing, mixture_logsumexp
 
-
-class Mixing(NamedTuple):
-    """What is mixed: places in the anchors' lists of hardest negatives, and weights."""
-
-    first: Tensor  # [n, s] int64
-    second: Tensor  # [n, s] int64
-    alpha: Tensor  # [n, s], of the first
-    other: Tensor  # [n, s'] int64
-    beta: Tensor  # [n, s'], of the anchor
+# Places in a list of at most so many are drawn as 16-bit numbers, in longer ones as 32-bit.
+LAST_OF_16_BITS = 2**15 - 1
 
 
 class MoCHiLoss(Loss):
@@ -36,8 +30,9 @@ class MoCHiLoss(Loss):
         |h| = |h'| = 1, \quad \alpha \in (0, 1), \quad \beta \in (0, \tfrac12)
 
     Mixtures are constants, as the queue is: no gradient flows through the anchor that went into h'. None is ever
-    built: its logit takes the inner products of what is mixed alone, so memory is linear in n and in the queue, besides
-    n (N + s + s') numbers. Without mixtures it is InfoNCE against the queue. A second derivative raises.
+    built: its logit takes the inner products of what is mixed alone, some anchors at a time, so memory is linear in n
+    and in the queue, besides what is drawn: places and weights of n (s + s') mixtures. Without mixtures it is InfoNCE
+    against the queue. A second derivative raises.
 
     Kalantidis et al., "Hard Negative Mixing for Contrastive Learning" (arXiv:2010.01028), on MoCo v2, with the
     defaults of its MoCHi (1024, 1024, 128). It starts to mix after some epochs: until then set ``num_synthetic``
@@ -51,6 +46,11 @@ class MoCHiLoss(Loss):
         num_with_query: s', mixtures of a negative with the anchor, at least 0.
         learnable_temperature, normalize, reduction, backend: as in `Loss`. Mixtures have length 1 in any case.
             (It runs on one process.)
+
+    Cost:
+        operators: LSE over the queue; some anchors at a time their hardest, `edge_similarity` of the pairs that are
+            mixed, and the mean of the mixtures.
+        units: 3 + 1 of N x M x D; 1 of N x (hardest) x D; 1 of N x s x D.
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
@@ -104,54 +104,18 @@ class MoCHiLoss(Loss):
         positives = row_dot(q, self.unit(keys)) * scale
         logsumexp = streaming_logsumexp(q, negatives, scale=scale, backend=self.backend)
         if self.num_synthetic + self.num_with_query:
-            mixed = self._similarity_of_mixtures(q, negatives, generator)
-            logsumexp = logaddexp(logsumexp, (mixed * scale).logsumexp(1))
+            hardest = min(self.num_hardest, negatives.shape[0])
+            mixing = self.draw(q.shape[0], hardest, positives, generator)
+            of_mixtures = mixture_logsumexp(q, negatives, mixing, topk=hardest, scale=scale)
+            logsumexp = logaddexp(logsumexp, of_mixtures)
         return self.reduce(cross_entropy(logsumexp, positives))
 
     def draw(self, n: int, hardest: int, like: Tensor, generator: torch.Generator | None) -> Mixing:
         """What to mix for n anchors with lists of ``hardest`` negatives."""
         options = {"generator": generator, "device": like.device}
-        first, second = torch.randint(hardest, (2, n, self.num_synthetic), **options)
+        place = torch.int16 if hardest <= LAST_OF_16_BITS else torch.int32
+        first, second = torch.randint(hardest, (2, n, self.num_synthetic), dtype=place, **options)
         alpha = torch.rand(n, self.num_synthetic, dtype=like.dtype, **options)
-        other = torch.randint(hardest, (n, self.num_with_query), **options)
+        other = torch.randint(hardest, (n, self.num_with_query), dtype=place, **options)
         beta = torch.rand(n, self.num_with_query, dtype=like.dtype, **options) / 2
         return Mixing(first, second, alpha, other, beta)
-
-    def _similarity_of_mixtures(self, q: Tensor, negatives: Tensor, generator: torch.Generator | None) -> Tensor:
-        """<q_i, h> of all mixtures of each anchor, [n, s + s']."""
-        n, hardest = q.shape[0], min(self.num_hardest, negatives.shape[0])
-        hard = streaming_topk(q, negatives, topk=hardest)[1]
-        similarity = edge_similarity(
-            q, negatives, torch.arange(n + 1, device=q.device) * hardest, hard.flatten()
-        ).view(n, hardest)  # fmt: skip
-        first, second, alpha, other, beta = self.draw(n, hardest, similarity, generator)
-        square = row_dot(negatives, negatives)
-
-        a, b = hard.gather(1, first), hard.gather(1, second)
-        of_two = _mixed(
-            alpha,
-            (similarity.gather(1, first), similarity.gather(1, second)),
-            (square[a], square[b], _similarity_at(negatives, a, b)),
-        )
-        near, constant = similarity.gather(1, other), q.detach()
-        of_query = _mixed(
-            beta,
-            (row_dot(q, constant)[:, None], near),
-            (row_dot(constant, constant)[:, None], square[hard.gather(1, other)], near.detach()),
-        )
-        return torch.cat((of_two, of_query), dim=1)
-
-
-def _mixed(weight: Tensor, similarity: tuple[Tensor, Tensor], products: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """<q, h> of h = w x + (1 - w) y at unit length, given <q, x>, <q, y>, and <x, x>, <y, y>, <x, y>."""
-    x, y, both = products
-    square = weight**2 * x + (1 - weight) ** 2 * y + 2 * weight * (1 - weight) * both
-    return (weight * similarity[0] + (1 - weight) * similarity[1]) * square.clamp(min=1e-12).rsqrt()
-
-
-def _similarity_at(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """<x_a, x_b> of index pairs of any shape, by the row of a."""
-    ordered, order = a.flatten().sort()
-    rows = torch.searchsorted(ordered, torch.arange(x.shape[0] + 1, device=x.device))
-    found = edge_similarity(x, x, rows, b.flatten()[order])
-    return torch.empty_like(found).index_copy_(0, order, found).view(a.shape)

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ccl_fast.checks import check_has_values, check_tensor, product_dtype
 from ccl_fast.errors import ArgumentError
+from ccl_fast.losses import processes
 from ccl_fast.losses.base import CommonOptions
 from ccl_fast.losses.batch import (
     check_unassigned,
@@ -46,6 +47,11 @@ class NTXentLoss(InfoNCELoss):
             every label is a class, also those below 0, as in pytorch-metric-learning.
         learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `Loss`; "none" gives with
             labels the sum of each row's pairs. Several processes take views, not labels.
+
+    Cost:
+        operators: LSE; with labels LSE, `candidates="other_id"`, and `edge_similarity` of the P pairs of one label,
+            some at a time.
+        units: 2 of N x N x D; with labels and 3 P x D.
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
@@ -107,7 +113,7 @@ class NTXentLoss(InfoNCELoss):
             if negatives is not None:
                 raise ArgumentError(f"negatives: expected None with {pairs[0]}, got a tensor")
             if self.process_group is not None:
-                raise ArgumentError(f"{pairs[0]}: expected two views with process_group, got {pairs[0]}")
+                processes.refuse(self, pairs[0])
             if indices_tuple is not None:
                 return self._of_pairs(embeddings, indices_tuple, ref_emb)
             return self._of_labels(embeddings, labels, ref_emb, ref_labels)

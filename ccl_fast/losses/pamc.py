@@ -62,6 +62,11 @@ class PamCLoss(Loss):
         learnable_temperature, reduction, backend, process_group: as in `Loss`. Of several processes the ids and the
             clusters' sums travel, which every process holds, no rows: there is no exchange to choose.
 
+    Cost:
+        operators: LSE of sums against each other; `edge_similarity`; LSE over means with key bias log n_k; of means
+            over means, `candidates="other_id"`.
+        units: 2 of K x K x D, and 3 E x D; 4 of N x K x D; 4 of K x K x D.
+
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
 

@@ -1,7 +1,7 @@
 """What losses do with several processes alone: compare their arguments, reduce over all rows."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -73,6 +73,26 @@ def describe(x, rows: str | None = None) -> object:
     shape = ", ".join(map(str, x.shape if rows is None or x.ndim == 0 else [rows, *x.shape[1:]]))
     gradient = " with gradient" if x.requires_grad and torch.is_grad_enabled() else ""
     return f"{str(dtype).removeprefix('torch.')} [{shape}]{gradient}"
+
+
+# Why several processes cannot take an argument of theirs.
+OF_ONE_PROCESS = {
+    "labels": "as pairs are those of one process (two views are taken), got labels",
+    "indices_tuple": "as its indices are of the rows of one process, got a tuple",
+    "ref_emb": "as its rows would be those of one process, got references",
+    "ref_labels": "as its rows would be those of one process, got references",
+    "mask": "as it tells nothing of the samples of other processes (labels do), got a mask",
+}
+
+
+def refuse(loss: "Loss", name: str) -> NoReturn:
+    """Raise on every process, as one of them was given what several processes cannot take."""
+
+    def check() -> tuple[int, int]:
+        raise ArgumentError(f"{name}: expected None with process_group, {OF_ONE_PROCESS[name]}")
+
+    join(loss, check, {}, dict)
+    raise AssertionError("unreachable")
 
 
 def check_views_only(loss: "Loss", keys: Tensor | None) -> None:

@@ -33,6 +33,10 @@ class ProtoNCELoss(InfoNCELoss):
         learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `InfoNCELoss`; the centres
             are the same on every process.
 
+    Cost:
+        operators: InfoNCE; per clustering LSE over c / phi.
+        units: InfoNCE + 3 M of N x K x D.
+
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
 

@@ -43,6 +43,10 @@ class SBCLLoss(Loss):
         own_views: embeddings ``[n, views, d]`` have their own views in the second term too, as in the authors' code.
         learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `Loss`.
 
+    Cost:
+        operators: one LSE with both sums (`return_same`), two `same_id_similarity`.
+        units: 2 of N x N x D.
+
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
 
@@ -110,12 +114,12 @@ class SBCLLoss(Loss):
         # No sample of another process gets a number from that of the first row here to that of the last.
         subclasses = separate_unassigned(cluster_ids.long(), exchange.first).repeat_interleave(views)
         subclasses = exchange.own(joint_ids(exchange.gather(classes), exchange.gather(subclasses)))
-        wanted = Wanted(same=True, other=True, similarity=True)
+        wanted = Wanted(same=True, other=True, positives=True)
         found = global_contrast(z, subclasses, scale=scale, wanted=wanted, exchange=exchange, backend=self.backend)
-        outside, inside, own, own_count = (found[name] for name in ("other", "same", "similarity", "count"))
+        outside, inside, own, own_count = (found[name] for name in ("other", "same", "positives", "count"))
         mates, mates_count = global_same_id_similarity(z, classes, exchange)
-        rest, rest_count = mates - own, mates_count - own_count
-        own = own * scale / own_count.clamp(min=1)
+        rest, rest_count = mates - own / scale, mates_count - own_count
+        own = own / own_count.clamp(min=1)
         by_subclass = torch.where(own_count == 1, cross_entropy(outside, own), logaddexp(outside, inside) - own)
         if self.base_temperature is not None:
             by_subclass = by_subclass / (scale * self.base_temperature)

@@ -51,6 +51,10 @@ class SepCLRLoss(Loss):
         backend: of the streaming log-sum-exp: "auto", "triton", "blocked" or "reference".
         reduction: "mean" alone, as the loss is no sum over samples. (It runs on one process.)
 
+    Cost:
+        operators: per view three LSEs with squared norms as biases: common (D), salient (E), both side by side.
+        units: 8 of N x N x (D + E).
+
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
 

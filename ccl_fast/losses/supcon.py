@@ -1,20 +1,23 @@
 """Supervised contrastive learning."""
 
+import functools
 from typing import Literal, NamedTuple, Unpack, get_args
 
 import torch
 from torch import Tensor
 
 from ccl_fast.checks import check_choice, check_tensor
+from ccl_fast.distributed import NO_GROUP, Group
 from ccl_fast.errors import ArgumentError
+from ccl_fast.losses import processes
 from ccl_fast.losses.base import CommonOptions
-from ccl_fast.losses.batch import check_unassigned, ids_of_references, labels_as_ids
-from ccl_fast.losses.ccl import CCLLoss, loss_of_mean
+from ccl_fast.losses.batch import Batch, check_unassigned, ids_of_references, labels_as_ids
+from ccl_fast.losses.ccl import CCLLoss, if_any, logsumexp_and_positives, logsumexp_by_id, loss_of_mean
 from ccl_fast.losses.mask import check_mask, masked_similarity
 from ccl_fast.losses.pairs import positive_and_negative_pairs
-from ccl_fast.ops import cross_entropy, logaddexp, row_dot, same_id_similarity, streaming_logsumexp
-from ccl_fast.ops.ids import consecutive_ids
-from ccl_fast.ops.precision import accumulation_dtype
+from ccl_fast.ops import cross_entropy, logaddexp, streaming_logsumexp
+from ccl_fast.ops.ids import same_id_count
+from ccl_fast.ops.logsumexp.positives import contrast_with_positives
 
 Form = Literal["outside", "inside"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -22,17 +25,11 @@ ContrastMode = Literal["all", "one"]
 CONTRAST_MODES: tuple[ContrastMode, ...] = get_args(ContrastMode)
 
 
-class _Sums(NamedTuple):
-    """Of every anchor: log-sum-exps over the others' logits and the positives', sum and number of the latter."""
+class _Rows(NamedTuple):
+    """What anchors are compared with: each other, or further rows."""
 
-    other: Tensor
-    same: Tensor
-    positives: Tensor
-    count: Tensor
-
-    def __add__(self, more: "_Sums") -> "_Sums":
-        other, same = logaddexp(self.other, more.other), logaddexp(self.same, more.same)
-        return _Sums(other, same, self.positives + more.positives, self.count + more.count)
+    ids: Tensor
+    z: Tensor | None = None
 
 
 class SupConLoss(CCLLoss):
@@ -60,7 +57,12 @@ class SupConLoss(CCLLoss):
             negatives of all others. With None every label is a class, also those below 0, as in
             pytorch-metric-learning and SupContrast.
         learnable_temperature, normalize, reduction, backend, process_group, exchange: as in `Loss`. Several processes
-            take embeddings and labels alone, and ``contrast_mode="all"``.
+            take embeddings and labels alone.
+
+    Cost:
+        operators: LSE; `same_id_similarity`, or the mask times the rows; over M references a rectangular LSE; of E
+            listed pairs `edge_similarity`.
+        units: 2 of N x N x D; with references 4 of N x M x D; of pairs 3 E x D.
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
@@ -92,8 +94,6 @@ class SupConLoss(CCLLoss):
         check_choice("contrast_mode", contrast_mode, CONTRAST_MODES)
         check_unassigned(unassigned)
         self.form, self.contrast_mode, self.unassigned = form, contrast_mode, unassigned
-        if self.process_group is not None and contrast_mode != "all":
-            raise ArgumentError(f"contrast_mode: expected 'all' with process_group, got {contrast_mode!r}")
 
     def forward(
         self,
@@ -135,7 +135,7 @@ class SupConLoss(CCLLoss):
         given = {"indices_tuple": indices_tuple, "ref_emb": ref_emb, "ref_labels": ref_labels, "mask": mask}
         given = {name: value for name, value in given.items() if value is not None}
         if self.process_group is not None and given:
-            raise ArgumentError(f"{next(iter(given))}: expected None with process_group")
+            processes.refuse(self, next(iter(given)))
         if mask is not None:
             if labels is not None or len(given) > 1:
                 others = ["labels"] if labels is not None else [name for name in given if name != "mask"]
@@ -153,17 +153,29 @@ class SupConLoss(CCLLoss):
 
     def _of_first_views(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
         batch = self.prepare(embeddings, labels, self._ids_name)
+        if not batch.exchange.group.is_null:
+            return self._of_first_views_of_all(batch)
         if embeddings.ndim == 2:  # all rows are first views
-            return self._reduced(self._sums_of_ids(batch.z, batch.ids))
+            return self._of_ids(batch.z, batch.ids, _Rows(batch.ids))
         z, ids = batch.z.view(embeddings.shape), batch.ids.view(batch.shape)
-        further = z[:, 1:].flatten(0, 1), ids[:, 1:].flatten()
-        return self._reduced(self._sums_of_ids(z[:, 0], ids[:, 0]) + self._sums_of_ids(z[:, 0], ids[:, 0], *further))
+        further = _Rows(ids[:, 1:].flatten(), z[:, 1:].flatten(0, 1))
+        return self._of_ids(z[:, 0], ids[:, 0], _Rows(ids[:, 0]), further)
+
+    def _of_first_views_of_all(self, batch: Batch) -> Tensor:
+        """Of several processes: what every row would have, of which the first views' is taken."""
+        group, views = batch.exchange.group, batch.shape[1] if len(batch.shape) == 2 else 1
+        scale = 1.0 / self.shared(self.temperature, group)
+        if self.form == "inside":
+            other, same, _ = (x[::views] for x in logsumexp_by_id(batch, scale, self.backend))
+            return self._reduced_inside(other, same, same != -torch.inf, group)
+        rest, positives, count, single = (x[::views] for x in logsumexp_and_positives(batch, scale, self.backend))
+        return self._reduced_outside(rest, positives, count, single, group)
 
     def _of_references(self, embeddings: Tensor, labels, ref_emb: Tensor | None, ref_labels) -> Tensor:
         if ref_emb is None:
             raise ArgumentError("ref_emb: expected rows [m, d] with ref_labels, got None")
         ids, ref_ids = ids_of_references(embeddings, labels, ref_emb, ref_labels, self.unassigned)
-        return self._reduced(self._sums_of_ids(self.unit(embeddings), ids, self.unit(ref_emb), ref_ids))
+        return self._of_ids(self.unit(embeddings), ids, _Rows(ref_ids, self.unit(ref_emb)))
 
     def _of_pairs(self, embeddings: Tensor, indices_tuple: tuple[Tensor, ...], ref_emb: Tensor | None) -> Tensor:
         positive, negative = positive_and_negative_pairs(indices_tuple, embeddings, ref_emb, distinct=True)
@@ -172,8 +184,12 @@ class SupConLoss(CCLLoss):
         n, scale = len(q), 1.0 / self.temperature
         logits = positive.logits(q, k, scale)
         other = negative.logsumexp(negative.logits(q, k, scale), n)
-        count = positive.sums(torch.ones_like(logits), n)
-        return self._reduced(_Sums(other, positive.logsumexp(logits, n), positive.sums(logits, n), count))
+        count, same = positive.sums(torch.ones_like(logits), n), positive.logsumexp(logits, n)
+        if self.form == "inside":
+            return self._reduced_inside(other, same, count > 0)
+        single = count == 1
+        rest = torch.where(single, other, logaddexp(same, other))
+        return self._reduced_outside(rest, positive.sums(logits, n), count, single)
 
     def _of_mask(self, embeddings: Tensor, mask: Tensor) -> Tensor:
         if self.form != "outside":
@@ -193,33 +209,35 @@ class SupConLoss(CCLLoss):
         has_positive = weight > 0
         return self.reduce(rest - positives * scale / torch.where(has_positive, weight, 1.0), has_positive, shape)
 
-    def _sums_of_ids(self, q: Tensor, ids: Tensor, k: Tensor | None = None, k_ids: Tensor | None = None) -> _Sums:
-        """Of anchors against other rows, or against each other."""
+    def _of_ids(self, q: Tensor, ids: Tensor, *compared: _Rows) -> Tensor:
+        """Of anchors against each other, or against further rows, or both."""
         scale = 1.0 / self.temperature
-        among = {"q_ids": ids, "k_ids": k_ids, "candidates": "other_id", "backend": self.backend}
-        other, same = streaming_logsumexp(q, k, scale=scale, return_same=True, **among)
-        if k is None or k_ids is None:
-            positives, count = same_id_similarity(q, ids)
-        else:
-            positives, count = _similarity_to(q, ids, k, k_ids)
-        return _Sums(other, same, positives * scale, count)
-
-    def _reduced(self, sums: _Sums) -> Tensor:
-        other, same, positives, count = sums
-        has_positive = count > 0
+        count = sum(same_id_count(ids, None if rows.z is None else rows.ids) for rows in compared)
+        assert isinstance(count, Tensor)
         if self.form == "inside":
-            other, same = (x.masked_fill(~has_positive, 0.0) for x in (other, same))
-            return self.reduce(cross_entropy(other, same), has_positive)
+            among = {"scale": scale, "candidates": "other_id", "return_same": True, "backend": self.backend}
+            found = [
+                streaming_logsumexp(q, rows.z, q_ids=ids, k_ids=None if rows.z is None else rows.ids, **among)
+                for rows in compared
+            ]
+            other, same = (functools.reduce(logaddexp, sums) for sums in zip(*found, strict=True))
+            return self._reduced_inside(other, same, count > 0)
         single = count == 1
-        rest = torch.where(single, other, logaddexp(same, other))
-        return self.reduce(loss_of_mean(rest, positives / count.clamp(min=1), single), has_positive)
+        options = {"scale": scale, "single": if_any(single), "backend": self.backend}
+        found = [
+            contrast_with_positives(q, ids, rows.z, None if rows.z is None else rows.ids, **options)
+            for rows in compared
+        ]
+        rests, _, positives = zip(*found, strict=True)
+        total = torch.stack(positives).sum(0)
+        return self._reduced_outside(functools.reduce(logaddexp, rests), total, count, single)
 
+    def _reduced_inside(self, other: Tensor, same: Tensor, has_positive: Tensor, group: Group = NO_GROUP) -> Tensor:
+        other, same = (x.masked_fill(~has_positive, 0.0) for x in (other, same))
+        return self.reduce(cross_entropy(other, same), has_positive, group=group)
 
-def _similarity_to(q: Tensor, ids: Tensor, k: Tensor, k_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of a row's inner products with the keys of its id, and their number, in O((n + m) d)."""
-    group = consecutive_ids(torch.cat((ids, k_ids)))
-    of_rows, of_keys = group[: len(q)], group[len(q) :]
-    wide = k.to(accumulation_dtype(k))
-    sums = wide.new_zeros(len(group), k.shape[1]).index_add(0, of_keys, wide)
-    count = wide.new_zeros(len(group)).index_add(0, of_keys, wide.new_ones(len(k)))
-    return row_dot(sums[of_rows], q), count[of_rows]
+    def _reduced_outside(
+        self, rest: Tensor, positives: Tensor, count: Tensor, single: Tensor, group: Group = NO_GROUP
+    ) -> Tensor:
+        """A single positive is not in the rest."""
+        return self.reduce(loss_of_mean(rest, positives / count.clamp(min=1), single), count > 0, group=group)

@@ -46,6 +46,10 @@ class WhitenedCSELoss(Loss):
         through_covariance: as of `shuffled_group_whitening`.
         learnable_temperature, normalize, reduction, backend: as in `Loss`. (It runs on one process.)
 
+    Cost:
+        operators: LSE per positive; `torch.linalg.eigh` per group.
+        units: 4 (V - 1) of N x N x D.
+
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
 

@@ -19,6 +19,7 @@ def cluster_quality(cluster_ids: Tensor, labels: Tensor) -> dict[str, float]:
     .. math::
         \text{nmi} = \frac{2 I}{H_k + H_c}, \quad I = \sum_{kc} \frac{n_{kc}}{n} \log \frac{n\, n_{kc}}{n_k n_c}, \qquad
         \text{accuracy} = \max_\pi \frac{1}{n} \sum_k n_{k \pi(k)}, \qquad
+        \text{purity} = \frac{1}{n} \sum_k \max_c n_{kc}, \qquad
         \text{same class} = \frac{\sum_{kc} n_{kc} (n_{kc} - 1) / (n_k - 1)}{\sum_{k: n_k > 1} n_k}
 
     Args:
@@ -26,11 +27,13 @@ def cluster_quality(cluster_ids: Tensor, labels: Tensor) -> dict[str, float]:
         labels: class of every sample, likewise.
 
     Returns:
-        ``{"nmi", "accuracy", "same_class"}``, all in [0, 1]: normalised mutual information (arithmetic mean of the
-        entropies; needs torchmetrics); the share of samples in the class that their cluster stands for, where every
-        class has at most one cluster and every cluster one class, chosen so that the share is largest (Hungarian
-        method); and the share of a sample's cluster-mates that are of its class, mean over the samples that have some
-        (1 if none has).
+        ``{"nmi", "accuracy", "purity", "same_class"}``, all in [0, 1]: normalised mutual information (arithmetic mean
+        of the entropies; needs torchmetrics); the share of samples in the class that their cluster stands for, where
+        every class has at most one cluster and every cluster one class, chosen so that the share is largest
+        (one-to-one, Hungarian method: with more clusters than classes some stand for none, and perfect clusters are
+        below 1); the same where every cluster stands for its most frequent class (many-to-one: it grows with the number
+        of clusters); and the share of a sample's cluster-mates that are of its class, mean over the samples that have
+        some (1 if none has).
 
     Raises:
         ValueError: an argument has the wrong type or shape.
@@ -39,7 +42,7 @@ def cluster_quality(cluster_ids: Tensor, labels: Tensor) -> dict[str, float]:
         >>> import torch
         >>> from ccl_fast.metrics import cluster_quality
         >>> cluster_quality(torch.tensor([1, 1, 0, 0]), torch.tensor([5, 5, 7, 7]))
-        {'nmi': 1.0, 'accuracy': 1.0, 'same_class': 1.0}
+        {'nmi': 1.0, 'accuracy': 1.0, 'purity': 1.0, 'same_class': 1.0}
     """
     from scipy.optimize import linear_sum_assignment  # takes long to import
 
@@ -68,5 +71,6 @@ def cluster_quality(cluster_ids: Tensor, labels: Tensor) -> dict[str, float]:
     return {
         "nmi": nmi,
         "accuracy": together.numpy()[rows, columns].sum().item() / len(ids),
+        "purity": together.amax(1).sum().item() / len(ids),
         "same_class": same.item(),
     }

@@ -57,6 +57,10 @@ def score_histogram(
         range: the least and the largest edge; scores outside count in the first and the last bin.
         normalize: scale rows to unit length; if not, they are used as they come.
 
+    Cost:
+        operators: `similarity_histogram`; moments by D x D covariances.
+        units: 1 of N x M x D, and the counting, which takes as long.
+
     Returns:
         A `ScoreHistogram` on the device of ``queries``, its floating point numbers float32 (float64 for float64).
 

@@ -32,6 +32,10 @@ def uniformity(embeddings: Tensor, *, t: float = 2.0, backend: ContrastBackend =
         t: > 0.
         backend: of the streaming log-sum-exp: "auto", "triton", "blocked" or "reference".
 
+    Cost:
+        operators: LSE with scale 2 t.
+        units: 2 of N x N x D.
+
     Returns:
         A number, float32 (float64 for float64 embeddings).
 
@@ -66,6 +70,10 @@ def tolerance(embeddings: Tensor, labels: Tensor) -> Tensor:
     Args:
         embeddings: ``[n, d]``; float64, float32, bfloat16, float16.
         labels: ``[n]``, integers; -1 is unlabelled, in no pair.
+
+    Cost:
+        operators: `same_id_similarity`.
+        units: 0.
 
     Returns:
         A number, float32 (float64 for float64 embeddings); 0 if no class has two rows.

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ccl_fast.models.libraries import Adapted
+
 # Channels of a map that are looked at, as the covariance of more costs too much; a random choice of them loses little
 # (Defard et al., "PaDiM", 2021).
 MAX_CHANNELS = 256
@@ -50,7 +52,7 @@ class LayerStatistics:
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
+    for child in (module.network if isinstance(module, Adapted) else module).children():
         if isinstance(child, nn.Sequential):
             yield from _layers(child)
         elif not isinstance(child, nn.Identity | _BatchNorm):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ccl_fast.models.backbones import Stem, build_backbone
+from ccl_fast.models.backbones import build_backbone
 from ccl_fast.models.layers import LayerStatistics
+
+if TYPE_CHECKING:
+    from ccl_fast.models.libraries import Pretrained, Stem
 
 # Images that are embedded at a time.
 BLOCK = 1024
@@ -31,7 +34,7 @@ class Model(nn.Module):
         backbone: the encoder: a name or a module, see :func:`build_backbone`.
         shape: (c, h, w) of the images.
         dim: number of the head's output features.
-        stem: see :func:`build_backbone`.
+        stem, pretrained, load: see :func:`build_backbone`.
         seed: of the initial weights (torch's global generator is left as it was).
 
     Raises:
@@ -56,10 +59,12 @@ class Model(nn.Module):
         dim: int = 64,
         *,
         stem: Stem = "auto",
+        pretrained: Pretrained = False,
+        load: bool = True,
         seed: int = 0,
     ):
         super().__init__()
-        self.encoder, width = build_backbone(backbone, shape, stem=stem, seed=seed)
+        self.encoder, width = build_backbone(backbone, shape, stem=stem, pretrained=pretrained, load=load, seed=seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))

@@ -14,10 +14,27 @@ def consecutive_ids(ids: Tensor) -> Tensor:
     return torch.empty_like(rank).scatter_(0, order, rank)
 
 
-def same_id_count(ids: Tensor) -> Tensor:
-    """How many others have the id of each, int64 [n]."""
-    group = consecutive_ids(ids)
-    return torch.zeros_like(group).index_add_(0, group, torch.ones_like(group))[group] - 1
+def same_id_count(ids: Tensor, of: Tensor | None = None) -> Tensor:
+    """How many others have the id of each, int64 [n]; or how many ``of`` further ids are equal to it."""
+    group = consecutive_ids(ids if of is None else torch.cat((ids, of)))
+    counted = group if of is None else group[ids.shape[0] :]
+    number = torch.zeros_like(group).index_add_(0, counted, torch.ones_like(counted))[group[: ids.shape[0]]]
+    return number - 1 if of is None else number
+
+
+def ids_of_single_positives(
+    ids: Tensor, k_ids: Tensor | None, single: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Ids of rows, and of keys if those have ids, that are equal for a row that is ``single`` and its positive alone.
+
+    None where no row is single.
+    """
+    if single is None:
+        return None, None
+    n = ids.shape[0]
+    group = consecutive_ids(ids if k_ids is None else torch.cat((ids, k_ids)))
+    own = torch.arange(group.shape[0], group.shape[0] + n, device=ids.device)
+    return torch.where(single, group[:n], own), None if k_ids is None else group[n:]
 
 
 def separate_unassigned(ids: Tensor, first: int = 0) -> Tensor:

@@ -61,6 +61,44 @@ def _gradients(ctx, grad: Tensor) -> tuple[Tensor, None]:
 _SIMILARITY = Differentiable("same_id_similarity", _similarity, _save, _gradients)
 
 
+def same_id_sums(q: Tensor, ids: Tensor, k: Tensor | None = None, k_ids: Tensor | None = None) -> Tensor:
+    """Sum of every row's inner products with the keys of its id (None: with the other rows), in O((n + m) d).
+
+    Not differentiable.
+    """
+    if k is None or k_ids is None:
+        return _similarity(q, consecutive_ids(ids))
+    group = consecutive_ids(torch.cat((ids, k_ids)))
+    of_rows, of_keys = group[: q.shape[0]], group[q.shape[0] :]
+    return row_dot(_by_group(group.shape[0], _accumulated(k), of_keys)[of_rows], q)
+
+
+def same_id_gradients(
+    q: Tensor,
+    k: Tensor | None,
+    ids: Tensor,
+    k_ids: Tensor | None,
+    scale: Tensor,
+    grad: Tensor,
+    needs: list[bool] | tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of q, k and the scale, in accumulation precision, given those of `same_id_sums` times the scale."""
+    need_q, need_k, need_scale = needs[:3]
+    to_k = None
+    if k is None or k_ids is None:
+        to_q = _gradient(q, consecutive_ids(ids), grad)
+        share = 0.5
+    else:
+        group = consecutive_ids(torch.cat((ids, k_ids)))
+        of_rows, of_keys = group[: q.shape[0]], group[q.shape[0] :]
+        to_q = grad[:, None] * _by_group(group.shape[0], _accumulated(k), of_keys)[of_rows]
+        share = 1.0
+        if need_k:
+            to_k = _by_group(group.shape[0], grad[:, None] * q, of_rows)[of_keys] * scale
+    to_scale = row_dot(to_q, q).sum() * share if need_scale else None
+    return to_q.mul_(scale) if need_q else None, to_k, to_scale
+
+
 def same_id_similarity_gradient(z: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
     """Gradient of z in `same_id_similarity`, given that of the sums: [n, d] in accumulation precision."""
     return _gradient(z, consecutive_ids(ids), grad)

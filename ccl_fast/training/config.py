@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import inspect
+import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,13 +15,14 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ccl_fast import checks
-from ccl_fast.data.augmentation import Recipe
-from ccl_fast.data.folder import MAX_PIXELS
+from ccl_fast.data.options import MAX_PIXELS, Recipe
 from ccl_fast.errors import ArgumentError
-from ccl_fast.models.backbones import Stem
+from ccl_fast.models.libraries import Pretrained, Stem
 from ccl_fast.training.checkpoint import Which
 from ccl_fast.training.cooperation import Labels, Negatives
+from ccl_fast.training.loggers import LoggerName, check_loggers
 from ccl_fast.training.objectives import BASELINE, OBJECTIVES, OPTIONS, ObjectiveName
+from ccl_fast.training.optimizers import OptimizerName
 
 Check = Callable[[str, Any], None]
 P = ParamSpec("P")
@@ -28,8 +30,25 @@ R = TypeVar("R")
 
 Precision = Literal["32-true", "bf16-mixed"]
 
+# What options are about, in the order in which a newcomer needs them, and their titles in the help.
+GROUPS = {
+    "data": "images",
+    "ood": "what is out of distribution",
+    "model": "model",
+    "training": "training",
+    "clusters": "clusters and contrast",
+    "output": "output",
+    "going_on": "going on with a run",
+    "device": "device and speed",
+    "processes": "several processes",
+}
+
 # By default half of a short run is warm-up.
 MAX_DEFAULT_WARM_UP = 20
+# By default, of so many training images on: an epoch has four batches, of 16 images at least, as each is held against
+# the others, and a cluster has ten images.
+BATCH_SIZE, BATCHES, MIN_BATCH_SIZE = 256, 4, 16
+CLUSTERS, IMAGES_OF_CLUSTER = 12, 10
 MAX_DIMENSIONS = 65_536
 MAX_SEED = 2**62
 WEEK = 7 * 24 * 3600
@@ -62,6 +81,11 @@ def check_seed(name: str, value: object) -> None:
         raise ArgumentError(f"{name}: expected an integer from 0 to 2^62, got {value!r}")
 
 
+def check_momentum(name: str, value: object) -> None:
+    """Check a momentum: 0, or less than 1."""
+    checks.check_number(name, value, "0 to less than 1", lambda momentum: 0 <= momentum < 1)
+
+
 def check_timeout(name: str, value: object) -> None:
     """Check a number of seconds, at most a week."""
     expected = f"a positive number of seconds, at most {WEEK}"
@@ -75,8 +99,8 @@ def check_share_or_agreement(name: str, value: object) -> None:
 
 
 def check_clusters(name: str, value: object) -> None:
-    """Check one or several numbers of clusters."""
-    numbers = as_list(value)
+    """Check one or several numbers of clusters, or None."""
+    numbers = [CLUSTERS] if value is None else as_list(value)
     if not numbers or not all(checks.is_integer(k) and k >= 1 for k in numbers) or len(set(numbers)) < len(numbers):
         raise ArgumentError(f"{name}: expected a positive integer, or several different ones, got {value!r}")
 
@@ -85,6 +109,12 @@ def check_folder(name: str, value: object) -> None:
     """Check that a value may be the path of a folder, or None."""
     if not isinstance(value, str | Path | None):
         raise ArgumentError(f"{name}: expected the path of a folder, got {value!r}")
+
+
+def check_pretrained(name: str, value: object) -> None:
+    """Check that a value is true, false or may be the path of a file."""
+    if not isinstance(value, bool | str | Path):
+        raise ArgumentError(f"{name}: expected true, false or a file of weights, got {value!r}")
 
 
 def check_device_name(name: str, value: object) -> None:
@@ -100,7 +130,13 @@ def check_ood_sets(name: str, value: object) -> None:
 
 
 def option(
-    default: Any, help: str, check: Check | None = None, *, may_differ: bool = False, after_warm_up: bool = False
+    default: Any,
+    help: str,
+    check: Check | None = None,
+    *,
+    group: str,
+    may_differ: bool = False,
+    after_warm_up: bool = False,
 ) -> Any:
     """Make a field of `Config`.
 
@@ -108,10 +144,17 @@ def option(
         default: its value where none is given.
         help: a sentence for the command line and the documentation.
         check: raises an ArgumentError of a wrong value; None: whoever uses the value checks it.
+        group: what it is about, a key of `GROUPS`.
         may_differ: a run may be resumed with another value: it says where files are, or where and how fast is computed.
         after_warm_up: it does not matter before the end of the warm-up, so it may differ between runs that share one.
     """
-    metadata = {"help": help, "check": check, "may_differ": may_differ, "after_warm_up": after_warm_up}
+    metadata = {
+        "help": help,
+        "check": check,
+        "group": group,
+        "may_differ": may_differ,
+        "after_warm_up": after_warm_up,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -125,6 +168,7 @@ class Config:
         "detectors and the files named above; by default a fresh ``runs/train-<time>``.",
         check_folder,
         may_differ=True,
+        group="output",
     )
     objective: ObjectiveName = option(
         "ccl",
@@ -133,25 +177,33 @@ class Config:
         'are learned "swav".',
         one_of(ObjectiveName),
         after_warm_up=True,
+        group="training",
     )
     baseline: bool = option(
-        True, "train SimCLR too, and report both side by side.", checks.check_flag, after_warm_up=True
+        True, "train SimCLR too, and report both side by side.", checks.check_flag, after_warm_up=True, group="training"
     )
     data: str | Path | Dataset | tuple[Dataset, Dataset] = option(
         "digits",
         'the images to train on: "digits" (5,000 real ones, part of the installation), one of torchvision\'s data sets '
         'by name ("cifar10", "svhn", "stl10", ...), or a folder of images (with the folders train and test, or split '
         "at random); from Python also a torch Dataset, or a pair of them to train and to test on.",
-        may_differ=True,  # the training images themselves are compared
+        may_differ=True,  # the training images themselves are compared,
+        group="data",
     )
-    data_root: str | Path = option("data", "folder of torchvision's data sets.", may_differ=True)
+    data_root: str | Path = option("data", "folder of torchvision's data sets.", may_differ=True, group="data")
     download: bool = option(
-        False, "let torchvision download a data set that is not there.", checks.check_flag, may_differ=True
+        False,
+        "let torchvision download a data set that is not there.",
+        checks.check_flag,
+        may_differ=True,
+        group="data",
     )
-    in_classes: Sequence[int] | None = option(
+    in_classes: Sequence[str | int] | None = option(
         None,
-        "numbers of the classes to train on; images of the others are OOD. By default all; of the digits 0 to 5. "
-        "Classes are used for this and for the log, never for training.",
+        "the classes to train on, by number or, where they have names, by name (of a folder its subfolders); images of "
+        "the others are OOD. By default all; of the digits 0 to 5. Classes are used for this and for the log, never "
+        "for training.",
+        group="ood",
     )
     near_ood: Sequence[str] | Mapping[str, Dataset] | None = option(
         None,
@@ -160,66 +212,84 @@ class Config:
         'images), "letters"; from Python also {name: Dataset}. By default "held-out", or without that "interpolation".',
         check_ood_sets,
         after_warm_up=True,
+        group="ood",
     )
     far_ood: Sequence[str] | Mapping[str, Dataset] | None = option(
         None,
         "OOD sets that do not, in the same way. By default the other synthetic sets.",
         check_ood_sets,
         after_warm_up=True,
+        group="ood",
     )
     image_size: int | None = option(
         None,
         "height and width in pixels, to which images are scaled and cropped. By default the data set's own, or 224 if "
         "it has none.",
         or_none(checks.check_count),
+        group="data",
     )
     augmentation: Recipe = option(
         "auto",
         'how views are made: "digits" (small affine maps, contrast, noise), "simclr" (crops, flips, colours, blur), '
         '"none", or "auto": "digits" for grey images and "simclr" for coloured ones.',
+        group="data",
     )
     limit: int | None = option(
-        None, "at most that many images of each part, for a quick run.", or_none(checks.check_count)
+        None, "at most that many images of each part, for a quick run.", or_none(checks.check_count), group="data"
     )
     strict: bool = option(
         False,
         "stop at an unreadable image of a folder; by default they are skipped and counted.",
         checks.check_flag,
+        group="data",
     )
     max_pixels: int = option(
         MAX_PIXELS,
         "a file of more pixels than that counts as an unreadable one: a small file can hold gigabytes.",
         at_least(1),
+        group="data",
     )
-    workers: int = option(0, "processes that read images.", at_least(0), may_differ=True)
+    workers: int = option(0, "processes that read images.", at_least(0), may_differ=True, group="data")
     image_memory: float = option(
         4.0,
         "a set of images up to this size (in GiB, one byte a value) is read once and kept in memory; of a larger one "
         "each batch is read when it is needed.",
         checks.check_not_negative,
         may_differ=True,
+        group="data",
     )
     backbone: str | nn.Module = option(
         "small",
         'the encoder: "small" (three convolutions), "resnet8" (a narrow ResNet for small natural images on a CPU), a '
-        'classifier of torchvision by name ("resnet18", ...) with random weights; from Python also a module, images '
-        "[n, c, h, w] to features [n, width].",
+        'classifier of torchvision by name ("resnet18", ...) or a model of timm ("timm/vit_small_patch16_224", ...), '
+        "without its last layer; from Python also a module, images [n, c, h, w] to features [n, width] or to an "
+        "object as Hugging Face's models return it.",
+        group="model",
+    )
+    pretrained: Pretrained = option(
+        False,
+        "begin with weights that torchvision or timm publishes for that backbone (true; they are downloaded once), or "
+        "with those of a file (.safetensors, .pth). The network then normalises images as they expect it.",
+        check_pretrained,
+        group="model",
     )
     stem: Stem = option(
         "auto",
         '"3x3" lets a ResNet begin at full resolution, as is usual for small images; "7x7" leaves it as it is; "auto" '
-        'means "3x3" for images of up to 64 pixels.',
+        'means "3x3" for images of up to 64 pixels, if the weights are not pretrained.',
         one_of(Stem),
+        group="model",
     )
     embedding_dim: int = option(
-        64, "width of the projection head's output, to which the loss is applied.", check_dimension
+        64, "width of the projection head's output, to which the loss is applied.", check_dimension, group="model"
     )
-    epochs: int = option(40, "passes over the training images, warm-up included.", at_least(1))
-    batch_size: int = option(
-        256,
+    epochs: int = option(40, "passes over the training images, warm-up included.", at_least(1), group="training")
+    batch_size: int | None = option(
+        None,
         "images of a step, of two views each, on all processes together; the incomplete last batch of an epoch is left "
-        "out.",
-        at_least(2),
+        "out. By default 256, or the largest power of two of which an epoch of few images has four, but not below 16.",
+        or_none(at_least(2)),
+        group="training",
     )
     micro_batch: int | None = option(
         None,
@@ -227,29 +297,62 @@ class Config:
         "a micro-batch, the price one more forward pass. BatchNorm takes its statistics over a micro-batch. By default "
         "the whole batch.",
         or_none(checks.check_count),
+        group="training",
+    )
+    optimizer: OptimizerName = option(
+        "adamw",
+        '"adamw"; "sgd", whose learning rate is 0.03 or so for each 256 images of a batch (MoCo); or "lars", with a '
+        "factor for each layer, for large batches, whose rate is 0.3 for each 256 (SimCLR).",
+        one_of(OptimizerName),
+        group="training",
     )
     learning_rate: float = option(
-        1e-3, "of AdamW at the start; it follows half a cosine down to 0.", checks.check_positive
+        1e-3,
+        "the largest one; it rises in ``lr_warmup_epochs`` and then follows half a cosine down to 0.",
+        checks.check_positive,
+        group="training",
     )
-    weight_decay: float = option(1e-4, "of AdamW.", checks.check_not_negative)
+    lr_warmup_epochs: int = option(
+        0,
+        "epochs in which the learning rate rises linearly from 0. Those of SimCLR, ``warmup_epochs``, are others.",
+        at_least(0),
+        group="training",
+    )
+    momentum: float = option(0.9, 'of "sgd" and "lars".', check_momentum, group="training")
+    weight_decay: float = option(
+        1e-4,
+        'of the optimiser: decoupled from the gradient with "adamw", else added to it.',
+        checks.check_not_negative,
+        group="training",
+    )
+    exclude_bias_and_norm: bool = option(
+        False,
+        "leave biases and the parameters of norms, whatever is no matrix, out of weight decay and of the adaptation of "
+        '"lars".',
+        checks.check_flag,
+        group="training",
+    )
     temperature: float = option(
         0.1,
         'temperature of the similarities in the loss. "cacr" has none, so there it is that of warm-up and baseline, '
         "and without these has no effect.",
         checks.check_positive,
+        group="training",
     )
     warmup_epochs: int | None = option(
         None,
         "how many epochs use instance-level contrast (SimCLR) before the objective comes in. By default half of the "
         "epochs, at most 20.",
         or_none(at_least(0)),
+        group="training",
     )
-    clusters: int | Sequence[int] = option(
-        12,
+    clusters: int | Sequence[int] | None = option(
+        None,
         "number of k-means clusters, or of prototypes; of several, the loss is the mean over them. At least 2 for "
-        '"deepcluster-v2", "meow" and "swav".',
+        '"deepcluster-v2", "meow" and "swav". By default 12, or of few images one for every ten.',
         check_clusters,
         after_warm_up=True,
+        group="clusters",
     )
     detector_clusters: int = option(
         12,
@@ -258,12 +361,14 @@ class Config:
         "more than 2^26 numbers they share one, and the report says so.",
         at_least(1),
         after_warm_up=True,
+        group="ood",
     )
     recluster_every: int = option(
         1,
         'epochs from one clustering to the next. Each starts from the last centres. Not for "swav".',
         at_least(1),
         after_warm_up=True,
+        group="clusters",
     )
     labels_from: Labels = option(
         "k-means",
@@ -271,18 +376,21 @@ class Config:
         'classes in training) or "random" numbers (the worst).',
         one_of(Labels),
         after_warm_up=True,
+        group="clusters",
     )
     center_weight: float = option(
         1.0,
         'weight of the cluster\'s centre among the positives, for "ccl".',
         checks.check_not_negative,
         after_warm_up=True,
+        group="clusters",
     )
     center_ramp_epochs: int = option(
         0,
         "epochs after the warm-up in which that weight grows linearly from 0.",
         at_least(0),
         after_warm_up=True,
+        group="clusters",
     )
     concentration: bool = option(
         False,
@@ -290,6 +398,7 @@ class Config:
         '(PCL), for "ccl" and "protonce".',
         checks.check_flag,
         after_warm_up=True,
+        group="clusters",
     )
     instance_weight: float | Literal["agreement"] = option(
         "agreement",
@@ -298,6 +407,7 @@ class Config:
         "the images whose clusters are not believed.",
         check_share_or_agreement,
         after_warm_up=True,
+        group="clusters",
     )
     instance_negatives: Negatives = option(
         "centers",
@@ -305,6 +415,7 @@ class Config:
         'images of "other-clusters" alone, as those of its own are likely of its kind, or "all" images.',
         one_of(Negatives),
         after_warm_up=True,
+        group="clusters",
     )
     believe: float | Literal["agreement"] = option(
         "agreement",
@@ -314,12 +425,14 @@ class Config:
         "nothing are not believed.",
         check_share_or_agreement,
         after_warm_up=True,
+        group="clusters",
     )
     ema: float | None = option(
         None,
         "decay of an exponential moving average of the weights, 0.99 to 0.9999 or so. The average is what is "
         "clustered, evaluated and saved. By default there is none.",
         or_none(checks.check_fraction),
+        group="training",
     )
     probe_every: int = option(
         10,
@@ -328,11 +441,22 @@ class Config:
         "warm-up's last epoch and the last of all. 0: never.",
         at_least(0),
         after_warm_up=True,
+        group="output",
+    )
+    loggers: LoggerName | Sequence[LoggerName] = option(
+        ("tensorboard",),
+        "who is given the hyper-parameters, the numbers of every epoch and at the end those of the report: one or more "
+        'of "tensorboard" and "csv", into folders of these names, "wandb" and "mlflow", as their environment variables '
+        "say (WANDB_MODE, MLFLOW_TRACKING_URI, ...). metrics.jsonl is written whatever they do.",
+        check_loggers,
+        may_differ=True,
+        group="output",
     )
     seed: int = option(
         0,
         "of weights, split, batches, augmentations and k-means. On one machine it fixes every number.",
         check_seed,
+        group="training",
     )
     device: str = option(
         "auto",
@@ -340,45 +464,52 @@ class Config:
         "own.",
         check_device_name,
         may_differ=True,
+        group="device",
     )
     precision: Precision = option(
         "32-true",
         '"32-true", or "bf16-mixed": the network in bfloat16, loss and weights in float32.',
         one_of(Precision),
+        group="device",
     )
     channels_last: bool = option(
         False,
         "keep images and weights in that memory format, which suits convolutions on tensor cores.",
         checks.check_flag,
+        group="device",
     )
     compile_model: bool = option(
-        False, "let torch.compile make the network faster.", checks.check_flag, may_differ=True
+        False, "let torch.compile make the network faster.", checks.check_flag, may_differ=True, group="device"
     )
-    fused_optimizer: bool = option(False, "one kernel for the optimiser's step.", checks.check_flag)
+    fused_optimizer: bool = option(False, "one kernel for the optimiser's step.", checks.check_flag, group="device")
     timeout: float = option(
         300.0,
         "seconds after which a process that does not answer the others counts as lost.",
         check_timeout,
         may_differ=True,
+        group="processes",
     )
     overwrite: bool = option(
         False,
         "replace the run in an existing output folder; files that no run writes stay as they are.",
         checks.check_flag,
         may_differ=True,
+        group="output",
     )
     resume: bool = option(
         False,
-        "go on with the run in the output folder; the other arguments must be the same (``--config "
-        "<output>/config.yaml`` gives them).",
+        "go on with the run in the output folder, of several the newest, by default of those in ``runs``. On the "
+        "command line the other arguments are those of the run; in Python they must be given, and be the same.",
         checks.check_flag,
         may_differ=True,
+        group="going_on",
     )
     resume_from: Which = option(
         "last",
         'the checkpoint to go on from, "last", or the one before it, "previous".',
         one_of(Which),
         may_differ=True,
+        group="going_on",
     )
     warmup_from: str | Path | None = option(
         None,
@@ -387,6 +518,7 @@ class Config:
         "result is that of a run by itself, on a CPU bit for bit. A run that is resumed needs it no more.",
         check_folder,
         may_differ=True,
+        group="going_on",
     )
 
     def __post_init__(self):
@@ -400,6 +532,7 @@ class Config:
             if field.metadata["check"] is not None:
                 field.metadata["check"](name, getattr(self, name))
         self._check_objective()
+        self._check_optimizer()
         self._check_folders()
         if not self.warmup_length <= self.epochs:
             raise ArgumentError(f"warmup_epochs: expected 0 to epochs={self.epochs}, got {self.warmup_epochs!r}")
@@ -407,7 +540,7 @@ class Config:
     def _check_objective(self) -> None:
         objective, with_objective = OBJECTIVES[self.objective], f"with objective {self.objective!r}"
         fewest = objective.min_clusters
-        if min(as_list(self.clusters)) < fewest:
+        if self.clusters is not None and min(as_list(self.clusters)) < fewest:
             expected = f"{fewest} or more {with_objective} (each, of several)"
             raise ArgumentError(f"clusters: expected {expected}, got {self.clusters!r}")
         wrong = [
@@ -418,11 +551,18 @@ class Config:
         if wrong:  # all at once: a recipe for one objective has several that another does not use
             raise ArgumentError("; ".join(wrong))
 
+    def _check_optimizer(self) -> None:
+        unused = {"adamw": "momentum", "lars": "fused_optimizer"}.get(self.optimizer)
+        if unused and getattr(self, unused) != FIELDS[unused].default:
+            expected = f"{FIELDS[unused].default} with optimizer {self.optimizer!r}"
+            raise ArgumentError(f"{unused}: expected {expected}, got {getattr(self, unused)!r}")
+        if self.lr_warmup_epochs >= self.epochs:
+            expected = f"fewer than epochs={self.epochs}"
+            raise ArgumentError(f"lr_warmup_epochs: expected {expected}, got {self.lr_warmup_epochs!r}")
+
     def _check_folders(self) -> None:
         if self.resume and self.overwrite:
             raise ArgumentError("overwrite: expected False when resuming, got True")
-        if self.resume and self.output is None:
-            raise ArgumentError("output: expected the folder of the run to resume, got None")
         if self.output is None or self.warmup_from is None or self.resume:
             return
         if Path(self.output).resolve() == Path(self.warmup_from).resolve():
@@ -440,13 +580,23 @@ class Config:
             return BASELINE, self.objective
         return (self.objective,)
 
+    def fitted(self, n: int) -> Self:
+        """Return the configuration with a batch size and clusters for n training images, where none are given."""
+        batch_size = fitted_batch_size(n) if self.batch_size is None else self.batch_size
+        clusters = fitted_clusters(n) if self.clusters is None else self.clusters
+        return dataclasses.replace(self, batch_size=batch_size, clusters=clusters)
+
     def resolved(self) -> Self:
         """Return the configuration with its clusters as a list and its warm-up as a number."""
-        return dataclasses.replace(self, clusters=as_list(self.clusters), warmup_epochs=self.warmup_length)
+        clusters = None if self.clusters is None else as_list(self.clusters)
+        return dataclasses.replace(self, clusters=clusters, warmup_epochs=self.warmup_length)
 
     def plain(self) -> dict:
-        """Return the arguments as a file keeps them: a module or a data set by the name of its class."""
-        return {name: _plain(getattr(self, name)) for name in FIELDS}
+        """Return the arguments as a file keeps them: a module or a data set by the name of its class.
+
+        Folders have their whole path, so that the file means the same wherever it is read.
+        """
+        return {name: _plain(_located(name, getattr(self, name))) for name in FIELDS}
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -472,8 +622,21 @@ def warmup_length(epochs: int, given: int | None) -> int:
     return min(MAX_DEFAULT_WARM_UP, epochs // 2) if given is None else given
 
 
+def fitted_batch_size(n: int) -> int:
+    """Return the batch size for n training images: a power of two, where n has so many."""
+    few = max(n // BATCHES, min(n, MIN_BATCH_SIZE))
+    return min(BATCH_SIZE, 1 << (few.bit_length() - 1))
+
+
+def fitted_clusters(n: int) -> int:
+    """Return the number of clusters for n training images."""
+    return min(CLUSTERS, max(2, n // IMAGES_OF_CLUSTER))
+
+
 def check_sizes(n: int, config: Config, processes: int = 1) -> None:
     """Check what depends on the number n of training images, and on that of processes."""
+    config = config.fitted(n)
+    assert config.batch_size is not None
     most, batch_size = max(as_list(config.clusters)), config.batch_size
     if batch_size < processes:
         raise ArgumentError(f"batch_size: expected at least {processes}, an image for each process, got {batch_size}")
@@ -488,6 +651,26 @@ def check_sizes(n: int, config: Config, processes: int = 1) -> None:
 def as_list(value) -> list:
     """Return one or several numbers as a list."""
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def is_unkept(value: object) -> bool:
+    """Tell whether a value, as a file keeps it, is the name of something that no file can keep."""
+    return isinstance(value, str) and value.startswith("<")
+
+
+def _located(name: str, value: Any) -> Any:
+    """Return a value with the whole path of every folder in it."""
+    from ccl_fast.data import located  # here: it takes seconds to import, and no help needs it
+
+    if name in ("output", "data_root", "warmup_from") and isinstance(value, str | Path):
+        return os.path.abspath(os.path.expanduser(value))
+    if name == "data":
+        return located(value, is_ood=False)
+    if name not in ("near_ood", "far_ood") or value is None:
+        return value
+    if isinstance(value, Mapping):
+        return {own: located(data, is_ood=True) for own, data in value.items()}
+    return [located(data, is_ood=True) for data in value]
 
 
 def _plain(value):

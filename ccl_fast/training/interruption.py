@@ -13,11 +13,20 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has saved its state. ``code`` is the exit code that shells expect."""
+    """The run was asked to stop and has saved its state.
 
-    def __init__(self, message: str, received: signal.Signals):
-        super().__init__(message)
-        self.code = 128 + received
+    Args:
+        message: what happened.
+        received: by which signal.
+        go_on: the command that goes on.
+
+    Attributes:
+        code: the exit code that shells expect.
+    """
+
+    def __init__(self, message: str, received: signal.Signals, go_on: str):
+        super().__init__(f"{message}; to go on:\n  {go_on}")
+        self.message, self.received, self.code = message, received, 128 + received
 
 
 class Interruption:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from ccl_fast.data import Images, Views
 from ccl_fast.distributed import NO_GROUP, Group
@@ -18,6 +18,7 @@ from ccl_fast.training.config import Config, as_list
 from ccl_fast.training.cooperation import CooperativeCCL
 from ccl_fast.training.gradient_cache import cached_backward
 from ccl_fast.training.objectives import BASELINE, OBJECTIVES
+from ccl_fast.training.optimizers import make_optimizer
 from ccl_fast.training.prototypes import Prototypes
 from ccl_fast.training.pseudo_labels import PseudoLabels
 from ccl_fast.training.random_views import embedded_views
@@ -38,15 +39,25 @@ class Run:
     """A model on its way through the schedule. After every step ``state_dict`` is all that the rest depends on.
 
     Args:
-        config: checked and resolved.
+        config: checked and resolved; fitted to the images here, if it is not yet.
         images: the training images.
         fabric: device and precision.
         group: its processes do the same steps, each on its part of every batch; their states are the same at any time.
     """
 
     def __init__(self, config: Config, images: Images, fabric: Fabric, group: Group = NO_GROUP):
+        config = config.fitted(len(images))
+        assert config.batch_size is not None and config.clusters is not None  # as they are fitted
         self.config, self.images, self.fabric, self.group = config, images, fabric, group
-        self.model = Model(config.backbone, images.shape, config.embedding_dim, stem=config.stem, seed=config.seed)
+        self.batch_size = config.batch_size
+        self.model = Model(
+            config.backbone,
+            images.shape,
+            config.embedding_dim,
+            stem=config.stem,
+            pretrained=config.pretrained,
+            seed=config.seed,
+        )
         self.model.to(fabric.device).to(memory_format=self._memory_format)
         self.objective = OBJECTIVES[config.objective]
         self.loss_fn = self.objective.make_loss(config.temperature, group.process_group)
@@ -60,11 +71,14 @@ class Run:
             seed=config.seed,
             device=fabric.device,
         )
-        groups = [parameters for parameters in (list(self.model.parameters()), list(self.prototypes)) if parameters]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": parameters} for parameters in groups],
+        self.optimizer = make_optimizer(
+            config.optimizer,
+            self.model.parameters(),
+            self.prototypes,
             weight_decay=config.weight_decay,
-            fused=config.fused_optimizer or None,
+            momentum=config.momentum,
+            exclude_bias_and_norm=config.exclude_bias_and_norm,
+            fused=config.fused_optimizer,
         )
         network = cast("nn.Module", torch.compile(self.model)) if config.compile_model else self.model
         self._network, self._stepper = fabric.setup(network, self.optimizer)
@@ -95,7 +109,7 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.images) // self.config.batch_size
+        return len(self.images) // self.batch_size
 
     def state_dict(self) -> dict:
         """Return the state as copies, on the CPU, of tensors and plain values."""
@@ -120,38 +134,34 @@ class Run:
         self,
         epochs: int,
         *,
-        name: str,
         after_step: Callable[[], None] = lambda: None,
         after_epoch: Callable[[], None] = lambda: None,
+        clustering: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
-        """Train until ``epochs`` have been done in all."""
-        size = self.config.batch_size
+        """Train until ``epochs`` have been done in all; k-means runs within ``clustering()``."""
+        size = self.batch_size
         used = self.steps_per_epoch * size
         own = self.group.part(size)  # of a batch
         keys = (self.group.rank,) if self.group.size > 1 else ()
-        total, quiet = (epochs - len(self.losses)) * used, not self.group.is_first
-        with tqdm(total=total, desc=name, unit=" images", unit_scale=True, disable=quiet) as bar:
-            bar.update(len(self.step_losses) * size)
-            while len(self.losses) < epochs:
-                if self.objective.needs == "clusters" and not (self.is_warming_up or self.step_losses):
+        while len(self.losses) < epochs:
+            if self.objective.needs == "clusters" and not (self.is_warming_up or self.step_losses):
+                with clustering():
                     self._cluster()
-                order = shuffled(len(self.images), self.config.seed, ORDER, len(self.losses))[:used]
-                # Nothing is left if the run was stopped after the last step of an epoch.
-                parts = order.view(-1, size)[len(self.step_losses) :, own]
-                batches = self.images.batches(own.stop - own.start, parts.flatten()) if len(parts) else iter(())
-                for rows in parts:
-                    with self.group.together():
-                        images = next(batches)
-                    with seeded(self.fabric.device, self.config.seed, STEP, self.step, *keys):
-                        self.step_losses.append(self._step(rows, images))
-                    bar.set_postfix(loss=f"{self.step_losses[-1]:.3f}", refresh=False)
-                    bar.update(size)
-                    after_step()
-                if not all(parameter.isfinite().all() for parameter in (*self.model.parameters(), *self.prototypes)):
-                    raise FloatingPointError(f"weights are not finite after step {self.step}; {ADVICE}")
-                self.losses.append(sum(self.step_losses) / len(self.step_losses))
-                self.step_losses = []
-                after_epoch()
+            order = shuffled(len(self.images), self.config.seed, ORDER, len(self.losses))[:used]
+            # Nothing is left if the run was stopped after the last step of an epoch.
+            parts = order.view(-1, size)[len(self.step_losses) :, own]
+            batches = self.images.batches(own.stop - own.start, parts.flatten()) if len(parts) else iter(())
+            for rows in parts:
+                with self.group.together():
+                    images = next(batches)
+                with seeded(self.fabric.device, self.config.seed, STEP, self.step, *keys):
+                    self.step_losses.append(self._step(rows, images))
+                after_step()
+            if not all(parameter.isfinite().all() for parameter in (*self.model.parameters(), *self.prototypes)):
+                raise FloatingPointError(f"weights are not finite after step {self.step}; {ADVICE}")
+            self.losses.append(sum(self.step_losses) / len(self.step_losses))
+            self.step_losses = []
+            after_epoch()
 
     @property
     def is_warming_up(self) -> bool:
@@ -159,8 +169,15 @@ class Run:
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate of the next step: half a cosine down to 0."""
-        progress = self.step / (self.config.epochs * self.steps_per_epoch)
+        """The learning rate of the next step: linearly from 0 to its full value, then half a cosine down to 0.
+
+        It is a formula of the step and no scheduler of torch's: there is no second count of steps that has to be saved,
+        loaded and kept in step with the first, by a run that is resumed in an epoch or begins with another's warm-up.
+        """
+        rise = self.config.lr_warmup_epochs * self.steps_per_epoch
+        if self.step < rise:
+            return self.config.learning_rate * self.step / rise
+        progress = (self.step - rise) / (self.config.epochs * self.steps_per_epoch - rise)
         return self.config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
     @property
@@ -208,7 +225,7 @@ class Run:
             return self._loss(embeddings.unflatten(0, (len(rows), VIEWS)), on_device)
 
         self.optimizer.zero_grad()
-        micro_batch = VIEWS * (self.config.micro_batch or self.config.batch_size)
+        micro_batch = VIEWS * (self.config.micro_batch or self.batch_size)
         loss = cached_backward(self._network, views, loss_of, micro_batch, self.fabric.backward).item()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {self.step}; {ADVICE}")

@@ -1,4 +1,4 @@
-"""How far an experiment has come, kept on disk: checkpoints, metrics.jsonl and TensorBoard events of every epoch."""
+"""How far an experiment has come, kept on disk: checkpoints and metrics.jsonl of every epoch, and what loggers keep."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import json
 import signal
 import time
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from ccl_fast.errors import ArgumentError, PeerError, ReaderError, first_line
 from ccl_fast.files import write_atomically
@@ -23,12 +22,19 @@ from ccl_fast.training.interruption import Interrupted, Interruption
 if TYPE_CHECKING:
     from ccl_fast.data import Images
     from ccl_fast.distributed import Group
+    from ccl_fast.training.loggers import Loggers
     from ccl_fast.training.loop import Run
     from ccl_fast.training.probe import Probe
+    from ccl_fast.training.telling import Telling
 
 WARM_UP = "warm-up"
+# Why a run keeps its number of epochs.
+LENGTHENED = (
+    "the learning rate of every step depends on it, half a cosine that ends at 0, so a longer run is another one from "
+    "its first step on: train it into another output"
+)
 # What is in a run's folder beside its checkpoints.
-METRICS, EVENTS = "metrics.jsonl", "tensorboard"
+METRICS = "metrics.jsonl"
 FINGERPRINTED = 100
 # The state that a checkpoint keeps.
 STATE = {
@@ -45,9 +51,19 @@ NO_SCALARS = {"stage", "objective", "epoch", "step"}
 
 
 class Progress:
-    """The finished part of an experiment, and its files: checkpoints, metrics.jsonl, tensorboard/<stage>.
+    """The finished part of an experiment, its files (checkpoints, metrics.jsonl) and its loggers.
 
-    Every process knows what is done; the first one writes the files.
+    Every process knows what is done; the first one writes the files, and has the loggers.
+
+    Args:
+        folder: of the run.
+        arguments: those that a resumed run must share.
+        images: to train on.
+        state: to go on from, of a checkpoint.
+        group: the processes.
+        probe: looks at the features now and then.
+        loggers: what else is told of every epoch.
+        go_on: the command that goes on with the run.
     """
 
     def __init__(
@@ -58,8 +74,11 @@ class Progress:
         state: dict | None,
         group: Group,
         probe: Probe,
+        loggers: Loggers,
+        go_on: str,
     ):
         self.folder, self.arguments, self.group, self.probe = folder, arguments, group, probe
+        self.loggers, self.go_on = loggers, go_on
         with group.together():
             self.images = _fingerprint(images)
         everywhere = group.gather_objects(self.images)
@@ -74,13 +93,13 @@ class Progress:
         self.lines: list[dict] = []
         self.seconds_before = 0.0
         self._start = time.perf_counter()
-        self._events: tuple[str, SummaryWriter] | None = None
-        self._without_events: list[dict] = []  # lines that TensorBoard has not been given
+        self._not_logged: list[dict] = []  # lines that the loggers have not been given
         if state is None:
             return
         self._check(state, folder, "the run to resume", lambda given: given)
         self.finished, self.lines, self.seconds_before = state["finished"], state["lines"], state["seconds"]
         self.under_way = (state["stage"], state["run"])
+        self.loggers.ids = dict(state.get("logs", {}))
         group.first(self._write_lines)  # the last ones may be missing if the run was killed
 
     def begin_with(self, state: dict, origin: str | Path, stages: Collection[str]) -> None:
@@ -103,7 +122,7 @@ class Progress:
             raise ArgumentError(f"warmup_from: expected {expected}, got {str(origin)!r} with {epochs}")
         self.finished = {stage: end for stage, end in finished.items() if stage in stages}
         self.lines = [line for line in state["lines"] if line["stage"] in self.finished]
-        self._without_events = list(self.lines)
+        self._not_logged = list(self.lines)
 
     def _check(self, state: dict, folder: Path, whose: str, shared: Callable[[dict], dict]) -> None:
         """Check that the state is of a run with the same images and those arguments that are to be shared."""
@@ -118,7 +137,8 @@ class Progress:
         for name, was in theirs.items():
             if was != ours[name]:
                 expected = f"{was!r}, as {whose} has it (config.yaml in its folder has all)"
-                raise ArgumentError(f"{name}: expected {expected}, got {ours[name]!r}")
+                why = f"; {LENGTHENED}" if name == "epochs" else ""
+                raise ArgumentError(f"{name}: expected {expected}, got {ours[name]!r}{why}")
         if state["images"] != self.images:
             raise ArgumentError(f"data: expected the training images of {whose}, got others, or others in number")
 
@@ -148,6 +168,7 @@ class Progress:
                 "run": run.state_dict(),
                 "lines": self.lines,
                 "seconds": seconds,
+                "logs": self.loggers.ids,
             },
         )
 
@@ -159,38 +180,43 @@ class Progress:
         line = {"stage": stage, "objective": run.config.objective, "epoch": epoch, "step": run.step}
         line |= {"loss": run.losses[-1], "learning_rate": run.used_learning_rate} | run.log | seen
         self.lines.append(line)
-        self._without_events.append(line)
+        self._not_logged.append(line)
 
         def write() -> None:
             self._save(stage, run)
             self._write_lines()
-            for line in self._without_events:
-                events = self._events_of(line["stage"], line["epoch"])
-                for name in sorted(line.keys() - NO_SCALARS):
-                    events.add_scalar(name, line[name], line["epoch"])
-            events.flush()
+            for line in self._not_logged:
+                self._begin_logging(line["stage"], line["epoch"])
+                self.loggers.log(_values(line), line["epoch"])
 
-        self.group.first(write)
-        self._without_events = []
+        self.group.patient.first(write)  # a logger's server may be slow
+        self._not_logged = []
 
-    def _events_of(self, stage: str, epoch: int) -> SummaryWriter:
-        if self._events is None or self._events[0] != stage:
-            self.close()
-            # What a killed run wrote of this epoch and later ones does not count.
-            self._events = stage, SummaryWriter(self.folder / EVENTS / stage, purge_step=epoch)
-        return self._events[1]
+    def begin_logging(self, stage: str, epoch: int) -> None:
+        """Begin, or go on with, the logs of a stage with an epoch: a logger that cannot says so before that."""
+        self.group.patient.first(lambda: self._begin_logging(stage, epoch))
+
+    def _begin_logging(self, stage: str, epoch: int) -> None:
+        of_stage = [line for line in self.lines if line["stage"] == stage and line["epoch"] < epoch]
+        self.loggers.begin(stage, epoch, {line["epoch"]: _values(line) for line in of_stage})
+
+    def log_results(self, objective: str, values: Mapping[str, float], page: Path) -> None:
+        """Give the loggers what is known of an objective at the end, on the first process."""
+        last = len(self.finished[objective]["losses"])
+        self._begin_logging(objective, last + 1)
+        self.loggers.finish(values, last, page)
 
     def close(self) -> None:
-        if self._events is not None:
-            self._events[1].close()
-        self._events = None
+        self.loggers.close()
 
     def _write_lines(self) -> None:
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
         write_atomically(self.folder / METRICS, lambda file: file.write(text.encode()))
 
 
-def advance(run: Run, stage: str, epochs: int, progress: Progress, interruption: Interruption) -> None:
+def advance(
+    run: Run, stage: str, epochs: int, progress: Progress, interruption: Interruption, telling: Telling
+) -> None:
     """Bring one stage to its end, from wherever it is."""
     if stage in progress.finished:
         return
@@ -198,30 +224,40 @@ def advance(run: Run, stage: str, epochs: int, progress: Progress, interruption:
         progress.load(run, progress.under_way[1])
     elif stage != WARM_UP:
         progress.load(run, progress.finished[WARM_UP])
+    progress.begin_logging(stage, len(run.losses) + 1)
 
-    def stop_if_asked() -> None:
+    def after_step() -> None:
+        telling.step(stage, run)
         # A signal may reach one process alone, or all of them at different steps: they stop after the same one.
         number = max(progress.group.gather_int(interruption.received or 0))
         if number:
             received, path = signal.Signals(number), progress.save(stage, run)
-            message = f"stopped by {received.name}; saved to {path}; the same command with resume goes on"
-            raise Interrupted(message, received)
+            raise Interrupted(f"stopped by {received.name}; saved to {path}", received, progress.go_on)
+
+    def after_epoch() -> None:
+        progress.end_epoch(stage, run, epochs)
+        telling.epoch(stage, run)
 
     try:
         with progress.group.waiting():
             run.advance(
                 epochs,
-                name=stage,
-                after_step=stop_if_asked,
-                after_epoch=lambda: progress.end_epoch(stage, run, epochs),
+                after_step=after_step,
+                after_epoch=after_epoch,
+                clustering=lambda: telling.clustering(stage, run),
             )
     except (FloatingPointError, PeerError, ReaderError) as error:
         last = progress.folder / CHECKPOINTS / checkpoint.LAST
         good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
         if last.exists() and not isinstance(error, FloatingPointError):
-            good += "; the same command with resume goes on from it"
+            good += f"; to go on from it: {progress.go_on}"
         raise type(error)(f"{error}; {good}") from error
     progress.finished[stage] = _end_of(stage, run.state_dict())
+
+
+def _values(line: dict) -> dict[str, float]:
+    """Return the numbers of a line of the log."""
+    return {name: line[name] for name in sorted(line.keys() - NO_SCALARS)}
 
 
 def _is_state(state: dict) -> bool:

@@ -57,21 +57,27 @@ def test_says_what_the_reports_of_the_seeds_say(two_seeds):
         simclr, ccl = ([report["knn"][objective][level] for report in reports] for objective in ("simclr", "ccl"))
         assert (parts["simclr"]["values"], parts["ccl"]["values"]) == (simclr, ccl)
         assert parts["gain"]["values"] == [a - b for a, b in zip(ccl, simclr, strict=True)]
+    for objective in ("simclr", "ccl"):
+        values = [report["linear"][objective] for report in reports]
+        assert written["linear"][objective]["values"] == values and min(values) > 0.5  # of two classes
 
 
 def test_the_table_has_a_line_for_every_detector_and_kind_of_ood_set(two_seeds):
     written = json.loads((two_seeds / "comparison.json").read_text())
     lines = compare_objectives.format_comparison(written).splitlines()
-    assert len(lines) == 2 + 11 * 2 + 2 + 1
+    assert len(lines) == 2 + 11 * 2 + 2 + 1 + 1
     gain = written["results"]["layers/ensemble"]["near"]["auroc"]["gain"]
     line = next(line for line in lines if line.startswith("layers/ensemble *"))
     assert f"{gain['mean']:+.3f} +- {gain['deviation']:.3f}" in line
     assert line.endswith(f"{sum(value > 0 for value in gain['values'])} of 2")
-    gain = written["knn"]["head"]["gain"]
-    assert lines[-2].startswith("k-NN accuracy of the head ")
-    assert f"{gain['mean']:+.3f} +- {gain['deviation']:.3f}" in lines[-2]
-    del written["knn"]  # as without classes
-    assert compare_objectives.format_comparison(written).splitlines() == lines[:-3] + lines[-1:]
+    for number, name, gain in (
+        (-3, "k-NN accuracy of the head ", written["knn"]["head"]["gain"]),
+        (-2, "linear accuracy, encoder ", written["linear"]["gain"]),
+    ):
+        assert lines[number].startswith(name)
+        assert f"{gain['mean']:+.3f} +- {gain['deviation']:.3f}" in lines[number]
+    del written["knn"], written["linear"]  # as without classes
+    assert compare_objectives.format_comparison(written).splitlines() == lines[:-4] + lines[-1:]
 
 
 def test_resuming_runs_only_what_is_missing(two_seeds):
@@ -79,7 +85,7 @@ def test_resuming_runs_only_what_is_missing(two_seeds):
     (two_seeds / "seed5" / "report.json").unlink()
     (two_seeds / "comparison.json").unlink()
     finished = (two_seeds / "seed3" / "report.json").stat().st_mtime_ns
-    assert main(["compare", f"--output={two_seeds}", "--seeds=[3,5]", "--resume", *OPTIONS]) == 0
+    assert main(["compare", f"--output={two_seeds.parent}", "--resume"]) == 0  # the newest in it, as it was given
     assert (two_seeds / "seed3" / "report.json").stat().st_mtime_ns == finished
     assert (two_seeds / "seed5" / "report.json").exists()
     after = json.loads((two_seeds / "comparison.json").read_text())
@@ -116,7 +122,7 @@ def test_another_budget_is_not_mixed_in(two_seeds):
         )
 
 
-def test_wrong_arguments_are_named(two_seeds, tmp_path, capsys):
+def test_wrong_arguments_are_named(two_seeds, tmp_path, capsys, monkeypatch):
     def fails_with(message, *arguments):
         assert main(["compare", *OPTIONS, *arguments]) == 2
         assert message in capsys.readouterr().err
@@ -124,7 +130,9 @@ def test_wrong_arguments_are_named(two_seeds, tmp_path, capsys):
     fails_with("seeds: expected at least two different seeds, got [3]", "--seeds=[3]", f"--output={tmp_path / 'new'}")
     fails_with("seeds: expected at least two different seeds, got [3, 3]", "--seeds=[3,3]")
     fails_with("output: expected a folder that does not exist yet", f"--output={two_seeds}")
-    fails_with("resume: expected the output folder of a comparison", "--resume")
+    monkeypatch.chdir(tmp_path)
+    fails_with("there is nothing to resume in runs", "--resume")
     fails_with("output: expected the folder of a comparison to resume", "--resume", f"--output={tmp_path / 'typo'}")
+    fails_with("overwrite: expected False when resuming", "--resume", "--overwrite", f"--output={two_seeds}")
     resumed = (f"--output={two_seeds}", "--seeds=[3,5]", "--resume")
     fails_with("clusters: expected 4, as the comparison to resume has it, got 5", *resumed, "--clusters=5")

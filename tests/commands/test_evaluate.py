@@ -86,7 +86,7 @@ def test_scores_of_a_folder(run, folder_of_images, tmp_path, capsys):
     assert "broken.png" in printed.err
     with output.open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["image", "score", "outlier", "cluster"]
+    assert list(rows[0]) == ["image", "score", "outlier", "cluster", "threshold"]
     scores = [float(row["score"]) for row in rows]
     assert scores == sorted(scores, reverse=True)
 
@@ -106,10 +106,30 @@ def test_scores_of_a_folder(run, folder_of_images, tmp_path, capsys):
             row = by_name[str(folder_of_images / kind / f"{i:02}.png")]
             assert float(row["score"]) == pytest.approx(value.item(), abs=1e-5)
             assert int(row["outlier"]) == (value > threshold) or abs(value - threshold) < 1e-5
+            assert float(row["threshold"]) == pytest.approx(threshold.item(), rel=1e-5)
+    assert f"outliers, above {rows[0]['threshold']} (accepts 0.95 of the test images)" in printed.out
     assert {int(row["cluster"]) for row in rows} <= set(range(12))
     assert {row["outlier"] for row in rows} == {"0", "1"}
     assert main(["score", f"--run={run}", f"--images={folder_of_images}", f"--output={output}"]) == 2
     assert "output: expected a file that does not exist yet" in capsys.readouterr().err
+
+
+def test_files_are_scored_like_their_folder_and_more_are_accepted_on_demand(run, folder_of_images, tmp_path):
+    files = sorted(folder_of_images.glob("known/*.png"))[:3]
+    command = ["score", f"--run={run}", "--images", *map(str, files), str(folder_of_images / "unknown")]
+    assert main([*command, f"--output={tmp_path / 's.json'}", "--accept", "1"]) == 0
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert found["accept"] == 1 and found["run"] == str(run)
+    assert (found["objective"], found["detector"]) == ("ccl", "layers/ensemble")
+    by_path = {of["image"]: of for of in found["images"]}
+    assert by_path.keys() == {*map(str, files), *map(str, folder_of_images.glob("unknown/*.png"))}
+    assert all(of["outlier"] == (of["score"] > found["threshold"]) for of in by_path.values())
+    # A file alone, and fewer that are accepted.
+    assert main(["score", f"--run={run}", f"--images={files[0]}", f"--output={tmp_path / 's.csv'}"]) == 0
+    with (tmp_path / "s.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["score"]) == pytest.approx(by_path[str(files[0])]["score"], rel=1e-4)
+    assert float(row["threshold"]) < found["threshold"]
 
 
 def test_every_detector_can_score(run, folder_of_images, tmp_path):
@@ -126,6 +146,7 @@ def test_every_detector_can_score(run, folder_of_images, tmp_path):
         ({"detector": "head/oracle"}, "detector: expected"),
         ({"detector": "nearest_neighbor"}, "detector: expected"),
         ({"device": "abacus"}, "device: expected"),
+        ({"accept": 95}, "accept: expected a number above 0 and at most 1, got 95"),
         ({"strict": True}, "broken.png"),
     ],
 )

@@ -47,6 +47,19 @@ def test_the_same_seed_the_same_views(recipe, shape):
 
 
 @pytest.mark.parametrize(("recipe", "shape"), CASES)
+def test_torchs_defaults_do_not_matter(recipe, shape, torch_defaults):
+    images = blocks(16, shape)
+    torch.manual_seed(3)
+    expected = Views(recipe, shape)(images)
+    for dtype, device in (("float64", "cpu"), ("float32", "meta"), ("bfloat16", "meta")):
+        torch.manual_seed(3)
+        with torch_defaults(dtype, device):
+            found = Views(recipe, shape)(images)
+            assert torch.get_default_dtype() == getattr(torch, dtype)
+        assert found.equal(expected) and found.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("recipe", "shape"), CASES)
 def test_every_image_has_a_view_of_its_own(recipe, shape):
     images = blocks(1, shape).expand(40, -1, -1, -1)
     views = Views(recipe, shape)(images)

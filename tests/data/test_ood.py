@@ -13,7 +13,7 @@ for extra in ("torchvision", "kornia", "mlxtend", "matplotlib", "skimage"):
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from ccl_fast.data import Split, canonical, load_ood, load_split, synthetic_names
+from ccl_fast.data import Split, canonical, load_ood, load_split, synthetic, synthetic_names
 from ccl_fast.errors import ArgumentError
 
 
@@ -52,6 +52,18 @@ def test_made_sets(name, shape):
     assert distance.min() > 1
     if shape[0] == 3 and name != "interpolation":
         assert (images[:, 0] != images[:, 1]).any((1, 2)).all()  # none is grey
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
+@pytest.mark.parametrize("name", synthetic_names)
+def test_made_sets_do_not_follow_torchs_defaults(name, shape, torch_defaults):
+    split = random_split(shape, n_test=20)
+    expected = everything(load_ood([name], split)[name])
+    for dtype, device in (("float64", "cpu"), ("float32", "meta")):
+        synthetic._photographs.cache_clear()
+        with torch_defaults(dtype, device):
+            found = load_ood([name], split)[name]
+        assert everything(found).equal(expected)
 
 
 def test_interpolation_is_the_mean_of_two_test_images():

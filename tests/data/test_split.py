@@ -247,6 +247,22 @@ def test_a_folder_is_split_with_the_same_share_of_every_class(folder):
     assert numbers(held_out) == list(range(0, 200, 20))
 
 
+def test_classes_by_name(folder):
+    by_number, by_name = (load_split(str(folder), in_classes=classes) for classes in ([1], ["dog"]))
+    assert by_name.train.classes.unique().tolist() == [1]
+    assert everything(by_name.train).equal(everything(by_number.train))
+    assert everything(by_name.held_out).equal(everything(by_number.held_out))
+    with pytest.raises(ArgumentError, match=r"^in_classes: .*did you mean dog\?\), got 'dogs'"):
+        load_split(str(folder), in_classes=["cat", "dogs"])
+    with pytest.raises(ArgumentError, match=r"^in_classes: expected different classes"):
+        load_split(str(folder), in_classes=["dog", 1])
+    with pytest.raises(ArgumentError, match="none of which has a name"):
+        load_split(Numbered(9, 3), in_classes=["dog"])
+    named = Numbered(9, 3)
+    named.classes = ["a", "b", "c"]
+    assert load_split(named, in_classes=["c"]).train.classes.unique().tolist() == [2]
+
+
 def per_class(images):
     return torch.bincount(images.classes).tolist()
 

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from torch.nn.functional import normalize
 
-from ccl_fast.evaluation import Evaluation, pictures
+from ccl_fast.evaluation import Evaluation, difference_intervals, metric_intervals, pictures, resample_metrics
 from ccl_fast.evaluation.page import summarize, write_page
 from ccl_fast.ood import auroc, fpr95, ood_metrics
 
@@ -64,22 +64,24 @@ def make(
 ):
     """A report, evaluations and images of random features; sizes are those of train, test and every OOD set."""
     sets = [*near, *far]
-    parts = {"train": sizes[0], "test": sizes[1]} | dict.fromkeys(sets, sizes[2])
     evaluations, results = {}, {}
     for number, objective in enumerate(objectives):
         torch.manual_seed(number)
         centers = normalize(torch.randn(clusters, 6))
+        parts = {"train": sizes[0], "test": sizes[1]} | dict.fromkeys(sets, sizes[2])
         ids = {part: torch.randint(clusters, (n,)) for part, n in parts.items()}
         features = {part: change_features(centers[of] + 0.3 * torch.randn(len(of), 6)) for part, of in ids.items()}
-        scores = {part: change_scores(torch.rand(n) ** 2 + 0.2 * (part != "test")) for part, n in parts.items()}
-        del scores["train"]
+        del parts["train"]
+        of_detectors = {
+            detector: {part: change_scores(torch.rand(n) ** 2 + 0.2 * (part != "test")) for part, n in parts.items()}
+            for detector in DETECTORS
+        }
         metrics = {}
-        for detector in DETECTORS:
+        for detector, scores in of_detectors.items():
             by_set = {}
             for name in sets:
                 is_ood = torch.arange(sizes[1] + sizes[2]) >= sizes[1]
-                shown = torch.cat([scores["test"], scores[name]])
-                by_set[name] = ood_metrics(shown if detector == DEFAULT else torch.rand(len(shown)), is_ood)
+                by_set[name] = ood_metrics(torch.cat([scores["test"], scores[name]]), is_ood)
             for group, names in (("near", near), ("far", far)):
                 if names:
                     of_names = [by_set[name] for name in names]
@@ -87,7 +89,10 @@ def make(
             metrics[detector] = by_set
         results[objective] = metrics
         both = {part: {"head": x, "encoder": 2 * x} for part, x in features.items()}
-        evaluations[objective] = Evaluation(metrics, both, scores, ids["train"], change_features(centers))
+        resampled = resample_metrics(of_detectors, {"near": near, "far": far}, resamples=40)
+        evaluations[objective] = Evaluation(
+            metrics, both, of_detectors[DEFAULT], ids["train"], change_features(centers), resampled=resampled
+        )
     report = {
         "arguments": {"data": HOSTILE, "clusters": clusters, "output": None, "in_classes": [0, 1], "resume": False},
         "images": {"train": sizes[0], "test": sizes[1], "ood": dict.fromkeys(sets, sizes[2])},
@@ -96,6 +101,8 @@ def make(
         "default": DEFAULT,
         "titles": {objective: TITLES[objective] for objective in objectives},
         "results": results,
+        "bootstrap": {"resamples": 40, "confidence": 0.95},
+        "intervals": {objective: metric_intervals(of.resampled) for objective, of in evaluations.items()},
         "losses": {objective: [2.5, 1.5] for objective in objectives},
         "log": {
             objective: [
@@ -104,10 +111,17 @@ def make(
             ]
             for objective in objectives
         },
-        "clustering": {objective: {"nmi": 0.625, "accuracy": 0.875} for objective in objectives},
+        "classes": 2,
+        "clustering": {
+            objective: {"nmi": 0.625, "accuracy": 0.875, "purity": 0.925, "same_class": 0.75}
+            for objective in objectives
+        },
         "seconds": 4000.0,
         "environment": {"ccl_fast": "1", "torch": "2", "python": "3", "device": "a <b>", "date": "2026-01-02T03:04:05"},
     }
+    if len(objectives) == 2:
+        report["differences"] = difference_intervals(*(of.resampled for of in evaluations.values()))
+    parts = {"train": sizes[0], "test": sizes[1]} | dict.fromkeys(sets, sizes[2])
     return report, evaluations, {part: Noise(n, shape) for part, n in parts.items()}
 
 
@@ -120,6 +134,7 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict]] = []
         self.text = ""
         self.rows: list[tuple[str, list[str]]] = []  # header, cells of every row of every table, as text
+        self.intervals: list[str] = []  # of the cells
         self.best: list[str] = []
         self.headers = ""
         self.captions: list[str] = []
@@ -153,7 +168,9 @@ class Page(HTMLParser):
         if "style" in self._open:
             return
         self.text += data
-        if "td" in self._open:
+        if "td" in self._open and self._open[-1] == "small":
+            self.intervals.append(data)
+        elif "td" in self._open:
             self.rows[-1][1][-1] += data.strip()
             if self._in_best and data.strip():
                 self.best.append(data.strip())
@@ -241,47 +258,72 @@ def test_tables_have_the_reports_numbers(page, made):
     assert exact[0] == report["results"]["simclr"][DEFAULT]["near"]["auroc"]
     above = " ".join(page.headers.split())
     assert above.count(" ".join([*COLUMNS.values(), *["SimCLR CCL"] * 5])) == 2 + len(sets)
-    best = []
-    for _, cells in rows:
-        for name, *pair in zip(COLUMNS, cells[::2], cells[1::2], strict=True):
-            if pair[0] != pair[1]:
+    assert page.intervals[0] == "–".join(f"{v:.3f}" for v in report["intervals"]["simclr"][DEFAULT]["near"]["auroc"])
+    assert len(page.intervals) == len(exact)
+
+
+def test_bold_is_what_the_interval_of_the_difference_bears_out(made, tmp_path):
+    report, evaluations, images = made
+    rows = [(d, group) for group in ("near", "far") for d in DETECTORS]
+    rows += [(DEFAULT, name) for name in report["near"] + report["far"]]
+    rows += [(d, name) for name in report["near"] + report["far"] for d in DETECTORS]
+    for between in ([-0.1, 0.2], [0.0, 0.0], [0.001, 0.2], [-0.2, -0.001]):
+        is_clear = between[0] > 0 or between[1] < 0
+        all_between = {
+            d: {of: dict.fromkeys(metrics, between) for of, metrics in by_set.items()}
+            for d, by_set in report["differences"].items()
+        }
+        page = write(tmp_path, report | {"differences": all_between}, evaluations, images)
+        best = []
+        for detector, of in rows if is_clear else ():
+            for name in COLUMNS:
+                pair = [report["results"][objective][detector][of][name] for objective in evaluations]
                 best.append(max(pair) if name.startswith("au") else min(pair))
-    assert page.best == best
+        assert page.best == [f"{value:.3f}" for value in best]
+        assert ("includes 0" in page.text) == ("no clear difference" in page.text) == (not is_clear)
 
 
 @pytest.mark.parametrize(
-    ("objectives", "values", "expected"),
+    ("objectives", "values", "between", "expected"),
     [
         (
             ("simclr", "ccl"),
             {"near": (0.9004, 0.91), "far": (0.97, 0.96)},
-            "With the default detector, CCL reaches an AUROC of 0.910 on near OOD sets, 0.010 above SimCLR’s 0.900; "
-            "and of 0.960 on far OOD sets, 0.010 below SimCLR’s 0.970.",
+            {"near": [0.00521, 0.02], "far": [-0.0141, 0.001]},
+            "With the default detector, CCL reaches an AUROC of 0.910 on near OOD sets, 0.010 above SimCLR’s 0.900 "
+            "(+0.0052 to +0.0200); and of 0.960 on far OOD sets, no clear difference from SimCLR’s 0.970 (−0.0141 to "
+            "+0.0010).",
         ),
         (
             ("simclr", "ccl"),
-            {"far": (0.95, 0.9502)},
-            "With the default detector, CCL reaches an AUROC of 0.950 on far OOD sets, level with SimCLR’s 0.950.",
+            {"far": (0.95, 0.9402)},
+            {"far": [-0.02, -0.001]},
+            "With the default detector, CCL reaches an AUROC of 0.940 on far OOD sets, 0.010 below SimCLR’s 0.950 "
+            "(−0.0200 to −0.0010).",
         ),
         (
             ("ccl",),
             {"near": (0.9,), "far": (0.8,)},
-            "With its default detector, CCL reaches an AUROC of 0.900 on near OOD sets and 0.800 on far OOD sets.",
+            {"near": [0.88, 0.92], "far": [0.7, 0.9]},
+            "With its default detector, CCL reaches an AUROC of 0.900 (0.880–0.920) on near OOD sets and 0.800 "
+            "(0.700–0.900) on far OOD sets.",
         ),
     ],
 )
-def test_summary_says_what_came_out(objectives, values, expected):
+def test_summary_says_what_came_out(objectives, values, between, expected):
     by_objective = {
         objective: {DEFAULT: {group: {"auroc": of_group[number]} for group, of_group in values.items()}}
         for number, objective in enumerate(objectives)
     }
     sets = {group: ["some"] * (group in values) for group in ("near", "far")}
-    assert summarize({"titles": TITLES, "results": by_objective, "default": DEFAULT} | sets) == expected
+    intervals = {DEFAULT: {group: {"auroc": of_group} for group, of_group in between.items()}}
+    report = {"titles": TITLES, "results": by_objective, "default": DEFAULT, "differences": intervals} | sets
+    assert summarize(report | {"intervals": dict.fromkeys(objectives, intervals)}) == expected
 
 
 def test_what_users_named_is_text(page, made):
     assert summarize(made[0]) in page.text
-    assert page.text.count(HOSTILE) == 1 + 1 + 2 + 8 + 1 + 1  # tables, legends, images, argument, counts
+    assert page.text.count(HOSTILE) == 2 + 2 + 2 + 8 + 1 + 1  # tables, legends, legends of maps, images, ...
     assert "a <b>" in page.text
     labels = [svg["aria-label"] for svg in page.all("svg") if HOSTILE in svg.get("aria-label", "")]
     assert len(labels) == 4  # histograms and ROC curves of both objectives
@@ -412,7 +454,7 @@ BROKEN_FIRST = {"ScoreAxis.of", "cluster_map", "curves", "thumbnail"}
     "broken", [pytest.param(x, marks=() if x in BROKEN_FIRST else pytest.mark.slow) for x in PICTURES]
 )
 def test_a_picture_that_cannot_be_drawn_costs_this_picture(broken, made, page, tmp_path, monkeypatch, capsys):
-    def fail(*_):
+    def fail(*_, **__):
         raise ValueError("zip() argument 2 is <longer> than argument 1\nand more")
 
     monkeypatch.setattr(f"ccl_fast.evaluation.pictures.{broken}", fail)
@@ -438,6 +480,17 @@ def test_parts_that_are_not_there_are_left_out(tmp_path):
     assert "Loss" not in page.text and "#training" not in page.bytes.decode()
 
 
+@pytest.mark.parametrize(("classes", "limit"), [(2, 28 / 40), (5, None), (9, None)])
+def test_accuracy_of_clusters_says_what_their_number_makes_of_it(classes, limit, tmp_path):
+    report, evaluations, images = make(objectives=("ccl",), sizes=(40, 20, 6))
+    evaluations["ccl"].cluster_ids[:] = torch.tensor([3] * 18 + [1] * 10 + [0] * 5 + [2] * 4 + [4] * 3)
+    text = " ".join(write(tmp_path, report | {"classes": classes}, evaluations, images).text.split())
+    assert "accuracy 0.925 many-to-one (each cluster stands for its most frequent class" in text
+    assert "0.875 one-to-one (each class has one cluster at most" in text
+    assert ("cannot bring above" in text) == (limit is not None)
+    assert limit is None or f"cannot bring above {limit:.3f}, as 3 clusters must stand for no class" in text
+
+
 def test_whatever_is_in_the_log_has_a_curve(tmp_path):
     report, evaluations, images = make(objectives=("ccl",), sizes=(40, 20, 6))
     for epoch, line in enumerate(report["log"]["ccl"]):
@@ -450,7 +503,7 @@ def test_whatever_is_in_the_log_has_a_curve(tmp_path):
         "k-NN accuracy of the head’s features",
         "Share of images that changed cluster",
         "NMI of clusters and classes",
-        "Accuracy of clusters as classes",
+        "Accuracy of clusters as classes, one-to-one",
         "Share of cluster-mates of the same class, K = 7",
         "Share of cluster-mates of the same class, K = 9",
         "Some new share",
@@ -462,8 +515,46 @@ def test_the_accuracy_of_neighbors_is_beside_the_auroc(tmp_path):
     report, evaluations, images = make(sizes=(40, 20, 6))
     assert "Classes" not in write(tmp_path, report, evaluations, images).text
     report["knn"] = {"simclr": {"encoder": 0.5931, "head": 0.6152}, "ccl": {"encoder": 0.7, "head": 0.8}}
+    report["linear"] = {"simclr": 0.25, "ccl": 0.5}
     text = " ".join(write(tmp_path, report, evaluations, images).text.split())
-    assert "SimCLR 59.3 % encoder 61.5 % head CCL 70.0 % encoder 80.0 % head" in text
+    of_simclr = "SimCLR 59.3 % encoder 61.5 % head 25.0 % encoder, linear"
+    assert f"{of_simclr} CCL 70.0 % encoder 80.0 % head 50.0 % encoder, linear" in text
+
+
+def test_curves_of_clusters_have_the_baseline_beside_them(tmp_path):
+    report, evaluations, images = make(sizes=(40, 20, 6))
+    own = {"smallest_cluster": 3, "nmi": 0.5, "purity/5": 0.5, "purity/7": 0.75, "changed_labels": 0.125}
+    report["log"] = {"simclr": [{"epoch": 1, "loss": 2.5}], "ccl": [{"epoch": 1, "loss": 1.5} | own]}
+    page = write(tmp_path, report, evaluations, images)
+    labels = [svg["aria-label"] for svg in page.all("svg") if " by epoch: " in svg.get("aria-label", "")]
+    smallest = [int(of.cluster_ids.bincount(minlength=5).min()) for of in evaluations.values()]
+    of_report = "with the report’s own clusters"
+    assert set(labels) == {
+        "Loss by epoch: SimCLR from 2.5 to 2.5; CCL from 1.5 to 1.5.",
+        f"Images in the smallest cluster by epoch: SimCLR {smallest[0]} {of_report}; "
+        f"CCL from 3 to 3, {smallest[1]} {of_report}.",
+        f"NMI of clusters and classes by epoch: SimCLR 0.625 {of_report}; CCL from 0.5 to 0.5, 0.625 {of_report}.",
+        "Accuracy of clusters as classes, many-to-one, K = 5 by epoch: "
+        f"SimCLR 0.925 {of_report}; CCL from 0.5 to 0.5, 0.925 {of_report}.",
+        "Accuracy of clusters as classes, many-to-one, K = 7 by epoch: CCL from 0.75 to 0.75.",
+        "Share of images that changed cluster by epoch: CCL from 0.125 to 0.125.",
+    }
+
+
+def ticks_of(svg: str) -> list[str]:
+    """The labels of both axes."""
+    return re.findall(r"<text[^>]*>([−0-9.]+)</text>", svg)
+
+
+def test_axes_of_counts_are_of_whole_numbers():
+    for values in ((3, 4), (397, 396, 405), (7,)):
+        epochs = range(1, len(values) + 1)
+        svg = pictures.curves([pictures.Curve("objective", epochs, values)], "counts", last=len(values))
+        labels = ticks_of(svg)
+        assert labels and all(re.fullmatch(r"\d+", label) for label in labels)
+    shares = pictures.curves([pictures.Curve("objective", (1, 2), (0.7900, 0.7901))], "shares", last=2)
+    assert max(map(len, ticks_of(shares))) <= 5  # what hardly changes is not blown up
+    assert all(label in ("1", "2") or "." in label for label in ticks_of(shares))
 
 
 @pytest.mark.parametrize("objectives", [("simclr", "ccl"), ("ccl",), ("simclr",)])
@@ -491,26 +582,35 @@ def test_threshold_and_curve_are_those_of_the_metrics(n):
         assert accepted == pytest.approx(fpr95(scores, is_ood, positive="id"), abs=1e-6)
         x, y = pictures.roc(test, ood)
         assert x[0] == y[0] == 0 and x[-1] == y[-1] == 1
-        assert torch.trapezoid(y, x).item() == pytest.approx(auroc(scores, is_ood), abs=1e-6)
+        assert np.trapezoid(y, x) == pytest.approx(auroc(scores, is_ood), abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("scores", "is_log"),
+    ("test", "ood", "is_linear"),
     [
-        (torch.tensor([0.0, 0.001, 0.002, 0.003, 0.5]), True),
-        (torch.tensor([0.4, 0.5, 0.6]), False),
-        (torch.tensor([-0.1, 0.001, 0.002, 0.5]), False),
-        (torch.zeros(4), False),
-        (torch.full((3,), -7.0), False),
+        ([0.001, 0.002, 0.003, 0.004], [0.003, 0.5], False),  # cosine distances
+        ([-0.5, 0.0, 0.2, 1.1], [0.5, 30.0, 800.0], False),  # standardised scores
+        ([-300.0, -299.0, -298.5], [-299.0, -2.0], False),
+        ([0.4, 0.5, 0.6], [0.5, 0.9], True),
+        ([-0.1, 0.001, 0.002, 0.5], [0.3], True),
+        ([0.0] * 4, [0.0], True),
+        ([0.0] * 4, [0.0, 7.0], True),
+        ([-7.0] * 3, [-7.0], True),
+        ([1e6, 1e6 + 1], [1e6 + 2], True),
     ],
 )
-def test_score_axis(scores, is_log):
-    axis = pictures.ScoreAxis.of([scores[:2], scores[2:]])
-    assert axis.is_log == is_log
-    at = axis.place(scores.sort().values)
+def test_score_axis(test, ood, is_linear):
+    test, ood = (torch.tensor(x, dtype=torch.float64) for x in (test, ood))
+    axis = pictures.ScoreAxis.of([{"test": test[:1], "birds": ood}, {"test": test[1:], "birds": ood}])
+    assert (axis.spread is None) == is_linear
+    at = axis.place(torch.cat([test, ood]).sort().values)
     assert (at >= 0).all() and (at <= 1).all() and (np.diff(at) >= 0).all()
+    if not is_linear:  # the test images have room
+        at = axis.place(test)
+        assert at.max() - at.min() > 0.1
     ticks = axis.ticks()
-    assert 1 <= len(ticks) <= 10 and all(axis.low <= tick <= axis.high for tick in ticks)
+    assert 1 <= len(ticks) <= 12 and all(axis.low <= tick <= axis.high for tick in ticks)
+    assert (np.diff(axis.place(np.array(ticks))) > 0.09).all()
 
 
 def test_every_set_looks_different():
@@ -523,8 +623,19 @@ def test_neighboring_clusters_differ_in_color():
     angles = place * 2 * torch.pi / 40
     colors = pictures.cluster_colors(torch.stack([angles.cos(), angles.sin()], 1))
     around = [colors[i] for i in place.argsort()]
-    assert len(set(colors)) == 8
+    assert len(set(colors)) == 24
     assert all(color != after for color, after in zip(around, around[1:] + around[:1], strict=True))
+
+
+@pytest.mark.parametrize("k", [8, 12, 24])
+def test_as_many_clusters_as_there_are_colors_share_none(k):
+    colors = pictures.cluster_colors(torch.randn(k, 5))
+    assert len(set(colors)) == k and set(colors) == set(pictures.HUES[:k])
+
+
+def test_marks_of_sets_differ():
+    marks = [tuple(pictures.mark(number, near)) for near in (True, False) for number in range(10)]
+    assert len(set(marks)) == 20
 
 
 def test_map_keeps_what_is_alike_together():
@@ -540,8 +651,8 @@ def test_sample_is_bounded_and_of_every_set():
     train, ids, centers = torch.randn(1500, 3), torch.arange(1500) % 7, torch.randn(9, 3)
     near, far = [torch.zeros(500, 3), torch.ones(500, 3)], []
     points = pictures.sample(train, ids, centers, near, far)
-    assert len(points.train) == len(points.ids) == 1000 and len(points.far) == 0
-    assert points.near.sum(0).tolist() == [60, 60, 60] and len(points.near) == 120
+    assert len(points.train) == len(points.ids) == 1000 and points.far == []
+    assert [len(of_set) for of_set in points.near] == [60, 60] and bool((points.near[1] == 1).all())
     assert points.centers.equal(centers[:7])  # the two that have no image are left out
     assert points.numbers.equal(torch.arange(7))
     again = pictures.sample(train, ids, centers, near, far)

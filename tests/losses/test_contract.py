@@ -117,7 +117,7 @@ class MoCHi(MoCHiLoss):
     )
 
     def draw(self, n, hardest, like, generator):
-        return self.mixing._replace(alpha=self.mixing.alpha.to(like), beta=self.mixing.beta.to(like))
+        return type(self.mixing)(*(x.to(like if x.is_floating_point() else like.device) for x in self.mixing))
 
 
 class InterCLR(InterCLRLoss):

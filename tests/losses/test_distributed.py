@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ccl_fast import CCLLoss, InfoNCELoss, SupConLoss
+from ccl_fast import CCLLoss, InfoNCELoss, NTXentLoss, SupConLoss
 from ccl_fast.errors import PeerError
 from ccl_fast.ops.logsumexp import blocked
 from ccl_fast.training.gradient_cache import cached_backward
@@ -128,6 +128,8 @@ OBJECTIVES = [
     Case(views=None, options={"normalize": False, "temperature": 2.0}),
     Case(loss="supcon", centers=False, views=None),
     Case(loss="supcon", centers=False, views=3, options={"form": "inside"}),
+    Case(loss="supcon", centers=False, views=3, options={"contrast_mode": "one"}),
+    Case(loss="supcon", centers=False, options={"contrast_mode": "one", "form": "inside"}),
     Case(loss="infonce", ids=False, centers=False),
     Case(loss="infonce", ids=False, centers=False, negatives=True),
     Case(loss="infonce", ids=False, centers=False, views=None, towers=True),
@@ -391,6 +393,36 @@ def test_an_error_of_one_process_reaches_all(change, message):
     assert message in second and "on process" not in second
     kind, words = second.split(": ", 1)
     assert first == third == f"{kind}: on process 1: {words}"
+
+
+def caught_of_pairs(loss, given):
+    """The same of what the losses for metric learning take."""
+    z, labels = torch.randn(4, 6), torch.arange(4) % 2
+    given = {k: labels if v == "labels" else z if v == "rows" else v for k, v in given.items()}
+    given = given if dist.get_rank() == 1 else {"labels": labels if loss is SupConLoss else z}
+    try:
+        loss(process_group="world")(z, **given)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("loss", "given", "message"),
+    [
+        (SupConLoss, {"labels": "labels", "indices_tuple": (torch.arange(2),) * 3}, "as its indices are of the rows"),
+        (SupConLoss, {"labels": "labels", "ref_emb": "rows", "ref_labels": "labels"}, "as its rows would be those of"),
+        (SupConLoss, {"labels": "labels", "ref_labels": "labels"}, "as its rows would be those of one process"),
+        (SupConLoss, {"mask": torch.eye(4)}, "as it tells nothing of the samples of other processes"),
+        (NTXentLoss, {"labels": "labels"}, "as pairs are those of one process"),
+        (NTXentLoss, {"indices_tuple": (torch.arange(2),) * 3}, "as its indices are of the rows of one process"),
+    ],
+)
+def test_what_is_of_one_process_is_refused_on_all(loss, given, message):
+    name = next(name for name in given if name != "labels" or len(given) == 1)
+    words = f"{name}: expected None with process_group, {message}"
+    first, second = run(caught_of_pairs, 2, loss, given)
+    assert second.startswith(words)
+    assert first.startswith(f"on process 1: {words}")
 
 
 def loses_a_process(exchange, folder):

@@ -238,9 +238,6 @@ def test_further_errors(name):
     if name == "SupConLoss":  # theirs asserts it; of NT-Xent's pairs each is what its list says
         with pytest.raises(ValueError, match="indices_tuple: expected each pair among the positives or the negatives"):
             ours(rows(), None, (one, one, one, one))
-    for argument in ({"indices_tuple": (one,) * 4}, {"ref_emb": rows(3), "ref_labels": torch.arange(3)}):
-        with pytest.raises(ValueError, match=f"{next(iter(argument))}: expected .*process_group"):
-            getattr(ccl_fast, name)(process_group="world")(rows(), **argument)
 
 
 # ---- labels and temperatures ----

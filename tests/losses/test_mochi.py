@@ -85,7 +85,7 @@ def test_what_is_drawn():
     first, second, alpha, other, beta = MoCHiLoss(**sizes).draw(2, 5, torch.empty(0), torch.Generator().manual_seed(0))
     for places, size in ((first, 3000), (second, 3000), (other, 2000)):
         assert places.shape == (2, size)
-        assert (places.flatten().bincount(minlength=5) * 5 / (2 * size) - 1).abs().max() < 0.1
+        assert (places.flatten().long().bincount(minlength=5) * 5 / (2 * size) - 1).abs().max() < 0.1
     assert alpha.min() >= 0 and 0.99 < alpha.max() < 1 and abs(alpha.mean() - 0.5) < 0.02
     assert beta.min() >= 0 and 0.49 < beta.max() < 0.5 and abs(beta.mean() - 0.25) < 0.01
     assert abs((first == second).double().mean() - 0.2) < 0.03

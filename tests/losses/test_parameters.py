@@ -34,6 +34,20 @@ def test_a_module_made_on_meta_is_given_its_parameters_later():
     assert all(x.isfinite().all() for x in module.parameters())
 
 
+def test_temperatures_of_centres_come_back_after_to_empty():
+    given = torch.tensor([0.1, 0.2, 0.3])
+    for options in ({}, {"learnable_temperature": True}):
+        module = losses.CCLLoss(0.5, center_temperature=given, **options)
+        module.to_empty(device="cpu")
+        module.center_temperature.fill_(torch.nan)
+        module.reset_parameters()
+        assert module.center_temperature.equal(given) and module.center_temperature is not given
+        assert abs(torch.as_tensor(module.temperature).item() - 0.5) < 1e-7
+        module.center_temperature = torch.full((2,), 0.7)
+        module.temperature = 0.4  # as a schedule does, which leaves the centres' alone
+        assert module.center_temperature.tolist() == pytest.approx([0.7, 0.7])
+
+
 def under_grad():
     """What torch.func.grad of a loss over several processes says."""
     with pytest.raises(ValueError, match=r"^process_group: expected None under torch\.func"):

@@ -20,6 +20,7 @@ from ccl_fast.losses import (
     SupConLoss,
     WhitenedCSELoss,
 )
+from tests.processes import run
 from tests.tolerance import FLOOR
 
 pytestmark = [
@@ -211,3 +212,59 @@ def test_the_family(name):
         gradient.append(torch.autograd.grad(losses.mean(), leaf)[0].double())
     torch.testing.assert_close(*value, rtol=1e-3, atol=1e-12)
     assert (gradient[0] - gradient[1]).norm() <= 1e-3 * gradient[1].norm()
+
+
+# ---- several positives, nearly equal ----
+
+
+def near_equal(n=90, classes=30, views=4, d=32):
+    """Views [n, views, d] of samples that are all but equal within their class, ids, and the classes' centres."""
+    centers = torch.nn.functional.normalize(torch.randn(classes, d, dtype=torch.float64), dim=1)
+    ids = torch.arange(n) % classes
+    x = centers[ids][:, None] + 0.003 * torch.randn(n, views, d, dtype=torch.float64)
+    return torch.nn.functional.normalize(x, dim=-1), ids, centers
+
+
+SEVERAL = {
+    "SupCon": lambda x, ids, c, o: SupConLoss(0.05, **o)(x, ids),
+    "SupCon, first views": lambda x, ids, c, o: SupConLoss(0.05, contrast_mode="one", **o)(x, ids),
+    "SupCon, references": lambda x, ids, c, o: SupConLoss(0.05, **o)(x[:, 0], ids, None, x[:, 1].detach(), ids),
+    "CCL joint": lambda x, ids, c, o: CCLLoss(0.05, **o)(x, ids, c.to(x.dtype)),
+    "CCL split": lambda x, ids, c, o: CCLLoss(0.05, form="split", **o)(x, ids, c.to(x.dtype)),
+    "CCL inside": lambda x, ids, c, o: CCLLoss(0.05, form="inside", **o)(x, ids, c.to(x.dtype)),
+    "SBCL": lambda x, ids, c, o: SBCLLoss(0.05, class_weight=0.0, **o)(x, ids % 10, ids),
+}
+
+
+def as_good_as_dense(name, backends, own=slice(None), size=1):
+    """The error against float64 of the float32 gradient, by that of the dense definition; of a process's own rows."""
+    x, ids, centers = near_equal()
+    found = []
+    for dtype, backend, more in ((torch.float64, "reference", {}), (torch.float32, "reference", {}), *backends):
+        leaf = x.to(dtype).requires_grad_()
+        part = own if more else slice(None)
+        loss = SEVERAL[name](leaf[part], ids[part], centers, {"backend": backend} | more)
+        found.append(torch.autograd.grad(loss, leaf)[0][own].double())
+    exact, plain, *actual = found
+    return [float((a / size - exact).norm() / (plain - exact).norm().clamp(min=1e-7 * exact.norm())) for a in actual]
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_nearly_equal_positives(name):
+    ratios = as_good_as_dense(name, [(torch.float32, "blocked", {}), (torch.float32, "auto", {})])
+    assert max(ratios) < 2, ratios
+
+
+def of_a_process(name, exchange):
+    first, second = slice(0, 40), slice(40, None)
+    more = {"process_group": "world", "exchange": exchange}
+    own = (first, second)[torch.distributed.get_rank()]
+    return as_good_as_dense(name, [(torch.float32, "blocked", more)], own, size=2)
+
+
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize("exchange", ["all-gather", "ring"])
+@pytest.mark.parametrize("name", ["SupCon", "CCL joint", "SBCL"])
+def test_several_nearly_equal_positives_on_two_processes(name, exchange):
+    for ratios in run(of_a_process, 2, name, exchange):
+        assert max(ratios) < 2, ratios

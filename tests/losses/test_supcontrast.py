@@ -221,14 +221,6 @@ ERRORS = {
     "by place": (lambda z, m: SupConLoss()(z, None, m), "indices_tuple: expected a tuple .* got Tensor"),
     "embeddings": (lambda z, m: SupConLoss()(z.tolist(), mask=m), "embeddings: expected a torch.Tensor, got list"),
     "contrast_mode": (lambda z, m: SupConLoss(contrast_mode="two"), "contrast_mode: expected one of 'all', 'one'"),
-    "processes": (
-        lambda z, m: SupConLoss(contrast_mode="one", process_group="world"),
-        "contrast_mode: expected 'all' with process_group",
-    ),
-    "mask of processes": (
-        lambda z, m: SupConLoss(process_group="world")(z, mask=m),
-        "mask: expected None with process_group",
-    ),
 }
 
 

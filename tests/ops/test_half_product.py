@@ -307,10 +307,10 @@ def run_inside(function, *arguments):
 @pytest.mark.usefixtures("tensor_cores")
 def test_a_pair_takes_no_more_bytes_than_blocks_are_sized_for(dtype, monkeypatch):
     monkeypatch.setattr(topk, "_largest_of_few", torch.topk)  # as on a GPU, where NumPy is not at hand
-    monkeypatch.setattr(softmax, "kth_largest", lambda x, k: topk._largest(x, k)[0][:, -1])
+    monkeypatch.setattr(softmax, "kth_largest", lambda x, k: topk.largest(x, k)[0][:, -1])
     n, m, d = 64, 5000, 4
     monkeypatch.setattr(blocks, "MAX_ROWS", n)
-    monkeypatch.setattr(blocks, "CPU_ELEMENTS", 2 * n * m)
+    monkeypatch.setattr(blocks, "CPU_ELEMENTS", 8 * n * m)
     q, k, ids = torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype), torch.arange(n) % 3
     of_keys = torch.arange(m) % 3
     scale, bias, vector, none = torch.tensor(2.0), torch.zeros(m), torch.zeros(n), torch.zeros(0)
@@ -332,6 +332,9 @@ def test_a_pair_takes_no_more_bytes_than_blocks_are_sized_for(dtype, monkeypatch
         "swapped": run_inside(swapped_prediction._forward, views, k, torch.zeros(2, m), scale, 2.0) // 2,
         "swapped, backward": run_inside(
             swapped_prediction._backward, views, k, torch.zeros(2, m), scale, vector, 2.0, all_four[:3]
+        ) // 2,
+        "swapped, with the gradient": run_inside(
+            swapped_prediction._sum, views, k, torch.zeros(2, m), scale, 2.0, True
         ) // 2,
     }  # fmt: skip
     # Sums for the keys, and what is as small, aside.

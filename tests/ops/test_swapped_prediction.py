@@ -1,9 +1,12 @@
 """The swapped prediction of all backends against its double sum over views and plans."""
 
+import itertools
+
 import pytest
 import torch
 
 from ccl_fast.ops import sinkhorn, swapped_prediction
+from ccl_fast.ops.transport import swapped_prediction as swapped_module
 from tests.oracles.losses import assert_matches, unit
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
@@ -39,6 +42,38 @@ def evaluate(function, z, centers, potentials, scale=10.0, **options):
 def test_the_definition(size, backend):
     arguments = given(*size)
     assert_matches(evaluate(swapped_prediction, *arguments, backend=backend), evaluate(definition, *arguments))
+
+
+def evaluate_sum(function, z, centers, potentials, **options):
+    """Value and gradients of twice the sum, as operators give it or as the sum of what is given."""
+    wide = torch.promote_types(z.dtype, torch.float32)
+    leaves = [x.detach().requires_grad_() for x in (z, centers, torch.tensor(10.0, dtype=wide))]
+    value = 2 * function(*leaves[:2], potentials, scale=leaves[2], plan_scale=20.0, **options).sum()
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_sum(size, backend):
+    arguments = given(*size)
+    actual = evaluate_sum(swapped_prediction, *arguments, backend=backend, reduction="sum")
+    assert_matches(actual, evaluate_sum(definition, *arguments))
+
+
+@pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 3e-3)))
+def test_dtypes_of_the_sum(dtype, tolerance):
+    z, centers, potentials = given(3, 2, 9, 5, dtype=dtype)
+    actual = evaluate_sum(swapped_prediction, z, centers, potentials, reduction="sum")
+    assert [x.dtype for x in actual] == [torch.float32, dtype, dtype, torch.float32]
+    assert_matches(actual, evaluate_sum(definition, z.double(), centers.double(), potentials), tolerance)
+
+
+def test_a_sum_without_a_gradient_keeps_none():
+    z, centers, potentials = given(2, 2, 9, 5)
+    with torch.no_grad():
+        value = swapped_prediction(z, centers, potentials, scale=10.0, plan_scale=20.0, reduction="sum")
+        found = swapped_module._sum(z, centers, potentials, torch.tensor(10.0), 20.0, False)
+    torch.testing.assert_close(value, definition(z, centers, potentials, 10.0, 20.0).sum())
+    assert [x.numel() for x in found] == [1, 0, 0, 1]
 
 
 @pytest.mark.parametrize("size", SIZES[:3])
@@ -88,8 +123,9 @@ def test_compiles_as_one_graph(compiler):
 def test_second_derivative_raises_and_the_dense_one_does_not():
     z, centers, potentials = given(2, 2, 9, 5)
     z.requires_grad_()
-    for backend in ("blocked", "reference"):
-        loss = swapped_prediction(z, centers, potentials, scale=10.0, plan_scale=20.0, backend=backend)
+    for backend, reduction in itertools.product(("blocked", "reference"), ("none", "sum")):
+        options = {"scale": 10.0, "plan_scale": 20.0, "backend": backend, "reduction": reduction}
+        loss = swapped_prediction(z, centers, potentials, **options)
         (gradient,) = torch.autograd.grad(loss.sum(), z, create_graph=True)
         if backend == "reference":
             gradient.square().sum().backward()

@@ -114,7 +114,7 @@ def mochi(
     """With all mixtures built, [n, s, d], of what `MoCHiLoss.draw` has drawn."""
     q, k, u = (scaled(x, queries, normalize) for x in (queries, keys, queue.detach()))
     order = (q.detach() @ u.T).topk(min(num_hardest, len(u))).indices
-    first, second, other = (u[order.gather(1, x)] for x in (mixing.first, mixing.second, mixing.other))
+    first, second, other = (u[order.gather(1, x.long())] for x in (mixing.first, mixing.second, mixing.other))
     alpha, beta = mixing.alpha[..., None].to(q.dtype), mixing.beta[..., None].to(q.dtype)
     of_two = functional.normalize(alpha * first + (1 - alpha) * second, dim=2)
     of_query = functional.normalize(beta * q.detach()[:, None] + (1 - beta) * other, dim=2)

@@ -11,7 +11,7 @@ import pytest
 import ccl_fast
 
 PACKAGE = Path(ccl_fast.__file__).parent
-COMMON = {"checks", "errors", "files", "version"}
+COMMON = {"checks", "errors", "files", "later", "version"}
 # What each layer may import of the package, besides itself and what is common.
 MAY_IMPORT = {
     "kernels": set(),

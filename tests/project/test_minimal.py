@@ -47,7 +47,7 @@ def test_what_needs_an_extra_says_what_to_install_in_one_line():
 import importlib
 from ccl_fast.models import build_backbone
 for use in (
-    lambda: importlib.import_module("ccl_fast.data"),
+    lambda: importlib.import_module("ccl_fast.data").load_split,
     lambda: importlib.import_module("ccl_fast.evaluation"),
     lambda: importlib.import_module("ccl_fast").train,
     lambda: build_backbone("resnet8", (3, 32, 32)),

@@ -60,7 +60,7 @@ def views_of_steps(run, epochs):
     """What the network was given in every step, [images, 2 views, c, h, w]."""
     views = []
     hook = run.model.encoder.register_forward_pre_hook(lambda _, given: views.append(given[0].unflatten(0, (-1, 2))))
-    run.advance(epochs, name="")
+    run.advance(epochs)
     hook.remove()
     return views
 
@@ -119,7 +119,7 @@ def test_the_loss_gets_the_cluster_ids_of_its_images():
     still = {"augmentation": "none", "learning_rate": 0.0, "recluster_every": 2, "believe": 1}
     run = make_run(images, backbone=backbone, clusters=[7, 5], **still)
     run.loss_fn = Spy()
-    run.advance(2, name="")
+    run.advance(2)
     assert len(calls) == 2 * 5 * 2
     with torch.no_grad():
         embeddings = run.model(images.pixels / 255)
@@ -136,7 +136,7 @@ def test_the_loss_gets_the_cluster_ids_of_its_images():
 def test_the_learning_rate_is_half_a_cosine_over_the_whole_run():
     run, rates = make_run(make_images(16), epochs=4, warmup_epochs=1, learning_rate=0.02), []
     run.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
-    run.advance(4, name="")
+    run.advance(4)
     assert len(rates) == 8
     assert rates[::2] == pytest.approx([0.02, 0.0170710678, 0.01, 0.0029289322])
     assert [first + last for first, last in zip(rates[1:], rates[:0:-1], strict=True)] == pytest.approx([0.02] * 7)
@@ -152,24 +152,24 @@ def test_clusterings_are_counted_from_the_end_of_the_warm_up(monkeypatch):
     def keep():
         states.append((run.step, run.state_dict()))
 
-    run.advance(1, name="", after_epoch=keep)
-    run.advance(6, name="", after_step=keep, after_epoch=keep)
+    run.advance(1, after_epoch=keep)
+    run.advance(6, after_step=keep, after_epoch=keep)
     assert epochs == [1, 3, 5]
     assert [step for step, _ in states] == [2, 3, 4, 4, 5, 6, 6, 7, 8, 8, 9, 10, 10, 11, 12, 12]
     for step, state in states:
         epochs.clear()
         run = make_run(make_images(16), **plan)
         run.load_state_dict(state)
-        run.advance(6, name="")
+        run.advance(6)
         assert epochs == [epoch for epoch in (1, 3, 5) if 2 * epoch >= step]
 
 
 def test_images_that_views_do_not_agree_on_are_not_believed():
     run = make_run(make_images(40), backbone=nn.Sequential(nn.Flatten(), nn.Linear(64, 16)), clusters=[5], epochs=1)
-    run.advance(1, name="")
+    run.advance(1)
     assert run.log["believed"] == (run.pseudo_labels.found[0]["ids"] >= 0).double().mean().item() < 1
     same = make_run(make_images(40), clusters=[5], epochs=1, augmentation="none")
-    same.advance(1, name="")
+    same.advance(1)
     assert same.log["believed"] == 1
 
 
@@ -181,10 +181,10 @@ def test_the_loss_gets_its_instance_weight():
 
 def test_kmeans_starts_from_the_last_centers_also_when_resumed(fits):
     run = make_run(make_images(16), epochs=4, clusters=[3, 2])
-    run.advance(3, name="")
+    run.advance(3)
     again = make_run(make_images(16), epochs=4, clusters=[3, 2])
     again.load_state_dict(run.state_dict())
-    again.advance(4, name="")
+    again.advance(4)
     assert [fit.init for fit in fits[:2]] == ["k-means++"] * 2
     assert [len(fit.centers) for fit in fits] == [3, 2] * 4
     for last, fit in zip(fits, fits[2:], strict=False):
@@ -197,7 +197,7 @@ def test_kmeans_gets_images_as_they_are_through_the_average_in_evaluation_mode(e
     images = make_images(24)
     run = make_run(images, epochs=3, augmentation="digits", learning_rate=0.05, ema=ema)
     model, states = copy.deepcopy(run.model), [copy.deepcopy(run.model.state_dict())]
-    run.advance(3, name="", after_step=lambda: states.append(copy.deepcopy(run.model.state_dict())))
+    run.advance(3, after_step=lambda: states.append(copy.deepcopy(run.model.state_dict())))
     assert len(states) == 10
     assert len(fits) == 3
     for fit, steps in zip(fits, (0, 3, 6), strict=True):
@@ -209,7 +209,7 @@ def test_kmeans_gets_images_as_they_are_through_the_average_in_evaluation_mode(e
 @pytest.mark.parametrize("ema", [None, 0.9, 0.9999])
 def test_the_result_is_the_average_of_the_weights_and_counts_as_the_model_does(ema):
     run, states = make_run(make_images(16), epochs=2, learning_rate=0.05, ema=ema), []
-    run.advance(2, name="", after_step=lambda: states.append(copy.deepcopy(run.model.state_dict())))
+    run.advance(2, after_step=lambda: states.append(copy.deepcopy(run.model.state_dict())))
     assert len(states) == 4
     result, expected = run.result.state_dict(), moving_average(states, ema) if ema else states[-1]
     assert result.keys() == expected.keys()

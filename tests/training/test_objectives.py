@@ -58,7 +58,7 @@ def make_run(objective, precision="32-true", **given):
 
 
 def go(run, epochs=4, **callbacks):
-    run.advance(epochs, name="", **callbacks)
+    run.advance(epochs, **callbacks)
     return run
 
 

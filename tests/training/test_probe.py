@@ -44,7 +44,7 @@ def make_run(images, **given):
 def test_the_accuracies_are_those_of_features_in_evaluation_mode(ema, monkeypatch):
     train_set, test_set = make_images(40, 0), make_images(30, 1)
     run = make_run(train_set, ema=ema)
-    run.advance(2, name="")
+    run.advance(2)
     found, model = Probe(1, train_set, test_set).look(run), run.result
     training = model.training
     with torch.no_grad():
@@ -65,12 +65,12 @@ def test_the_accuracies_are_those_of_features_in_evaluation_mode(ema, monkeypatc
 def test_views_agree_where_they_lie_nearest_to_the_same_center():
     images = make_images(200, 0)
     same = make_run(images, augmentation="none", clusters=[9, 5])
-    same.advance(1, name="")
+    same.advance(1)
     found = Probe(1, images, images).look(same)
     assert (found["view_agreement/9"], found["view_agreement/5"]) == (1, 1)
 
     run = make_run(images, augmentation="digits", clusters=[9])
-    run.advance(1, name="")
+    run.advance(1)
     centers, seen = run.pseudo_labels.found[0]["centers"], []
     hook = run.model.head.register_forward_hook(lambda _, __, out: seen.append(out.clone()))
     found = Probe(1, images, images).look(run)
@@ -93,11 +93,11 @@ def test_without_clusters_there_is_no_agreement_of_views_and_without_classes_no_
 def test_a_look_changes_nothing():
     images = make_images(40, 0)
     run, looked_at = (make_run(images, epochs=4, warmup_epochs=1, ema=0.9) for _ in range(2))
-    run.advance(4, name="")
+    run.advance(4)
     probe = Probe(1, images, images)
     state = torch.get_rng_state()
     looks = []
-    looked_at.advance(4, name="", after_step=lambda: looks.append(probe.look(looked_at)))
+    looked_at.advance(4, after_step=lambda: looks.append(probe.look(looked_at)))
     assert torch.get_rng_state().equal(state)
     assert len(looks) == 20 and looks[4].keys() < looks[5].keys()
     for ours, theirs in zip(looked_at.model.state_dict().values(), run.model.state_dict().values(), strict=True):

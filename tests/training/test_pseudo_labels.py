@@ -59,6 +59,7 @@ def test_the_log_counts_sizes_changes_and_agreement():
         "largest_cluster": 20,
         "nmi": pytest.approx(1),
         "accuracy": 1,
+        "purity": 1,
         "same_class": 1,
     }
     assert labels.update(x, None) == {"smallest_cluster": 20, "largest_cluster": 20, "changed_labels": 0}
@@ -163,6 +164,7 @@ def test_cluster_quality_against_scikit_learn_and_by_hand():
         ids, classes = (torch.randint(m, (200,), generator=generator) for m in (k, n_classes))
         found = cluster_quality(ids, classes)
         assert found["nmi"] == pytest.approx(metrics.normalized_mutual_info_score(classes, ids), abs=1e-5)
+        assert found["purity"] == metrics.cluster.contingency_matrix(classes, ids).max(0).sum() / 200
         mates = (ids[:, None] == ids) & ~torch.eye(200, dtype=torch.bool)
         same = (mates & (classes[:, None] == classes)).sum(1) / mates.sum(1)
         assert found["same_class"] == pytest.approx(same[mates.any(1)].mean().item())
@@ -171,9 +173,11 @@ def test_cluster_quality_against_scikit_learn_and_by_hand():
     # Two clusters of class 0: only one of them may stand for it.
     found = cluster_quality(torch.tensor([0, 0, 1, 2, 2]), torch.tensor([0, 0, 0, 1, 1]))
     assert found["accuracy"] == pytest.approx(4 / 5)
+    assert found["purity"] == 1
     assert found["same_class"] == 1
     found = cluster_quality(torch.tensor([0, 0, 0, 1]), torch.tensor([5, 5, 6, 6]))
     assert found["same_class"] == pytest.approx((1 / 2 + 1 / 2 + 0) / 3)
+    assert found["purity"] == pytest.approx(3 / 4)
     assert cluster_quality(torch.arange(3), torch.zeros(3))["same_class"] == 1  # nobody has mates
 
 

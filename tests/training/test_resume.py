@@ -3,6 +3,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from ccl_fast.errors import ArgumentError
 from ccl_fast.training import checkpoint
 from ccl_fast.training.checkpoint import CheckpointError
 from ccl_fast.training.interruption import Interruption
+from ccl_fast.training.loop import Run
 from tests.data.noise import Noise
 
 pytestmark = pytest.mark.xdist_group("test_resume")  # one process has the runs that all tests share
@@ -86,9 +88,27 @@ def test_killed_in_the_middle_of_an_epoch(tmp_path, whole, epoch):
     assert_same_end(folder, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_asked_to_stop_it_saves_and_goes_on(tmp_path, whole, monkeypatch, capsys):
+    folder, arguments = tmp_path / "run", [f"--output={tmp_path / 'run'}", *OPTIONS]
+
+    def step(run, *batch, original=Run._step):
+        if run.step == 6:  # in the middle of the second epoch
+            signal.raise_signal(signal.SIGTERM)
+        return original(run, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_step", step)
+        assert main(["train", *arguments]) == 128 + signal.SIGTERM
+    assert f"stopped by SIGTERM; saved to {folder}" in capsys.readouterr().err
+    assert checkpoint.load(folder / "checkpoints")["run"]["step"] == 7
+    assert main(["train", *arguments, "--resume"]) == 0
+    assert_same_end(folder, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_says_how_to_go_on_and_exits_with_the_signals_code(tmp_path, whole, number):
-    folder = tmp_path / "run"
+    folder = tmp_path / "my run's"
     process = start(folder)
     wait_for_epoch(folder, 1, process)
     process.send_signal(number)
@@ -97,7 +117,9 @@ def test_asked_to_stop_it_saves_says_how_to_go_on_and_exits_with_the_signals_cod
     assert f"stopped by {number.name}; saved to {folder}" in error
     assert "Traceback" not in error
     assert checkpoint.load(folder / "checkpoints")["run"]["step"] > 4
-    assert main(["train", f"--output={folder}", *OPTIONS, "--resume"]) == 0
+    program, *advised = shlex.split(error.splitlines()[-1])  # as it can be pasted
+    assert program == "ccl-fast"
+    assert main(advised) == 0
     assert_same_end(folder, whole)
 
 
@@ -133,14 +155,18 @@ def test_a_checkpoint_of_something_else_is_named(tmp_path, whole):
         train(folder, **TINY, resume=True)
 
 
-def test_only_the_same_run_can_be_resumed(whole, tmp_path, capsys):
+def test_only_the_same_run_can_be_resumed(whole, tmp_path, capsys, monkeypatch):
     with pytest.raises(ArgumentError, match=r"^clusters: expected 4, as the run to resume has it .*, got 5"):
         train(str(whole), **TINY | {"clusters": 5}, resume=True)
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         train(str(tmp_path / "nothing"), **TINY, resume=True)
     assert not (tmp_path / "nothing").exists()
+    monkeypatch.chdir(tmp_path)
     assert main(["train", *OPTIONS, "--resume"]) == 2
-    assert "output: expected the folder of the run to resume" in capsys.readouterr().err
+    assert "there is nothing to resume in runs" in capsys.readouterr().err
+    assert main(["train", f"--output={whole}", "--resume", "--epochs=9"]) == 2
+    assert "epochs: expected 4, as the run to resume has it" in (said := capsys.readouterr().err)
+    assert "half a cosine that ends at 0" in said
     assert main(["train", f"--output={whole}", *OPTIONS, "--resume", "--overwrite"]) == 2
     assert "overwrite: expected False when resuming" in capsys.readouterr().err
 

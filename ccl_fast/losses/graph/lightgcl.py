@@ -43,6 +43,10 @@ class LightGCLLoss(Loss):
             in the authors' code: unit vectors at T = 0.2 are within. None: they are not.
         learnable_temperature, normalize, reduction, backend: as in `Loss`. (It runs on one process.)
 
+    Cost:
+        operators: rectangular LSE.
+        units: 4 of B x N x D.
+
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
 

@@ -43,6 +43,10 @@ class SCGCLoss(Loss):
         self_term: j = i is in both sums, as in the authors' code.
         learnable_temperature, normalize, reduction, backend: as in `Loss`. (It runs on one process.)
 
+    Cost:
+        operators: LSE; `edge_similarity`.
+        units: 2 of N x N x D, and E x D for E entries.
+
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
 

@@ -30,6 +30,8 @@ BLOCK, LARGE_BLOCK, LARGE = 512, 1024, 4096
 LARGE_GROUP, FEW_GROUPS = 128, 4
 # Pairs of one id that a row has in the mean, up to which they are listed: a mask of the whole tile costs more.
 LISTED_PAIRS = 4
+# The same of positives in a tile, of which else a rectangle for each id is added to.
+LISTED_POSITIVES = 32
 LOG2E = 1.4426950408889634
 
 Pair = tuple[Tensor, Tensor]  # over the same id, over the others
@@ -277,9 +279,14 @@ class _ShiftedSums:
 
 
 def backward(
-    q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs, dtype=None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """``dtype``: of the gradients of q and k; that of q if not named."""
+    q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs,
+    dtype=None, positives=None, single=None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """``dtype``: of the gradients of q and k; that of q if not named.
+
+    ``positives``: gradients of a further number of each row, the sum of its logits with the keys of its id, which is
+    not among the log-sum-exp's where a row is ``single``.
+    """
     problem = _Problem(q, k, scale, key_bias, q_ids, k_ids, same.numel() > 0, other.numel() > 0, bounded)
     anchors = (same, other, grad_same, grad_other)
     need_q, need_k, need_scale, need_bias = needs
@@ -290,6 +297,7 @@ def backward(
         need_q or need_scale,
         need_k and not problem.is_self,
         need_bias,
+        None if positives is None else _Positives(problem, positives, positives if problem.is_self else None, single),
     )
     grad_q = grad_scale = None
     if to_q is not None and need_scale:
@@ -301,6 +309,18 @@ def backward(
     grad_k = None if to_k is None else _from_sorted(to_k.mul_(scale), problem.order_k).to(dtype)
     grad_bias = None if to_bias is None else _from_sorted(to_bias, problem.order_k)
     return grad_q, grad_k, grad_scale, grad_bias
+
+
+def positives_backward(
+    q, k, scale, ids, k_ids, single, same, other, bounded, grad_same, grad_other, grad_positives, needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of `contrast_with_positives`: a weight and what a positive takes from it are one number before any product."""
+    if same.numel():
+        single = None
+    else:  # one sum over all, from which a single positive is left out
+        same, grad_same = other, grad_other
+    sums = (same, other, bounded, grad_same, grad_other)
+    return backward(q, k, scale, None, ids, k_ids, *sums, [*needs, False], None, grad_positives, single)[:3]
 
 
 def mutual_gradients(
@@ -323,24 +343,101 @@ def mutual_gradients(
     return grad_q, grad_k, to_scale
 
 
-def mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k) -> tuple[Tensor, Tensor]:
+def mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k, positives=None) -> tuple[Tensor, Tensor]:
     """Of two blocks of rows that are anchors of each other: gradients of q, and of half the scale.
 
     That of q is from its own sums and from those of k, in accumulation precision; of the products' share of the
     gradient of the scale it is half: the other half is k's.
 
     ``of_q``, ``of_k``: (same, other, grad_same, grad_other), with the log-sum-exps over all blocks.
+    ``positives``: those of `backward`, of q and of k.
     """
     wanted = of_q[0].numel() > 0, of_q[1].numel() > 0
     problem = _Problem(q, k, scale, None, q_ids, k_ids, *wanted, bounded_on_cpu(q, k, scale, None), mutual=True)
-    to_q, _, _ = _weighted_sums(problem, of_q, of_k, True, False, False)
+    more = None if positives is None else _Positives(problem, *positives)
+    to_q, _, _ = _weighted_sums(problem, of_q, of_k, True, False, False, more)
     assert to_q is not None
     to_scale = row_dot(to_q, problem.q).sum() / 2
     return _from_sorted(to_q.mul_(scale), problem.order_q), to_scale
 
 
+class _Positives:
+    """What is added to the weights of pairs of one id: their sum and a positive's weight nearly cancel.
+
+    Two products, whose difference is taken later, would leave the rounding of both. Where rows are sorted by id, pairs
+    of one id are rectangles of a tile, which need no mask.
+
+    Args:
+        of_rows: [n], added to a row's weights on the keys of its id.
+        of_keys: [m], the same of keys that are anchors too.
+        single: bool [n], rows whose pair has no other weight; the same for both rows of a pair.
+    """
+
+    def __init__(self, problem: _Problem, of_rows: Tensor, of_keys: Tensor | None, single: Tensor | None = None):
+        def ordered(x: Tensor, order: Tensor | None) -> Tensor:
+            return x if order is None else x[order]
+
+        self.problem = problem
+        self.of_rows = ordered(of_rows.to(problem.q.dtype), problem.order_q)
+        self.of_keys = None if of_keys is None else ordered(of_keys.to(problem.q.dtype), problem.order_k)
+        self.single = None if single is None else ordered(single, problem.order_q)
+        if problem.sorted:
+            self.first = torch.searchsorted(problem.k_ids, problem.q_ids)
+            self.last = torch.searchsorted(problem.k_ids, problem.q_ids, right=True)
+
+    def add_to(self, w: Tensor, tile: _Tile) -> None:
+        if tile.relation == "other":
+            return
+        if self.problem.sorted:
+            first, last = (x[tile.rows].clamp(tile.cols.start, tile.cols.stop) for x in (self.first, self.last))
+            self._add_by_ranges(w, tile, first - tile.cols.start, last - tile.cols.start)
+        else:
+            mask = self.problem.same_mask(tile)
+            if self.single is not None:
+                w.masked_fill_(mask & self.single[tile.rows, None], 0.0)
+            more = self.of_rows[tile.rows, None]
+            w += torch.where(mask, more if self.of_keys is None else more + self.of_keys[tile.cols], 0.0)
+        if self.problem.is_self and not tile.mirrored:
+            w.fill_diagonal_(0.0)
+
+    def _add_by_ranges(self, w: Tensor, tile: _Tile, first: Tensor, last: Tensor) -> None:
+        """Of every row the columns of its id: first to last - 1."""
+        count = last - first
+        if self.single is not None:
+            rows, columns = _pairs_of_ranges(first, count * self.single[tile.rows])
+            w.view(-1).index_fill_(0, rows * w.shape[1] + columns, 0.0)
+        of_rows, of_keys = self.of_rows[tile.rows], None if self.of_keys is None else self.of_keys[tile.cols]
+        if int(count.sum()) <= LISTED_POSITIVES * len(count):
+            rows, columns = _pairs_of_ranges(first, count)
+            more = of_rows[rows] if of_keys is None else of_rows[rows] + of_keys[columns]
+            w.view(-1).index_add_(0, rows * w.shape[1] + columns, more)
+            return
+        rectangles, lengths = torch.stack((first, last)).unique_consecutive(dim=1, return_counts=True)
+        row = 0
+        for start, stop, length in zip(*rectangles.tolist(), lengths.tolist(), strict=True):
+            rectangle = w[row : row + length, start:stop]
+            rectangle += of_rows[row : row + length, None]
+            if of_keys is not None:
+                rectangle += of_keys[start:stop]
+            row += length
+
+
+def _pairs_of_ranges(first: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the pairs of every row with ``count`` columns from its first on."""
+    ends = count.cumsum(0)
+    total = int(ends[-1]) if len(ends) else 0
+    rows = torch.arange(len(count), device=count.device).repeat_interleave(count, output_size=total)
+    return rows, torch.arange(total, device=count.device) - (ends - count - first)[rows]
+
+
 def _weighted_sums(
-    problem: _Problem, of_rows, of_keys, need_q: bool, need_k: bool, need_bias: bool
+    problem: _Problem,
+    of_rows,
+    of_keys,
+    need_q: bool,
+    need_k: bool,
+    need_bias: bool,
+    positives: _Positives | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """sum_j W_ij k_j for the rows, sum_i W_ij q_i for the keys and sum_i W_ij for the bias, all in sorted order.
 
@@ -356,6 +453,8 @@ def _weighted_sums(
     to_bias = torch.zeros_like(problem.bias) if need_bias and problem.bias is not None else None
     for tile in problem.tiles():
         w = _weights(problem, tile, rows, keys, to_bias)
+        if positives is not None:
+            positives.add_to(w, tile)
         if to_q is not None:
             to_q[:, tile.rows] += matmul_nt(k_columns[:, tile.cols], w)
         if to_k is not None and (tile.mirrored or not problem.is_self):
@@ -371,9 +470,12 @@ def _anchors(problem: _Problem, of_anchors, order: Tensor | None) -> dict[str, t
 
     Unshifted, C holds exp(-R).
     """
-    *lses, grad_same, grad_other = of_anchors
-    n, anchors = max(map(len, lses)), {}
-    for name, lse, grad in zip(("same", "other"), lses, (grad_same, grad_other), strict=True):
+    same, other, grad_same, grad_other = of_anchors
+    n, anchors = max(len(same), len(other)), {}
+    for name, lse, grad in (("same", same, grad_same), ("other", other, grad_other)):
+        if name == "other" and other is same:  # both kinds are in one sum
+            anchors[name] = anchors["same"]
+            continue
         if lse.numel() == 0:
             anchors[name] = problem.q.new_full((n,), torch.inf), problem.q.new_zeros(n)
             continue
@@ -391,7 +493,8 @@ def _anchors(problem: _Problem, of_anchors, order: Tensor | None) -> dict[str, t
 
 def _weights(problem: _Problem, tile: _Tile, rows: dict, keys: dict | None, to_bias: Tensor | None) -> Tensor:
     """W over the tile: the rows' weights on the keys and, where those are anchors too, theirs on the rows."""
-    mask = problem.same_mask(tile) if tile.relation == "mixed" else None
+    differ = rows["same"] is not rows["other"]
+    mask = problem.same_mask(tile) if differ and tile.relation == "mixed" else None
 
     def spread(anchors: dict, part: int, index: slice, dim: int) -> Tensor:
         """R (part 0) or C (part 1) of the anchors at `index`, of the kind of each pair, along the tile's dim."""

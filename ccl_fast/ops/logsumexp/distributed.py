@@ -20,17 +20,13 @@ from torch.autograd.function import once_differentiable
 
 from ccl_fast.distributed import Exchange, outside_of_graphs
 from ccl_fast.ops.backends import BACKENDS, ContrastBackend, choose_backend
-from ccl_fast.ops.ids import consecutive_ids
+from ccl_fast.ops.ids import consecutive_ids, same_id_count
 from ccl_fast.ops.logsumexp.operator import logaddexp, streaming_logsumexp
-from ccl_fast.ops.logsumexp.reference import logsumexp_by_relation, mutual_by_relation
+from ccl_fast.ops.logsumexp.positives import contrast_with_positives
+from ccl_fast.ops.logsumexp.reference import contrast_by_relation, logsumexp_by_relation, mutual_by_relation
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 from ccl_fast.ops.row_dot import row_dot
-from ccl_fast.ops.same_id_similarity import (
-    mutual_similarity,
-    mutual_similarity_gradient,
-    same_id_similarity,
-    same_id_similarity_gradient,
-)
+from ccl_fast.ops.same_id_similarity import mutual_similarity, same_id_similarity
 
 
 class Wanted(NamedTuple):
@@ -38,7 +34,7 @@ class Wanted(NamedTuple):
 
     same: bool = False  # log-sum-exp over the rows of its id
     other: bool = False  # log-sum-exp over those of other ids; without `same`, `by_id` tells whether only over those
-    similarity: bool = False  # sum of its inner products with the rows of its id, and their number
+    positives: bool = False  # with both: sum of its logits with the rows of its id, and their number
     by_id: bool = False
     partners: bool = False  # rows are two halves, by ids; row i of one and of the other are no candidates of each other
 
@@ -52,7 +48,7 @@ def global_contrast(
     exchange: Exchange,
     backend: ContrastBackend,
 ) -> dict[str, Tensor]:
-    """Compare the rows of this process with those of all: "same", "other", "similarity", "count" as far as wanted.
+    """Compare the rows of this process with those of all: "same", "other", "positives", "count" as far as wanted.
 
     Each is float32 [n] (float64 for float64). The gradient of z holds what the other processes' rows owe to it: it is
     that of the sum, over all processes, of whatever they make of these values. That of the scale is the own rows'
@@ -72,7 +68,11 @@ def _contrast_of_own_rows(
     z: Tensor, ids: Tensor | None, scale: float | Tensor, wanted: Wanted, exchange: Exchange, backend: ContrastBackend
 ) -> dict[str, Tensor]:
     found, options = {}, {"scale": scale, "backend": backend}
-    if wanted.same and wanted.other:
+    if wanted.positives:
+        ids = _given(ids)
+        found["other"], found["same"], found["positives"] = contrast_with_positives(z, ids, by_id=True, **options)
+        found["count"] = same_id_count(ids).to(found["other"].dtype)
+    elif wanted.same and wanted.other:
         both = streaming_logsumexp(z, q_ids=ids, candidates="other_id", return_same=True, **options)
         found["other"], found["same"] = both
     elif wanted.same:
@@ -81,8 +81,6 @@ def _contrast_of_own_rows(
         found["other"] = streaming_logsumexp(z, q_ids=ids, candidates="other_id", **options)
     elif wanted.other:
         found["other"] = streaming_logsumexp(z, **options)
-    if wanted.similarity:
-        found["similarity"], found["count"] = same_id_similarity(z, _given(ids))
     return found
 
 
@@ -120,7 +118,7 @@ def _similarity_by_sums(z: Tensor, ids: Tensor, exchange: Exchange) -> tuple[Ten
 
 def _names(wanted: Wanted) -> list[str]:
     names = [name for name in ("same", "other") if getattr(wanted, name)]
-    return [*names, "similarity", "count"] if wanted.similarity else names
+    return [*names, "positives", "count"] if wanted.positives else names
 
 
 class _GlobalContrast(torch.autograd.Function):
@@ -137,7 +135,7 @@ class _GlobalContrast(torch.autograd.Function):
             bounded = scale.new_zeros((), dtype=torch.bool)
         else:
             same, other, bounded = kernels.forward(z, None, scale, None, _of_kind(ids, wanted), None, *wanted[:2])
-        positives = same_id_similarity(z, _given(ids)) if wanted.similarity else ()
+        positives = _logits_and_counts(same_id_similarity(z, _given(ids)), scale) if wanted.positives else ()
         numbers = _columns(wanted, same, other, *positives)
         others = [rank for rank in range(exchange.group.size) if rank != exchange.group.rank]
         found = {rank: _nothing(exchange.counts[rank], wanted, numbers) for rank in others}
@@ -151,8 +149,9 @@ class _GlobalContrast(torch.autograd.Function):
                 z_here, z_there, scale, _of_kind(ids_here, wanted), _of_kind(ids_there, wanted), *wanted[:2]
             )
             positives = ((), ())
-            if wanted.similarity:
-                positives = mutual_similarity(z_here, _given(ids_here), z_there, _given(ids_there))
+            if wanted.positives:
+                sums = mutual_similarity(z_here, _given(ids_here), z_there, _given(ids_there))
+                positives = [_logits_and_counts(of_rows, scale) for of_rows in sums]
             here, there = (_columns(wanted, *sums, *more) for sums, more in zip(both, positives, strict=True))
             numbers[own] = _merged(wanted, numbers[own], here)
             sizes = [part.stop - part.start for _, part in block.owners]
@@ -165,7 +164,7 @@ class _GlobalContrast(torch.autograd.Function):
         ctx.wanted, ctx.exchange, ctx.kernels = wanted, exchange, kernels
         ctx.save_for_backward(z, scale, ids, numbers, bounded, *rows.keep())
         results = [column.contiguous() for column in numbers.unbind(1)]
-        if wanted.similarity:
+        if wanted.positives:
             ctx.mark_non_differentiable(results[-1])
         return tuple(results)
 
@@ -181,7 +180,7 @@ class _GlobalContrast(torch.autograd.Function):
         wanted, kernels = ctx.wanted, ctx.kernels
         lses = sum(wanted[:2])
         # What the others must know of a row: its log-sum-exps and the gradients of all its numbers.
-        known = torch.stack([*numbers.unbind(1)[:lses], *grads[: lses + wanted.similarity]], 1)
+        known = torch.stack([*numbers.unbind(1)[:lses], *grads[: lses + wanted.positives]], 1)
         visit = ctx.exchange.restored(tuple(kept)).visit(known, half=False)
 
         anchors = _anchors(wanted, known)
@@ -196,10 +195,8 @@ class _GlobalContrast(torch.autograd.Function):
         else:
             grad_z, _, grad_scale, _ = kernels.backward(
                 z, None, scale, None, _of_kind(ids, wanted), None, same, other, bounded, grad_same, grad_other,
-                (True, False, True, False), dtype=known.dtype,
+                (True, False, True, False), dtype=known.dtype, positives=grads[lses] if wanted.positives else None,
             )  # fmt: skip
-        if wanted.similarity:
-            grad_z += same_id_similarity_gradient(z, _given(ids), grads[lses])
         for block in visit:
             z_there, ids_there, known_there = (
                 block.tensors if ids is not None else (block.tensors[0], None, block.tensors[1])
@@ -209,13 +206,10 @@ class _GlobalContrast(torch.autograd.Function):
             grad, to_scale = kernels.mutual_backward(
                 z, z_there, scale, _of_kind(ids, wanted), _of_kind(ids_there, wanted),
                 anchors, _anchors(wanted, known_there),
+                positives=(grads[lses], known_there[:, -1]) if wanted.positives else None,
             )  # fmt: skip
             grad_z += grad
             grad_scale = grad_scale + to_scale
-            if wanted.similarity:
-                grad_z += mutual_similarity_gradient(
-                    z, _given(ids), grads[lses], z_there, _given(ids_there), known_there[:, -1]
-                )
         return grad_z.to(z.dtype), grad_scale, None, None, None, None
 
 
@@ -238,6 +232,11 @@ def _halves(z: Tensor) -> _Halves:
 def _of_kind(ids: Tensor | None, wanted: Wanted) -> Tensor | None:
     """The ids, if they decide what is summed in the log-sum-exps."""
     return ids if wanted.same or wanted.by_id else None
+
+
+def _logits_and_counts(sums: tuple[Tensor, Tensor], scale: Tensor) -> tuple[Tensor, Tensor]:
+    similarity, count = sums
+    return similarity * scale, count
 
 
 def _columns(wanted: Wanted, same: Tensor, other: Tensor, *more: Tensor) -> Tensor:
@@ -274,8 +273,12 @@ def _reference(z: Tensor, ids: Tensor | None, scale: Tensor, wanted: Wanted, exc
         _, other = mutual_by_relation(torch.cat(first_halves), torch.cat(second_halves), scale, samples, samples)
         before = slice(exchange.first // 2, (exchange.first + len(z)) // 2)
         return {"other": torch.cat([half[before] for half in other.chunk(2)])}
-    same, other = logsumexp_by_relation(everyone, None, scale, None, _of_kind(all_ids, wanted), None)
-    found = {"same": same, "other": other}
-    if wanted.similarity:
-        found["similarity"], found["count"] = same_id_similarity(everyone, _given(all_ids))
+    if wanted.positives:
+        all_ids = _given(all_ids)
+        other, same, positives = contrast_by_relation(everyone, None, scale, all_ids, None, None, True)
+        count = same_id_count(all_ids).to(other.dtype)
+        found = {"same": same, "other": other, "positives": positives, "count": count}
+    else:
+        same, other = logsumexp_by_relation(everyone, None, scale, None, _of_kind(all_ids, wanted), None)
+        found = {"same": same, "other": other}
     return {name: exchange.own(found[name]) for name in _names(wanted)}

@@ -19,16 +19,46 @@ def logsumexp_by_relation(
     Without ids every key counts as other, and the first result is -inf. The products are taken in the dtype
     of ``q``, everything after them in float32 (float64 for float64): what a careful dense loss would do.
     """
-    logits = q @ (q if k is None else k).T
-    logits = logits.to(accumulation_dtype(q)) * scale
+    logits, candidates, same = _logits(q, k, scale, key_bias, q_ids, k_ids)
+    return _masked_logsumexp(logits, same), _masked_logsumexp(logits, candidates & ~same)
+
+
+def contrast_by_relation(
+    q: Tensor,
+    k: Tensor | None,
+    scale: Tensor,
+    ids: Tensor,
+    k_ids: Tensor | None,
+    single: Tensor | None,
+    by_id: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition of `contrast_with_positives`."""
+    logits, candidates, same = _logits(q, k, scale, None, ids, k_ids)
+    positives = logits.masked_fill(~same, 0.0).sum(1)
+    if by_id:
+        return _masked_logsumexp(logits, candidates & ~same), _masked_logsumexp(logits, same), positives
+    left_out = torch.zeros_like(same) if single is None else same & single[:, None]
+    return _masked_logsumexp(logits, candidates & ~left_out), logits.new_empty(0), positives
+
+
+def _logits(
+    q: Tensor,
+    k: Tensor | None,
+    scale: Tensor,
+    key_bias: Tensor | None,
+    q_ids: Tensor | None,
+    k_ids: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [n, m], which of them are a row's with another one, and which of those have its id."""
+    logits = (q @ (q if k is None else k).T).to(accumulation_dtype(q)) * scale
     if key_bias is not None:
         logits = logits + key_bias
-    excluded = torch.zeros_like(logits, dtype=torch.bool)
+    candidates = torch.ones_like(logits, dtype=torch.bool)
     if k is None:
-        excluded = torch.eye(q.shape[0], dtype=torch.bool, device=q.device)
+        candidates = ~torch.eye(q.shape[0], dtype=torch.bool, device=q.device)
         k_ids = q_ids
-    same = torch.zeros_like(excluded) if q_ids is None or k_ids is None else q_ids[:, None] == k_ids[None, :]
-    return _masked_logsumexp(logits, same & ~excluded), _masked_logsumexp(logits, ~same & ~excluded)
+    same = torch.zeros_like(candidates) if q_ids is None or k_ids is None else q_ids[:, None] == k_ids[None, :]
+    return logits, candidates, same & candidates
 
 
 def mutual_by_relation(

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ccl_fast.kernels.launch import takes
-from ccl_fast.ops.ids import consecutive_ids
+from ccl_fast.ops.ids import consecutive_ids, ids_of_single_positives
 from ccl_fast.ops.logsumexp.bound import logits_are_bounded
 from ccl_fast.ops.row_dot import row_dot
+from ccl_fast.ops.same_id_similarity import mutual_similarity_gradient, same_id_gradients
 
 # Below this the time is that of the launches: one kernel that is always right beats two and a flag.
 TRIANGLE_MIN_ROWS = 4096
@@ -110,10 +111,43 @@ def _combined(lse: Tensor, sums: Tensor | None, flag: Tensor | None) -> Tensor:
 
 
 def backward(
-    q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs, dtype=None
+    q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs, dtype=None, positives=None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """``dtype``: of the gradients of q and k; that of q if not named."""
-    d, dtype = q.shape[1], dtype or q.dtype
+    """``dtype``: of the gradients of q and k; that of q if not named.
+
+    ``positives``: gradients of a further number of each row, the sum of its logits with the keys of its id.
+    """
+    sums = (same, other, bounded, grad_same, grad_other)
+    grads = _backward(q, k, scale, key_bias, q_ids, k_ids, *sums, needs, dtype or q.dtype)
+    if positives is None:
+        return grads
+    more = same_id_gradients(q, k, q_ids, k_ids, scale, positives, needs)
+    return _sum(grads[0], more[0]), _sum(grads[1], more[1]), _sum(grads[2], more[2]), grads[3]
+
+
+def positives_backward(
+    q, k, scale, ids, k_ids, single, same, other, bounded, grad_same, grad_other, grad_positives, needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of `contrast_with_positives`, by two products: where positives are equal but for some per cent they cancel.
+
+    One would need the ids where most batches do without.
+    """
+    kinds = (ids, k_ids) if same.numel() else ids_of_single_positives(ids, k_ids, single)
+    sums = (same, other, bounded, grad_same, grad_other)
+    grads = _backward(q, k, scale, None, *kinds, *sums, [*needs, False], torch.float32)
+    more = same_id_gradients(q, k, ids, k_ids, scale, grad_positives, needs)
+    to_q, to_k, to_scale = (_sum(*both) for both in zip(grads[:3], more, strict=True))
+    return None if to_q is None else to_q.to(q.dtype), None if to_k is None else to_k.to(q.dtype), to_scale
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return None if a is None or b is None else a + b.to(a.dtype)
+
+
+def _backward(
+    q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs, dtype
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    d = q.shape[1]
     q_ids, k_ids = _int32_ids(q_ids, k_ids)
     gain = _gain(q, grad_same, grad_other)
     q, k = _aligned(q), None if k is None else _aligned(k)
@@ -161,14 +195,23 @@ def mutual_gradients(
     return grad_q, grad_k, to_scale if need_scale else None
 
 
-def mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k) -> tuple[Tensor, Tensor]:
+def mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k, positives=None) -> tuple[Tensor, Tensor]:
     """Of two blocks of rows that are anchors of each other: gradients of q, and of half the scale.
 
     That of q is from its own sums and from those of k, in accumulation precision; of the products' share of the
     gradient of the scale it is half: the other half is k's.
 
     ``of_q``, ``of_k``: (same, other, grad_same, grad_other), with the log-sum-exps over all blocks.
+    ``positives``: those of `backward`, of q and of k.
     """
+    grad, to_scale = _mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k)
+    if positives is None:
+        return grad, to_scale
+    more = mutual_similarity_gradient(q, q_ids, positives[0], k, k_ids, positives[1])
+    return grad + more * scale, to_scale + row_dot(more, q).sum() / 2
+
+
+def _mutual_backward(q, k, scale, q_ids, k_ids, of_q, of_k) -> tuple[Tensor, Tensor]:
     d, wide = q.shape[1], torch.float32
     q_ids, k_ids = _int32_ids(q_ids, k_ids)
     gain = _gain(q, *of_q[2:], *of_k[2:])

@@ -21,10 +21,10 @@ DEVICE_SHARE, MIN_BYTES = 32, 384 << 20
 BYTES_PER_SIMILARITY = 24
 
 
-def block_rows(keys: int, device: torch.device) -> int:
-    """How many rows to compute at a time against so many keys."""
+def block_rows(keys: int, device: torch.device, arrays: int = 1) -> int:
+    """How many rows to compute at a time against so many keys; on a CPU so that several arrays stay in its cache."""
     if device.type == "cpu":
-        return max(MIN_ROWS, min(MAX_ROWS, CPU_ELEMENTS // max(keys, 1)))
+        return max(MIN_ROWS, min(MAX_ROWS, CPU_ELEMENTS // max(arrays * keys, 1)))
     return max(MIN_ROWS, workspace_bytes(device_memory(device)) // (BYTES_PER_SIMILARITY * max(keys, 1)))
 
 

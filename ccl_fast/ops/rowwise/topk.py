@@ -56,7 +56,7 @@ def _op(
         found = min(topk, blocks.k.shape[0])
         values[:, found:], indices[:, found:] = -torch.inf, -1
         for rows in blocks:
-            best, where = _largest(blocks.only_candidates_(blocks.similarities(rows), rows), found)
+            best, where = largest(blocks.only_candidates_(blocks.similarities(rows), rows), found)
             values[rows, :found] = best
             indices[rows, :found] = where.masked_fill_(best == -torch.inf, -1)
         return values, indices
@@ -75,7 +75,7 @@ def _(q, k, q_ids, k_ids, candidates, topk):
     return _empty(q, topk)
 
 
-def _largest(x: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+def largest(x: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """``x.topk(topk)`` along rows: all of them lie in the ``topk`` groups of keys whose best are best."""
     groups = x.shape[1] // GROUP
     if groups < MIN_GROUPS * topk:
@@ -109,4 +109,4 @@ def kth_largest(x: Tensor, k: int) -> Tensor:
     if x.device.type == "cpu":
         place = x.shape[1] - k
         return torch.from_numpy(np.partition(x.numpy(), place, axis=1)[:, place])
-    return _largest(x, k)[0][:, -1]
+    return largest(x, k)[0][:, -1]

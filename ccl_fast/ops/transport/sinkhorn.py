@@ -20,6 +20,8 @@ from ccl_fast.ops.rowwise.blocks import RowBlocks
 # Of logits within it, potentials differ by twice as much at most: their exponentials and all sums of these are normal
 # float32 numbers. Unit vectors are inside for an epsilon of 0.04 and above.
 UNSCALED_LIMIT = 25.0
+# Exponentials that stay from one iteration to the next: 16 MiB in float32. Those of further rows are computed again.
+KEPT_ELEMENTS = 1 << 22
 
 
 @torch.no_grad()
@@ -151,11 +153,13 @@ def _by_products(
 ) -> Tensor:
     """With whole rows of e^s at a time, rows and columns of the plan are scaled by products with vectors."""
     blocks = RowBlocks(z.to(scale.dtype) * (scale * LOG2E), centers.to(scale.dtype))
-    weights = None  # e^v
+    weights, kept = None, []  # e^v; e^s of the first rows
     for _ in range(iterations):
         columns = scale.new_zeros(centers.shape[0])
-        for rows in blocks:
-            e = blocks.similarities(rows).exp2_()
+        for i, rows in enumerate(blocks):
+            e = kept[i] if i < len(kept) else blocks.similarities(rows).exp2_()
+            if i == len(kept) and rows.stop * centers.shape[0] <= KEPT_ELEMENTS:
+                kept.append(e)
             columns += e.sum(0) if weights is None else (e @ weights).reciprocal_() @ e
         weights = mass / over_all(columns)
     assert weights is not None  # an iteration at least

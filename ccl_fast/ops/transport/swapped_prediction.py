@@ -1,18 +1,24 @@
 """Each view's prediction of the other views' assignments to centres, without a matrix of points by centres."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_floating, check_matrix, check_same, check_scale, check_tensor
+from ccl_fast.checks import check_choice, check_floating, check_matrix, check_same, check_scale, check_tensor
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.backends import ContrastBackend, choose_backend
-from ccl_fast.ops.differentiable import Differentiable, GradientOperator
+from ccl_fast.ops.differentiable import USE_REFERENCE, Differentiable, GradientOperator
 from ccl_fast.ops.logsumexp.operator import streaming_logsumexp
 from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, scale_tensor, without_autocast
 from ccl_fast.ops.row_dot import row_dot
 from ccl_fast.ops.rowwise.blocks import block_rows, blocks_of
 from ccl_fast.ops.rowwise.half_product import Weights, columns_of, factor, product
 from ccl_fast.ops.transport.sinkhorn import barycentric_projection
+
+# Arrays of a block that live at once. Each is small: fresh memory of some MiB costs more in page faults than what is
+# computed in it.
+ARRAYS = 4
 
 
 def swapped_prediction(
@@ -22,6 +28,7 @@ def swapped_prediction(
     *,
     scale: float | Tensor,
     plan_scale: float,
+    reduction: Literal["sum", "none"] = "none",
     backend: ContrastBackend = "auto",
 ) -> Tensor:
     r"""Cross-entropies of all views' softmax over centres with the other views' transport plans.
@@ -40,27 +47,30 @@ def swapped_prediction(
         potentials: ``[G, k]``: b of the first G views, as `sinkhorn` returns them for the centres.
         scale: the inverse temperature, a number or a tensor of one element (it may require a gradient).
         plan_scale: that of the plans.
+        reduction: "none", or "sum" over all rows: then "blocked" takes the gradients along with the value, as what
+            comes in is one number, and keeps them, which are as large as ``z`` and ``centers``.
         backend: "auto", "triton" (CUDA: log-sum-exps, and averages by the plan), "blocked" (plain torch: some rows
             against all centres at a time) or "reference" (dense).
 
     Returns:
-        ``[n]`` float32 (float64 for float64 input).
+        ``[n]``, or a scalar, float32 (float64 for float64 input).
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value; the backend cannot run here.
     """
     _check(z, centers, potentials)
+    check_choice("reduction", reduction, ("sum", "none"))
     check_scale("scale", scale)
     check_scale("plan_scale", plan_scale)
     plan_scale = float(plan_scale)
     z, centers = in_autocast_dtype(z), in_autocast_dtype(centers)
     chosen = choose_backend("streaming_logsumexp", backend, z.device, z.dtype)
     scale, potentials = scale_tensor(scale, z), potentials.detach().to(accumulation_dtype(z))
-    if chosen == "reference":
-        return _dense(z, centers, potentials, scale, plan_scale)
-    if chosen == "triton":
-        return _by_logsumexp(z, centers, potentials, scale, plan_scale)
-    return _PREDICTION(z, centers, potentials, scale, plan_scale)
+    operands = z, centers, potentials, scale, plan_scale
+    if chosen == "blocked":
+        return _SUM(*operands, torch.is_grad_enabled())[0] if reduction == "sum" else _PREDICTION(*operands)
+    losses = _dense(*operands) if chosen == "reference" else _by_logsumexp(*operands)
+    return losses.sum() if reduction == "sum" else losses
 
 
 def _dense(z: Tensor, centers: Tensor, potentials: Tensor, scale: Tensor, plan_scale: float) -> Tensor:
@@ -87,41 +97,69 @@ def _times_assigned(x: Tensor, assigned: int) -> Tensor:
     return torch.cat((x[:assigned] * (assigned - 1), x[assigned:] * assigned))
 
 
-# ---- some rows against all centres at a time; one operator forward, one backward, opaque to what traces them ----
+# ---- some rows against all centres at a time; operators forward and backward, opaque to what traces them ----
 
 
-class _Rows:
-    """Scores of the same rows of all views, in accumulation precision, and what is made of them."""
+class _Gradients:
+    """Of z, the centres and the scale, as far as they are wanted, summed up over blocks of rows."""
 
-    def __init__(self, z: Tensor, centers: Tensor, potentials: Tensor, scale: Tensor, plan_scale: float):
-        self.z, self.centers = z, factor(centers)
-        self.potentials, self.scale, self.plan_scale = potentials, scale, plan_scale
-        self.assigned = potentials.shape[0]
-        self.size = block_rows(z.shape[0] * centers.shape[0], z.device)
+    def __init__(self, z: Tensor, centers: Tensor, scale: Tensor, dtype: torch.dtype, needs: list[bool]):
+        self.need_z, self.need_centers, self.need_scale = needs
+        self.scale, self.centers = scale, columns_of(centers)
+        self.to_z = z.new_empty(z.shape if self.need_z else 0, dtype=dtype)
+        self.to_centers = scale.new_zeros(self.centers.shape if self.need_centers else 0)
+        self.to_scale = torch.zeros_like(scale)
 
-    def __iter__(self):
-        return blocks_of(self.z.shape[1], self.size)
+    def add(self, rows: slice, points: Tensor, by_logits: Tensor) -> None:
+        """Of rows of all views, [views * rows, d], with the derivatives by their logits, [views, rows, k]."""
+        w = Weights(by_logits.flatten(0, 1), points.dtype)
+        if self.need_z or self.need_scale:
+            by_z = w.sums_of_keys(self.centers)
+            self.to_scale += row_dot(by_z, points).sum()
+            if self.need_z:
+                to_rows = self.to_z[:, rows]
+                to_rows.copy_(by_z.mul_(self.scale).view_as(to_rows))
+        if self.need_centers:
+            self.to_centers += w.sums_of_queries(columns_of(points))
 
-    def points(self, rows: slice) -> Tensor:
-        """Of all views one after the other, [views * rows, d]."""
-        return factor(self.z[:, rows].flatten(0, 1))
+    def all(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of z and of the centres in a dtype."""
+        to_centers = self.to_centers.T.mul(self.scale).to(dtype).contiguous() if self.need_centers else self.to_centers
+        return self.to_z, to_centers.to(dtype), self.to_scale
 
-    def scores(self, points: Tensor) -> Tensor:
-        return product(points, self.centers).view(self.z.shape[0], -1, self.centers.shape[0])
 
-    def plans(self, x: Tensor) -> Tensor:
-        return torch.add(self.potentials[:, None], x[: self.assigned], alpha=self.plan_scale).softmax(2)
+def _predict(
+    z: Tensor, centers: Tensor, potentials: Tensor, scale: Tensor, plan_scale: float,
+    gradients: _Gradients | None = None, of_losses: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The losses [n], and the gradients of their sum, weighted by ``of_losses`` [n] if there are such."""
+    views, assigned, factors = z.shape[0], potentials.shape[0], factor(centers)
+    losses = scale.new_empty(z.shape[1])
+    for rows in blocks_of(z.shape[1], block_rows(views * centers.shape[0], z.device, ARRAYS)):
+        points = factor(z[:, rows].flatten(0, 1))
+        x = product(points, factors).view(views, -1, centers.shape[0])
+        plans = torch.add(potentials[:, None], x[:assigned], alpha=plan_scale).softmax(2)
+        total = plans.sum(0)
+        others = plans.neg_().add_(total)  # what a global view predicts; the rest predict all plans
+        of_plans = row_dot(others, x[:assigned]).sum(0)
+        if views > assigned:
+            of_plans += row_dot(total, x[assigned:].sum(0))
+        logits = x.mul_(scale)
+        p = logits.softmax(2)
+        # The largest of a softmax is 1 / sum of e^(s - largest s).
+        logsumexp = _times_assigned(logits.amax(2) - p.amax(2).log_(), assigned).sum(0)
+        losses[rows] = logsumexp - scale * of_plans
+        if gradients is None:
+            continue
+        p[:assigned].mul_(assigned - 1).sub_(others)
+        p[assigned:].mul_(assigned).sub_(total)
+        gradients.add(rows, points, p if of_losses is None else p.mul_(of_losses[rows, None]))
+    return losses
 
 
 def _forward(z: Tensor, centers: Tensor, potentials: Tensor, scale: Tensor, plan_scale: float) -> Tensor:
     with without_autocast(z.device):
-        block, result = _Rows(z, centers, potentials, scale, plan_scale), scale.new_empty(z.shape[1])
-        for rows in block:
-            x = block.scores(block.points(rows))
-            logsumexp = _times_assigned((x * scale).logsumexp(2), block.assigned).sum(0)
-            of_others = x.sum(0) - x[: block.assigned]
-            result[rows] = logsumexp - scale * row_dot(block.plans(x), of_others).sum(0)
-        return result
+        return _predict(z, centers, potentials, scale, plan_scale)
 
 
 def _empty(z, centers, potentials, scale, plan_scale):
@@ -137,36 +175,14 @@ def _backward(
     plan_scale: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    need_z, need_centers, need_scale = needs
     with without_autocast(z.device):
-        block = _Rows(z, centers, potentials, scale, plan_scale)
-        of_centers = columns_of(block.centers)
-        grad_z = torch.empty_like(z, memory_format=torch.contiguous_format) if need_z else z.new_empty(0)
-        to_centers, to_scale = scale.new_zeros(of_centers.shape), torch.zeros_like(scale)
-        for rows in block:
-            points = block.points(rows)
-            x = block.scores(points)
-            plans = block.plans(x)
-            # By the logits: p for every plan of another view, less those plans.
-            w = _times_assigned(x.mul_(scale).softmax(2), block.assigned).sub_(plans.sum(0))
-            w[: block.assigned] += plans
-            w = Weights(w.mul_(grad[rows, None]).flatten(0, 1), points.dtype)
-            if need_z or need_scale:
-                by_z = w.sums_of_keys(of_centers)
-                to_scale += row_dot(by_z, points).sum()
-                if need_z:
-                    grad_z[:, rows] = by_z.mul_(scale).view_as(z[:, rows])
-            if need_centers:
-                to_centers += w.sums_of_queries(columns_of(points))
-        grad_centers = to_centers.T.mul(scale).to(centers.dtype).contiguous() if need_centers else z.new_empty(0)
-        return grad_z, grad_centers, to_scale
+        gradients = _Gradients(z, factor(centers), scale, z.dtype, needs)
+        _predict(z, centers, potentials, scale, plan_scale, gradients, grad)
+        return gradients.all(z.dtype)
 
 
 def _empty_gradients(z, centers, potentials, scale, grad, plan_scale, needs):
-    of_z, of_centers = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need else z.new_empty(0)
-        for x, need in zip((z, centers), needs[:2], strict=True)
-    )
+    of_z, of_centers = (z.new_empty(x.shape if need else 0) for x, need in zip((z, centers), needs[:2], strict=True))
     return of_z, of_centers, torch.empty_like(scale)
 
 
@@ -183,13 +199,49 @@ def _gradients(ctx, grad: Tensor):
     return of_z, of_centers, None, of_scale, None
 
 
+def _sum(
+    z: Tensor, centers: Tensor, potentials: Tensor, scale: Tensor, plan_scale: float, differentiate: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum of the losses, and, if it may be differentiated, its gradients in accumulation precision."""
+    with without_autocast(z.device):
+        gradients = _Gradients(z, factor(centers), scale, scale.dtype, [differentiate] * 3)
+        losses = _predict(z, centers, potentials, scale, plan_scale, gradients if differentiate else None)
+        return losses.sum(), *gradients.all(scale.dtype)
+
+
+def _empty_sum(z, centers, potentials, scale, plan_scale, differentiate):
+    shapes = (x.shape if differentiate else 0 for x in (z, centers))
+    return torch.empty_like(scale), *(scale.new_empty(shape) for shape in shapes), torch.empty_like(scale)
+
+
+def _save_gradients(ctx, inputs, output) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    # With what they depend on, so that a second derivative by it is refused.
+    ctx.save_for_backward(*inputs[:2], inputs[3], *output[1:])
+
+
+def _gradients_of_sum(ctx, grad: Tensor, *_of_gradients: None):
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    of_z, of_centers, of_scale = (
+        g if n else None for g, n in zip(_SCALED(*ctx.saved_tensors, grad), needs, strict=True)
+    )
+    return of_z, of_centers, None, of_scale, None, None
+
+
+def _scaled(
+    z: Tensor, centers: Tensor, scale: Tensor, to_z: Tensor, to_centers: Tensor, to_scale: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (to_z * grad).to(z.dtype), (to_centers * grad).to(centers.dtype), to_scale * grad
+
+
 _PREDICTION = Differentiable("swapped_prediction", _forward, _save, _gradients, _empty)
-_GRADIENT = GradientOperator(
-    "swapped_prediction_backward",
-    _backward,
-    _empty_gradients,
-    of="swapped_prediction",
-    instead=' Use backend="reference", which is dense and differentiable any number of times.',
+_SUM = Differentiable("sum_of_swapped_predictions", _sum, _save_gradients, _gradients_of_sum, _empty_sum)
+_GRADIENT, _SCALED = (
+    GradientOperator(f"{name}_backward", function, fake, of="swapped_prediction", instead=USE_REFERENCE)
+    for name, function, fake in (
+        ("swapped_prediction", _backward, _empty_gradients),
+        ("sum_of_swapped_predictions", _scaled, _scaled),
+    )
 )
 
 
