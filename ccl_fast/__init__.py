@@ -1,5 +1,6 @@
 """Cluster-aware contrastive learning: exact losses, linear memory, any batch size."""
 
+import importlib
 from typing import TYPE_CHECKING
 
 from ccl_fast.later import imported_later
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 # Imported when they are used: the commands of ``ccl-fast`` need the packages of ``ccl-fast[train]``, and scikit-learn,
 # from which KMeans derives, takes half as long to import as torch.
+_PARTS = ("clustering", "metrics", "ood")
 _LATER = {"KMeans": "clustering"} | dict.fromkeys(
     ("train", "compare", "evaluate", "load_run", "score", "embed", "export"), "commands"
 )
@@ -20,8 +22,10 @@ __all__ = ["CCLLoss", "InfoNCELoss", "KMeans", "NTXentLoss", "SupConLoss", "__ve
 
 
 def __getattr__(name: str):
+    if name in _PARTS:  # ``ccl_fast.ood.Mahalanobis`` after ``import ccl_fast`` alone
+        return importlib.import_module(f"{__name__}.{name}")
     return imported_later(__name__, _LATER, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *_LATER})
+    return sorted({*__all__, *_LATER, *_PARTS})

@@ -52,10 +52,10 @@ def command() -> int:
     try:
         with packages_of_training():
             from ccl_fast.commands.command_line import main as run_command
+        return run_command()
     except MissingPackages as missing:
         print(f"ccl-fast: {missing}", file=sys.stderr)
         return 1
-    return run_command()
 
 
 if __name__ == "__main__":

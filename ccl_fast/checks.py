@@ -1,7 +1,7 @@
 """Checks of arguments: each error names the argument, what was expected, and what came."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any, Literal, TypeGuard, get_args
 
@@ -98,6 +98,12 @@ def check_ids(name: str, ids, rows: Tensor) -> None:
     check_vector(name, ids, rows.shape[0])
     check_integer(name, ids)
     check_same(name, ids, "the embeddings", rows, dtype=False)
+
+
+def check_sequence(name: str, x, of: str) -> None:
+    """Check that x has members in an order: a list or tuple, or a tensor or array whose rows they are; no text."""
+    if isinstance(x, str | bytes) or not (isinstance(x, Sequence) or getattr(x, "ndim", 0)):
+        raise ArgumentError(f"{name}: expected a sequence of {of}, got {shown(x)}")
 
 
 def check_choice(name: str, value, choices: tuple) -> None:

@@ -23,6 +23,8 @@ ARRAY_DTYPES: Any = [np.float64, np.float32, np.float16]
 def rows_of(X: Any, estimator: BaseEstimator) -> Tensor:
     """Check rows, and return them as [problems, rows, d], detached; those of an array are not copied if C has it so."""
     if isinstance(X, Tensor):
+        if X.layout != torch.strided:
+            raise ArgumentError(f"X: expected dense rows, got {X.layout}: X.to_dense() has them")
         if X.ndim not in (2, 3) or not X.is_floating_point() or X.element_size() < 2:
             expected = "a floating-point tensor [rows, d] or [problems, rows, d]"
             raise ArgumentError(f"X: expected {expected}, got {X.dtype} {list(X.shape)}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args, overload
 
 import numpy as np
 import torch
@@ -14,7 +14,15 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from ccl_fast.checks import check_choice, check_count, check_finite, check_not_negative, check_seed
+from ccl_fast.checks import (
+    check_choice,
+    check_count,
+    check_finite,
+    check_flag,
+    check_not_negative,
+    check_seed,
+    shown,
+)
 from ccl_fast.clustering import empty_clusters
 from ccl_fast.clustering.arrays import is_batched, like, rows_of, tensor_of, weights_of
 from ccl_fast.clustering.data import Data
@@ -36,8 +44,11 @@ if TYPE_CHECKING:
 
 Init = Literal["k-means++", "plain-k-means++", "random"]
 SEEDINGS = {"k-means++": k_means_plus_plus, "plain-k-means++": plain_k_means_plus_plus, "random": random_rows}
-# Starts that n_init="auto" makes, as in scikit-learn: 1 of the others.
+# As scikit-learn passes and calls them: (rows, n_clusters, random_state=a numpy.random.RandomState) -> centres.
+InitFunction = Callable[..., Any]
+# Starts that n_init="auto" makes of random rows and of a function's, as in scikit-learn: 1 of the others.
 RANDOM_STARTS = 10
+Algorithm = Literal["lloyd", "elkan"]
 
 
 class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
@@ -62,9 +73,11 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         init: the starting centres. "k-means++": the greedy one, as in scikit-learn, a pass over the rows for each
             centre; "plain-k-means++": the one of a single candidate for each centre, a pass for many of them, which is
             faster for many clusters and worse where these are well apart; "random" (no row is drawn twice by any of
-            them); or the centres, ``[K, D]`` or ``[B, K, D]`` (a warm start).
-        n_init: number of starts, of which the one with the lowest inertia is kept. "auto": 10 for "random", 1 for
-            others. Given centres are started from once.
+            them); the centres, ``[K, D]`` or ``[B, K, D]`` (a warm start); or a function that is called as
+            ``init(X, n_clusters, random_state=state)`` for each start and returns the centres ``[K, D]``, with the rows
+            ``[N, D]`` as they came (of B problems each in turn) and a ``numpy.random.RandomState``.
+        n_init: number of starts, of which the one with the lowest inertia is kept. "auto": 10 for "random" and for a
+            function, 1 for others. Given centres are started from once.
         max_iter: largest number of Lloyd iterations of one start.
         tol: stop when the centres' squared movement, summed over clusters, is at most ``tol`` times the mean
             variance of the features; 0: when no label changes.
@@ -72,6 +85,8 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         random_state: seed of the private generator, an integer from 0 to 2^63 - 1; or where to draw that from: a
             ``numpy.random.RandomState``, a ``torch.Generator``, or None (NumPy's global state). Unlike scikit-learn's,
             the default gives the same bits every time.
+        copy_x: without effect: rows are never changed.
+        algorithm: "lloyd", or "elkan", which is another way to the same labels in scikit-learn; here both are one.
         metric: "euclidean" or "cosine".
         empty_cluster: how to treat a cluster without rows. "split": it is put beside the centre of the largest
             cluster, and shares its rows from then on; "farthest": it takes over the row farthest from its own centre,
@@ -142,12 +157,14 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         self,
         n_clusters: int = 8,
         *,
-        init: Init | Tensor | ArrayLike = "k-means++",
+        init: Init | Tensor | ArrayLike | InitFunction = "k-means++",
         n_init: int | Literal["auto"] = "auto",
         max_iter: int = 300,
         tol: float = 1e-4,
         verbose: bool | int = False,
         random_state: int | np.random.RandomState | torch.Generator | None = 0,
+        copy_x: bool = True,
+        algorithm: Algorithm = "lloyd",
         metric: Metric = "euclidean",
         empty_cluster: empty_clusters.Policy = "split",
         batch_size: int | None = None,
@@ -162,6 +179,8 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         self.tol = tol
         self.verbose = verbose
         self.random_state = random_state
+        self.copy_x = copy_x
+        self.algorithm: Algorithm = algorithm
         self.metric: Metric = metric
         self.empty_cluster: empty_clusters.Policy = empty_cluster
         self.batch_size = batch_size
@@ -191,7 +210,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
                 vars(self).pop("feature_names_in_", None)  # of an earlier fit
             else:
                 validate_data(self, cast("Any", X), skip_check_array=True)
-            init, seed = self._init(), self._seed()
+            init, seed = self._init(group), self._seed()
         counts = group.check_everywhere(lambda: rows.shape[1], same=lambda: self._description(rows, weights, init))
         if not isinstance(self.random_state, int | np.integer):
             seed = group.gather_int(seed)[0]
@@ -203,7 +222,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         variance = data.variance()  # raises if a row is not finite
         with self._progress(group) as progress:
             best = None
-            for start in self._starts(data, init, seed):
+            for start in self._starts(data, init, seed, X):
                 solution = lloyd(
                     data,
                     start,
@@ -303,22 +322,28 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         for name, value in counts.items():
             check_count(name, value)
         check_not_negative("tol", self.tol)
+        check_flag("copy_x", self.copy_x)
+        check_choice("algorithm", self.algorithm, get_args(Algorithm))
         check_choice("metric", self.metric, METRICS)
         check_choice("empty_cluster", self.empty_cluster, empty_clusters.POLICIES)
         check_backend("kmeans_assign", self.backend)
 
-    def _init(self) -> Init | Tensor:
-        """Return the kind of start, or the centres as a tensor."""
+    def _init(self, group: Group) -> Init | Tensor | InitFunction:
+        """Return the kind of start, the centres as a tensor, or the function that makes them."""
         init: Any = self.init
         if isinstance(init, Tensor) or (isinstance(init, str) and init in SEEDINGS):
             return cast("Init | Tensor", init)
+        if callable(init):
+            if not group.is_null:
+                raise ArgumentError("init: expected a name or centres with process_group, got a function of all rows")
+            return init
         try:
             if isinstance(init, str):
                 raise ValueError
             return tensor_of(np.asarray(init, dtype=np.float64))
         except (TypeError, ValueError):
             names = ", ".join(f'"{name}"' for name in SEEDINGS)
-            raise ArgumentError(f"init: expected {names} or centres, got {init!r}") from None
+            raise ArgumentError(f"init: expected {names}, centres or a function, got {shown(init)}") from None
 
     def _seed(self) -> int:
         """Return the seed of this fit; of a generator a new one each time."""
@@ -330,7 +355,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         check_seed("random_state", state)
         return int(state)
 
-    def _description(self, rows: Tensor, weights: Tensor | None, init: Init | Tensor) -> dict:
+    def _description(self, rows: Tensor, weights: Tensor | None, init: Init | Tensor | InitFunction) -> dict:
         """Describe what must be the same on every process, by name."""
         names = ("n_clusters", "metric", "n_init", "max_iter", "tol", "empty_cluster", "backend")
         state = self.random_state
@@ -386,16 +411,30 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         data = self._data(rows, self._weights(sample_weight, X, rows))
         return data, (centers if centers.ndim == 3 else centers[None]).to(device=data.device, dtype=data.dtype)
 
-    def _starts(self, data: Data, init: Init | Tensor, seed: int) -> Iterator[Tensor]:
+    def _starts(self, data: Data, init: Init | Tensor | InitFunction, seed: int, X: Any) -> Iterator[Tensor]:
         if isinstance(init, Tensor):
             yield self._given_centers(data, init)
             return
-        generators = [torch.Generator().manual_seed(seed) for _ in range(data.problems)]
         starts = self.n_init
         if starts == "auto":
-            starts = RANDOM_STARTS if init == "random" else 1
+            starts = RANDOM_STARTS if init == "random" or callable(init) else 1
+        if callable(init):
+            state = np.random.RandomState(seed % 2**32)
+            for _ in range(starts):
+                yield self._given_centers(data, self._made_centers(init, X, state))
+            return
+        generators = [torch.Generator().manual_seed(seed) for _ in range(data.problems)]
         for _ in range(starts):
             yield SEEDINGS[init](data, self.n_clusters, generators)
+
+    def _made_centers(self, init: InitFunction, X: Any, state: np.random.RandomState) -> Tensor:
+        rows = X if hasattr(X, "ndim") else np.asarray(X)  # a list
+        made = [init(x, self.n_clusters, random_state=state) for x in (rows if is_batched(rows) else [rows])]
+        try:
+            made = [x if isinstance(x, Tensor) else tensor_of(np.asarray(x, dtype=np.float64)) for x in made]
+            return torch.stack(made) if is_batched(rows) else made[0]
+        except (TypeError, ValueError, RuntimeError):
+            raise ArgumentError(f"init: expected a function that returns centres, got {shown(made[0])}") from None
 
     def _given_centers(self, data: Data, init: Tensor) -> Tensor:
         expected = (data.problems, self.n_clusters, data.d)

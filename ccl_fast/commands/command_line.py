@@ -6,10 +6,10 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+from ccl_fast import commands
 from ccl_fast.commands.arguments import check_known, close, prepared, told
 from ccl_fast.commands.options import make_parser, options_of
 from ccl_fast.commands.output import lasting_output
@@ -21,42 +21,33 @@ from ccl_fast.version import __version__
 
 
 class Command(NamedTuple):
-    """A command, whose module is imported when it runs: that takes seconds, and its help need not wait for it.
+    """A command, a function of `ccl_fast.commands` that is imported when it runs: its help need not wait for that.
 
     Attributes:
-        module: of `ccl_fast.commands`, with a function of the command's name.
         summary: a sentence on it.
         options: what has its options as arguments, if that is not the function; it is quick to import.
     """
 
-    module: str
     summary: str
     options: Callable | None = None
 
 
 COMMANDS = {
     "train": Command(
-        "train_models",
         "Train on images without their labels, and tell images of other kinds from them.",
         Config,
     ),
     "compare": Command(
-        "compare_objectives",
         "Train SimCLR and an objective on the same budget with several seeds, and tell what the objective gains.",
     ),
-    "evaluate": Command(
-        "evaluate_run", "Evaluate a trained run on OOD sets: a table, evaluation.json and evaluation.html."
-    ),
+    "evaluate": Command("Evaluate a trained run on OOD sets: a table, evaluation.json and evaluation.html."),
     "score": Command(
-        "score_images",
         "Write an outlier score for every image of files and folders into a CSV or JSON file, most outlying first.",
     ),
     "embed": Command(
-        "embed_images",
         "Write what a trained model makes of every image of files and folders: features, embedding, cluster, score.",
     ),
     "export": Command(
-        "export_model",
         "Write a trained model as one file that needs ccl_fast no more: torch.export's (.pt2) or ONNX (.onnx).",
     ),
 }
@@ -95,9 +86,9 @@ def _overview() -> str:
     """Return what the commands are."""
     parser = argparse.ArgumentParser("ccl-fast", description="Cluster-aware contrastive learning.", allow_abbrev=False)
     parser.add_argument("--version", action="version", help="print the version")
-    commands = parser.add_subparsers(metavar="command", title="commands (ccl-fast train --help lists its options)")
+    overview = parser.add_subparsers(metavar="command", title="commands (ccl-fast train --help lists its options)")
     for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.summary)
+        overview.add_parser(name, help=command.summary)
     return parser.format_help().rstrip()
 
 
@@ -137,7 +128,7 @@ def _resumed(name: str, output: str | Path | None, arguments: list[str]) -> list
 
 
 def _function(name: str) -> Callable:
-    return getattr(import_module(f"ccl_fast.commands.{COMMANDS[name].module}"), name)
+    return getattr(commands, name)
 
 
 def _call(name: str, options: dict) -> int:

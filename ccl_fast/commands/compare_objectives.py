@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from ccl_fast.checks import is_integer
 from ccl_fast.commands.options import SET_BY_COMPARE
 from ccl_fast.commands.run_folder import (
     RESUMED,
@@ -76,7 +77,8 @@ def compare(
     with held(folder):
         if overwrite:  # all at once: a comparison that is stopped and resumed takes no result of an earlier one
             _clear_all(folder, seeds)
-        _write_arguments(folder, seeds, warmup_from, options)
+        if not (folder / ARGUMENTS).exists():
+            _write_arguments(folder, seeds, warmup_from, options)
         with _told_how_to_go_on(folder):
             reports = [
                 _report_of_seed(folder / f"seed{seed}", seed, origins[seed], options, resume=resume) for seed in seeds
@@ -173,7 +175,9 @@ def _finished(path: Path, options: dict) -> dict:
     parts = ("arguments", "environment", "images", "titles", "results")
     if not isinstance(report, dict) or not all(isinstance(report.get(part), dict) for part in parts):
         raise ArgumentError(f"output: expected the report of a run in {path}, got one without {' or '.join(parts)}")
-    given = Config(**options).fitted(report["images"]["train"])
+    if not is_integer(n := report["images"].get("train")):
+        raise ArgumentError(f"output: expected the report of a run in {path}, got one without a number of images")
+    given = Config(**options).fitted(n)
     for name, value in fixed_on_resume(given.plain()).items():
         if name not in report["arguments"]:
             raise ArgumentError(f"output: expected a comparison of this version of ccl_fast, got one without {name}")

@@ -29,7 +29,7 @@ def embed(
     objective: str | None = None,
     detector: str = DEFAULT,
     backbone: str | nn.Module | None = None,
-    workers: int = 0,
+    workers: int | None = None,
     device: str = "auto",
     strict: bool = False,
     overwrite: bool = False,
@@ -49,7 +49,7 @@ def embed(
         objective: whose model; by default the run's objective, not the baseline.
         detector: whose scores, as in the run's report; clusters are those of its features.
         backbone: the module that the run was trained with, if it was one (Python only).
-        workers: processes that read images.
+        workers: processes that read images; by default as for ``train``.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         strict: stop at an unreadable image; by default they are skipped and counted.
         overwrite: replace the output files.

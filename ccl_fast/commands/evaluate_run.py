@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 from torch.utils.data import Dataset
 
+from ccl_fast.commands.environment import describe_device
 from ccl_fast.commands.image_sets import load_image_sets
 from ccl_fast.commands.judgement import judge, write_run_report
 from ccl_fast.commands.report import describe, write_report
@@ -16,6 +17,7 @@ from ccl_fast.commands.run_folder import EVALUATION, held
 from ccl_fast.commands.trained_run import TrainedRun
 from ccl_fast.errors import ArgumentError
 from ccl_fast.training.launch import check_alone, find_device
+from ccl_fast.training.telling import say
 
 
 def evaluate(
@@ -27,7 +29,7 @@ def evaluate(
     data: str | Path | Dataset | tuple[Dataset, Dataset] | None = None,
     data_root: str | Path | None = None,
     backbone: str | nn.Module | None = None,
-    workers: int = 0,
+    workers: int | None = None,
     device: str = "auto",
     download: bool = False,
     strict: bool = False,
@@ -52,7 +54,7 @@ def evaluate(
         data: where the run's images are now; by default where they were.
         data_root: folder of torchvision's data sets; by default that of the run.
         backbone: the module that the run was trained with, if it was one (Python only).
-        workers: processes that read images.
+        workers: processes that read images; by default as in the run.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         download: let torchvision download a data set that is not there.
         strict: stop at an unreadable image of a folder; by default they are skipped and counted.
@@ -90,6 +92,7 @@ def evaluate(
         raise ArgumentError(f"output: expected a folder, got the file {str(folder)!r}")
     if (folder / f"{EVALUATION}.json").exists() and not overwrite:
         raise FileExistsError(f"output: expected a folder without an evaluation, or overwrite, got {str(folder)!r}")
+    say(f"on {describe_device(where)}; reading {trained.config.plain()['data']}")
     sets = load_image_sets(trained.config).to(where)
     evaluations = judge(trained, sets, where)
     report = describe(trained.config.plain(), sets, evaluations, where)

@@ -21,7 +21,7 @@ from ccl_fast.data.pixels import fit, to_pixels
 from ccl_fast.data.reading import read
 from ccl_fast.data.source import ITEMS, Source, reason
 from ccl_fast.errors import ArgumentError
-from ccl_fast.evaluation import ACCEPTED, DEFAULT, FittedDetectors, make_detectors
+from ccl_fast.evaluation import DEFAULT, FittedDetectors, make_detectors
 from ccl_fast.models import embedded_batches
 from ccl_fast.ood.detector import FeatureDetector
 from ccl_fast.training.launch import find_device
@@ -92,7 +92,7 @@ class Predictor:
         """
         return self._fitted.detectors[self.detector_name]
 
-    def threshold(self, accept: float = ACCEPTED) -> float:
+    def threshold(self, accept: float = 0.95) -> float:
         """Return the least score that accepts a share of the run's test images: an image above it is an outlier.
 
         Args:
@@ -169,7 +169,7 @@ class Predictor:
         return export_model(self.model, self.shape, path, input, overwrite=overwrite)
 
     def load_folder(
-        self, path: str | Path | Sequence[str | Path], *, strict: bool = False, workers: int = 0
+        self, path: str | Path | Sequence[str | Path], *, strict: bool = False, workers: int | None = 0
     ) -> tuple[Images, list[Path]]:
         """Read the images of files and folders as the model takes them; see `ccl_fast.data.load_folder`."""
         limits = {"strict": strict, "workers": workers, "max_pixels": self._run.config.max_pixels}

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 
 import torch
 
+from ccl_fast.commands.environment import describe_environment
 from ccl_fast.commands.image_sets import ImageSets
+from ccl_fast.commands.reproduction import command_line, resolved
 from ccl_fast.evaluation import (
     CONFIDENCE,
     DEFAULT,
     GROUPS,
     RESAMPLES,
     Evaluation,
+    describe_thresholds,
     difference_intervals,
     metric_intervals,
     write_page,
@@ -27,7 +27,6 @@ from ccl_fast.files import write_atomically
 from ccl_fast.metrics import cluster_quality
 from ccl_fast.training.objectives import OBJECTIVES
 from ccl_fast.training.telling import say
-from ccl_fast.version import __version__
 
 
 def describe(arguments: dict, sets: ImageSets, evaluations: Mapping[str, Evaluation], device: torch.device) -> dict:
@@ -43,6 +42,7 @@ def describe(arguments: dict, sets: ImageSets, evaluations: Mapping[str, Evaluat
     classes = sets.train.classes
     report = {
         "arguments": arguments,
+        "resolved": resolved(arguments, sets, device),
         "images": {
             "train": len(sets.train),
             "test": len(sets.test),
@@ -58,6 +58,7 @@ def describe(arguments: dict, sets: ImageSets, evaluations: Mapping[str, Evaluat
             objective: metric_intervals(evaluation.resampled) for objective, evaluation in evaluations.items()
         },
     }
+    report["thresholds"] = {o: describe_thresholds(of.scores, list(sets.ood)) for o, of in evaluations.items()}
     notes = {objective: evaluation.notes for objective, evaluation in evaluations.items() if evaluation.notes}
     if notes:
         report["notes"] = notes
@@ -66,23 +67,12 @@ def describe(arguments: dict, sets: ImageSets, evaluations: Mapping[str, Evaluat
     if classes is not None:
         report["classes"] = len(classes.unique())
         report["clustering"] = {m: cluster_quality(j.cluster_ids, classes) for m, j in evaluations.items()}
+    if (command := command_line(arguments)) is not None:
+        report["command"] = command
     if all(evaluation.knn for evaluation in evaluations.values()):  # classes are known
         report["knn"] = {objective: evaluation.knn for objective, evaluation in evaluations.items()}
         report["linear"] = {objective: evaluation.linear for objective, evaluation in evaluations.items()}
-    return report | {
-        "environment": {
-            "ccl_fast": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "device": describe_device(device),
-            "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        }
-    }
-
-
-def describe_device(device: torch.device) -> str:
-    """Return a device's name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {os.cpu_count()} cores"
+    return report | {"environment": describe_environment(device)}
 
 
 def describe_images(numbers: Mapping[str, int], near: Sequence[str], far: Sequence[str]) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import nn
 
 from ccl_fast.checks import check_share
+from ccl_fast.commands.environment import describe_device
 from ccl_fast.commands.predictor import load_run, together
-from ccl_fast.commands.report import describe_device
 from ccl_fast.commands.run_folder import check_output
 from ccl_fast.commands.score_table import write_scores
 from ccl_fast.evaluation import DEFAULT
@@ -25,7 +25,7 @@ def score(
     detector: str = DEFAULT,
     accept: float = 0.95,
     backbone: str | nn.Module | None = None,
-    workers: int = 0,
+    workers: int | None = None,
     device: str = "auto",
     strict: bool = False,
     overwrite: bool = False,
@@ -35,8 +35,8 @@ def score(
     The detector is the run's, fitted when the run was judged: the training images are not needed. Columns: ``image``,
     its path; ``score``, higher = more outlying; ``outlier``, 1 if the score is above the threshold, the least score
     that accepts 95 % (``accept``) of the run's test images; ``cluster``, the nearest of the clusters of the training
-    images; ``threshold``. A file whose name ends with .json has run, objective, detector, ``accept`` and ``threshold`` once,
-    and a list of images.
+    images; ``threshold``. A file whose name ends with .json has run, objective, detector, ``accept`` and ``threshold``
+    once, and a list of images.
 
     Args:
         run: folder of a finished run of ``train``.
@@ -47,7 +47,7 @@ def score(
         detector: features and detector, as in the run's report.
         accept: share of the run's test images that are no outliers, above 0 and at most 1.
         backbone: the module that the run was trained with, if it was one (Python only).
-        workers: processes that read images.
+        workers: processes that read images; by default as for ``train``.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         strict: stop at an unreadable image; by default they are skipped and counted.
         overwrite: replace the output file.

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 import yaml
 
+from ccl_fast.commands.environment import describe_device
 from ccl_fast.commands.image_sets import ImageSets, load_image_sets, read_split
 from ccl_fast.commands.judgement import write_run_report
-from ccl_fast.commands.report import describe_device, describe_images, measures
+from ccl_fast.commands.report import describe_images, measures
 from ccl_fast.commands.run_folder import CONFIG, REPORT, RunFolder, clear, command_to_go_on, resumed_folder
 from ccl_fast.commands.tensor_files import check_writable
 from ccl_fast.commands.trained_run import TrainedRun

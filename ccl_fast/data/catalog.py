@@ -92,6 +92,8 @@ def open_by_name(
 
 
 class _NamedSource(Source):
+    can_be_shared = True
+
     def __getitem__(self, i: int) -> tuple[Tensor, int | None]:
         with pillow_silenced():
             return super().__getitem__(i)

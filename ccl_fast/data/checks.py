@@ -10,10 +10,13 @@ from ccl_fast.checks import check_count, check_flag, check_number
 from ccl_fast.errors import ArgumentError
 
 
-def check_loading(*, seed: int, workers: int, memory: float, limit: int | None, strict: bool, download: bool) -> None:
+def check_loading(
+    *, seed: int, workers: int | None, memory: float, limit: int | None, strict: bool, download: bool
+) -> None:
     """Raises ArgumentError."""
     check_count("seed", seed, least=0)
-    check_count("workers", workers, least=0)
+    if workers is not None:
+        check_count("workers", workers, least=0)
     if limit is not None:
         check_count("limit", limit)
     check_number("memory", memory, "a number of GiB >= 0", lambda x: 0 <= x < math.inf)

@@ -39,7 +39,7 @@ def load_folder(
     *,
     argument: str = "images",
     strict: bool = False,
-    workers: int = 0,
+    workers: int | None = 0,
     memory: float = 4.0,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[Images, list[Path]]:
@@ -55,7 +55,7 @@ def load_folder(
         shape: (1 or 3, h, w).
         argument: how errors, and the line on stderr, call the folder.
         strict: a file that cannot be read is an error; of images on demand, when it is used.
-        workers: processes that read; 0: this one does.
+        workers: processes that read; 0: this one does; None: as `load_split` says.
         memory: GiB that the decoded images may take; if they take more, they are read on demand.
         max_pixels: a file of more pixels than that counts as one that cannot be read: a small file can hold gigabytes.
 
@@ -71,7 +71,7 @@ def load_folder(
     check_loading(seed=0, workers=workers, memory=memory, limit=None, strict=strict, download=False)
     check_count("max_pixels", max_pixels)
     check_shape("shape", shape)
-    reading: Any = {"strict": strict, "workers": workers, "max_pixels": max_pixels}
+    reading: Any = {"strict": strict, "workers": workers or 0, "max_pixels": max_pixels}
     several = [path] if isinstance(path, str | Path) else list(path)
     place = ", ".join(map(str, several))
     if len(several) == 1 and not Path(os.path.expanduser(several[0])).is_file():
@@ -126,7 +126,13 @@ def load_files(
 
 
 def _load(
-    source: FolderSource, shape: tuple[int, int, int], place: str | Path, *, strict: bool, workers: int, memory: float
+    source: FolderSource,
+    shape: tuple[int, int, int],
+    place: str | Path,
+    *,
+    strict: bool,
+    workers: int | None,
+    memory: float,
 ) -> tuple[Images, list[Path]]:
     """The images of a source and their paths, without those that cannot be read; these are reported."""
     rows = torch.arange(len(source), device="cpu")
@@ -173,6 +179,7 @@ class FolderSource(Source):
         skipped: why files were skipped so far.
     """
 
+    can_be_shared = True
     items: Files
 
     def __init__(

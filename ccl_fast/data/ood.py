@@ -38,7 +38,7 @@ def load_ood(
     seed: int = 0,
     download: bool = False,
     strict: bool = False,
-    workers: int = 0,
+    workers: int | None = 0,
     memory: float = 4.0,
     max_pixels: int = MAX_PIXELS,
 ) -> dict[str, Images]:
@@ -56,7 +56,7 @@ def load_ood(
         download: fetch what is missing, if torchvision can.
         strict: a file of a folder that cannot be read is an error; else it is skipped, or, of images on demand,
             replaced, as in ``load_split``.
-        workers: processes that read; 0: this one does.
+        workers: processes that read; 0: this one does; None: as `load_split` says.
         memory: GiB that the decoded images of a set may take; if they take more, they are read on demand.
         max_pixels: a file of more pixels than that counts as one that cannot be read: a small file can hold gigabytes.
 
@@ -87,7 +87,7 @@ def load_ood(
                 root=root,
                 download=download,
                 strict=strict,
-                workers=workers,
+                workers=workers or 0,
                 max_pixels=max_pixels,
                 also=(HELD_OUT, *synthetic_names),
             )

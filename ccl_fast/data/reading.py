@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -18,11 +19,19 @@ if TYPE_CHECKING:
     from ccl_fast.data.source import Source
 
 BATCH = 64
+# More than that many processes are more than most disks and training steps keep busy, and each takes memory.
+MAX_WORKERS = 8
 SLOW = 1.0  # seconds; from here on a terminal shows the progress
 
 
 def read(
-    source: Source, rows: Tensor, shape: tuple[int, int, int], *, workers: int, memory: float, verify: bool = False
+    source: Source,
+    rows: Tensor,
+    shape: tuple[int, int, int],
+    *,
+    workers: int | None,
+    memory: float,
+    verify: bool = False,
 ) -> tuple[Images, Tensor]:
     """Some images of a source.
 
@@ -30,7 +39,8 @@ def read(
         source: one that is not strict notes in ``skipped`` what cannot be read.
         rows: int64 [n] on the CPU.
         shape: what the images are brought to.
-        workers: processes that read; 0: this one does.
+        workers: processes that read; 0: this one does; None: as many as are to spare, of images that are read on
+            demand from what processes can share.
         memory: GiB that the decoded images may take; if they take more, they are read on demand.
         verify: images on demand are all decoded once, to find those that cannot be read; what cannot be read later is
             an error. Else they are replaced then, if the source is not strict.
@@ -44,6 +54,8 @@ def read(
     """
     known = source.classes
     if len(rows) * math.prod(shape) > memory * 2**30:
+        if workers is None:
+            workers = spare_workers() if source.can_be_shared else 0
         if verify:
             done = [row for batch in _batches(source, rows, shape, workers, "checking") for row in batch.rows]
             rows = torch.tensor(done, dtype=torch.int64, device="cpu")
@@ -51,7 +63,7 @@ def read(
         return OnDemand(source, rows, shape, of_rows, workers=workers, replace=not verify), rows
     pixels = torch.empty(len(rows), *shape, dtype=torch.uint8, device="cpu")
     done, classes = [], []
-    for batch in _batches(source, rows, shape, workers, "reading"):
+    for batch in _batches(source, rows, shape, workers or 0, "reading"):
         pixels[len(done) : len(done) + len(batch.rows)] = batch.pixels
         done += batch.rows
         classes += batch.classes
@@ -59,6 +71,12 @@ def read(
     of_kept = None if None in classes else torch.tensor(classes, dtype=torch.int64, device="cpu")
     # A copy where images are missing: the memory of the rest is given back.
     return InMemory(pixels if len(kept) == len(pixels) else pixels[: len(kept)].clone(), of_kept), kept
+
+
+def spare_workers() -> int:
+    """Return how many processes can read ahead for each of torchrun's on this machine: its CPUs but one, at most 8."""
+    cpus = len(os.sched_getaffinity(0))  # which it may use, of those that there are
+    return min(MAX_WORKERS, max(0, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
 def read_classes(source: Source, *, workers: int) -> Tensor | None:

@@ -37,8 +37,11 @@ class Source(Dataset):
         argument: how errors call it.
 
     Attributes:
+        can_be_shared: processes may read it unasked; of anybody's data set nobody knows, as it may hold an open file.
         skipped: why images were left out; only a folder's are.
     """
+
+    can_be_shared = False
 
     def __init__(self, items: Dataset, argument: str):
         if isinstance(items, IterableDataset) or not (hasattr(items, "__getitem__") and hasattr(items, "__len__")):

@@ -57,7 +57,7 @@ def load_split(
     seed: int = 0,
     download: bool = False,
     strict: bool = False,
-    workers: int = 0,
+    workers: int | None = 0,
     memory: float = 4.0,
     max_pixels: int = MAX_PIXELS,
 ) -> Split:
@@ -94,7 +94,8 @@ def load_split(
         strict: a file of a folder that cannot be read is an error. Else it is skipped; but of images on demand one that
             turns out to be unreadable only when it is needed is replaced by another image of its batch, and the first
             time that it is met a line on stderr names it.
-        workers: processes that read; 0: this one does.
+        workers: processes that read; 0: this one does; None: of a folder or of a data set by name that does not fit
+            into memory, as many as the machine has CPUs to spare, at most 8; else 0.
         memory: GiB that the decoded images of a part may take; if they take more, they are read on demand, and only
             their files' headers are checked before.
         max_pixels: a file of more pixels than that counts as one that cannot be read: a small file can hold gigabytes.
@@ -115,10 +116,10 @@ def load_split(
     if in_classes is not None:
         check_in_classes(in_classes)
     opened = open_parts(
-        data, "data", root=root, download=download, strict=strict, workers=workers, max_pixels=max_pixels
+        data, "data", root=root, download=download, strict=strict, workers=workers or 0, max_pixels=max_pixels
     )
     numbers = opened.in_classes if in_classes is None else _numbers(in_classes, opened)
-    parts = _parts(opened, numbers, test_fraction, seed, workers)
+    parts = _parts(opened, numbers, test_fraction, seed, workers or 0)
     shape = _shape(opened, image_size, of_all=isinstance(data, str | Path))
     train, test, held_out = (
         read(source, limited(rows, limit, seed), shape, workers=workers, memory=memory)[0] for source, rows in parts

@@ -13,13 +13,13 @@ with packages_of_training():
     )
     from ccl_fast.evaluation.detection import GROUPS, Evaluation, evaluate_model
     from ccl_fast.evaluation.detectors import DEFAULT, make_detectors
-    from ccl_fast.evaluation.fitted import ACCEPTED, FittedDetectors, threshold
+    from ccl_fast.evaluation.fitted import FittedDetectors
     from ccl_fast.evaluation.knn import knn_accuracy
     from ccl_fast.evaluation.linear import linear_accuracy
     from ccl_fast.evaluation.page import write_page
+    from ccl_fast.evaluation.thresholds import describe_thresholds, threshold
 
 __all__ = [
-    "ACCEPTED",
     "CONFIDENCE",
     "DEFAULT",
     "GROUPS",
@@ -27,6 +27,7 @@ __all__ = [
     "Evaluation",
     "FittedDetectors",
     "confidence_interval",
+    "describe_thresholds",
     "difference_intervals",
     "evaluate_model",
     "knn_accuracy",

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
+from ccl_fast.evaluation.thresholds import PERCENTS
+
 RESAMPLES = 1000
 # Of resamples, the share that an interval covers.
 CONFIDENCE = 0.95
-# Percent of the test images that thresholds accept; the share of OOD images beneath is "fpr<percent>_id".
-ACCEPTED = (90, 95, 99)
 # Entries of a block of resamples; it and what is made of it stay in a processor's cache.
 _BLOCK = 2**18
 
@@ -153,7 +153,7 @@ def _metrics(test: Tensor, ood: Tensor) -> dict[str, Tensor]:
     # The threshold that catches 95 % of the OOD images: below it are no more of them than may be missed.
     at = torch.searchsorted(ood_up_to, column(n_ood - _needed(95, n_ood)), right=True)
     metrics["fpr95_ood"] = 1 - torch.cat([column(0), test_up_to], 1).gather(1, at)[:, 0].double() / n_test
-    for percent in ACCEPTED:
+    for percent in PERCENTS:
         at = torch.searchsorted(test_up_to, column(_needed(percent, n_test)))
         metrics[f"fpr{percent}_id"] = ood_up_to.gather(1, at)[:, 0].double() / n_ood
     return metrics

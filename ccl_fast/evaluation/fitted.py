@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Self
 
 from ccl_fast.evaluation.detectors import make_detectors
+from ccl_fast.evaluation.thresholds import threshold
 from ccl_fast.ops import kmeans_assign
 
 if TYPE_CHECKING:
@@ -18,18 +17,6 @@ if TYPE_CHECKING:
 
 # How names of tensors begin.
 DETECTOR, CENTERS, TEST_SCORES = "detector", "centers", "test_scores"
-# Share of the test images that a threshold accepts if nobody says otherwise.
-ACCEPTED = 0.95
-
-
-def threshold(test: Tensor, accept: float = ACCEPTED) -> float:
-    """Return the least score that accepts that share of the test images.
-
-    Args:
-        test: their scores [m].
-        accept: above 0, at most 1; as it is written in decimals, so that 0.95 of 100 images are 95.
-    """
-    return test.sort().values[math.ceil(Fraction(str(accept)) * len(test)) - 1].item()
 
 
 @dataclass

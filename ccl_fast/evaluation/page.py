@@ -17,9 +17,10 @@ from markupsafe import Markup
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ccl_fast.evaluation import pictures
+from ccl_fast.evaluation import pictures, samples
 from ccl_fast.evaluation.detection import GROUPS, Evaluation
 from ccl_fast.evaluation.pictures import OodSet
+from ccl_fast.evaluation.thresholds import threshold
 from ccl_fast.files import write_atomically
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ CURVES = {  # of a line of the log
     "smallest_cluster": "Images in the smallest cluster",
     "largest_cluster": "Images in the largest cluster",
     "believed": "Share of images whose cluster is believed",
-    "believed_same_class": "Share of cluster-mates of the same class, believed images",
+    "believed_same_class": "Same class, among images that are believed",
 }
 NO_CURVES = ("stage", "objective", "epoch", "step", "learning_rate")
 SHOWN_IMAGES = 12  # most outlying, least outlying
@@ -170,10 +171,23 @@ def _content(report: dict, evaluations: Mapping[str, Evaluation], images: Mappin
         "scores": [_scores(report, evaluations[objective], objective, axis) for objective in objectives]
         if sets
         else [],
+        "samples": _attempted(
+            "samples of images", lambda: samples.sample_parts(images, {group: report[group] for group in groups})
+        ),
+        "views": _attempted(
+            "views of training images",
+            lambda: samples.sample_views(images["train"], report["arguments"]["augmentation"]),
+        ),
+        "thresholds": [_thresholds(report, objective, groups) for objective in objectives] if sets else [],
         "clusters": [_clusters(report, evaluations[objective], objective, images) for objective in objectives],
         "training": _training(report, evaluations),
         "borders": [_border(report, evaluations[objective], objective, images, sets) for objective in objectives],
-        "arguments": {name: _plain(value) for name, value in report["arguments"].items()},
+        "command": report.get("command", ""),
+        "arguments": [
+            (name, _plain(value), _plain(used) if used != value else "")
+            for name, value in report["arguments"].items()
+            for used in [report.get("resolved", {}).get(name, value)]
+        ],
         "environment": {name: _plain(value) for name, value in report["environment"].items()},
         "counts": [("training images", "", counts["train"]), ("test images", "", counts["test"])]
         + [(name, group, counts["ood"][name]) for group in GROUPS for name in report[group]],
@@ -316,7 +330,7 @@ def _scores(report: dict, evaluation: Evaluation, objective: str, axis: Callable
     """Draw histograms and ROC curves of the default detector."""
     title, metrics = report["titles"][objective], report["results"][objective][report["default"]]
     test = evaluation.scores["test"]
-    cut = pictures.threshold(test)
+    cut = threshold(test)
     sets, accepted = [], []
     for number, name in enumerate((*report["near"], *report["far"])):
         scores, is_near = evaluation.scores[name], name in report["near"]
@@ -336,6 +350,28 @@ def _scores(report: dict, evaluation: Evaluation, objective: str, axis: Callable
             lambda: Markup(pictures.roc_curves(test, sets, f"{title}: ROC curves. AUROC: {of_rocs}.")),
         ),
         "legend": list(zip(sets, aurocs, strict=True)),
+    }
+
+
+def _thresholds(report: dict, objective: str, groups: Sequence[str]) -> dict:
+    """Return what each threshold of the default detector lets through, a row for every OOD set."""
+    of_percents, between = report["thresholds"][objective], report["intervals"][objective][report["default"]]
+    return {
+        "objective": report["titles"][objective],
+        "percents": list(of_percents),
+        "cuts": [_rounded(of["threshold"]) for of in of_percents.values()],
+        "rows": [
+            {
+                "label": name,
+                "note": group,
+                "cells": [
+                    (_percent(of["accepted"][name]), _interval(between[name][f"fpr{percent}_id"], percent=True))
+                    for percent, of in of_percents.items()
+                ],
+            }
+            for group in groups
+            for name in report[group]
+        ],
     }
 
 
@@ -472,7 +508,7 @@ def _curve(
     epochs, values = zip(*points, strict=True) if points else ((), ())
     name, _, k = key.partition("/")
     at_end = None
-    if k in ("", str(len(evaluation.centers))):
+    if (k or str(report["arguments"]["clusters"]).strip("[]")) == str(len(evaluation.centers)):  # as many
         sizes = evaluation.cluster_ids.bincount(minlength=len(evaluation.centers))
         of_report = {"smallest_cluster": int(sizes.min()), "largest_cluster": int(sizes.max())}
         at_end = (of_report | report.get("clustering", {}).get(objective, {})).get(name)
@@ -500,7 +536,7 @@ def _border(
             images[part][torch.tensor([number], device="cpu")][0],
             images["train"][torch.tensor([nearest], device="cpu")][0],
         )
-        score = f"{evaluation.scores[part][number]:#.3g}"
+        score = _rounded(evaluation.scores[part][number].item())
         return {
             "set": part if part in sets else "",
             "note": f"no. {number} · {score}",
@@ -524,6 +560,11 @@ def _mean_of(names: Sequence[str]) -> str:
 
 def _count(n: int, noun: str, plural: str = "") -> str:
     return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
+
+
+def _rounded(score: float) -> str:
+    """Return three digits."""
+    return f"{score:#.3g}".removesuffix(".").replace("-", "−")
 
 
 def _percent(share: float) -> str:

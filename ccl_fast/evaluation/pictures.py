@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ccl_fast.evaluation.fitted import ACCEPTED, threshold
+from ccl_fast.evaluation.thresholds import threshold
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,13 +74,14 @@ SET_HUES = HUES[:8]
 LIGHT = {name: light for name, (light, _) in COLORS.items()}
 _NAMES = {light: name for name, light in LIGHT.items()}
 
-WIDTH = 480  # of a picture; the page shows it as wide as there is room
+WIDTH = 420  # of a picture, in pixels; shown as wide as there is room: on a phone its letters are of 11 pixels
 MAX_LABELLED = 30  # clusters
 MAX_DRAWN = 500  # clusters, each with a colour, a bar and a ring of its own
+ACCEPTED = 95  # percent of the test images that the threshold accepts
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "ccl_fast",
-    "font.size": 12.5,
+    "font.size": 13,
     "figure.facecolor": "none",
     "figure.dpi": 72,
     "axes.facecolor": "none",
@@ -180,6 +181,7 @@ def histograms(test: Tensor, sets: Sequence[OodSet], axis: ScoreAxis, alt: str) 
     figure, texts = _figure(height), []
     edges = np.linspace(0, 1, 49)
     ticks = axis.ticks()
+    labels = [f"{tick:g}".replace("-", "−") for tick in ticks]
     at = axis.place(np.array([threshold(test), *ticks])).tolist()
 
     def shares(scores: Tensor) -> np.ndarray:
@@ -194,14 +196,14 @@ def histograms(test: Tensor, sets: Sequence[OodSet], axis: ScoreAxis, alt: str) 
         up = (row + gap) / row if number == 0 else 1  # to its label
         panel.axvline(at[0], color=LIGHT["ink"], lw=1, ymax=up, clip_on=False)
         panel.set(xlim=(0, 1), yticks=[], ylim=(0, None))
-        panel.set_xticks(at[1:], [f"{tick:g}" for tick in ticks] if number == len(sets) - 1 else [""] * len(ticks))
+        panel.set_xticks(at[1:], labels if number == len(sets) - 1 else [""] * len(ticks))
         panel.spines["left"].set_visible(False)
         panel.grid(False)
         texts += [_shorten(of_set.name), of_set.note]
         panel.text(0, 1.03, _UNDRAWN, color=color, weight="bold", transform=panel.transAxes)
         panel.text(1, 1.03, _UNDRAWN, color=LIGHT["soft"], ha="right", transform=panel.transAxes)
     panel.set_xlabel("outlier score" + ("" if axis.spread is None else ", logarithmic away from the test images"))
-    label = f"accepts {round(100 * ACCEPTED)} % of the test images: {threshold(test):.3g}"
+    label = f"accepts {ACCEPTED} % of the test images: {threshold(test):.3g}"
     anchor = "left" if at[0] < 0.5 else "right"
     figure.text((side + at[0] * (WIDTH - 2 * side)) / WIDTH, 1 - 12 / height, label, ha=anchor, va="center")
     return _svg(figure, alt, texts)
@@ -219,8 +221,8 @@ def roc(test: Tensor, ood: Tensor) -> tuple[np.ndarray, np.ndarray]:
 @_style()
 def roc_curves(test: Tensor, sets: Sequence[OodSet], alt: str) -> str:
     """Draw how many OOD images are rejected at the price of how many test images; below with a logarithmic price."""
-    figure, size = _figure(660), WIDTH - 62
-    panel, logarithmic = _axes(figure, 52, 10, size, 310), _axes(figure, 52, 374, size, 236)
+    figure, size = _figure(570), WIDTH - 68
+    panel, logarithmic = _axes(figure, 56, 10, size, 270), _axes(figure, 56, 334, size, 186)
     panel.plot([0, 1], [0, 1], color=LIGHT["quiet"], lw=1)
     least = 0.5 / len(test)  # stands for none
     diagonal = np.geomspace(least, 1, 60)
@@ -233,10 +235,10 @@ def roc_curves(test: Tensor, sets: Sequence[OodSet], alt: str) -> str:
                 line.set_dashes([part / 1.7 for part in of_set.dashes])
     logarithmic.set_xscale("log")
     logarithmic.minorticks_off()
-    decades = [10.0**n for n in range(math.ceil(math.log10(least)), 1)]
+    decades = [10.0**n for n in range(math.ceil(math.log10(2 * least)), 1)]
     logarithmic.set_xticks(decades, [f"{decade:g}" for decade in decades])
     for axes, low in ((panel, 0), (logarithmic, least)):
-        axes.axvline(1 - ACCEPTED, color=LIGHT["ink"], lw=1, ls=(0, (1, 2)))
+        axes.axvline(1 - ACCEPTED / 100, color=LIGHT["ink"], lw=1, ls=(0, (1, 2)))
         axes.set(xlim=(low, 1), ylim=(0, 1), ylabel="share of OOD images rejected")
     panel.set_xlabel("share of test images rejected")
     logarithmic.set_xlabel("share of test images rejected, logarithmic")
@@ -290,7 +292,7 @@ def cluster_colors(centers: Tensor) -> list[str]:
 def cluster_sizes(sizes: Tensor, colors: Sequence[str], alt: str) -> str:
     """Draw the sizes of clusters, the largest first, in the colours of the map if there are few enough."""
     figure = _figure(210)
-    panel = _axes(figure, 52, 10, WIDTH - 62, 152)
+    panel = _axes(figure, 56, 10, WIDTH - 66, 152)
     order: list[int] = sizes.argsort(descending=True, stable=True).tolist()
     hues = [LIGHT[colors[number]] for number in order]
     if len(order) <= MAX_DRAWN:
@@ -398,7 +400,7 @@ def cluster_map(points: Points, colors: Sequence[str], alt: str) -> str:
     parts = [points.train, points.centers, *points.near, *points.far]
     at = plane(torch.cat(parts))
     low, high = at.min(0), at.max(0)
-    height, margin = 420, 14
+    height, margin = 390, 14
     scale = min((side - 2 * margin) / (span or 1) for side, span in zip((WIDTH, height), high - low, strict=True))
     at = (at - (low + high) / 2) * scale + (WIDTH / 2, height / 2)
     train, centers, *sets = np.split(at, np.cumsum([len(part) for part in parts])[:-1])

@@ -10,6 +10,7 @@ from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.batch import check_ids, check_queries
 from ccl_fast.losses.meow import MEOWLoss
 from ccl_fast.ops import row_dot, streaming_logsumexp
+from ccl_fast.ops.differentiable import savable
 from ccl_fast.ops.precision import accumulation_dtype
 
 # Of a removed key, besides all that the embeddings can bring: exp is 0 there also in float64.
@@ -162,7 +163,12 @@ class PairWeights(nn.Module):
         Returns:
             ``[k, k]``: the weights of `AdaMEOWLoss`; symmetric without ``key_centers``.
         """
-        key_centers = centers if key_centers is None else key_centers
+        width = self.first.in_features
+        for name, x in (("centers", centers), ("key_centers", centers if key_centers is None else key_centers)):
+            check_matrix(name, x, columns=width)
+            check_same(name, x, "the network", self.first.weight)
+        centers = savable(centers)
+        key_centers = centers if key_centers is None else savable(key_centers)
         # Linear before it is added up: k x k x hidden, not k x k x d.
         pairs = self.first(centers)[:, None] + nn.functional.linear(key_centers, self.first.weight)
         return self.second(pairs.tanh()).squeeze(-1).sigmoid()

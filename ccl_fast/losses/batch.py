@@ -15,6 +15,8 @@ from ccl_fast.checks import (
     check_vector,
     checked_temperature,
     host_knows,
+    is_integer,
+    shown,
     whole_numbers,
 )
 from ccl_fast.distributed import Exchange
@@ -39,12 +41,13 @@ class Batch(NamedTuple):
 def labels_as_ids(labels: Tensor, embeddings: Tensor, unassigned: int | None = -1, alone: bool = True) -> Tensor:
     """Return labels as the ids of `check_ids`.
 
-    They may be of any integer dtype, bool, or whole numbers of a floating one, and on the CPU, as data loaders leave
-    them. If none of them means "unassigned" each is a class: they are numbered where the process is ``alone``, else
-    folded over 0. What is no vector of whole numbers is left to the checks.
+    They may be of any integer dtype, bool, or whole numbers of a floating one, [n, 1], and on the CPU, as data loaders
+    leave them. If none of them means "unassigned" each is a class: they are numbered where the process is ``alone``,
+    else folded over 0. What is no vector of whole numbers is left to the checks.
     """
-    if not isinstance(labels, Tensor) or labels.ndim != 1:
+    if not isinstance(labels, Tensor) or labels.shape[1:] not in ((), (1,)) or labels.ndim == 0:
         return labels
+    labels = labels.flatten()
     if labels.device.type == "cpu" and isinstance(embeddings, Tensor):
         labels = labels.to(embeddings.device)
     labels = whole_numbers(labels)
@@ -134,14 +137,15 @@ def check_centers(
 
 def check_unassigned(value: int | None) -> None:
     """Check the label that means none: -1, or None where all labels are classes."""
-    if value is not None and (isinstance(value, bool) or value != -1):
-        raise ArgumentError(f"unassigned: expected -1 or None, got {value!r}")
+    if value is not None and not (is_integer(value) and value == -1):
+        raise ArgumentError(f"unassigned: expected -1 or None, got {shown(value)}")
 
 
 def check_center_temperature(value: float | Tensor | None, name: str = "center_temperature") -> None:
     """Check a temperature of the centres: positive, of all, or ``[k]`` of each of them."""
     if isinstance(value, Tensor):
-        if not value.is_floating_point() or value.ndim > 1:
+        check_tensor(name, value)
+        if not value.is_floating_point() or value.element_size() < 2 or value.ndim > 1:
             raise ArgumentError(f"{name}: expected floating point of shape [k], got {value.dtype} {list(value.shape)}")
         are_positive = (value > 0).all()
         if host_knows(are_positive) and not are_positive:
@@ -209,6 +213,15 @@ def check_integers(name: str, x: Tensor, rows: Tensor) -> None:
     if x.dtype == torch.bool or x.is_floating_point() or x.is_complex():
         raise ArgumentError(f"{name}: expected integers, got {x.dtype}")
     check_same(name, x, "the embeddings", rows, dtype=False)
+
+
+def check_rows(name: str, x: Tensor, rows: Tensor) -> None:
+    """Check integers that are numbers of rows; on a GPU the assertion of torch's own indexing tells."""
+    check_integers(name, x, rows)
+    if host_knows(x) and x.numel():
+        low, high = (int(y) for y in x.long().aminmax())
+        if low < 0 or high >= rows.shape[0]:
+            raise IndexError(f"{name}: expected rows 0 to {rows.shape[0] - 1}, got {low} to {high}")
 
 
 def check_id_range(name: str, ids: Tensor, number: int | None, of: str = "centers") -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ccl_fast.checks import check_sequence, check_tensor
 from ccl_fast.distributed import Exchange
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import Loss
@@ -74,6 +75,10 @@ def check_clusterings(
     center_temperature: Sequence[Tensor] | None = None,
 ) -> tuple[int, int]:
     """Numbers of samples, and of rows of each."""
+    check_sequence("cluster_ids", cluster_ids, "integers [n]")
+    check_sequence("centers", centers, "tensors [k, d]")
+    if center_temperature is not None:
+        check_sequence("center_temperature", center_temperature, "temperatures")
     if len(cluster_ids) == 0:
         raise ArgumentError("cluster_ids: expected a sequence with a tensor [n] for every clustering, got none")
     for name, given in (("centers", centers), ("center_temperature", center_temperature)):
@@ -81,6 +86,7 @@ def check_clusterings(
             raise ArgumentError(f"{name}: expected {len(cluster_ids)} tensors, as of cluster_ids, got {len(given)}")
     temperatures = [None] * len(cluster_ids) if center_temperature is None else center_temperature
     for m, (ids, own, temperature) in enumerate(zip(cluster_ids, centers, temperatures, strict=True)):
+        check_tensor(f"centers[{m}]", own)  # None would be no centres
         counts = check_batch(embeddings, ids, "cluster_ids", own, temperature, at=f"[{m}]")
     return counts
 

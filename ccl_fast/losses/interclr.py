@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ccl_fast.checks import check_count, check_matrix, check_number, check_same, check_share, check_vector
 from ccl_fast.losses.base import CommonOptions, Loss
-from ccl_fast.losses.batch import ceil_of_share, check_ids, check_integers, check_queries, check_some
+from ccl_fast.losses.batch import ceil_of_share, check_ids, check_queries, check_rows, check_some
 from ccl_fast.ops import cross_entropy, row_dot, streaming_logsumexp, topk_logsumexp
 from ccl_fast.ops.ids import separate_unassigned
 
@@ -118,7 +118,7 @@ class InterCLRLoss(Loss):
         check_some("bank", bank)
         check_ids("bank_cluster_ids", bank_cluster_ids, bank)
         check_vector("indices", indices, queries.shape[0])
-        check_integers("indices", indices, queries)
+        check_rows("indices", indices, bank)
         scale, q = 1.0 / self.temperature, self.unit(queries)
         intra = _info_nce(
             row_dot(q, self.unit(keys)) * scale,
@@ -136,8 +136,10 @@ class InterCLRLoss(Loss):
         And rows of a bank of ``size`` among which are the negatives.
         """
         options = {"generator": generator, "device": like.device}
-        wanted = ceil_of_share(1 / self.pool, self.num_negatives)
-        return torch.rand(n, **options), torch.randperm(size, **options)[:wanted]
+        all_of_them = self.num_negatives >= size * self.pool
+        wanted = size if all_of_them else ceil_of_share(1 / self.pool, self.num_negatives)
+        which = torch.rand(n, dtype=torch.float32, **options)
+        return which, torch.randperm(size, **options)[:wanted]
 
     def _inter(
         self,
@@ -154,7 +156,7 @@ class InterCLRLoss(Loss):
         first, end = torch.searchsorted(ordered, own), torch.searchsorted(ordered, own, right=True)
         place = first + (which * (end - first)).long()
         positives = self.unit(bank[order[place]])
-        hardest = ceil_of_share(self.pool, drawn.shape[0])
+        hardest = max(ceil_of_share(self.pool, drawn.shape[0]), 1)
         return _info_nce(
             (row_dot(q, positives) - self.margin) * scale,
             topk_logsumexp(

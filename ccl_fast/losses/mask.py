@@ -18,7 +18,7 @@ def check_mask(mask: Tensor, rows: Tensor) -> None:
     n = len(rows)
     if mask.shape != (n, n):
         raise ArgumentError(f"mask: expected shape [{n}, {n}], got {list(mask.shape)}")
-    if mask.is_complex():
+    if mask.is_complex() or (mask.is_floating_point() and mask.element_size() < 2):
         raise ArgumentError(f"mask: expected bool, integers or floating point, got {mask.dtype}")
     check_same("mask", mask, "embeddings", rows, dtype=False)
     values = mask.values() if mask.layout == torch.sparse_csr else mask

@@ -6,8 +6,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_flag, shown
-from ccl_fast.errors import ArgumentError
+from ccl_fast.checks import check_flag, check_sequence
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_ids, check_queries
 from ccl_fast.losses.processes import check_views_only
@@ -78,8 +77,7 @@ class MCLLoss(Loss):
 
         def check() -> tuple[int, int]:
             check_views_only(self, keys)
-            if not (isinstance(cluster_ids, Sequence) or (isinstance(cluster_ids, Tensor) and cluster_ids.ndim)):
-                raise ArgumentError(f"cluster_ids: expected a sequence of integers [n], got {shown(cluster_ids)}")
+            check_sequence("cluster_ids", cluster_ids, "integers [n]")
             counts = check_queries(queries, keys)
             for stage, ids in enumerate(cluster_ids):
                 check_ids(f"cluster_ids[{stage}]", ids, queries)

@@ -7,7 +7,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_flag, shown
+from ccl_fast.checks import check_flag, check_sequence
 from ccl_fast.distributed import NO_GROUP, Group
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
@@ -100,8 +100,8 @@ class MEOWLoss(Loss):
             return counts
 
         several = not isinstance(cluster_ids, Tensor)
-        if several and not isinstance(cluster_ids, Sequence):
-            raise ArgumentError(f"cluster_ids: expected integers [n], or a sequence of these, got {shown(cluster_ids)}")
+        if several:
+            check_sequence("cluster_ids", cluster_ids, "integers [n], or these alone")
         clusterings = list(cluster_ids) if several else [cluster_ids]
         _, exchange, first = self.join_processes(
             check, {"queries": queries, "keys": keys}, lambda: {"cluster_ids": f"{len(clusterings)} tensors"}

@@ -155,7 +155,7 @@ class MLCDLoss(Loss):
 def draw_prototypes(ids: Tensor, k: int, share: float, generator: torch.Generator | None) -> Tensor:
     """The prototypes of a batch, ascending: those of all its clusters, and others at random up to ``share * k``."""
     own = ids[ids >= 0].unique()  # the host waits: it must know how many
-    priority = torch.rand(k, generator=generator, device=ids.device).index_fill_(0, own, 2.0)
+    priority = torch.rand(k, generator=generator, device=ids.device, dtype=torch.float32).index_fill_(0, own, 2.0)
     count = max(own.shape[0], ceil_of_share(share, k))
     return priority.topk(count, sorted=False).indices.sort().values
 

@@ -110,8 +110,8 @@ class SupConLoss(CCLLoss):
         Args:
             embeddings: ``[n, d]`` (one row per view) or ``[n, views, d]`` (further dimensions are flattened);
                 ``[n, d]`` with references or a miner's tuple.
-            labels: ``[n]``, of any integer dtype, bool, or whole numbers of a floating one; -1 for unlabelled (see
-                ``unassigned``). None (with [n, views, d]) is NT-Xent.
+            labels: ``[n]`` or ``[n, 1]``, of any integer dtype, bool, or whole numbers of a floating one; -1 for
+                unlabelled (see ``unassigned``). None (with [n, views, d]) is NT-Xent.
             indices_tuple: a miner's (anchors, positives, anchors, negatives), or triplets (anchors, positives,
                 negatives), int64 vectors: A(i) are the rows (or references) that are listed with anchor i, each once,
                 and P(i) the positives among them, whatever the labels. Memory is linear in the tuple.
@@ -195,7 +195,8 @@ class SupConLoss(CCLLoss):
         if self.form != "outside":
             raise ArgumentError(f"mask: expected None with form={self.form!r}, got a mask")
         check_tensor("embeddings", embeddings)
-        batch = self.prepare(embeddings, torch.arange(len(embeddings), device=embeddings.device), "mask")
+        each = torch.arange(len(embeddings), device=embeddings.device) if embeddings.ndim else None
+        batch = self.prepare(embeddings, each, "mask")
         check_mask(mask, embeddings)
         z = batch.z.view(embeddings.shape if embeddings.ndim == 3 else (len(embeddings), 1, embeddings.shape[1]))
         scale = 1.0 / self.temperature

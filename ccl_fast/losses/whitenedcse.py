@@ -106,6 +106,8 @@ class WhitenedCSELoss(Loss):
         check_matrix("shuffles", shuffles, columns=d)
         if shuffles.shape[0] != views:
             raise ArgumentError(f"shuffles: expected {views} rows (one per view), got {shuffles.shape[0]}")
+        for view in range(views):
+            _check_shuffle(shuffles[view], embeddings[:, view], f"shuffles[{view}]")
         scale = 1.0 / self.temperature
         anchors, *positives = (self._embed(embeddings[:, v], shuffles[v]) for v in range(views))
         samples = torch.arange(embeddings.shape[0], device=embeddings.device)
@@ -243,14 +245,14 @@ def _draw(d: int, device: torch.device, generator: torch.Generator | None) -> Te
     return torch.randperm(d, generator=generator, device=device if generator is None else generator.device).to(device)
 
 
-def _check_shuffle(shuffle: Tensor, x: Tensor) -> None:
-    check_tensor("shuffle", shuffle)
+def _check_shuffle(shuffle: Tensor, x: Tensor, name: str = "shuffle") -> None:
+    check_tensor(name, shuffle)
     if shuffle.shape != x.shape[1:]:
-        raise ArgumentError(f"shuffle: expected shape [{x.shape[1]}], got {list(shuffle.shape)}")
+        raise ArgumentError(f"{name}: expected shape [{x.shape[1]}], got {list(shuffle.shape)}")
     if shuffle.dtype != torch.int64:
-        raise ArgumentError(f"shuffle: expected int64, got {shuffle.dtype}")
-    check_same("shuffle", shuffle, "the embeddings", x, dtype=False)
+        raise ArgumentError(f"{name}: expected int64, got {shuffle.dtype}")
+    check_same(name, shuffle, "the embeddings", x, dtype=False)
     if host_knows(shuffle) and not torch.equal(
         shuffle.sort().values, torch.arange(shuffle.shape[0], device=shuffle.device)
     ):
-        raise ArgumentError(f"shuffle: expected a permutation of 0 to {shuffle.shape[0] - 1}, got {shuffle.tolist()}")
+        raise ArgumentError(f"{name}: expected a permutation of 0 to {shuffle.shape[0] - 1}, got {shuffle.tolist()}")

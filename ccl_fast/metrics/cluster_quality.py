@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_tensor
+from ccl_fast.checks import check_has_values, check_tensor
 from ccl_fast.errors import ArgumentError, packages_of_training
 
 
@@ -49,8 +49,12 @@ def cluster_quality(cluster_ids: Tensor, labels: Tensor) -> dict[str, float]:
     with packages_of_training():
         from torchmetrics.functional.clustering import normalized_mutual_info_score
 
+    check_tensor("cluster_ids", cluster_ids)
     for name, x in (("cluster_ids", cluster_ids), ("labels", labels)):
         check_tensor(name, x)
+        check_has_values(name, x, "which are counted")
+        if x.is_complex() or (x.is_floating_point() and x.element_size() < 2):
+            raise ArgumentError(f"{name}: expected integers [n], got {x.dtype}")
         if x.ndim != 1 or x.shape != cluster_ids.shape or not len(x):
             raise ArgumentError(f"{name}: expected shape [n] with n of at least 1, got {list(x.shape)}")
     # Whatever their numbers.

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ccl_fast.errors import ArgumentError, first_line, packages_of_training
+from ccl_fast.errors import ArgumentError, MissingPackages, first_line, packages_of_training
 
 # Up to this many pixels a side, a ResNet's first layers would leave too little of an image.
 SMALL_IMAGE = 64
@@ -65,7 +65,7 @@ def library_network(
     make = _timm if name.startswith(TIMM) else _torchvision
     try:
         network, statistics = make(name, shape, pretrained, load)
-    except ArgumentError:
+    except (ArgumentError, MissingPackages):
         raise
     except Exception as error:  # the library says it in its own ways: of sizes, of the network, of files
         expected = f"one for images of {list(shape)}" if pretrained is False else "one whose weights can be loaded"

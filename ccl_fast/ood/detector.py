@@ -11,7 +11,15 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ccl_fast.checks import check_finite, check_floating, check_matrix, check_tensor, check_vector, whole_numbers
+from ccl_fast.checks import (
+    check_finite,
+    check_floating,
+    check_has_values,
+    check_matrix,
+    check_tensor,
+    check_vector,
+    whole_numbers,
+)
 from ccl_fast.errors import ArgumentError, NotFittedError
 from ccl_fast.ops.precision import accumulation_dtype
 
@@ -121,12 +129,15 @@ class FeatureDetector(ABC):
         """
         check_matrix("x", x)
         check_floating("x", x)
+        check_has_values("x", x, "to which it is fitted")
         if y is not None:
             y = _cluster_ids("y", y, len(x))
             inside = y >= 0
             x, y = x[inside.to(x.device)], y[inside].unique(return_inverse=True)[1]
         if not len(x):
             raise ArgumentError(f"x: expected at least one row{'' if y is None else ' with a label >= 0'}, got none")
+        if not x.shape[1]:
+            raise ArgumentError(f"x: expected at least one feature, got shape {list(x.shape)}")
         x = x.to(self.device or x.device, accumulation_dtype(x))
         check_finite("x", x)
         with torch.autocast(x.device.type, enabled=False):
@@ -151,6 +162,7 @@ class FeatureDetector(ABC):
         self._check_fitted()
         check_matrix("x", x, self._width)
         check_floating("x", x)
+        check_has_values("x", x, "which are scored")
         x = x.to(self.device, self._dtype)
         check_finite("x", x)
         with torch.autocast(x.device.type, enabled=False):
@@ -287,6 +299,7 @@ def _images_and_labels(batch) -> tuple[Tensor, Tensor | None]:
 def _cluster_ids(name: str, y, n: int) -> Tensor:
     """Checked ids [n], int64; those that are bool are a mask."""
     check_vector(name, y, n)
+    check_has_values(name, y, "to which it is fitted")
     if y.dtype != torch.bool:
         y = whole_numbers(y)
     if y.dtype != torch.int64:

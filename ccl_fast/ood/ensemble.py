@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_count, is_integer
+from ccl_fast.checks import check_count, check_positive, check_seed, check_sequence, shown
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ood.detector import FeatureDetector
 
@@ -47,6 +45,9 @@ class Ensemble(FeatureDetector):
         seed: int = 0,
         model: Callable[[Tensor], Tensor] | None = None,
     ):
+        check_sequence("detectors", detectors, "detectors of features")
+        if weights is not None:
+            check_sequence("weights", weights, "positive numbers")
         self.detectors, self.folds, self.seed = list(detectors), folds, seed
         self.weights = [1.0] * len(self.detectors) if weights is None else list(weights)
         super().__init__(model)
@@ -55,13 +56,13 @@ class Ensemble(FeatureDetector):
         wrong = [type(d).__name__ for d in self.detectors if not hasattr(d, "predict_features")]
         if wrong or not self.detectors:
             raise ArgumentError(f"detectors: expected a sequence of detectors of features, got {wrong or 'none'}")
-        right = [isinstance(w, Real) and not isinstance(w, bool) and 0 < w < math.inf for w in self.weights]
-        if len(right) != len(self.detectors) or not all(right):
+        if len(self.weights) != len(self.detectors):
             expected = f"a positive number for each of {len(self.detectors)} detectors"
-            raise ArgumentError(f"weights: expected {expected}, got {self.weights}")
+            raise ArgumentError(f"weights: expected {expected}, got {shown(self.weights)}")
+        for place, weight in enumerate(self.weights):
+            check_positive(f"weights[{place}]", weight)
         check_count("folds", self.folds, least=2)
-        if not is_integer(self.seed):
-            raise ArgumentError(f"seed: expected an integer, got {self.seed!r}")
+        check_seed("seed", self.seed)
 
     def _inside(self) -> dict[str, FeatureDetector]:
         return {f"detectors.{i}": _ours(detector) for i, detector in enumerate(self.detectors)}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ccl_fast.checks import check_choice
+from ccl_fast.checks import check_choice, check_has_values, check_tensor
 from ccl_fast.errors import ArgumentError
 
 # Which samples a threshold is to catch.
@@ -113,7 +113,7 @@ def fpr95(scores: Tensor | np.ndarray, is_ood: Tensor | np.ndarray, positive: Po
 def _checked(scores: Tensor | np.ndarray, is_ood: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
     """Tensors [N] on the CPU, without gradient."""
     scores, is_ood = _as_tensor("scores", scores), _as_tensor("is_ood", is_ood)
-    if scores.ndim != 1 or not scores.is_floating_point():
+    if scores.ndim != 1 or not scores.is_floating_point() or scores.element_size() < 2:
         raise ArgumentError(f"scores: expected a floating-point tensor [N], got {scores.dtype} {list(scores.shape)}")
     if scores.isnan().any():
         raise ArgumentError("scores: expected numbers, got NaN")
@@ -126,6 +126,8 @@ def _checked(scores: Tensor | np.ndarray, is_ood: Tensor | np.ndarray) -> tuple[
 
 def _as_tensor(name: str, x) -> Tensor:
     if isinstance(x, Tensor):
+        check_tensor(name, x)
+        check_has_values(name, x, "which are counted")
         return x.detach().cpu()
     # A masked array is one too, but its mask would be without effect.
     if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):

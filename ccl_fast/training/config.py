@@ -249,7 +249,14 @@ class Config:
         at_least(1),
         group="data",
     )
-    workers: int = option(0, "processes that read images.", at_least(0), may_differ=True, group="data")
+    workers: int | None = option(
+        None,
+        "processes that read images. By default those of sets that do not fit into memory, if they are files or named, "
+        "are read by as many as there are CPUs to spare, at most 8, and others by none.",
+        or_none(at_least(0)),
+        may_differ=True,
+        group="data",
+    )
     image_memory: float = option(
         4.0,
         "a set of images up to this size (in GiB, one byte a value) is read once and kept in memory; of a larger one "

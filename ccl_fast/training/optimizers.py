@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ccl_fast.errors import packages_of_training
+
 OptimizerName = Literal["adamw", "sgd", "lars"]
 
 
@@ -66,8 +68,9 @@ def make_optimizer(
         case "sgd":
             return torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay, fused=fused or None)
         case "lars":
-            # With all of timm's models, so only where it is asked for; documented, if not marked as exported.
-            from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
+            with packages_of_training():
+                # With all of timm's models, so only where it is asked for; documented, if not marked as exported.
+                from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
 
             # Without always_adapt it would be plain SGD where there is no weight decay.
             options: dict = {"momentum": momentum, "weight_decay": weight_decay, "always_adapt": True}

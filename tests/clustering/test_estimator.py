@@ -34,7 +34,7 @@ def test_names_and_defaults_are_scikit_learns():
     assert {name: theirs[name] for name in ours if name in theirs} | {"random_state": 0, "verbose": False} == {
         name: value for name, value in ours.items() if name in theirs
     }
-    assert theirs.keys() - ours.keys() == {"copy_x", "algorithm"}
+    assert theirs.keys() <= ours.keys()
     assert ccl_fast.KMeans is KMeans
     assert repr(KMeans(3, tol=0)) == "KMeans(n_clusters=3, tol=0)"
 
@@ -66,6 +66,74 @@ def test_starts_by_default():
     assert KMeans(9, init="random").fit(x).inertia_ == KMeans(9, init="random", n_init=10).fit(x).inertia_
     assert KMeans(9, init="random").fit(x).inertia_ < KMeans(9, init="random", n_init=1).fit(x).inertia_
     assert KMeans(9).fit(x).cluster_centers_.equal(KMeans(9, n_init=1).fit(x).cluster_centers_)
+
+
+def some_rows(x, n_clusters, random_state):
+    return x[random_state.permutation(len(x))[:n_clusters]]
+
+
+@pytest.mark.parametrize("n_init", ["auto", 1, 3])
+def test_a_function_makes_the_centres_as_in_scikit_learn(n_init):
+    x = blobs(7).numpy()
+    calls = []
+
+    def init(x, n_clusters, random_state):
+        calls.append(x)
+        return some_rows(x, n_clusters, random_state)
+
+    ours = KMeans(9, init=init, n_init=n_init, random_state=3).fit(x)
+    theirs = Oracle(9, init=some_rows, n_init=n_init, random_state=3).fit(x)
+    assert len(calls) == (10 if n_init == "auto" else n_init) and all(call is x for call in calls)
+    np.testing.assert_array_equal(ours.labels_, theirs.labels_)
+    assert ours.n_iter_ == theirs.n_iter_ and ours.inertia_ == pytest.approx(theirs.inertia_)
+    assert (
+        clone(KMeans(9, init=some_rows))
+        .fit(torch.from_numpy(x))
+        .labels_.equal(torch.from_numpy(KMeans(9, init=some_rows).fit(x).labels_))
+    )
+
+
+def test_a_function_of_every_problem():
+    x = torch.stack([blobs(seed) for seed in range(2)])
+    given = torch.stack([y[:4] for y in x])
+    for first in (lambda y, k, random_state: y[:k], lambda y, k, random_state: y[:k].tolist()):
+        assert KMeans(4, init=first).fit(x).labels_.equal(KMeans(4, init=given).fit(x).labels_)
+    assert KMeans(2, init=lambda y, k, random_state: y[:k]).fit([[0.0], [1.0], [9.0]]).labels_.tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda x: x[:3], r"init: expected floating-point centres \[4, 7\], got torch.float64 \[3, 7\]"),
+        (lambda x: "four", "init: expected a function that returns centres, got 'four'"),
+        (lambda x: x[:4] * np.nan, "init: expected finite values"),
+    ],
+)
+def test_what_a_function_makes_is_checked(made, message):
+    with pytest.raises(ValueError, match=message):
+        KMeans(4, init=lambda x, k, random_state: made(x)).fit(blobs(0).numpy())
+
+
+def test_algorithm_and_copy_x_change_nothing():
+    x = blobs(8).numpy()
+    before, expected = x.copy(), KMeans(9).fit(x)
+    for options in ({"algorithm": "elkan"}, {"copy_x": False}):
+        model = KMeans(9, **options).fit(x)
+        np.testing.assert_array_equal(model.labels_, expected.labels_)
+        np.testing.assert_array_equal(model.cluster_centers_, expected.cluster_centers_)
+    np.testing.assert_array_equal(x, before)
+    with pytest.raises(ValueError, match="algorithm: expected one of 'lloyd', 'elkan', got 'auto'"):
+        KMeans(9, algorithm="auto").fit(x)
+    with pytest.raises(ValueError, match="copy_x: expected True or False, got 2"):
+        KMeans(9, copy_x=2).fit(x)
+
+
+def test_sparse_rows_are_refused_with_what_to_do():
+    sparse = pytest.importorskip("scipy.sparse")
+    with pytest.raises(TypeError, match=r"Sparse data was passed for X, .* Use '.toarray\(\)'"):
+        KMeans(4).fit(sparse.csr_matrix(blobs(0).numpy()))
+    with pytest.raises(ValueError, match=r"X: expected dense rows, got torch.sparse_coo: X.to_dense\(\) has them"):
+        KMeans(4).fit(blobs(0).to_sparse())
 
 
 def test_y_is_not_taken_for_weights():

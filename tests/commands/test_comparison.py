@@ -6,6 +6,7 @@ import shutil
 import statistics
 
 import pytest
+import yaml
 
 for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "lightning", "kornia", "tensorboard"):
     pytest.importorskip(extra)  # the extra "train"
@@ -136,3 +137,4 @@ def test_wrong_arguments_are_named(two_seeds, tmp_path, capsys, monkeypatch):
     fails_with("overwrite: expected False when resuming", "--resume", "--overwrite", f"--output={two_seeds}")
     resumed = (f"--output={two_seeds}", "--seeds=[3,5]", "--resume")
     fails_with("clusters: expected 4, as the comparison to resume has it, got 5", *resumed, "--clusters=5")
+    assert yaml.safe_load((two_seeds / "comparison.yaml").read_text())["clusters"] == 4

@@ -14,6 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from torchvision.transforms import v2
 
+import ccl_fast.data.reading
 from ccl_fast.data import Images, load_folder, load_split
 from ccl_fast.data.pixels import to_pixels
 from ccl_fast.errors import ArgumentError
@@ -226,6 +227,31 @@ def test_on_demand_equals_in_memory(photos, workers):
     assert state.equal(torch.get_rng_state())  # the caller's
 
 
+@pytest.mark.parametrize(("cpus", "processes", "expected"), [(1, 1, 0), (2, 1, 1), (64, 1, 8), (64, 8, 7), (2, 3, 0)])
+def test_as_many_processes_read_ahead_as_there_are_cpus_to_spare(cpus, processes, expected, monkeypatch, photos):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cpus)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    on_demand, _ = load_folder(photos, (3, 8, 8), memory=0, workers=None)
+    assert on_demand.workers == expected
+    assert load_folder(photos, (3, 8, 8), memory=0)[0].workers == 0
+
+
+def test_unasked_no_process_reads_what_is_kept_or_is_anybodys(monkeypatch, photos):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    reading, asked = ccl_fast.data.reading, []
+    load_images = reading.load_images
+
+    def spy(*given, workers):
+        asked.append(workers)
+        return load_images(*given, workers=workers)
+
+    monkeypatch.setattr(reading, "load_images", spy)
+    load_folder(photos, (3, 8, 8), workers=None)
+    assert asked == [0]
+    data = Custom(*(gradient(8, 8) for _ in range(3)))
+    assert load_split((data, data), memory=0, workers=None).train.workers == 0
+
+
 def test_values_are_the_bytes_by_255(tmp_path):
     array = np.arange(256, dtype=np.uint8).reshape(16, 16)
     save(array, tmp_path / "a.png")
@@ -354,6 +380,19 @@ def test_damaged_metadata_and_huge_images_do_not_matter(tmp_path, monkeypatch, r
         load_folder(tmp_path, (3, 8, 8), strict=True)
 
 
+def test_files_and_folders_together(tmp_path):
+    (tmp_path / "more").mkdir()
+    for i, name in enumerate(("b.png", "a.png", "more/c.png")):
+        save(gradient(8, 8 + i), tmp_path / name)
+    files = [tmp_path / "b.png", tmp_path / "more", tmp_path / "b.png", tmp_path / "a.png"]
+    images, paths = load_folder(files, (3, 8, 8))
+    assert paths == [tmp_path / name for name in ("b.png", "more/c.png", "a.png")]
+    assert images.classes is None
+    alone, [path] = load_folder(str(tmp_path / "a.png"), (3, 8, 8))
+    assert path == tmp_path / "a.png"
+    assert alone[torch.arange(1)].equal(images[torch.tensor([2])])
+
+
 def test_folders_without_images(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=f"images: expected a folder of images, got {tmp_path}/missing, which is"
@@ -362,8 +401,10 @@ def test_folders_without_images(tmp_path):
     with pytest.raises(ArgumentError, match=r"images: expected images \(\.jpg, .*\.webp\) in .*, got none"):
         load_folder(tmp_path, (3, 8, 8))
     (tmp_path / "a.png").touch()
-    with pytest.raises(ArgumentError, match="images: expected a folder of images, got a file"):
+    with pytest.raises(ArgumentError, match=r"images: expected images in .*a\.png, got 1 files .* got an empty file"):
         load_folder(tmp_path / "a.png", (3, 8, 8))
+    with pytest.raises(ArgumentError, match="images: expected at least one file or folder, got none"):
+        load_folder([], (3, 8, 8))
     with pytest.raises(
         ArgumentError, match=r"images: expected images in .*, got 1 files that cannot be read; .*a\.png"
     ):

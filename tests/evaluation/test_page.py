@@ -19,7 +19,15 @@ import numpy as np
 from PIL import Image
 from torch.nn.functional import normalize
 
-from ccl_fast.evaluation import Evaluation, difference_intervals, metric_intervals, pictures, resample_metrics
+from ccl_fast.evaluation import (
+    Evaluation,
+    describe_thresholds,
+    difference_intervals,
+    metric_intervals,
+    pictures,
+    resample_metrics,
+    threshold,
+)
 from ccl_fast.evaluation.page import summarize, write_page
 from ccl_fast.ood import auroc, fpr95, ood_metrics
 
@@ -94,7 +102,16 @@ def make(
             metrics, both, of_detectors[DEFAULT], ids["train"], change_features(centers), resampled=resampled
         )
     report = {
-        "arguments": {"data": HOSTILE, "clusters": clusters, "output": None, "in_classes": [0, 1], "resume": False},
+        "arguments": {
+            "data": HOSTILE,
+            "clusters": clusters,
+            "output": None,
+            "in_classes": [0, 1],
+            "augmentation": "auto",
+            "warmup_epochs": None,
+        },
+        "resolved": {"augmentation": "digits", "warmup_epochs": 20},
+        "command": "ccl-fast train --in-classes '[0, 1]'",
         "images": {"train": sizes[0], "test": sizes[1], "ood": dict.fromkeys(sets, sizes[2])},
         "near": list(near),
         "far": list(far),
@@ -102,6 +119,7 @@ def make(
         "titles": {objective: TITLES[objective] for objective in objectives},
         "results": results,
         "bootstrap": {"resamples": 40, "confidence": 0.95},
+        "thresholds": {objective: describe_thresholds(of.scores, sets) for objective, of in evaluations.items()},
         "intervals": {objective: metric_intervals(of.resampled) for objective, of in evaluations.items()},
         "losses": {objective: [2.5, 1.5] for objective in objectives},
         "log": {
@@ -259,7 +277,44 @@ def test_tables_have_the_reports_numbers(page, made):
     above = " ".join(page.headers.split())
     assert above.count(" ".join([*COLUMNS.values(), *["SimCLR CCL"] * 5])) == 2 + len(sets)
     assert page.intervals[0] == "–".join(f"{v:.3f}" for v in report["intervals"]["simclr"][DEFAULT]["near"]["auroc"])
-    assert len(page.intervals) == len(exact)
+    assert len(page.intervals) == len(exact) + 2 * len(sets) * 3  # and of the thresholds
+
+
+def test_thresholds_say_what_they_let_through(page, made):
+    report, evaluations, _ = made
+    rows = [(" ".join(header.split()), cells) for header, cells in page.rows if len(cells) == 3]
+    wanted = []
+    for objective, evaluation in evaluations.items():
+        scores, between = evaluation.scores, report["intervals"][objective][DEFAULT]
+        cuts = [scores["test"].sort().values[n - 1] for n in (36, 38, 40)]  # of 40: 90, 95 and 99 %
+        wanted.append(("accepts scores up to", [f"{cut:#.3g}" for cut in cuts]))
+        for name in report["near"] + report["far"]:
+            shares = [f"{100 * (scores[name] <= cut).double().mean():.1f} %" for cut in cuts]
+            wanted.append((f"{name} {'far' if name == 'textures' else 'near'}", shares))
+            assert between[name]["fpr90_id"][0] <= between[name]["fpr99_id"][1]
+    assert rows[: len(wanted)] == [(" ".join(header.split()), cells) for header, cells in wanted]
+
+
+def test_samples_are_of_every_part_and_views_of_their_images(page, made):
+    _, _, images = made
+    shown = {image["alt"]: image["src"] for image in page.all("img")}
+    titles = {"train": "training images", "test": "test images"}
+    for part, of_part in images.items():
+        title = titles.get(part, part)
+        alts = [alt for alt in shown if alt.startswith(f"sample of {title}, image ")]
+        assert len(alts) == min(12, len(of_part))
+        rows = [int(alt.rpartition(" ")[2]) for alt in alts]
+        assert rows[0] == 0 and rows[-1] == len(of_part) - 1
+        assert shown[alts[1]] == pictures.thumbnail(of_part[torch.tensor([rows[1]])][0])
+    views = [alt for alt in shown if re.fullmatch(r"training image \d+, view \d", alt)]
+    assert len(views) == 6 * 5 and len({shown[alt] for alt in views}) == 30
+
+
+def test_the_run_can_be_repeated(page):
+    text = " ".join(page.text.split())
+    assert "ccl-fast train --in-classes '[0, 1]'" in text
+    assert "augmentationauto used: digits" in text and "warmup_epochsnull used: 20" in text
+    assert text.count("used:") == 2
 
 
 def test_bold_is_what_the_interval_of_the_difference_bears_out(made, tmp_path):
@@ -323,7 +378,7 @@ def test_summary_says_what_came_out(objectives, values, between, expected):
 
 def test_what_users_named_is_text(page, made):
     assert summarize(made[0]) in page.text
-    assert page.text.count(HOSTILE) == 2 + 2 + 2 + 8 + 1 + 1  # tables, legends, legends of maps, images, ...
+    assert page.text.count(HOSTILE) == 2 + 2 + 2 + 2 + 1 + 8 + 1 + 1  # tables, thresholds, legends, ...
     assert "a <b>" in page.text
     labels = [svg["aria-label"] for svg in page.all("svg") if HOSTILE in svg.get("aria-label", "")]
     assert len(labels) == 4  # histograms and ROC curves of both objectives
@@ -463,7 +518,7 @@ def test_a_picture_that_cannot_be_drawn_costs_this_picture(broken, made, page, t
     drawn, all_drawn = (
         sum("aria-label" in svg for svg in p.all("svg")) + (len(p.all("img")) > 0) for p in (ours, page)
     )
-    assert 1 <= lost <= 6 and all_drawn - 4 <= drawn < all_drawn
+    assert 1 <= lost <= 8 and all_drawn - 4 <= drawn < all_drawn
     assert ours.rows == page.rows
     error = capsys.readouterr().err
     assert error.count("\n") == lost
@@ -578,7 +633,7 @@ def test_threshold_and_curve_are_those_of_the_metrics(n):
         if digits:
             test, ood = test.round(decimals=digits), ood.round(decimals=digits)
         scores, is_ood = torch.cat([test, ood]), torch.arange(n + 33) >= n
-        accepted = (ood <= pictures.threshold(test)).double().mean().item()
+        accepted = (ood <= threshold(test)).double().mean().item()
         assert accepted == pytest.approx(fpr95(scores, is_ood, positive="id"), abs=1e-6)
         x, y = pictures.roc(test, ood)
         assert x[0] == y[0] == 0 and x[-1] == y[-1] == 1

@@ -179,5 +179,5 @@ def test_errors():
         with pytest.raises(ValueError, match=message):
             call(InterCLRLoss(), *good[:place], wrong, *good[place + 1 :])
     for wrong in (41, -1):
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match="expected rows 0 to"):
             call(InterCLRLoss(), *good[:5], torch.full((9,), wrong))

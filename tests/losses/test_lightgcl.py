@@ -112,7 +112,7 @@ def test_errors():
         with pytest.raises(ValueError, match=message):
             call(LightGCLLoss(), *arguments)
     for outside in (-1, 9):
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match="expected rows 0 to"):
             call(LightGCLLoss(), e, g, torch.tensor([0, outside]))
 
 

@@ -228,3 +228,12 @@ ERRORS = {
 def test_errors(use, message):
     with pytest.raises(ValueError, match=message):
         use(features(), masks()["weights"].float())
+
+
+def test_labels_may_be_a_column():
+    labels = torch.arange(9) % 3
+    for options in ({}, {"form": "inside"}, {"contrast_mode": "one"}, {"unassigned": None}):
+        loss = SupConLoss(0.07, **options)
+        assert loss(features(), labels[:, None]).equal(loss(features(), labels))
+    with pytest.raises(ValueError, match=r"labels: expected shape \[9\], got \[9, 2\]"):
+        SupConLoss()(features(), labels[:, None].expand(-1, 2))

@@ -714,7 +714,7 @@ def test_wrong_arguments_of_detectors(features):
         Ensemble([NearestNeighbor(), "knn"])
     with pytest.raises(ValueError, match=r"^weights: expected a positive number for each of 1 detectors, got \[1, 2\]"):
         Ensemble([NearestNeighbor()], weights=[1, 2])
-    with pytest.raises(ValueError, match=r"^weights: expected a positive number"):
+    with pytest.raises(ValueError, match=r"^weights\[0\]: expected a positive number, got 0"):
         Ensemble([NearestNeighbor()], weights=[0])
     with pytest.raises(ValueError, match=r"^detector: expected a detector of features, got str"):
         Columns("knn", slice(2))
@@ -728,7 +728,7 @@ def test_wrong_arguments_of_detectors(features):
         Ensemble([NearestNeighbor()], folds=1)
     with pytest.raises(ValueError, match=r"^x: expected at least folds=5 rows, got 4"):
         Ensemble([NearestNeighbor()]).fit_features(x[:4])
-    with pytest.raises(ValueError, match=r"^seed: expected an integer, got '1'"):
+    with pytest.raises(ValueError, match=r"^seed: expected an integer >= 0 and below 2\^63, got '1'"):
         Ensemble([NearestNeighbor()], seed="1")
     with pytest.raises(ValueError, match=r"^speed: expected one of \['k'\], got 'speed'"):
         NearestNeighbor().set_hyperparameters(speed=2)

@@ -67,3 +67,8 @@ found |= extras & (sys.modules.keys() - of_torch)
 sys.exit(f"imported {found}" if found else 0)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_needs_no_extra_is_reached_from_the_package():
+    code = "import ccl_fast; ccl_fast.ood.Mahalanobis, ccl_fast.metrics.uniformity, ccl_fast.clustering.KMeans"
+    subprocess.run([sys.executable, "-c", code], check=True)

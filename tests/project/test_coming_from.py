@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import ccl_fast
-import ccl_fast.ood
 from tests import ROOT
 from tests.oracles import supcontrast
 
@@ -128,3 +127,14 @@ def test_unassigned():
     for wrong in (0, "none", True):
         with pytest.raises(ValueError, match="unassigned: expected -1 or None"):
             ccl_fast.SupConLoss(unassigned=wrong)
+
+
+def test_the_options_in_the_table_of_trainers_are_those_of_train():
+    pytest.importorskip("lightning")  # the extra "train"
+    from ccl_fast.training.config import FIELDS
+
+    section = (ROOT / "docs" / "training.md").read_text().partition("## What you know from")[2].partition("\n## ")[0]
+    rows = [row.split(" | ")[1] for row in section.splitlines() if row.startswith("| ")][1:]
+    named = {name for row in rows for name in re.findall(r"`([a-z_]+)`", row)}
+    assert len(rows) > 15 and "exclude_bias_and_norm" in named
+    assert named <= FIELDS.keys()

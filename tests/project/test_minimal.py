@@ -73,5 +73,19 @@ def test_the_command_says_what_to_install_in_one_line(arguments):
     assert line.startswith("ccl-fast: No module named ") and line.endswith(HINT)
 
 
+def test_a_package_that_only_training_needs_is_told_in_one_line_too():
+    code = """
+import sys
+sys.modules["lightning"] = None
+from ccl_fast.__main__ import command
+sys.argv[1:] = ["train"]
+sys.exit(command())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("ccl-fast: ") and "lightning" in line and line.endswith(HINT)
+
+
 def test_the_installed_command_is_the_one_that_says_so():
     assert 'ccl-fast = "ccl_fast.__main__:command"' in (ROOT / "pyproject.toml").read_text()

@@ -39,7 +39,7 @@ def weights_of_steps(run, epochs):
     run.optimizer.register_step_post_hook(
         lambda *_: steps.append({name: p.detach().double() for name, p in named(run).items()})
     )
-    run.advance(epochs, name="")
+    run.advance(epochs)
     return list(zip(steps[::2], steps[1::2], strict=True))
 
 
@@ -75,7 +75,7 @@ def test_adamw_decays_all_but_what_is_excluded():
     def end(**given):
         torch.manual_seed(0)  # of the encoder
         run = make_run(make_images(8), objective="simclr", **GIVEN | {"epochs": 1} | given)
-        run.advance(1, name="")
+        run.advance(1)
         return named(run)
 
     excluded, whole, without = end(exclude_bias_and_norm=True), end(), end(weight_decay=0.0)
@@ -89,7 +89,7 @@ def test_adamw_decays_all_but_what_is_excluded():
 def test_the_learning_rate_is_that_of_timms_scheduler(rise):
     run, rates = make_run(make_images(16), epochs=4, objective="simclr", learning_rate=0.02, lr_warmup_epochs=rise), []
     run.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
-    run.advance(4, name="")
+    run.advance(4)
     (group,) = (optimizer := torch.optim.SGD([torch.zeros(1)], lr=0.02)).param_groups
     scheduler = CosineLRScheduler(
         optimizer, 8 - 2 * rise, warmup_t=2 * rise, warmup_lr_init=0, warmup_prefix=True, t_in_epochs=False
@@ -107,14 +107,14 @@ def test_it_goes_on_from_every_step_as_if_nothing_had_been(optimizer):
     plan = GIVEN | {"optimizer": optimizer, "objective": "swav", "warmup_epochs": 1, "lr_warmup_epochs": 2}
     plan |= {"exclude_bias_and_norm": True}
     run, states = make_run(make_images(16), **plan), []
-    run.advance(1, name="", after_step=lambda: states.append(run.state_dict()))
-    run.advance(3, name="", after_step=lambda: states.append(run.state_dict()))
+    run.advance(1, after_step=lambda: states.append(run.state_dict()))
+    run.advance(3, after_step=lambda: states.append(run.state_dict()))
     assert len(states) == 6
     end = run.state_dict()
     for state in states:
         again = make_run(make_images(16), **plan)
         again.load_state_dict(state)
-        again.advance(3, name="")
+        again.advance(3)
         assert_close(again.state_dict(), end, rtol=0, atol=0)
 
 

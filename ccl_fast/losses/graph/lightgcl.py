@@ -16,7 +16,7 @@ from ccl_fast.checks import (
 )
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
-from ccl_fast.losses.batch import check_integers, check_queries
+from ccl_fast.losses.batch import check_queries, check_rows
 from ccl_fast.ops import cross_entropy, row_dot, streaming_logsumexp
 from ccl_fast.ops.differentiable import savable
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
@@ -182,4 +182,4 @@ def _check_nodes(nodes: Tensor, queries: Tensor) -> None:
     check_tensor("nodes", nodes)
     if nodes.ndim != 1:
         raise ArgumentError(f"nodes: expected shape [b], got {list(nodes.shape)}")
-    check_integers("nodes", nodes, queries)
+    check_rows("nodes", nodes, queries)

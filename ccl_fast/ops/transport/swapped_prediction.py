@@ -250,6 +250,8 @@ def _check(z: Tensor, centers: Tensor, potentials: Tensor) -> None:
     check_floating("z", z)
     if z.ndim != 3:
         raise ArgumentError(f"z: expected shape [views, n, d], got {list(z.shape)}")
+    if z.shape[0] == 0:
+        raise ArgumentError(f"z: expected at least one view, got shape {list(z.shape)}")
     check_matrix("centers", centers, columns=z.shape[2])
     check_matrix("potentials", potentials, columns=centers.shape[0])
     for name, x in (("centers", centers), ("potentials", potentials)):
