@@ -13,7 +13,7 @@ from ccl_fast import commands
 from ccl_fast.commands.arguments import check_known, close, prepared, told
 from ccl_fast.commands.options import make_parser, options_of
 from ccl_fast.commands.output import lasting_output
-from ccl_fast.errors import ArgumentError, MissingPackages, PeerError, ReaderError
+from ccl_fast.errors import ArgumentError, PeerError, ReaderError
 from ccl_fast.training.checkpoint import CheckpointError
 from ccl_fast.training.config import Config
 from ccl_fast.training.interruption import Interrupted
@@ -145,18 +145,10 @@ def _call(name: str, options: dict) -> int:
         if _speaks_for_all():
             print(f"ccl-fast {name}: {interrupted}", file=sys.stderr)
         return interrupted.code
-    except (
-        ArgumentError,
-        CheckpointError,
-        OSError,
-        FloatingPointError,
-        PeerError,
-        ReaderError,
-        MissingPackages,
-    ) as error:
+    except (ArgumentError, CheckpointError, OSError, FloatingPointError, PeerError, ReaderError) as error:
         if _speaks_for_all() or isinstance(error, PeerError):
             print(f"ccl-fast {name}: error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError | PeerError | ReaderError | MissingPackages) else 2
+        return 1 if isinstance(error, FloatingPointError | PeerError | ReaderError) else 2
     return 0
 
 
