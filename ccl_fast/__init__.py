@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 # Imported when they are used: the commands of ``ccl-fast`` need the packages of ``ccl-fast[train]``, and scikit-learn,
 # from which KMeans derives, takes half as long to import as torch.
 _PARTS = ("clustering", "metrics", "ood")
-_LATER = {"KMeans": "clustering"} | dict.fromkeys(("train", "compare", "evaluate", "score"), "commands")
+_LATER = {"KMeans": "clustering"} | dict.fromkeys(
+    ("train", "compare", "evaluate", "load_run", "score", "embed", "export"), "commands"
+)
 
 __all__ = ["CCLLoss", "InfoNCELoss", "KMeans", "NTXentLoss", "SupConLoss", "__version__", "streaming_logsumexp"]
 

@@ -44,6 +44,12 @@ COMMANDS = {
     "score": Command(
         "Write an outlier score for every image of files and folders into a CSV or JSON file, most outlying first.",
     ),
+    "embed": Command(
+        "Write what a trained model makes of every image of files and folders: features, embedding, cluster, score.",
+    ),
+    "export": Command(
+        "Write a trained model as one file that needs ccl_fast no more: torch.export's (.pt2) or ONNX (.onnx).",
+    ),
 }
 
 

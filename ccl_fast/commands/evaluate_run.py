@@ -11,11 +11,11 @@ from torch.utils.data import Dataset
 
 from ccl_fast.commands.environment import describe_device
 from ccl_fast.commands.image_sets import load_image_sets
+from ccl_fast.commands.judgement import judge, write_run_report
 from ccl_fast.commands.report import describe, write_report
-from ccl_fast.commands.run_folder import EVALUATION
+from ccl_fast.commands.run_folder import EVALUATION, held
 from ccl_fast.commands.trained_run import TrainedRun
 from ccl_fast.errors import ArgumentError
-from ccl_fast.evaluation import evaluate_model
 from ccl_fast.training.launch import check_alone, find_device
 from ccl_fast.training.telling import say
 
@@ -40,9 +40,14 @@ def evaluate(
     The images are those of the run, unless an argument says otherwise: its training images fit the detectors, its test
     images and the OOD sets are told apart.
 
+    A run whose models are trained, but whose own judgement failed, was killed or lacks a file, gets that first: without
+    an output folder, other OOD sets or a limit, its report.json, report.html and fitted detectors are written, as
+    ``train`` would have.
+
     Args:
         run: folder of a finished run of ``train``.
-        output: folder for evaluation.html and evaluation.json; by default ``<run>/evaluation``.
+        output: folder for evaluation.html and evaluation.json; by default ``<run>/evaluation``, or the run's own for
+            the run's own judgement.
         near_ood: OOD sets that resemble the training images, as for ``train``; by default those of the run.
         far_ood: OOD sets that do not; by default those of the run.
         limit: at most that many images of each part; by default as in the run.
@@ -56,17 +61,17 @@ def evaluate(
         overwrite: replace an evaluation in the output folder.
 
     Returns:
-        The content of evaluation.json.
+        The content of evaluation.json, or of report.json.
 
     Raises:
         ArgumentError: a ValueError naming the argument, what was expected and what came.
-        FileExistsError: there is an evaluation in the output folder.
+        FileExistsError: there is an evaluation in the output folder, or the run is being written to.
         FileNotFoundError: the data is not there; says where it was looked for and how to get it.
     """
     check_alone("evaluate")
     start = time.perf_counter()
     where = find_device(device)
-    trained = TrainedRun(
+    trained = TrainedRun.open(
         run,
         near_ood=near_ood,
         far_ood=far_ood,
@@ -78,28 +83,20 @@ def evaluate(
         strict=strict,
         workers=workers,
     )
+    trained.check_finished()
+    if not trained.is_judged and (output, near_ood, far_ood, limit) == (None,) * 4:
+        with held(trained.folder):
+            return write_run_report(trained, load_image_sets(trained.config).to(where), where, start)
     folder = Path(output) if output is not None else trained.folder / EVALUATION
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"output: expected a folder, got the file {str(folder)!r}")
-    if (folder / "evaluation.json").exists() and not overwrite:
+    if (folder / f"{EVALUATION}.json").exists() and not overwrite:
         raise FileExistsError(f"output: expected a folder without an evaluation, or overwrite, got {str(folder)!r}")
     say(f"on {describe_device(where)}; reading {trained.config.plain()['data']}")
     sets = load_image_sets(trained.config).to(where)
-    say(f"evaluating {' and '.join(trained.objectives)}: features, k-means, detectors on {len(sets.ood)} OOD sets")
-    evaluations = {
-        objective: evaluate_model(
-            trained.model(objective, sets.train.shape, where),
-            sets.train,
-            sets.test,
-            sets.near,
-            sets.far,
-            clusters=trained.config.detector_clusters,
-            seed=trained.config.seed,
-        )
-        for objective in trained.objectives
-    }
+    evaluations = judge(trained, sets, where)
     report = describe(trained.config.plain(), sets, evaluations, where)
     report["seconds"] = round(time.perf_counter() - start, 1)
     folder.mkdir(parents=True, exist_ok=True)
-    write_report(folder, report, evaluations, sets, models={}, name="evaluation")
+    write_report(folder, report, evaluations, sets, EVALUATION)
     return report

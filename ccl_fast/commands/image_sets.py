@@ -23,6 +23,7 @@ class ImageSets:
     test: Images
     near: dict[str, Images]
     far: dict[str, Images]
+    class_names: list[str] | None = None  # of the training images, where the data tells
 
     @property
     def ood(self) -> dict[str, Images]:
@@ -34,7 +35,7 @@ class ImageSets:
 
     def to(self, device: torch.device) -> ImageSets:
         near, far = ({name: images.to(device) for name, images in s.items()} for s in (self.near, self.far))
-        return ImageSets(self.train.to(device), self.test.to(device), near, far)
+        return ImageSets(self.train.to(device), self.test.to(device), near, far, self.class_names)
 
 
 def read_split(config: Config) -> Split:
@@ -65,11 +66,11 @@ def load_image_sets(config: Config) -> ImageSets:
         raise ArgumentError(f"far_ood: expected other sets than those of near_ood, got {twice[0]!r} in both")
     if not (near or far):
         raise ArgumentError("near_ood: expected at least one OOD set in near_ood or far_ood, got none")
-    of_both = [
+    of_near, of_far = (
         load_ood(names, split, argument=argument, **_reading(config))
         for names, argument in ((near, "near_ood"), (far, "far_ood"))
-    ]
-    return ImageSets(split.train, split.test, *of_both)
+    )
+    return ImageSets(split.train, split.test, of_near, of_far, split.class_names)
 
 
 def _reading(config: Config) -> dict:

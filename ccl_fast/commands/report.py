@@ -1,4 +1,4 @@
-"""What a run leaves behind: the table, report.json, report.html and the weights."""
+"""What an evaluation leaves behind: the table, and a page and a file of its figures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from ccl_fast.evaluation import (
 )
 from ccl_fast.files import write_atomically
 from ccl_fast.metrics import cluster_quality
-from ccl_fast.models import Model
 from ccl_fast.training.objectives import OBJECTIVES
 from ccl_fast.training.telling import say
 
@@ -131,21 +130,14 @@ def write_report(
     report: dict,
     evaluations: Mapping[str, Evaluation],
     sets: ImageSets,
-    models: Mapping[str, Model],
-    name: str = "report",
+    name: str,
 ) -> None:
-    """Write weights and <name>.json, drop an earlier run's other weights, print the table, and draw <name>.html.
+    """Write <name>.json, print the table, and draw <name>.html.
 
-    Weights, in ``<objective>.pt``, are state_dicts. No error of the page costs the results: it is a line on stderr.
+    No error of the page costs the results: it is a line on stderr.
     """
     page = folder / f"{name}.html"
     page.unlink(missing_ok=True)  # an earlier one
-    if models:
-        for objective in OBJECTIVES.keys() - models.keys():
-            (folder / f"{objective}.pt").unlink(missing_ok=True)
-    for objective, model in models.items():
-        weights = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
-        write_atomically(folder / f"{objective}.pt", lambda file, weights=weights: torch.save(weights, file))
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     write_atomically(folder / f"{name}.json", lambda file: file.write(text.encode()))
     print(format_table(report))

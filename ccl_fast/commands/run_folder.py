@@ -19,15 +19,17 @@ from ccl_fast.training.loggers import EVENTS, TABLES
 from ccl_fast.training.objectives import OBJECTIVES
 from ccl_fast.training.progress import METRICS
 
-CONFIG, EVALUATION, LOCK = "config.yaml", "evaluation", ".lock"
+CONFIG, REPORT, EVALUATION, LOCK = "config.yaml", "report", "evaluation", ".lock"
+# Of every objective.
+WEIGHTS, DETECTORS = "{}.safetensors", "{}.detectors.safetensors"
 # Where runs are by default; and of each command that can be resumed, which file says that there is something to resume,
 # and which one has its arguments.
 RUNS = Path("runs")
 RESUMED = {"train": (f"{CHECKPOINTS}/{LAST}", CONFIG), "compare": ("comparison.yaml", "comparison.yaml")}
 # All that a run writes, but for TensorBoard's names; results first, so that none is ever beside a later configuration.
 FILES = (
-    *(f"{name}.{kind}" for name in ("report", f"{EVALUATION}/evaluation") for kind in ("json", "html")),
-    *(f"{objective}.pt" for objective in OBJECTIVES),
+    *(f"{name}.{kind}" for name in (REPORT, f"{EVALUATION}/evaluation") for kind in ("json", "html")),
+    *(name.format(objective) for objective in OBJECTIVES for name in (DETECTORS, WEIGHTS)),
     *(f"{CHECKPOINTS}/{name}" for name in (LAST, PREVIOUS)),
     METRICS,
     CONFIG,
@@ -89,6 +91,19 @@ def check_free(folder: Path, *, overwrite: bool, resume: bool) -> None:
     if overwrite and not _is_config(folder / CONFIG):
         expected = f"the folder of a run to overwrite, with its {CONFIG}"
         raise ArgumentError(f"output: expected {expected}, got {str(folder)!r}")
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Check that a file may be written.
+
+    Raises:
+        ArgumentError: there is something else than a regular file.
+        FileExistsError: there is a file, and it is not to be overwritten.
+    """
+    if path.exists() and not path.is_file():
+        raise ArgumentError(f"output: expected a regular file, got something else, {str(path)!r}")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"output: expected a file that does not exist yet, or overwrite, got {str(path)!r}")
 
 
 class RunFolder:

@@ -19,7 +19,14 @@ FORMULA = tuple("=+-@\t\r")
 
 
 def write_scores(
-    path: Path, images: Sequence[str], scores: Tensor, nearest: Tensor, threshold: float, by: Mapping[str, object]
+    path: Path,
+    images: Sequence[str],
+    scores: Tensor,
+    nearest: Tensor,
+    threshold: float,
+    by: Mapping[str, object],
+    *,
+    in_order: bool = False,
 ) -> int:
     """Write a row for every image, most outlying first, and return how many are outliers.
 
@@ -30,9 +37,10 @@ def write_scores(
         nearest: clusters [n].
         threshold: above it an image is an outlier.
         by: what made the scores; JSON has it.
+        in_order: of the images, and not the most outlying first.
     """
     values, clusters, outliers = scores.tolist(), nearest.tolist(), (scores > threshold).int().tolist()
-    order = torch.argsort(scores, descending=True, stable=True).tolist()
+    order = range(len(images)) if in_order else torch.argsort(scores, descending=True, stable=True).tolist()
     rows = [(images[i], float(f"{values[i]:.6g}"), outliers[i], clusters[i]) for i in order]
     text = _json(rows, threshold, by) if path.suffix.lower() == ".json" else _csv(rows, threshold)
     path.parent.mkdir(parents=True, exist_ok=True)

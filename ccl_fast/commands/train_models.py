@@ -6,20 +6,22 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import yaml
-from lightning.fabric import Fabric
 
 from ccl_fast.commands.environment import describe_device
 from ccl_fast.commands.image_sets import ImageSets, load_image_sets, read_split
-from ccl_fast.commands.report import describe, describe_images, measures, write_report
-from ccl_fast.commands.run_folder import CONFIG, RunFolder, clear, command_to_go_on, resumed_folder
+from ccl_fast.commands.judgement import write_run_report
+from ccl_fast.commands.report import describe_images, measures
+from ccl_fast.commands.run_folder import CONFIG, REPORT, RunFolder, clear, command_to_go_on, resumed_folder
+from ccl_fast.commands.tensor_files import check_writable
+from ccl_fast.commands.trained_run import TrainedRun
 from ccl_fast.data import Images
 from ccl_fast.distributed import Group
 from ccl_fast.errors import ArgumentError
-from ccl_fast.evaluation import evaluate_model
 from ccl_fast.files import write_atomically
 from ccl_fast.training import checkpoint
 from ccl_fast.training.checkpoint import CHECKPOINTS
@@ -34,7 +36,7 @@ from ccl_fast.training.config import (
     takes_fields_of,
 )
 from ccl_fast.training.interruption import Interruption
-from ccl_fast.training.launch import alone, launched, launched_size
+from ccl_fast.training.launch import launched, launched_size
 from ccl_fast.training.loggers import Loggers
 from ccl_fast.training.loop import Run
 from ccl_fast.training.objectives import BASELINE, OBJECTIVES, ObjectiveName
@@ -95,18 +97,22 @@ def train(config: Config) -> dict | None:
             plan = config.resolved()
             # Before anything is written: its errors are those of arguments.
             warm_up = Run(replace(plan, objective=BASELINE), images, fabric, group)
+            check_writable(warm_up.model.state_dict())
             progress = _open_progress(config, folder, images, sets, group)
             group.first(run_folder.claim)
             if sets is not None:
                 _print_plan(given, plan, sets, warm_up, progress)
             with _told_how_to_go_on(progress), _dropped_without_checkpoint(folder, group), closing(progress):
                 group.first(lambda: _write_config(folder, config))
-                _train_stages(plan, warm_up, progress)
+                _train_stages(plan, warm_up, progress, TrainedRun(folder, config), sets)
         if sets is None:  # another process than the first
             return None
-        fabric = fabric if group.size == 1 else alone(device, plan.precision)  # the others have left
         with _told_how_to_go_on(progress):
-            return _write_results(config, folder, sets, progress, fabric, start)
+            report = write_run_report(TrainedRun(folder, config), sets, device, start)  # the others have left
+            with closing(progress):
+                for name in plan.objectives:
+                    progress.log_results(name, measures(report, name), folder / f"{REPORT}.html")
+            return report
 
 
 def _check_shared(objective: ObjectiveName) -> None:
@@ -208,8 +214,8 @@ def _dropped_without_checkpoint(folder: Path, group: Group) -> Iterator[None]:
         raise
 
 
-def _train_stages(plan: Config, warm_up: Run, progress: Progress) -> None:
-    """Train what is not finished of the warm-up and of every objective."""
+def _train_stages(plan: Config, warm_up: Run, progress: Progress, kept: TrainedRun, sets: ImageSets | None) -> None:
+    """Train what is not finished of the warm-up and of every objective; keep each model as soon as it is trained."""
     epochs, steps = _epochs(plan, progress), warm_up.steps_per_epoch
     done = 0
     if progress.under_way and progress.under_way[0] in epochs:
@@ -223,28 +229,6 @@ def _train_stages(plan: Config, warm_up: Run, progress: Progress) -> None:
         for objective in plan.objectives:
             run = Run(replace(plan, objective=objective), warm_up.images, warm_up.fabric, warm_up.group)
             advance(run, objective, plan.epochs, progress, interruption, telling)
-
-
-def _write_results(
-    config: Config, folder: Path, sets: ImageSets, progress: Progress, fabric: Fabric, start: float
-) -> dict:
-    """Evaluate the trained models, write their weights and the report, and return that."""
-    plan, models, evaluations = config.resolved(), {}, {}
-    for name in plan.objectives:
-        say(f"evaluating {name}: its features, k-means, detectors on {len(sets.ood)} OOD sets")
-        run = Run(replace(plan, objective=name), sets.train, fabric)
-        progress.load(run, progress.finished[name])
-        models[name] = run.result
-        evaluations[name] = evaluate_model(
-            run.result, sets.train, sets.test, sets.near, sets.far, clusters=plan.detector_clusters, seed=plan.seed
-        )
-    report = describe(config.plain(), sets, evaluations, fabric.device) | {
-        "losses": {name: progress.finished[name]["losses"] for name in models},
-        "log": {name: [line for line in progress.lines if line["stage"] in (WARM_UP, name)] for name in models},
-        "seconds": round(progress.seconds_before + time.perf_counter() - start, 1),
-    }
-    write_report(folder, report, evaluations, sets, models)
-    with closing(progress):
-        for name in models:
-            progress.log_results(name, measures(report, name), folder / "report.html")
-    return report
+            progress.load(run, progress.finished[objective])  # it may have been trained before, or by another run
+            classes = None if sets is None else sets.class_names
+            run.group.first(partial(kept.write_model, objective, run.result, run.images.shape, classes))

@@ -7,7 +7,7 @@ from ccl_fast.later import imported_later
 
 if TYPE_CHECKING:
     from ccl_fast.data.augmentation import Views
-    from ccl_fast.data.folder import load_folder
+    from ccl_fast.data.folder import load_files, load_folder
     from ccl_fast.data.images import Images
     from ccl_fast.data.ood import canonical, load_ood, located
     from ccl_fast.data.split import Split, load_split
@@ -19,6 +19,7 @@ _LATER = {
     "Split": "split",
     "Views": "augmentation",
     "canonical": "ood",
+    "load_files": "folder",
     "load_folder": "folder",
     "load_ood": "ood",
     "load_split": "split",
@@ -31,6 +32,7 @@ __all__ = [
     "Split",
     "Views",
     "canonical",
+    "load_files",
     "load_folder",
     "load_ood",
     "load_split",

@@ -110,6 +110,7 @@ class _Digits(Dataset):
         pixels, classes = _read_digits()
         self.images = pixels
         self.targets = classes
+        self.classes = [str(digit) for digit in range(10)]
 
     def __len__(self) -> int:
         return len(self.images)

@@ -91,6 +91,40 @@ def _listed(paths: Sequence[str | Path], argument: str) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def load_files(
+    paths: Sequence[str | Path],
+    shape: tuple[int, int, int],
+    *,
+    argument: str = "images",
+    workers: int = 0,
+    memory: float = 4.0,
+    max_pixels: int = MAX_PIXELS,
+) -> Images:
+    """The images in some files, in their order, brought to a shape as by `load_folder`.
+
+    Args:
+        paths: of the files, at least one.
+        shape: (1 or 3, h, w).
+        argument: how errors call the files.
+        workers: processes that read; 0: this one does.
+        memory: GiB that the decoded images may take; if they take more, they are read on demand.
+        max_pixels: a file of more pixels than that counts as one that cannot be read.
+
+    Raises:
+        ArgumentError: naming the argument.
+        OSError: a file cannot be read.
+    """
+    check_loading(seed=0, workers=workers, memory=memory, limit=None, strict=True, download=False)
+    check_count("max_pixels", max_pixels)
+    check_shape("shape", shape)
+    files = [Path(os.path.expanduser(path)) for path in paths]
+    if not files:
+        raise ArgumentError(f"{argument}: expected at least one file, got none")
+    place = "the files"
+    source = _source(files, None, (), argument, place=place, strict=True, workers=workers, max_pixels=max_pixels)
+    return _load(source, shape, place, strict=True, workers=workers, memory=memory)[0]
+
+
 def _load(
     source: FolderSource,
     shape: tuple[int, int, int],

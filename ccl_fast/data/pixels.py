@@ -13,6 +13,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 ORIENTATION = 0x0112  # EXIF's tag; from 5 on the image lies on its side
+# What `fit` and the division by 255 do to an image, in words that a run keeps.
+TRANSFORM = {"resize": "shorter side, bilinear, antialiased", "crop": "center", "values": "0 to 1"}
 GREY_MODES = ("1", "L", "LA", "I", "F")  # of Pillow, besides I;16 and its kin
 
 

@@ -36,12 +36,14 @@ class Split(NamedTuple):
         train: to train on.
         test: of the same classes, to test on.
         held_out: of the other classes, as near OOD; None: no class is held out.
+        class_names: what the classes are called that are trained on, if the data tells.
     """
 
     name: str
     train: Images
     test: Images
     held_out: Images | None
+    class_names: list[str] | None = None
 
 
 def load_split(
@@ -128,7 +130,15 @@ def load_split(
             f"data: expected at least 2 images to train on and 1 to test on, got {len(train)} and {len(test)} "
             f"(with in_classes {in_classes}, limit {limit}, and test_fraction {test_fraction} if there is no test part)"
         )
-    return Split(opened.name, train, test, held_out if len(held_out) else None)
+    names = _class_names(opened.train, numbers)
+    return Split(opened.name, train, test, held_out if len(held_out) else None, names)
+
+
+def _class_names(source: Source, in_classes: Sequence[int] | None) -> list[str] | None:
+    names = source.class_names
+    if not names or in_classes is None:
+        return names or None
+    return [names[c] for c in in_classes] if max(in_classes) < len(names) else None
 
 
 def _parts(

@@ -11,7 +11,9 @@ with packages_of_training():
         metric_intervals,
         resample_metrics,
     )
-    from ccl_fast.evaluation.detection import DEFAULT, GROUPS, Evaluation, cluster, evaluate_model, make_detectors
+    from ccl_fast.evaluation.detection import GROUPS, Evaluation, evaluate_model
+    from ccl_fast.evaluation.detectors import DEFAULT, make_detectors
+    from ccl_fast.evaluation.fitted import FittedDetectors
     from ccl_fast.evaluation.knn import knn_accuracy
     from ccl_fast.evaluation.linear import linear_accuracy
     from ccl_fast.evaluation.page import write_page
@@ -23,7 +25,7 @@ __all__ = [
     "GROUPS",
     "RESAMPLES",
     "Evaluation",
-    "cluster",
+    "FittedDetectors",
     "confidence_interval",
     "describe_thresholds",
     "difference_intervals",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,72 +12,21 @@ from torch import Tensor
 
 from ccl_fast.clustering import KMeans
 from ccl_fast.evaluation.bootstrap import Resampled, resample_metrics
+from ccl_fast.evaluation.detectors import DEFAULT, make_detectors
+from ccl_fast.evaluation.fitted import FittedDetectors
 from ccl_fast.evaluation.knn import knn_accuracy
 from ccl_fast.evaluation.linear import linear_accuracy
 from ccl_fast.models import Model, embed_layers
-from ccl_fast.ood import Columns, CosineNorm, Ensemble, Mahalanobis, NearestCenter, NearestNeighbor, ood_metrics
+from ccl_fast.ood import Mahalanobis, ood_metrics
 
 if TYPE_CHECKING:
     from ccl_fast.data import Images
     from ccl_fast.ood.detector import FeatureDetector
 
-# The detector to quote; the pictures show its scores.
-DEFAULT = "layers/ensemble"
-# What detectors see: features before and after the projection head, and those before it beside the layers' statistics.
-LEVELS = ("head", "encoder", "layers")
-# The neighbour that is asked, for so many training images one further (Sun et al.: the 50th of 50,000).
-IMAGES_A_NEIGHBOR = 2000
 # Entries of the metrics that are means over OOD sets.
 GROUPS = ("near", "far")
 # Runs of k-means from different starts, of which the best is kept.
 STARTS = 5
-# Parts of the training images in turn unseen by the ensembles' detectors.
-FOLDS = 5
-# Shrinkage of the covariances of layers' channels, which are those of all images and not of small clusters.
-OF_LAYERS = 0.01
-
-
-def make_detectors(n: int, clusters: int, seed: int, widths: Sequence[int]) -> dict[str, FeatureDetector]:
-    """Make detectors for the features of n training images, by "<level>/<name>". They see training features only.
-
-    Args:
-        n, clusters, seed: numbers of images and clusters, seed of the ensembles' folds.
-        widths: of the parts of the level "layers", see `embed_layers`.
-    """
-    detectors: dict[str, FeatureDetector] = {}
-    for level in ("head", "encoder"):
-        ensemble = [NearestNeighbor(), Mahalanobis(n_clusters=clusters)]
-        of_level = {
-            "nearest_neighbor": NearestNeighbor(k=_neighbor(n)),
-            "nearest_center": NearestCenter(n_clusters=clusters),
-            "mahalanobis": Mahalanobis(n_clusters=clusters),
-            "cosine_norm": CosineNorm(),
-            "ensemble": Ensemble(ensemble, folds=min(FOLDS, n), seed=seed),
-        }
-        detectors |= {f"{level}/{name}": detector for name, detector in of_level.items()}
-    return detectors | {DEFAULT: _layers_ensemble(n, clusters, seed, widths)}
-
-
-def _layers_ensemble(n: int, clusters: int, seed: int, widths: Sequence[int]) -> Ensemble:
-    """Make the default detector.
-
-    Half of its score looks at what an image shows: the nearest neighbour and the nearest cluster of its features; the
-    other half at the Mahalanobis distances of the layers' channels. Without layers there is the first half.
-    """
-    ends = list(itertools.accumulate(widths))
-    features, *layers = (slice(end - width, end) for end, width in zip(ends, widths, strict=True))
-    detectors = [
-        Columns(detector, features) for detector in (NearestNeighbor(k=_neighbor(n)), Mahalanobis(n_clusters=clusters))
-    ]
-    weights = [1 / len(detectors)] * len(detectors) + [1 / len(layers) for _ in layers]
-    for columns in layers:
-        distance = Mahalanobis(shrinkage=OF_LAYERS, normalize=False)
-        detectors.append(Columns(distance, columns, clusters=False))
-    return Ensemble(detectors, weights=weights, folds=min(FOLDS, n), seed=seed)
-
-
-def _neighbor(n: int) -> int:
-    return max(1, n // IMAGES_A_NEIGHBOR)
 
 
 def cluster(features: Mapping[str, Tensor], clusters: int, seed: int) -> dict[str, KMeans]:
@@ -107,6 +55,8 @@ class Evaluation:
     knn: dict[str, float] = field(default_factory=dict)
     # accuracy of a linear classifier of the encoder's features, if classes are known
     linear: float | None = None
+    # the detectors, on the CPU
+    fitted: FittedDetectors | None = None
     # what a reader of the figures should know, a line each
     notes: list[str] = field(default_factory=list)
     # as metrics, but values on resampled images: of two evaluations of the same images and seed they are paired
@@ -144,11 +94,13 @@ def evaluate_model(
     kmeans = cluster(features["train"], clusters, seed)
     metrics: dict[str, dict[str, dict[str, float]]] = {}
     of_detectors: dict[str, dict[str, Tensor]] = {}
-    detectors = make_detectors(len(train), clusters, seed, widths)
+    arguments = {"n": len(train), "clusters": clusters, "seed": seed, "widths": widths}
+    detectors = make_detectors(**arguments)
     for detector_name, detector in detectors.items():
         level = detector_name.partition("/")[0]
         detector.fit_features(features["train"][level], kmeans[level].labels_)
         scores = {p: detector.predict_features(features[p][level]).cpu() for p in parts if p != "train"}
+        detector.to("cpu")
         metrics[detector_name] = _metrics(scores, near, far)
         of_detectors[detector_name] = scores
     knn, linear = {}, None
@@ -167,6 +119,12 @@ def evaluate_model(
         kmeans["head"].cluster_centers_.cpu(),
         knn=knn,
         linear=linear,
+        fitted=FittedDetectors(
+            arguments,
+            detectors,
+            {level: kmeans[level].cluster_centers_.cpu() for level in ("encoder", "head")},
+            {name: scores["test"].sort().values for name, scores in of_detectors.items()},
+        ),
         notes=_notes(detectors),
         resampled=resample_metrics(of_detectors, dict(zip(GROUPS, (list(near), list(far)), strict=True)), seed),
     )

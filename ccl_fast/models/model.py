@@ -40,6 +40,14 @@ class Model(nn.Module):
     Raises:
         ArgumentError: there is no such backbone, or it is not for such images.
 
+    Example:
+        >>> import torch
+        >>> from ccl_fast.models import Model
+        >>> model = Model("small", shape=(1, 28, 28), dim=64).eval()
+        >>> images = torch.rand(2, 1, 28, 28)
+        >>> model.features(images).shape, model.embed(images).shape
+        (torch.Size([2, 128]), torch.Size([2, 64]))
+
     Paper: Chen, Kornblith, Norouzi, Hinton, "A simple framework for contrastive learning of visual
     representations", 2020 (encoder and two-layer head).
     """
@@ -64,6 +72,14 @@ class Model(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.encoder(images))
 
+    def features(self, images: Tensor) -> Tensor:
+        """The encoder's features, before the head, of images [n, c, h, w]: [n, width]."""
+        return self.encoder(images)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The embeddings, behind the head, of images [n, c, h, w]: [n, dim]; the same as calling the model."""
+        return self(images)
+
 
 @torch.no_grad()
 def embed(model: Model, images: Batches, rows: Tensor | None = None) -> dict[str, Tensor]:
@@ -86,15 +102,21 @@ def embed_layers(model: Model, images: Batches) -> tuple[dict[str, Tensor], list
     Returns:
         The features, and how wide each part of "layers" is: the encoder's features first, then layer by layer.
     """
-    rows, widths = [], []
+    batches, widths = [], []
+    for of_batch, widths in embedded_batches(model, images):  # noqa: B007 (the last ones are those of all)
+        batches.append(of_batch)
+    return {level: torch.cat([of[level] for of in batches]) for level in batches[0]}, widths
+
+
+def embedded_batches(model: Model, images: Batches) -> Iterator[tuple[dict[str, Tensor], list[int]]]:
+    """Yield what :func:`embed_layers` returns, a batch of 1,024 images at a time: memory does not grow with theirs."""
     with _evaluation(model), LayerStatistics(model.encoder) as layers:
         for batch in _batches(model, images):
-            parts = [model.encoder(batch).float(), *layers.statistics]
-            widths = [part.shape[1] for part in parts]
-            rows.append(torch.cat(parts, 1))
-        features = torch.cat(rows)
-        encoded = features[:, : widths[0]]
-        return {"encoder": encoded, "head": model.head(encoded), "layers": features}, widths
+            with torch.no_grad():
+                encoded = model.encoder(batch).float()
+                parts = [encoded, *layers.statistics]
+                features = {"encoder": encoded, "head": model.head(encoded), "layers": torch.cat(parts, 1)}
+            yield features, [part.shape[1] for part in parts]
 
 
 def _batches(model: Model, images: Batches, rows: Tensor | None = None) -> Iterator[Tensor]:

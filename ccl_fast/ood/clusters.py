@@ -62,6 +62,8 @@ class NearestCenter(ClusterDetector):
         seed: seed of that k-means.
     """
 
+    _tensors = ("centers",)
+
     def _fit(self, x: Tensor, y: Tensor | None) -> None:
         y, n_clusters = self._clusters(x, y)
         self.centers = normalize_rows(kmeans_update(normalize_rows(x), y, n_clusters)[0]).to(x.dtype)
@@ -114,6 +116,7 @@ class Mahalanobis(ClusterDetector):
         **ClusterDetector.hyperparameter_space,
         "shrinkage": [0.01, 0.1, 0.5],
     }
+    _tensors = ("mean", "std", "means", "factors")
 
     def __init__(
         self,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +42,13 @@ class FeatureDetector(ABC):
     Attributes:
         device: set by ``to``, or by the first fit; None before.
 
-    A subclass implements ``_fit(x, y)``, where y are cluster ids 0, 1, ... without a gap or None, and ``_score(x)``.
+    A subclass implements ``_fit(x, y)``, where y are cluster ids 0, 1, ... without a gap or None, and ``_score(x)``;
+    ``_tensors`` names what its ``_fit`` sets.
     """
 
     requires_fit = True
+    # Attributes that a fit sets, all of them tensors.
+    _tensors: ClassVar[tuple[str, ...]] = ()
     # Values that a search may try, by attribute.
     hyperparameter_space: ClassVar[dict[str, list]] = {}
 
@@ -156,9 +159,7 @@ class FeatureDetector(ABC):
             NotFittedError: (a RuntimeError) the detector is not fitted.
             ValueError: naming the argument, what was expected and what came.
         """
-        if self._width is None:
-            not_fitted = _also_theirs(NotFittedError, "RequiresFittingException")
-            raise not_fitted(f"this {type(self).__name__} is not fitted yet: call fit or fit_features first")
+        self._check_fitted()
         check_matrix("x", x, self._width)
         check_floating("x", x)
         check_has_values("x", x, "which are scored")
@@ -166,6 +167,64 @@ class FeatureDetector(ABC):
         check_finite("x", x)
         with torch.autocast(x.device.type, enabled=False):
             return self._score(x)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the fit has found, to be kept in a file: tensors and nothing else; the model is no part of it.
+
+        Returns:
+            Tensors by name, not copied; of detectors inside this one under "<where>.<name>"; "input" is [0, D] and has
+            the width and the dtype of the features.
+
+        Raises:
+            NotFittedError: (a RuntimeError) the detector is not fitted.
+            ValueError: it holds a detector of another library's.
+
+        Example:
+            >>> import torch
+            >>> from ccl_fast.ood import NearestNeighbor
+            >>> features = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+            >>> fitted = NearestNeighbor(k=2).fit_features(features)
+            >>> again = NearestNeighbor(k=2).load_state_dict(fitted.state_dict())
+            >>> again.predict_features(features).equal(fitted.predict_features(features))
+            True
+        """
+        self._check_fitted()
+        state = {"input": torch.empty(0, self._width or 0, dtype=self._dtype, device=self.device)}
+        state |= {name: getattr(self, name) for name in self._tensors}
+        for where, detector in self._inside().items():
+            state |= {f"{where}.{name}": tensor for name, tensor in detector.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> Self:
+        """Take over what another detector, made with the same arguments, has found; its scores are then this one's.
+
+        Args:
+            state: of its ``state_dict``.
+
+        Returns:
+            self, on the device of the tensors.
+
+        Raises:
+            ValueError: these are not the tensors of such a detector.
+        """
+        inside = self._inside()
+        own, of_inside = {}, {where: {} for where in inside}
+        for name, tensor in state.items():
+            where = next((where for where in inside if name.startswith(f"{where}.")), None)
+            group = own if where is None else of_inside[where]
+            group[name if where is None else name.removeprefix(f"{where}.")] = tensor
+        expected = {"input", *self._tensors}
+        if own.keys() != expected:
+            raise ArgumentError(f"state: expected {', '.join(sorted(expected))}, got {', '.join(sorted(own))}")
+        for name, tensor in own.items():
+            check_tensor(f"state[{name!r}]", tensor)
+        check_matrix("state['input']", own["input"])
+        for where, detector in inside.items():
+            detector.load_state_dict(of_inside[where])
+        for name in self._tensors:
+            setattr(self, name, own[name])
+        self.device, self._dtype, self._width = own["input"].device, own["input"].dtype, own["input"].shape[1]
+        return self
 
     def to(self, device: torch.device | str) -> FeatureDetector:
         """Move model and fitted tensors, and what comes later, to the device. Returns self."""
@@ -197,6 +256,15 @@ class FeatureDetector(ABC):
 
     def _check_hyperparameters(self) -> None:  # noqa: B027 (a detector may have nothing to check)
         """Raises ValueError."""
+
+    def _inside(self) -> dict[str, FeatureDetector]:
+        """The detectors that this one is made of, by where they are."""
+        return {}
+
+    def _check_fitted(self) -> None:
+        if self._width is None:
+            not_fitted = _also_theirs(NotFittedError, "RequiresFittingException")
+            raise not_fitted(f"this {type(self).__name__} is not fitted yet: call fit or fit_features first")
 
     def _needed_model(self, method: str) -> Callable[[Tensor], Tensor]:
         if self.model is None:

@@ -34,6 +34,8 @@ class Ensemble(FeatureDetector):
         model: see :class:`FeatureDetector`.
     """
 
+    _tensors = ("means", "stds")
+
     def __init__(
         self,
         detectors: Sequence,
@@ -62,6 +64,9 @@ class Ensemble(FeatureDetector):
         check_count("folds", self.folds, least=2)
         check_seed("seed", self.seed)
 
+    def _inside(self) -> dict[str, FeatureDetector]:
+        return {f"detectors.{i}": _ours(detector) for i, detector in enumerate(self.detectors)}
+
     def _fit(self, x: Tensor, y: Tensor | None) -> None:
         if len(x) < self.folds:
             raise ArgumentError(f"x: expected at least folds={self.folds} rows, got {len(x)}")
@@ -83,6 +88,15 @@ class Ensemble(FeatureDetector):
         scores = torch.stack([detector.predict_features(x).to(x) for detector in self.detectors], 1)
         weights = scores.new_tensor(self.weights) / sum(self.weights)
         return (scores - self.means) / self.stds @ weights
+
+
+def _ours(detector: object) -> FeatureDetector:
+    """The detector, if its state can be kept."""
+    if not isinstance(detector, FeatureDetector):
+        raise ArgumentError(
+            f"detector: expected one of ccl_fast's, whose state is known, got {type(detector).__name__}"
+        )
+    return detector
 
 
 class Columns(FeatureDetector):
@@ -119,6 +133,9 @@ class Columns(FeatureDetector):
             raise ArgumentError(f"detector: expected a detector of features, got {type(self.detector).__name__}")
         if not isinstance(self.columns, slice):
             raise ArgumentError(f"columns: expected a slice, got {self.columns!r}")
+
+    def _inside(self) -> dict[str, FeatureDetector]:
+        return {"detector": _ours(self.detector)}
 
     def _fit(self, x: Tensor, y: Tensor | None) -> None:
         self.detector.fit_features(x[:, self.columns], y if self.clusters else None)

@@ -35,6 +35,7 @@ class NearestNeighbor(FeatureDetector):
     """
 
     hyperparameter_space: ClassVar[dict[str, list]] = {"k": [1, 5, 10, 20, 50, 100, 200]}
+    _tensors = ("features",)
 
     def __init__(self, model: Callable[[Tensor], Tensor] | None = None, k: int = 1):
         self.k = k
@@ -67,6 +68,8 @@ class CosineNorm(FeatureDetector):
     Paper: Tack, Mo, Jeong, Shin, "CSI: novelty detection via contrastive learning on distributionally shifted
     instances", 2020 (there also summed over shifts and augmentations of x).
     """
+
+    _tensors = ("features",)
 
     def _fit(self, x: Tensor, y: Tensor | None) -> None:
         self.features = normalize_rows(x)

@@ -164,8 +164,8 @@ class Config:
 
     output: str | Path | None = option(
         None,
-        "folder for report.html, report.json, the weights ``<objective>.pt`` (a state_dict) and the files named "
-        "above; by default a fresh ``runs/train-<time>``.",
+        "folder for report.html, report.json, the weights ``<objective>.safetensors`` (a state_dict), the fitted "
+        "detectors and the files named above; by default a fresh ``runs/train-<time>``.",
         check_folder,
         may_differ=True,
         group="output",

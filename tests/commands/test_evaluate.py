@@ -10,6 +10,7 @@ import torch
 for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "lightning", "kornia", "tensorboard"):
     pytest.importorskip(extra)  # the extra "train"
 
+from safetensors.torch import load_file
 from torchvision.utils import save_image
 
 from ccl_fast.commands import evaluate, score, train
@@ -92,7 +93,7 @@ def test_scores_of_a_folder(run, folder_of_images, tmp_path, capsys):
     # The same digits, from the package and not from files.
     digits = load_split("digits", in_classes=[0, 7], seed=0, limit=400)
     model = Model()
-    model.load_state_dict(torch.load(run / "ccl.pt", weights_only=True))
+    model.load_state_dict(load_file(run / "ccl.safetensors"))
     train_features, test, unknown = (
         embed(model, images)["encoder"] for images in (digits.train, digits.test, digits.held_out)
     )
@@ -165,7 +166,11 @@ def test_what_is_no_finished_run_is_said(run, tmp_path, capsys):
     (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
     assert main(["evaluate", f"--run={tmp_path}"]) == 2
     assert "run: expected a finished run" in capsys.readouterr().err
-    (tmp_path / "ccl.pt").write_bytes((run / "ccl.pt").read_bytes()[:1000])
+    (tmp_path / "ccl.safetensors").write_bytes((run / "ccl.safetensors").read_bytes())
+    assert main(["evaluate", f"--run={tmp_path}"]) == 2
+    assert "without simclr.safetensors; the same training command with resume" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
+    (tmp_path / "simclr.safetensors").write_bytes((run / "simclr.safetensors").read_bytes()[:1000])
     assert main(["evaluate", f"--run={tmp_path}"]) == 2
     assert "run: expected weights of this run" in capsys.readouterr().err
 

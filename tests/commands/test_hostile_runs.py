@@ -24,6 +24,7 @@ from ccl_fast.commands.command_line import main
 from ccl_fast.commands.output import lasting_output
 from ccl_fast.commands.plain_yaml import read_yaml
 from ccl_fast.commands.run_folder import held
+from ccl_fast.commands.tensor_files import read_tensors, write_tensors
 from ccl_fast.errors import ArgumentError
 from ccl_fast.files import UNFINISHED, write_atomically
 from ccl_fast.training.checkpoint import CheckpointError
@@ -58,19 +59,19 @@ def flip(path, at):
 
 
 def test_one_flipped_bit_of_the_weights_is_noticed(copy, tmp_path, capsys):
-    flip(copy / "ccl.pt", (copy / "ccl.pt").stat().st_size // 2)
-    with pytest.raises(ArgumentError, match=r"^run: expected weights of this run, got .*ccl\.pt"):
+    flip(copy / "ccl.safetensors", (copy / "ccl.safetensors").stat().st_size // 2)
+    with pytest.raises(ArgumentError, match=r"^run: expected weights of this run, got .*ccl\.safetensors"):
         evaluate(copy, tmp_path / "out")
     save_image(torch.rand(3, 8, 8), tmp_path / "image.png")
     assert main(["score", f"--run={copy}", f"--images={tmp_path}", f"--output={tmp_path / 'scores.csv'}"]) == 2
-    assert "ccl.pt" in capsys.readouterr().err
+    assert "ccl.safetensors" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_finite_are_named(copy, tmp_path):
-    weights = torch.load(copy / "ccl.pt", weights_only=True)
+    weights, description, _ = read_tensors(copy / "ccl.safetensors", "weights")
     next(iter(weights.values()))[0] = float("nan")
-    torch.save(weights, copy / "ccl.pt")
-    with pytest.raises(ArgumentError, match=r"ccl\.pt \(values that are not finite\)"):
+    write_tensors(copy / "ccl.safetensors", weights, description)
+    with pytest.raises(ArgumentError, match=r"ccl\.safetensors \(values that are not finite\)"):
         evaluate(copy, tmp_path / "out")
 
 

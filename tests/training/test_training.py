@@ -17,9 +17,10 @@ for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "li
     pytest.importorskip(extra)  # the extra "train"
 
 from lightning.fabric import Fabric
+from safetensors.torch import load_file
 
 import ccl_fast
-from ccl_fast.commands import train
+from ccl_fast.commands import evaluate, train
 from ccl_fast.commands.command_line import main
 from ccl_fast.data import load_split
 from ccl_fast.models import Model, embed
@@ -41,7 +42,7 @@ SMALL = TINY | {"epochs": 3, "limit": 200, "baseline": False, "far_ood": []}
 @pytest.fixture(autouse=True)
 def no_page(tiny, monkeypatch):
     """Only the run of the fixture ``tiny`` draws pictures, which take seconds."""
-    monkeypatch.setattr("ccl_fast.commands.report.write_page", lambda *_: None)
+    monkeypatch.setattr("ccl_fast.commands.report.write_page", lambda path, *_: path.touch())
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +68,8 @@ plain = functools.cache(trained)  # for who compares with it, trained once
 
 
 def test_writes_report_picture_and_weights(tiny):
-    files = ["ccl.pt", "checkpoints", "config.yaml", "metrics.jsonl"]
-    files += ["report.html", "report.json", "simclr.pt", "tensorboard"]
+    files = ["ccl.detectors.safetensors", "ccl.safetensors", "checkpoints", "config.yaml", "metrics.jsonl"]
+    files += ["report.html", "report.json", "simclr.detectors.safetensors", "simclr.safetensors", "tensorboard"]
     assert sorted(path.name for path in tiny.iterdir()) == files
     assert (tiny / "report.html").read_text().lower().startswith("<!doctype html>")
     report = json.loads((tiny / "report.json").read_text())
@@ -99,13 +100,15 @@ def test_results_are_written_before_the_page_and_whatever_becomes_of_it(tmp_path
     monkeypatch.setattr("ccl_fast.commands.report.write_page", fail)
     small = TINY | {"limit": 100, "batch_size": 50, "far_ood": []}
     report = train(tmp_path / "run", **small)
-    assert {"ccl.pt", "simclr.pt", "report.json"} <= set(there)
+    assert {"ccl.safetensors", "simclr.safetensors", "report.json"} <= set(there)
     assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
     said = capsys.readouterr()
     assert "report: could not make" in said.err and "(ZeroDivisionError: no page today)" in said.err
     assert "layers/ensemble *" in said.out and f"written to {tmp_path / 'run'}\n" in said.out
-    assert main(["evaluate", f"--run={tmp_path / 'run'}"]) == 0
-    assert (tmp_path / "run" / "evaluation" / "evaluation.json").exists()
+    monkeypatch.setattr("ccl_fast.commands.report.write_page", lambda path, *_: path.touch())
+    again = evaluate(tmp_path / "run")  # what is missing, the page, and nothing beside it
+    assert (tmp_path / "run" / "report.html").exists() and not (tmp_path / "run" / "evaluation").exists()
+    assert {**again, "seconds": 0, "environment": 0} == {**report, "seconds": 0, "environment": 0}
 
 
 def test_the_weights_give_the_reported_numbers(tiny):
@@ -114,7 +117,7 @@ def test_the_weights_give_the_reported_numbers(tiny):
     digits = load_split("digits", in_classes=TINY["in_classes"], seed=0, limit=400)
     for objective, results in report["results"].items():
         model = Model(seed=1)
-        model.load_state_dict(torch.load(tiny / f"{objective}.pt", weights_only=True))
+        model.load_state_dict(load_file(tiny / f"{objective}.safetensors"))
         parts = (digits.train, digits.test, digits.held_out)
         train_features, test, ood = (embed(model, images)[level] for images in parts)
         scores = NearestNeighbor().fit_features(train_features).predict_features(torch.cat([test, ood]))
@@ -169,16 +172,16 @@ def test_an_existing_folder_is_refused_and_overwritten_on_demand(tiny, tmp_path,
     (folder / "checkpoints").mkdir()
     (folder / "mine.txt").write_text("mine")
     (folder / "checkpoints" / "mine.ckpt").write_text("mine")
-    for name in ("ccl.pt", "simclr.pt", "report.json", "report.html", "config.yaml"):
+    for name in ("ccl.safetensors", "simclr.safetensors", "report.json", "report.html", "config.yaml"):
         (folder / name).write_bytes((tiny / name).read_bytes())
     command = ["train", f"--output={folder}", "--objective=simclr", *OPTIONS, "--epochs=1", "--warmup_epochs=1"]
     assert main(command) == 2
     error = capsys.readouterr().err
     assert "output: expected" in error
     assert str(folder) in error
-    assert (folder / "ccl.pt").exists()
+    assert (folder / "ccl.safetensors").exists()
     assert main([*command, "--overwrite"]) == 0
-    assert not (folder / "ccl.pt").exists()  # not of this run
+    assert not (folder / "ccl.safetensors").exists()  # not of this run
     assert (folder / "mine.txt").exists() and (folder / "checkpoints" / "mine.ckpt").exists()
     assert json.loads((folder / "report.json").read_text())["results"].keys() == {"simclr"}
 
@@ -392,7 +395,7 @@ def test_a_compiled_network_trains_the_same_and_leaves_ordinary_weights(compiler
     base = {"epochs": 2, "backbone": backbone}
     compiled = train(tmp_path / "run", **SMALL | base, compile_model=True)
     assert compiled["losses"]["ccl"] == pytest.approx(trained(**base).losses, rel=2e-3)
-    Model(backbone).load_state_dict(torch.load(tmp_path / "run" / "ccl.pt", weights_only=True))
+    Model(backbone).load_state_dict(load_file(tmp_path / "run" / "ccl.safetensors"))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ import torch
 for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "lightning", "kornia", "tensorboard"):
     pytest.importorskip(extra)  # the extra "train"
 
+from safetensors.torch import load_file
+
 from ccl_fast.commands import train
 from ccl_fast.commands.command_line import main
 from ccl_fast.errors import ArgumentError
@@ -67,7 +69,7 @@ def stop_after(monkeypatch, objective, step):
 
 def assert_same_end(folder, whole, objectives):
     for objective in objectives:
-        ours, theirs = (torch.load(f / f"{objective}.pt", weights_only=True) for f in (folder, whole))
+        ours, theirs = (load_file(f / f"{objective}.safetensors") for f in (folder, whole))
         assert ours.keys() == theirs.keys() and all(ours[name].equal(value) for name, value in theirs.items())
     ours, theirs = (json.loads((f / "report.json").read_text()) for f in (folder, whole))
     for part in ("results", "clustering", "losses", "log"):

@@ -1,0 +1,51 @@
+"""A trained model as one file for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from ccl_fast.commands.exporting import OUTPUTS, Input
+from ccl_fast.commands.predictor import load_run
+from ccl_fast.training.launch import check_alone
+
+
+def export(
+    run: str | Path,
+    output: str | Path,
+    objective: str | None = None,
+    input: Input = "uint8",
+    backbone: str | nn.Module | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a trained model as one file that needs ccl_fast no more: torch.export's (.pt2) or ONNX (.onnx).
+
+    It takes ``images``, a batch of any size [n, c, h, w] of the run's channels and size, bytes or numbers in [0, 1]:
+    the division by 255 is inside, resizing and cropping are not. It returns ``features`` [n, width], before the head,
+    and ``embeddings`` [n, dim], behind it and not of unit length, float32. Before the file appears under its name it is
+    read again and run, ONNX by onnxruntime, on batches of 1 and 5 images: where a number differs from the model's by
+    more than 1e-5 of the largest one there is no file.
+
+    Args:
+        run: folder of a run of ``train``.
+        output: a file that ends in .pt2 or .onnx (which needs onnx, onnxscript and onnxruntime).
+        objective: whose model; by default the run's objective, not the baseline.
+        input: "uint8" or "float32", of the images.
+        backbone: the module that the run was trained with, if it was one (Python only).
+        overwrite: replace the output file.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ArgumentError: a ValueError naming the argument, or the file that is damaged, what was expected and what came;
+            or the network cannot be exported, or does something else then.
+        FileExistsError: the output file exists.
+        MissingPackages: a package of ONNX is not installed; says how to install it.
+    """
+    check_alone("export")
+    predictor = load_run(run, objective, "cpu", backbone=backbone)
+    path = predictor.export(output, input, overwrite=overwrite)
+    print(f"images {input} [n, {', '.join(map(str, predictor.shape))}] -> {', '.join(OUTPUTS)}; written to {path}")
+    return path

@@ -1,0 +1,66 @@
+"""Which detectors a model is judged by."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ccl_fast.ood import Columns, CosineNorm, Ensemble, Mahalanobis, NearestCenter, NearestNeighbor
+
+if TYPE_CHECKING:
+    from ccl_fast.ood.detector import FeatureDetector
+
+# The detector to quote; the pictures show its scores.
+DEFAULT = "layers/ensemble"
+# What detectors see: features before and after the projection head, and those before it beside the layers' statistics.
+LEVELS = ("head", "encoder", "layers")
+# The neighbour that is asked, for so many training images one further (Sun et al.: the 50th of 50,000).
+IMAGES_A_NEIGHBOR = 2000
+# Parts of the training images in turn unseen by the ensembles' detectors.
+FOLDS = 5
+# Shrinkage of the covariances of layers' channels, which are those of all images and not of small clusters.
+OF_LAYERS = 0.01
+
+
+def make_detectors(n: int, clusters: int, seed: int, widths: Sequence[int]) -> dict[str, FeatureDetector]:
+    """Make detectors for the features of n training images, by "<level>/<name>". They see training features only.
+
+    Args:
+        n, clusters, seed: numbers of images and clusters, seed of the ensembles' folds.
+        widths: of the parts of the level "layers", see `embed_layers`.
+    """
+    detectors: dict[str, FeatureDetector] = {}
+    for level in ("head", "encoder"):
+        ensemble = [NearestNeighbor(), Mahalanobis(n_clusters=clusters)]
+        of_level = {
+            "nearest_neighbor": NearestNeighbor(k=_neighbor(n)),
+            "nearest_center": NearestCenter(n_clusters=clusters),
+            "mahalanobis": Mahalanobis(n_clusters=clusters),
+            "cosine_norm": CosineNorm(),
+            "ensemble": Ensemble(ensemble, folds=min(FOLDS, n), seed=seed),
+        }
+        detectors |= {f"{level}/{name}": detector for name, detector in of_level.items()}
+    return detectors | {DEFAULT: _layers_ensemble(n, clusters, seed, widths)}
+
+
+def _layers_ensemble(n: int, clusters: int, seed: int, widths: Sequence[int]) -> Ensemble:
+    """Make the default detector.
+
+    Half of its score looks at what an image shows: the nearest neighbour and the nearest cluster of its features; the
+    other half at the Mahalanobis distances of the layers' channels. Without layers there is the first half.
+    """
+    ends = list(itertools.accumulate(widths))
+    features, *layers = (slice(end - width, end) for end, width in zip(ends, widths, strict=True))
+    detectors = [
+        Columns(detector, features) for detector in (NearestNeighbor(k=_neighbor(n)), Mahalanobis(n_clusters=clusters))
+    ]
+    weights = [1 / len(detectors)] * len(detectors) + [1 / len(layers) for _ in layers]
+    for columns in layers:
+        distance = Mahalanobis(shrinkage=OF_LAYERS, normalize=False)
+        detectors.append(Columns(distance, columns, clusters=False))
+    return Ensemble(detectors, weights=weights, folds=min(FOLDS, n), seed=seed)
+
+
+def _neighbor(n: int) -> int:
+    return max(1, n // IMAGES_A_NEIGHBOR)
