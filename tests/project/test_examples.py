@@ -37,3 +37,20 @@ def test_lightly_pipeline():
         warnings.simplefilter("ignore")  # lightly's own
         pytest.importorskip("lightly")
         assert run("lightly_pipeline", epochs=2, warmup_epochs=1, limit=400) > 0.5
+
+
+@pytest.mark.slow
+def test_the_notebook():
+    """As a reader runs it, in a kernel of its own; a cell that raises fails."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(EXAMPLES / "first_hour.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # figures come from results files alone
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Jupyter's own
+        nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    scores, thresholds = (
+        next(cell.outputs[-1]["data"]["text/plain"] for cell in notebook.cells if cell.source.endswith(end))
+        for end in ("\nscores", "0.99)}")
+    )
+    assert scores.startswith("tensor([") and thresholds.startswith("{0.9: ")
