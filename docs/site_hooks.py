@@ -12,7 +12,15 @@ ROOT = Path(__file__).parent.parent
 # Files of the repository that are pages as they stand, by their address on the site.
 PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 # Files that pages link to; they keep their path, so that links mean the same on the site as in the repository.
-LINKED = ("benchmarks/LOG.md", "benchmarks/results/*.json*", "examples/*.py", "recipes/*.yaml", "CITATION.cff")
+LINKED = (
+    "benchmarks/LOG.md",
+    "benchmarks/results/*.json*",
+    "examples/*.py",
+    "examples/*.ipynb",
+    "Dockerfile",
+    "recipes/*.yaml",
+    "CITATION.cff",
+)
 
 
 def on_files(files, config):
