@@ -78,7 +78,10 @@ def test_what_is_typed_wins_over_a_file(given, tmp_path):
         (["train", "--clusters", "4", "x"], "clusters: expected an integer or a list (of integers), got [4, 'x']"),
         (["train", "photos"], "photos: expected after the name of an option, as in --data photos"),
         (["train", "--config", "/no/such.yaml"], "config: File does not exist: '/no/such.yaml'"),
-        (["trian"], "expected a command, train, compare, evaluate, score, got 'trian' (did you mean train?)"),
+        (
+            ["trian"],
+            "expected a command, train, compare, evaluate, score, embed, export, got 'trian' (did you mean train?)",
+        ),
         (["--epochs", "3"], "expected a command"),
     ],
 )

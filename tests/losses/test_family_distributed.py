@@ -349,7 +349,7 @@ def test_what_differs_is_named_on_every_process(use, change, options, message):
         ("protonce", {"ids": [torch.full((6,), 9)] * 2}, "cluster_ids[0]: expected ids from -1 to 3"),
         ("protonce", {"ids": []}, "cluster_ids: expected a sequence"),
         ("protonce keys", {"keys": double(5, 10)}, "keys: expected shape [6, 10]"),
-        ("deepcluster", {"ids": None}, "has no len()"),
+        ("deepcluster", {"ids": None}, "cluster_ids: expected a sequence"),
         ("deepcluster", {"centers": []}, "centers: expected 2 tensors"),
         ("meow", {"ids": [torch.zeros(5).long()]}, "cluster_ids: expected shape [6]"),
         ("mcl", {"ids": [torch.zeros(6).long(), torch.zeros(6)]}, "cluster_ids[1]: expected integers"),

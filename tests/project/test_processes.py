@@ -54,3 +54,9 @@ def test_a_failure_fails_the_test_and_nothing_after_it(how, message):
     with pytest.raises(ProcessFailure, match=message):
         run(fail, 2, how, timeout=2 if how == "hang" else 30)
     assert len(run(total, 2, torch.ones(1))) == 2
+
+
+def test_tests_that_share_processes_are_run_by_one(request):
+    """pytest-xdist marks them so, unless the version of pytest keeps it from doing so; each would start a pool."""
+    by_group = getattr(request.config.option, "loadgroup", False)  # of --dist loadgroup, as a worker sees it
+    assert request.node.nodeid.endswith("@processes") == by_group
