@@ -18,9 +18,11 @@ constant of the package that it leaves changed is an error. After a failure all 
 starts new ones, which is cheap: they are forks of a server that has imported torch, and the modules of tests that are
 collected and use this. Time limits count from when all processes are ready, however busy the machine.
 
-Modules that use this share the processes of one pytest process by
+The tests of a module share the processes of one pytest process by
 
-    pytestmark = pytest.mark.xdist_group("processes")
+    pytestmark = pytest.mark.xdist_group("test_of_this_module")
+
+and other modules may be run beside it: processes that wait for each other leave the CPUs to them.
 """
 
 import atexit

@@ -116,6 +116,7 @@ def test_the_kmeans_run_fills_its_table_in_the_readme(tmp_path, monkeypatch):
     assert f"| {ours[0]['case']} |" in page.read_text()
 
 
+@pytest.mark.slow
 def test_the_run_of_several_processes_fills_its_table_in_the_docs(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "QUICK_SECONDS", 0.0)
     distributed.run_cpu(True, tmp_path)

@@ -128,6 +128,7 @@ def one_of_each(monkeypatch):
     monkeypatch.setattr("ccl_fast.ops.logsumexp.triton.TRIANGLE_MIN_ROWS", 1)
 
 
+@pytest.mark.slow
 def test_every_case_of_a_stage_has_its_line(one_of_each, tmp_path):
     losses.run(harvest("losses", tmp_path))
     launches.run(harvest("launches", tmp_path))

@@ -119,6 +119,7 @@ def test_the_bytes_of_the_activations_are_as_stated(workload):
     assert (kept(16) - kept(8)) / 16 == pytest.approx(workload.activation_bytes, rel=0.15)
 
 
+@pytest.mark.slow
 def test_the_quick_run_fills_every_row(tmp_path):
     report = training.run_cpu(True, tmp_path)
     (file,) = tmp_path.glob("*-cpu-training.jsonl")

@@ -14,7 +14,7 @@ from ccl_fast.ops.kmeans.update import sum_by_cluster
 from tests.ops.kmeans_cases import blobs
 from tests.processes import run
 
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = pytest.mark.xdist_group("test_kmeans_distributed")
 
 N = 400
 SPLITS = ([400], [150, 250], [399, 1], [0, 400], [130, 7, 263], [250, 0, 150])

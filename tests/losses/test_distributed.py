@@ -17,7 +17,7 @@ from ccl_fast.training.gradient_cache import cached_backward
 from tests.processes import ProcessFailure, run
 from tests.tolerance import FLOOR
 
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = pytest.mark.xdist_group("test_distributed_losses")
 LOSSES = {"ccl": CCLLoss, "supcon": SupConLoss, "infonce": InfoNCELoss}
 CLUSTERS = 4
 

@@ -25,7 +25,7 @@ from ccl_fast.ops.transport.sinkhorn import column_potentials
 from tests.oracles.losses import assert_matches, call, learnable, unit
 from tests.processes import run
 
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = pytest.mark.xdist_group("test_family_distributed")
 CLUSTERS = (4, 9)
 # The part of each process, by sample; the rest is the same on all.
 ROWS = {"z", "keys", "ids", "queue"}

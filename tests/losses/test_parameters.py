@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from ccl_fast import losses
 from tests.processes import run
 
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = pytest.mark.xdist_group("test_parameters")
 
 
 def test_a_temperature_that_was_saved_as_a_scalar_is_read():

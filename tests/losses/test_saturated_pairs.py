@@ -262,7 +262,7 @@ def of_a_process(name, exchange):
     return as_good_as_dense(name, [(torch.float32, "blocked", more)], own, size=2)
 
 
-@pytest.mark.xdist_group("processes")
+@pytest.mark.xdist_group("test_saturated_pairs")
 @pytest.mark.parametrize("exchange", ["all-gather", "ring"])
 @pytest.mark.parametrize("name", ["SupCon", "CCL joint", "SBCL"])
 def test_several_nearly_equal_positives_on_two_processes(name, exchange):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from ccl_fast.ops.logsumexp import blocked
 from tests.processes import ProcessFailure, run
 
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = pytest.mark.xdist_group("test_processes")
 
 
 def total(x):
@@ -56,7 +56,7 @@ def test_a_failure_fails_the_test_and_nothing_after_it(how, message):
     assert len(run(total, 2, torch.ones(1))) == 2
 
 
-def test_tests_that_share_processes_are_run_by_one(request):
-    """pytest-xdist marks them so, unless the version of pytest keeps it from doing so; each would start a pool."""
+def test_tests_of_a_group_are_run_by_one(request):
+    """pytest-xdist marks them so, unless the version of pytest keeps it from doing so; both would start processes."""
     by_group = getattr(request.config.option, "loadgroup", False)  # of --dist loadgroup, as a worker sees it
-    assert request.node.nodeid.endswith("@processes") == by_group
+    assert request.node.nodeid.endswith("@test_processes") == by_group

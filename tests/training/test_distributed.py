@@ -36,7 +36,7 @@ from ccl_fast.training.launch import launched
 from ccl_fast.training.loop import Run
 from tests.processes import run as run_in_processes
 
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = pytest.mark.xdist_group("test_distributed")
 
 # Uneven: of 75 images one process has 37 and the other 38, which are two micro-batches.
 TINY = {"epochs": 4, "warmup_epochs": 2, "clusters": 4, "in_classes": [0, 7], "batch_size": 75, "limit": 300}
