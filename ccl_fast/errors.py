@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 
 class ArgumentError(ValueError):
@@ -59,11 +59,22 @@ class MissingPackages(ModuleNotFoundError):
 
 
 @contextmanager
-def packages_of_training() -> Iterator[None]:
-    """Around imports that need the extra packages of ``ccl-fast[train]``: where one is missing, says so in a line."""
+def packages_of(extra: str, instead: str = "") -> Iterator[None]:
+    """Around imports that need the packages of ``ccl-fast[<extra>]``: where one is missing, says so in a line.
+
+    Args:
+        extra: its name.
+        instead: what does without.
+    """
     try:
         yield
     except ModuleNotFoundError as missing:
         if isinstance(missing, MissingPackages) or (missing.name or "").startswith("ccl_fast"):
             raise
-        raise MissingPackages(f'{missing}; try: pip install "ccl-fast[train]"', name=missing.name) from missing
+        hint = f'try: pip install "ccl-fast[{extra}]"' + f", or {instead}" * bool(instead)
+        raise MissingPackages(f"{missing}; {hint}", name=missing.name) from missing
+
+
+def packages_of_training() -> AbstractContextManager[None]:
+    """Around imports that need the packages of the training command."""
+    return packages_of("train")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ccl_fast.commands.predictor import Predictions, load_run, together
 from ccl_fast.commands.run_folder import check_output
 from ccl_fast.commands.score_table import write_scores
-from ccl_fast.errors import ArgumentError, MissingPackages
+from ccl_fast.errors import ArgumentError, packages_of
 from ccl_fast.evaluation import DEFAULT
 from ccl_fast.files import write_atomically
 from ccl_fast.training.launch import check_alone
@@ -87,11 +87,8 @@ def embed(
 
 
 def _pyarrow() -> Any:
-    try:
+    with packages_of("parquet", instead=f"an output that ends in {CSV}"):
         import pyarrow.parquet
-    except ModuleNotFoundError as missing:
-        hint = f'{missing}; try: pip install "ccl-fast[parquet]", or an output that ends in {CSV}'
-        raise MissingPackages(hint, name=missing.name) from missing
     return pyarrow
 
 

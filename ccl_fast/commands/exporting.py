@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ccl_fast.checks import check_choice
 from ccl_fast.commands.run_folder import check_output
-from ccl_fast.errors import ArgumentError, MissingPackages, first_line
+from ccl_fast.errors import ArgumentError, first_line, packages_of
 from ccl_fast.files import write_atomically
 from ccl_fast.models import Model
 
@@ -129,10 +129,7 @@ def _write_onnx(program: torch.export.ExportedProgram, file: BinaryIO) -> Runs:
 
 
 def _check_packages() -> None:
-    try:
+    with packages_of("export", instead=f"an output that ends in {PT2}"):
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
-    except ModuleNotFoundError as missing:
-        hint = f'{missing}; try: pip install "ccl-fast[export]", or an output that ends in {PT2}'
-        raise MissingPackages(hint, name=missing.name) from missing
