@@ -14,8 +14,10 @@ EXTENSION := setup.py CMakeLists.txt $(wildcard csrc/*)
 train: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(BIN)/ccl-fast train
 
-# Two processes of one thread each: most tests are small.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+# Processes of one thread each, as most tests are small: on two CPUs a third works while one of them waits.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadgroup
+# Compiled modules are kept, also where the environment would have none: tests start many interpreters.
+unexport PYTHONDONTWRITEBYTECODE
 
 # What is essential: every feature, a few minutes.
 test: $(INSTALLED)

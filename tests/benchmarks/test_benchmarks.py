@@ -65,6 +65,7 @@ def test_a_wrong_objective_is_found_out():
     assert is_wrong(objective.error(wrong, objectives.ADMISSION, torch.device("cpu")), objectives.ADMISSION)
 
 
+@pytest.mark.slow
 def test_the_run_of_the_family_fills_its_table_in_the_docs(tmp_path, monkeypatch):
     chosen = {name: objectives.OBJECTIVES[name] for name in ("SwAVLoss", "CACRLoss")}
     monkeypatch.setattr(objectives, "OBJECTIVES", chosen)

@@ -20,6 +20,7 @@ def run(name, **options):
     return example.main(**options)
 
 
+@pytest.mark.slow
 def test_plain_loop():
     assert run("plain_loop", epochs=2, warmup_epochs=1) > 0.6
 

@@ -73,6 +73,7 @@ def test_the_command_says_what_to_install_in_one_line(arguments):
     assert line.startswith("ccl-fast: No module named ") and line.endswith(HINT)
 
 
+@pytest.mark.slow
 def test_a_package_that_only_training_needs_is_told_in_one_line_too():
     code = """
 import sys

@@ -106,7 +106,15 @@ def test_a_look_changes_nothing():
     assert probe.look(looked_at) == looks[-1]
 
 
-@pytest.mark.parametrize(("every", "due"), [(0, []), (1, [1, 2, 3, 4, 5]), (3, [2, 3, 5]), (10, [2, 5])])
+@pytest.mark.parametrize(
+    ("every", "due"),
+    [
+        (0, []),
+        pytest.param(1, [1, 2, 3, 4, 5], marks=pytest.mark.slow),
+        (3, [2, 3, 5]),
+        pytest.param(10, [2, 5], marks=pytest.mark.slow),
+    ],
+)
 def test_looks_are_in_every_log_when_they_are_due(every, due, tmp_path, no_page):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
