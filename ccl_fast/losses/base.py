@@ -114,6 +114,7 @@ class Loss(nn.Module):
         self.process_group = process_group
         self.exchange: ExchangeWay = exchange
         self._temperature = temperature
+        self._learns_temperature = learnable_temperature
         if learnable_temperature:
             # Its logarithm is learned: it stays positive whatever the optimiser does. [1]: FSDP shards no scalar.
             self.log_temperature = nn.Parameter(torch.empty(1))
@@ -134,7 +135,7 @@ class Loss(nn.Module):
 
     @property
     def temperature(self) -> float | Tensor:
-        return self.log_temperature.exp().reshape(()) if hasattr(self, "log_temperature") else self._temperature
+        return self.log_temperature.exp().reshape(()) if self._learns_temperature else self._temperature
 
     @temperature.setter
     def temperature(self, value: float) -> None:
@@ -149,7 +150,7 @@ class Loss(nn.Module):
         self._reset_temperature()
 
     def _reset_temperature(self) -> None:
-        if hasattr(self, "log_temperature"):
+        if self._learns_temperature:
             nn.init.constant_(self.log_temperature, math.log(self._temperature))
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
@@ -162,7 +163,7 @@ class Loss(nn.Module):
     def extra_repr(self) -> str:
         own = {name: getattr(self, name, None) for name in self._own_options}
         shown = {name: value for name, value in own.items() if isinstance(value, bool | int | float | str)}
-        learned = getattr(self, "log_temperature", None)
+        learned = self.log_temperature if self._learns_temperature else None
         # On a meta tensor, or in the parts of several processes, it cannot be read.
         value = self._temperature if learned is None or not is_plain(learned) else learned.detach().exp().item()
         common = {
@@ -272,9 +273,10 @@ class Loss(nn.Module):
             return savable(x.to(dtype))
         return normalize_embeddings(x).to(dtype)
 
-    def is_tile(self, rows: Tensor, keys: int) -> bool:
-        """Tell whether the whole of a batch's contrast may be a single dense tile."""
-        return self.backend == "auto" and self.process_group is None and fits(rows, keys)
+    def is_tile(self, rows: Tensor, keys: int, *scales: float | Tensor | None) -> bool:
+        """Tell whether the whole of a batch's contrast may be a single dense tile, with logits of these scales."""
+        is_plain_mean = self.normalize and self.reduction != "none" and self.process_group is None
+        return is_plain_mean and self.backend == "auto" and fits(rows, keys, *scales)
 
     # ---- sums over rows ----
 

@@ -182,7 +182,7 @@ class CCLLoss(Loss):
     ) -> Tensor | None:
         """The loss of a small batch, its rows as they came, by a single node; None where that does not serve."""
         inside, keys = self.form == "inside", batch.z.shape[0] + (0 if centers is None else centers.shape[0])
-        if not self.is_tile(batch.z, keys) or self.form == "split" or self.instance_weight:
+        if self.form == "split" or self.instance_weight:
             return None
         center_scale = None
         if centers is not None:
@@ -193,7 +193,9 @@ class CCLLoss(Loss):
                 center_scale = center_temperature.to(accumulation_dtype(batch.z)).reciprocal()
             elif center_temperature is not None:
                 center_scale = 1.0 / center_temperature
-        losses = self_contrast(
+        if not self.is_tile(batch.z, keys, scale, center_scale):
+            return None
+        return self_contrast(
             batch.z,
             batch.ids,
             scale=scale,
@@ -201,10 +203,8 @@ class CCLLoss(Loss):
             center_scale=center_scale,
             center_weight=self.center_weight,
             inside=inside,
-            normalize=self.normalize,
-            reduction=self.reduction,
+            mean=self.reduction == "mean",
         )
-        return losses.view(batch.shape) if self.reduction == "none" else losses
 
     def _outside(self, batch: Batch, scale: float | Tensor, to_centers: _ToCenters | None) -> _Parts:
         """Losses of "joint" and "split"; of the instance alone, if it has a weight; who has a positive."""

@@ -110,17 +110,17 @@ class InfoNCELoss(Loss):
         """The loss of a small batch by a single node; None where that does not serve."""
         if keys is None:
             return self.of_views_in_one_tile(queries, None)
-        if not self.is_tile(queries, queries.shape[0]):
+        scale = 1.0 / self.temperature
+        if not self.is_tile(queries, queries.shape[0], scale):
             return None
-        options = {"scale": 1.0 / self.temperature, "normalize": self.normalize, "reduction": self.reduction}
-        return tower_contrast(queries, keys, symmetric=self.symmetric, **options)
+        return tower_contrast(queries, keys, scale=scale, symmetric=self.symmetric, mean=self.reduction == "mean")
 
     def of_views_in_one_tile(self, first: Tensor, second: Tensor | None) -> Tensor | None:
         """The loss of two views of a small batch, [n, d] each or both [n, 2, d], likewise."""
-        if not self.is_tile(first[..., 0, :] if second is None else first, 4 * first.shape[0]):
+        scale = 1.0 / self.temperature
+        if not self.is_tile(first[..., 0, :] if second is None else first, 4 * first.shape[0], scale):
             return None
-        options = {"scale": 1.0 / self.temperature, "normalize": self.normalize, "reduction": self.reduction}
-        return views_contrast(first, second, **options)
+        return views_contrast(first, second, scale=scale, mean=self.reduction == "mean")
 
     def _losses(
         self, queries: Tensor, keys: Tensor | None, negatives: Tensor | None, exchange: Exchange, first: int
