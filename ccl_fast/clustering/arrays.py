@@ -55,7 +55,7 @@ def weights_of(sample_weight: Any, X: Any, rows: Tensor) -> Tensor | None:
     return weights.detach() if weights.ndim == 2 else weights.detach()[None]
 
 
-def labels_of(labels: Any, X: Any, rows: Tensor, n_clusters: int) -> Tensor | None:
+def labels_of(labels: Any, X: Any, rows: Tensor, n_clusters: int, limit: str = "n_clusters") -> Tensor | None:
     """Check labels of rows [problems, rows, d], and return them as int64 [problems, rows]."""
     if labels is None:
         return None
@@ -67,7 +67,7 @@ def labels_of(labels: Any, X: Any, rows: Tensor, n_clusters: int) -> Tensor | No
     if list(found.shape) != shape or found.dtype not in INTEGERS:
         raise ArgumentError(f"labels: expected integers {shape}, got {found.dtype} {list(found.shape)}")
     if found.numel() and (largest := int(found.max())) >= n_clusters:
-        raise ArgumentError(f"labels: expected labels below n_clusters={n_clusters}, got {largest}")
+        raise ArgumentError(f"labels: expected labels below {limit}={n_clusters}, got {largest}")
     return found.detach().to(rows.device).long().view(rows.shape[:2])
 
 
