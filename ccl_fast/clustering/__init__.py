@@ -1,8 +1,9 @@
-"""Cluster features: k-means, online clusters, and what losses and comparisons need of a clustering."""
+"""Cluster features: k-means, partly labelled classes, online clusters, and what losses need of a clustering."""
 
 from ccl_fast.clustering.alignment import align_clusters
+from ccl_fast.clustering.class_discovery import ClassDiscovery
 from ccl_fast.clustering.concentration import concentration
 from ccl_fast.clustering.kmeans import KMeans
 from ccl_fast.clustering.online import OnlineClusters
 
-__all__ = ["KMeans", "OnlineClusters", "align_clusters", "concentration"]
+__all__ = ["ClassDiscovery", "KMeans", "OnlineClusters", "align_clusters", "concentration"]

@@ -11,6 +11,7 @@ import torch
 from sklearn.utils import check_array
 from torch import Tensor
 
+from ccl_fast.checks import shown
 from ccl_fast.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 # Others become the first of them.
 ARRAY_DTYPES: Any = [np.float64, np.float32, np.float16]
+# Of labels.
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def rows_of(X: Any, estimator: BaseEstimator) -> Tensor:
@@ -50,6 +53,22 @@ def weights_of(sample_weight: Any, X: Any, rows: Tensor) -> Tensor | None:
         got = f"{weights.dtype} {list(weights.shape)}"
         raise ArgumentError(f"sample_weight: expected floating-point weights {list(shape)}, got {got}")
     return weights.detach() if weights.ndim == 2 else weights.detach()[None]
+
+
+def labels_of(labels: Any, X: Any, rows: Tensor, n_clusters: int, limit: str = "n_clusters") -> Tensor | None:
+    """Check labels of rows [problems, rows, d], and return them as int64 [problems, rows]."""
+    if labels is None:
+        return None
+    shape = list(rows.shape[:2] if is_batched(X) else rows.shape[1:2])
+    try:
+        found = labels if isinstance(labels, Tensor) else tensor_of(np.asarray(labels))
+    except (TypeError, ValueError):
+        raise ArgumentError(f"labels: expected integers {shape}, got {shown(labels)}") from None
+    if list(found.shape) != shape or found.dtype not in INTEGERS:
+        raise ArgumentError(f"labels: expected integers {shape}, got {found.dtype} {list(found.shape)}")
+    if found.numel() and (largest := int(found.max())) >= n_clusters:
+        raise ArgumentError(f"labels: expected labels below {limit}={n_clusters}, got {largest}")
+    return found.detach().to(rows.device).long().view(rows.shape[:2])
 
 
 def is_batched(X: Any) -> bool:

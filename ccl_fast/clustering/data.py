@@ -68,7 +68,7 @@ class Sweep(NamedTuple):
 
 
 class Data:
-    """Rows [problems, n, d] and their weights [problems, n] (None is 1).
+    """Rows [problems, n, d], their weights [problems, n] (None is 1), and labels that are fixed (below 0: free).
 
     A chunk is ``batch_size`` rows of every problem, brought to ``device`` when its turn comes; without ``batch_size``
     there is one chunk, which stays there, prepared for all assignments. For the cosine metric a row counts in its
@@ -87,6 +87,7 @@ class Data:
         device: torch.device,
         backend: KMeansBackend,
         shards: Shards | None = None,
+        fixed: Tensor | None = None,
     ):
         self.x, self.device = x, device
         self.metric: Metric = metric
@@ -96,6 +97,7 @@ class Data:
         self.shards = shards or Shards(NO_GROUP, [self.n])
         self.group = self.shards.group
         self.dtype = accumulation_dtype(x)
+        self.fixed = None if fixed is None else fixed.to(device).clamp(min=-1)
         self.weights = self._weight_unit = None
         if weights is not None:  # at most 1, so that no sum overflows; clusters are the same for every unit of weight
             weights = weights.to(device).double()
@@ -110,8 +112,8 @@ class Data:
         if self.problems == 1:
             return self
         one = slice(problem, problem + 1)
-        weights = None if self.weights is None else self.weights[one]
-        return Data(self.x[one], weights, self.metric, self._size, self.device, self.backend, self.shards)
+        weights, fixed = (None if rows is None else rows[one] for rows in (self.weights, self.fixed))
+        return Data(self.x[one], weights, self.metric, self._size, self.device, self.backend, self.shards, fixed)
 
     def starts_at_once(self, k: int) -> int:
         """Return how many starts of k clusters can go on together: several for few rows of one problem on a CPU."""
@@ -123,7 +125,7 @@ class Data:
         """Return the one problem as several, which differ in their centres alone."""
         several = copy.copy(self)
         several.problems, several.shares_rows = starts, starts > 1
-        several.x, several.weights = _times(self.x, starts), _times(self.weights, starts)
+        several.x, several.weights, several.fixed = (_times(x, starts) for x in (self.x, self.weights, self.fixed))
         several._whole = next(self.chunks()).times(starts)
         return several
 
@@ -139,13 +141,16 @@ class Data:
             yield self._load(slice(start, min(start + self._size, self.n)))
 
     def sweep(self, centers: Tensor, before: Tensor | None = None) -> Sweep:
-        """Assign every row to its nearest centre [problems, k, d], and sum the clusters' rows.
+        """Assign every row to its nearest centre [problems, k, d], or by its fixed label, and sum the clusters' rows.
 
         ``before`` are labels [problems, n] to compare with.
         """
         k, labels, found = centers.shape[1], [], None
         for chunk in self.chunks():
             own, rechecked = chunk.rows.nearest(centers)
+            if self.fixed is not None:
+                fixed = self.fixed[:, chunk.part]
+                own = torch.where(fixed < 0, own, fixed)
             labels.append(own)
             here = *chunk.sums.by_cluster(own, k), rechecked
             found = here if found is None else tuple(a.add_(b) for a, b in zip(found, here, strict=True))
@@ -156,6 +161,21 @@ class Data:
         changed = labels.new_zeros(self.problems) if before is None else (labels != before).sum(1)
         sums, weights, rechecked = found
         return Sweep(labels, *self.group.sums(sums, weights, changed, rechecked))
+
+    def labelled_means(self, k: int) -> tuple[Tensor, Tensor]:
+        """Return the means of the rows of each fixed label, as centres are, [problems, k, d], and these rows' weights.
+
+        The weights are float64 [problems, k]; without weight a mean is 0.
+        """
+        assert self.fixed is not None
+        sums = torch.zeros(self.problems, k + 1, self.d, dtype=torch.float64, device=self.device)
+        weights = torch.zeros_like(sums[..., 0])
+        for chunk in self.chunks():
+            here = chunk.sums.by_cluster(self.fixed[:, chunk.part] + 1, k + 1)  # the first: of free rows
+            sums, weights = sums + here[0], weights + here[1]
+        sums, weights = (x[:, 1:] for x in self.group.sums(sums, weights))
+        means = sums / weights.where(weights > 0, 1.0)[..., None]
+        return (normalize_rows(means) if self.metric == "cosine" else means).to(self.dtype), weights
 
     def nearest(self, centers: Tensor) -> Tensor:
         """Return the nearest centre of every row: int64 [problems, n]. Local."""

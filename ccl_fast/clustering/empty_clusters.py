@@ -53,7 +53,8 @@ def relocate_to_farthest(data: Data, centers: Tensor, sweep: Sweep) -> Sweep:
     on_center = 2 * torch.finfo(centers.dtype).eps ** 2 + 2.0**-50 if data.metric == "cosine" else 0.0
     sums, weights = sweep.sums.clone(), sweep.weights.clone()
     own_weights = torch.ones_like(sweep.labels, dtype=torch.float64) if data.weights is None else data.weights.double()
-    distance = data.distance(centers, sweep.labels).masked_fill(own_weights == 0, 0.0)  # those fill no cluster
+    held = own_weights == 0 if data.fixed is None else (own_weights == 0) | (data.fixed >= 0)
+    distance = data.distance(centers, sweep.labels).masked_fill(held, 0.0)  # those fill no cluster
     for problem in empty.any(1).nonzero()[:, 0].tolist():
         labels, row_weights = sweep.labels[problem], own_weights[problem]
         clusters = empty[problem].nonzero()[:, 0]

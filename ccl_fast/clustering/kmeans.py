@@ -25,7 +25,7 @@ from ccl_fast.checks import (
     shown,
 )
 from ccl_fast.clustering import empty_clusters
-from ccl_fast.clustering.arrays import is_batched, like, rows_of, tensor_of, weights_of
+from ccl_fast.clustering.arrays import is_batched, labels_of, like, rows_of, tensor_of, weights_of
 from ccl_fast.clustering.data import Data
 from ccl_fast.clustering.lloyd import Solution, lloyd
 from ccl_fast.clustering.rejection_sampling import plain_k_means_plus_plus
@@ -144,7 +144,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
 
     Papers: Lloyd, "Least squares quantization in PCM", 1982; Arthur and Vassilvitskii, "k-means++: the advantages
     of careful seeding", 2007; Dhillon and Modha, "Concept decompositions for large sparse text data using
-    clustering", 2001 (cosine).
+    clustering", 2001 (cosine); Basu, Banerjee, Mooney, "Semi-supervised clustering by seeding", 2002 (labels).
     """
 
     # Tensors or arrays, as the fitted rows were.
@@ -190,13 +190,23 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         self.process_group = process_group
 
     @torch.no_grad()
-    def fit(self, X: Tensor | ArrayLike, y: object = None, sample_weight: Tensor | ArrayLike | None = None) -> KMeans:
+    def fit(
+        self,
+        X: Tensor | ArrayLike,
+        y: object = None,
+        sample_weight: Tensor | ArrayLike | None = None,
+        *,
+        labels: Tensor | ArrayLike | None = None,
+    ) -> KMeans:
         """Find centres and labels.
 
         Args:
             X: floating point ``[N, D]`` or ``[B, N, D]``, finite, N >= K; arrays of other numbers become float64.
             y: ignored.
             sample_weight: w, ``[N]`` or ``[B, N]``, finite and >= 0, at least K of them positive; 1 by default.
+            labels: for semi-supervised k-means the cluster that a row stays in, ``[N]`` or ``[B, N]``, integers below
+                K; below 0: any. A cluster with labelled rows starts at their mean, the others as ``init`` says, given
+                these (centres and a function give all). ``predict`` knows no labels.
 
         Returns:
             self.
@@ -206,18 +216,21 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
             self._check_settings()
             rows = rows_of(X, self)
             weights = self._weights(sample_weight, X, rows)
+            fixed = labels_of(labels, X, rows, self.n_clusters)
             if isinstance(X, Tensor) or is_batched(X):
                 self.n_features_in_ = rows.shape[2]
                 vars(self).pop("feature_names_in_", None)  # of an earlier fit
             else:
                 validate_data(self, cast("Any", X), skip_check_array=True)
             init, seed = self._init(group), self._seed()
-        counts = group.check_everywhere(lambda: rows.shape[1], same=lambda: self._description(rows, weights, init))
+        counts = group.check_everywhere(
+            lambda: rows.shape[1], same=lambda: self._description(rows, weights, fixed, init)
+        )
         if not isinstance(self.random_state, int | np.integer):
             seed = group.gather_int(seed)[0]
         shards = Shards(group, counts)
         self._check_size(rows, shards.total)
-        data = self._data(rows, weights, shards)
+        data = self._data(rows, weights, shards, fixed)
         if weights is not None:
             self._check_positive(weights, data)
         variance = data.variance()  # raises if a row is not finite
@@ -253,24 +266,48 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         return self
 
     @overload
-    def fit_predict(self, X: Tensor, y: object = None, sample_weight: Tensor | ArrayLike | None = None) -> Tensor: ...
+    def fit_predict(
+        self,
+        X: Tensor,
+        y: object = None,
+        sample_weight: Tensor | ArrayLike | None = None,
+        *,
+        labels: Tensor | ArrayLike | None = None,
+    ) -> Tensor: ...
     @overload
     def fit_predict(
-        self, X: ArrayLike, y: object = None, sample_weight: Tensor | ArrayLike | None = None
+        self,
+        X: ArrayLike,
+        y: object = None,
+        sample_weight: Tensor | ArrayLike | None = None,
+        *,
+        labels: Tensor | ArrayLike | None = None,
     ) -> np.ndarray: ...
-    def fit_predict(self, X, y=None, sample_weight=None):
-        """``fit(X, y, sample_weight).labels_``."""
-        return self.fit(X, y, sample_weight).labels_
+    def fit_predict(self, X, y=None, sample_weight=None, *, labels=None):
+        """``fit(X, y, sample_weight, labels=labels).labels_``."""
+        return self.fit(X, y, sample_weight, labels=labels).labels_
 
     @overload
-    def fit_transform(self, X: Tensor, y: object = None, sample_weight: Tensor | ArrayLike | None = None) -> Tensor: ...
+    def fit_transform(
+        self,
+        X: Tensor,
+        y: object = None,
+        sample_weight: Tensor | ArrayLike | None = None,
+        *,
+        labels: Tensor | ArrayLike | None = None,
+    ) -> Tensor: ...
     @overload
     def fit_transform(
-        self, X: ArrayLike, y: object = None, sample_weight: Tensor | ArrayLike | None = None
+        self,
+        X: ArrayLike,
+        y: object = None,
+        sample_weight: Tensor | ArrayLike | None = None,
+        *,
+        labels: Tensor | ArrayLike | None = None,
     ) -> np.ndarray: ...
-    def fit_transform(self, X, y=None, sample_weight=None):
-        """``fit(X, y, sample_weight).transform(X)``."""
-        return self.fit(X, y, sample_weight).transform(X)
+    def fit_transform(self, X, y=None, sample_weight=None, *, labels=None):
+        """``fit(X, y, sample_weight, labels=labels).transform(X)``."""
+        return self.fit(X, y, sample_weight, labels=labels).transform(X)
 
     @overload
     def predict(self, X: Tensor) -> Tensor: ...
@@ -361,7 +398,9 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         check_seed("random_state", state)
         return int(state)
 
-    def _description(self, rows: Tensor, weights: Tensor | None, init: Init | Tensor | InitFunction) -> dict:
+    def _description(
+        self, rows: Tensor, weights: Tensor | None, fixed: Tensor | None, init: Init | Tensor | InitFunction
+    ) -> dict:
         """Describe what must be the same on every process, by name."""
         names = ("n_clusters", "metric", "n_init", "max_iter", "tol", "empty_cluster", "backend")
         state = self.random_state
@@ -369,6 +408,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
             "X": f"[{len(rows)}, rows, {rows.shape[2]}]",
             "X.dtype": str(rows.dtype),
             "sample_weight": None if weights is None else "given",
+            "labels": None if fixed is None else "given",
             "init": digest(init) if isinstance(init, Tensor) else init,
             "device": self._device(rows).type,
             "random_state": int(state) if isinstance(state, int | np.integer) else type(state).__name__,
@@ -398,8 +438,10 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
     def _device(self, x: Tensor) -> torch.device:
         return x.device if self.device is None else torch.empty(0, device=self.device).device
 
-    def _data(self, rows: Tensor, weights: Tensor | None, shards: Shards | None = None) -> Data:
-        return Data(rows, weights, self.metric, self.batch_size, self._device(rows), self.backend, shards)
+    def _data(
+        self, rows: Tensor, weights: Tensor | None, shards: Shards | None = None, fixed: Tensor | None = None
+    ) -> Data:
+        return Data(rows, weights, self.metric, self.batch_size, self._device(rows), self.backend, shards, fixed)
 
     def _new_data(self, X: Any, sample_weight: Any = None) -> tuple[Data, Tensor]:
         """Check rows that are none of ``fit``'s, and return them and the centres [problems, k, d]."""

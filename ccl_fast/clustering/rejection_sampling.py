@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccl_fast.clustering.seeding import draw_distinct, row_weights
+from ccl_fast.clustering.seeding import draw_distinct, starting_centers
 
 if TYPE_CHECKING:
     from ccl_fast.clustering.data import Data
@@ -27,14 +27,18 @@ def plain_k_means_plus_plus(data: Data, k: int, generators: list[torch.Generator
     and a pass is needed only once for many centres. Papers: Arthur and Vassilvitskii, "k-means++: the advantages of
     careful seeding", 2007; Cohen-Addad et al., "Fast and accurate k-means++ via rejection sampling", 2020.
     """
-    rows = [plus_plus_rows(data.only(i), row_weights(data, i), k, generator) for i, generator in enumerate(generators)]
-    return data.take(torch.stack(rows))
+    return starting_centers(data, k, generators, plus_plus_rows)
 
 
-def plus_plus_rows(one: Data, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
+def plus_plus_rows(
+    one: Data, weights: Tensor, k: int, generator: torch.Generator, given: Tensor | None = None
+) -> Tensor:
     """Return the numbers of the rows, [k], of a single problem with weights float64 [n].
 
     Every process has the distances of its own rows, and all draw the same candidates.
+
+    Args:
+        given: centres that there are already, [m, d]; the first row is then chosen as the others are.
     """
     shards = one.shards
 
@@ -42,8 +46,8 @@ def plus_plus_rows(one: Data, weights: Tensor, k: int, generator: torch.Generato
         # Distances that overflow float32 count as very large ones, whose sum is finite.
         return (weights * one.distance(centers)[0]).clamp(max=torch.finfo(torch.float64).max / shards.total)
 
-    chosen = draw_distinct(one, weights, 1, generator)
-    potential = potential_to(one.take(chosen[None]))
+    chosen = draw_distinct(one, weights, 0 if given is not None else 1, generator)
+    potential = potential_to(one.take(chosen[None]) if given is None else given[None])
     while len(chosen) < k:
         potential[shards.local(chosen)] = 0.0
         cumulative = potential.cumsum(0)

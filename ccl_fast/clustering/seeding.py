@@ -1,13 +1,16 @@
-"""Choose starting centres: rows of the data, none of them twice."""
+"""Choose starting centres: rows of the data, none of them twice, beside means of the labelled rows, if there are."""
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.matmul import factor_rounding
 from ccl_fast.ops.normalize import normalize_rows
 from ccl_fast.ops.precision import without_autocast
@@ -19,12 +22,38 @@ if TYPE_CHECKING:
 LAST_RESORT = 1e-200
 # Roundings of a distance, in units of the dtype's, below which a row counts as a copy of a centre.
 ROUNDINGS = 16
+# Given centres whose distances from all rows are computed at once.
+GIVEN_AT_ONCE = 16
+# Of rows of a single problem, their weights float64 [n], a number m, a generator, and centres [l, d] that there are
+# already (None: none): the numbers of m rows.
+RowChoice = Callable[["Data", Tensor, int, torch.Generator, Tensor | None], Tensor]
+
+
+def starting_centers(data: Data, k: int, generators: list[torch.Generator], rows_of: RowChoice) -> Tensor:
+    """Choose centres for every problem by ``rows_of``: [problems, k, d].
+
+    Of clusters with labelled rows they are the means of these; the others are chosen beside them, of the free rows.
+    """
+    if data.fixed is None:
+        rows = [rows_of(data.only(i), row_weights(data, i), k, of, None) for i, of in enumerate(generators)]
+        return data.take(torch.stack(rows))
+    centers, weights = data.labelled_means(k)
+    for i, generator in enumerate(generators):
+        free = row_weights(data, i) * (data.fixed[i] < 0)
+        missing = (weights[i] == 0).nonzero()[:, 0]
+        count, number = int(data.group.sum((free > 0).sum())), len(missing)
+        if count < number:
+            raise ArgumentError(f"labels: expected a free row for each of {number} unlabelled clusters, got {count}")
+        if number:
+            one, given = data.only(i), centers[i, weights[i] > 0]
+            rows = rows_of(one, free, number, generator, given if len(given) else None)
+            centers[i, missing] = one.take(rows[None])[0]
+    return centers
 
 
 def random_rows(data: Data, k: int, generators: list[torch.Generator]) -> Tensor:
     """Draw k different rows of every problem, without replacement by their weights: [problems, k, d]."""
-    rows = [draw_distinct(data, row_weights(data, i), k, generator) for i, generator in enumerate(generators)]
-    return data.take(torch.stack(rows))
+    return starting_centers(data, k, generators, lambda one, weights, m, of, given: draw_distinct(one, weights, m, of))
 
 
 def k_means_plus_plus(data: Data, k: int, generators: list[torch.Generator]) -> Tensor:
@@ -35,22 +64,24 @@ def k_means_plus_plus(data: Data, k: int, generators: list[torch.Generator]) -> 
     Vassilvitskii, "k-means++: the advantages of careful seeding", 2007; Bhattacharya, Eube, Röglin, Schmidt, "Noisy,
     greedy and not so greedy k-means++", 2020.
     """
-    rows = [greedy_rows(data.only(i), row_weights(data, i), k, generator) for i, generator in enumerate(generators)]
-    return data.take(torch.stack(rows))
+    return starting_centers(data, k, generators, greedy_rows)
 
 
-def greedy_rows(one: Data, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
+def greedy_rows(one: Data, weights: Tensor, k: int, generator: torch.Generator, given: Tensor | None = None) -> Tensor:
     """Return the numbers of the rows, [k], of a single problem with weights float64 [n].
 
     The host learns nothing on the way, so that it never waits for a GPU.
+
+    Args:
+        given: centres that there are already, [m, d]; the first row is then chosen as the others are.
     """
     shards, distances = one.shards, Distances(one)
-    chosen = draw_distinct(one, weights, 1, generator)
+    chosen = draw_distinct(one, weights, 0 if given is not None else 1, generator)
     share = torch.rand(k, 2 + int(math.log(k)), dtype=torch.float64, generator=generator, device="cpu").to(one.device)
     every, last_resort = [chosen], LAST_RESORT * weights
-    of_sum = None if one.weights is None else weights.to(distances.dtype)
-    potential = distances.to(one.take(chosen[None])[0])[0]
-    for shares in share[1:]:
+    of_sum = None if one.weights is None and given is None else weights.to(distances.dtype)
+    potential = distances.to_nearest(one.take(chosen[None])[0] if given is None else given)
+    for shares in share[len(chosen) :]:
         # Copies of a centre have no distance but for rounding, and the centre itself has no last resort either.
         potential = torch.where(potential > distances.rounding, potential, 0.0)
         own = shards.local(chosen)
@@ -108,6 +139,10 @@ class Distances:
             return parts[0]
         return torch.cat(parts, 1) if parts else c.new_zeros(len(c), 0)
 
+    def to_nearest(self, centers: Tensor) -> Tensor:
+        """Return the distances [n] to the nearest of centres [m, d]."""
+        return functools.reduce(torch.minimum, (self.to(some).amin(0) for some in centers.split(GIVEN_AT_ONCE)))
+
     def _placed(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
         return (x * self._scale).sub_(self._origin) if self._euclidean else normalize_rows(x)
@@ -137,6 +172,8 @@ def draw_distinct(data: Data, weights: Tensor, count: int, generator: torch.Gene
 
     The rows whose exponential clocks, of rates ``weights``, ring first (Efraimidis and Spirakis, 2006).
     """
+    if count == 0:
+        return torch.empty(0, dtype=torch.int64, device=weights.device)
     uniform = data.shards.uniform(generator).to(weights.device)
     clocks = (-torch.log1p(-uniform) / weights).nan_to_num(nan=torch.inf)
     return data.shards.topk(clocks, count, largest=False)[1]

@@ -12,7 +12,7 @@ from ccl_fast.checks import check_choice, check_count, check_flag, check_seed, c
 from ccl_fast.clustering import KMeans
 from ccl_fast.ood.detector import FeatureDetector
 from ccl_fast.ood.neighbors import largest_cosine
-from ccl_fast.ops import kmeans_assign
+from ccl_fast.ops import kmeans_assign, segment_gram
 from ccl_fast.ops.kmeans.update import kmeans_update
 from ccl_fast.ops.normalize import normalize_rows
 
@@ -146,12 +146,7 @@ class Mahalanobis(ClusterDetector):
         typical = std.mean().clamp(min=1e-6)
         self.std = torch.where(std > CONSTANT * typical, std, typical)
         z = (x - self.mean) / self.std
-        if self._shares(n_clusters, z.shape[1]):
-            fitted = [self._shared(z, y, n_clusters)]
-        else:
-            fitted = [self._gaussian(z[y == c]) for c in range(n_clusters)]
-        means, factors = zip(*fitted, strict=True)
-        self.means, self.factors = torch.cat(means), torch.stack(factors)
+        self.means, self.factors = self._gaussians(z, y, n_clusters)
 
     def _shares(self, n_clusters: int, width: int) -> bool:
         if self.covariance == "auto":
@@ -165,25 +160,19 @@ class Mahalanobis(ClusterDetector):
     def _placed(self, x: Tensor) -> Tensor:
         return normalize_rows(x) if self.normalize else x
 
-    def _gaussian(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean [1, D] of the rows of one cluster and Cholesky factor of their covariance."""
-        rows = z.double()
-        mean = rows.mean(0, keepdim=True)
-        covariance = (rows - mean).T @ (rows - mean) / len(rows)
-        return mean.to(z.dtype), self._factor(covariance).to(z.dtype)
-
-    def _shared(self, z: Tensor, y: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
-        """Means [K, D] and Cholesky factor of the covariance about them."""
-        sums = torch.zeros(n_clusters, z.shape[1], dtype=torch.float64, device=z.device)
-        covariance = torch.zeros(z.shape[1], z.shape[1], dtype=torch.float64, device=z.device)
-        blocks = list(zip(z.split(ROWS), y.split(ROWS), strict=True))
-        for rows, ids in blocks:
-            sums.index_add_(0, ids, rows.double())
-        means = sums / y.bincount(minlength=n_clusters)[:, None]
-        for rows, ids in blocks:
-            centered = rows.double() - means[ids]
-            covariance.addmm_(centered.T, centered, alpha=1 / len(z))
-        return means.to(z.dtype), self._factor(covariance).to(z.dtype)
+    def _gaussians(self, z: Tensor, y: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
+        """Means [K, D], and Cholesky factors of the covariances about them: [K, D, D], or [1, D, D] of a shared one."""
+        sums, counts = kmeans_update(z, y, n_clusters)
+        means = sums / counts[:, None]
+        if self._shares(n_clusters, z.shape[1]):
+            of, counts = torch.zeros_like(y), counts.sum(0, keepdim=True)
+        else:
+            of = y
+        covariances = torch.zeros(len(counts), z.shape[1], z.shape[1], dtype=torch.float64, device=z.device)
+        for rows, ids, own in zip(z.split(ROWS), y.split(ROWS), of.split(ROWS), strict=True):
+            covariances += segment_gram(rows.double() - means[ids], own, len(counts))
+        factors = [self._factor(gram / count).to(z.dtype) for gram, count in zip(covariances, counts, strict=True)]
+        return means.to(z.dtype), torch.stack(factors)
 
     def _factor(self, covariance: Tensor) -> Tensor:
         """Cholesky factor of the covariance once it is shrunk."""

@@ -9,6 +9,7 @@ from ccl_fast.ops.rowwise.histogram import similarity_histogram
 from ccl_fast.ops.rowwise.softmax import expected_similarity, logsumexp_excluding, topk_logsumexp
 from ccl_fast.ops.rowwise.topk import streaming_topk
 from ccl_fast.ops.same_id_similarity import same_id_similarity
+from ccl_fast.ops.segment_gram import segment_gram
 from ccl_fast.ops.transport.sinkhorn import barycentric_projection, sinkhorn
 from ccl_fast.ops.transport.swapped_prediction import swapped_prediction
 
@@ -24,6 +25,7 @@ __all__ = [
     "mutual_logsumexp",
     "row_dot",
     "same_id_similarity",
+    "segment_gram",
     "similarity_histogram",
     "sinkhorn",
     "streaming_logsumexp",
