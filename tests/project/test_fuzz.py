@@ -124,6 +124,8 @@ CALLS = {
     "cosine and norm": detector(ood.CosineNorm),
     "ensemble": detector(ood.Ensemble, detectors=[ood.NearestNeighbor(), ood.CosineNorm()], weights=[1.0, 2.0],
                          folds=2, seed=0),
+    "linear separation": detector(ood.LinearSeparation, seed=ood.NearestNeighbor(), posterior=0.5, folds=2,
+                                  random_state=0),
     "streaming_logsumexp": op(ops.streaming_logsumexp, q=rows(7, 5), k=rows(9, 5), scale=2.0, key_bias=rows(9),
                               q_ids=ids(7), k_ids=ids(9), candidates="all", return_same=False),
     "mutual_logsumexp": op(ops.mutual_logsumexp, q=rows(7, 5), k=rows(9, 5), scale=2.0, q_ids=ids(7), k_ids=ids(9)),
