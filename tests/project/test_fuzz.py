@@ -141,6 +141,10 @@ CALLS = {
     "sinkhorn": op(ops.sinkhorn, z=rows(7, 5), centers=rows(3, 5), scale=2.0, iterations=2),
     "swapped_prediction": op(ops.swapped_prediction, z=VIEWS.transpose(0, 1), centers=rows(3, 5),
                              potentials=rows(2, 3), scale=2.0, plan_scale=3.0),
+    "distilled_prediction": op(ops.distilled_prediction, z=rows(7, 5), centers=rows(3, 5), teacher_z=rows(7, 5),
+                               teacher_centers=rows(3, 5), scale=2.0, teacher_scale=3.0, potentials=rows(3),
+                               hard=torch.arange(7) > 3),
+    "assignment_mass": op(ops.assignment_mass, z=rows(7, 5), centers=rows(3, 5), scale=2.0),
 }  # fmt: skip
 ANYTHING = [
     None, "False", "mean", -1, 0, 1, True, 1.5, float("nan"), float("inf"), 1e-320, 1e308, 10**400, [], {}, object(),
