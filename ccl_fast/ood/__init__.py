@@ -4,6 +4,7 @@ from ccl_fast.ood.clusters import Mahalanobis, NearestCenter
 from ccl_fast.ood.ensemble import Columns, Ensemble
 from ccl_fast.ood.metrics import aupr, auroc, fpr95, ood_metrics
 from ccl_fast.ood.neighbors import CosineNorm, NearestNeighbor
+from ccl_fast.ood.prototypes import PrototypeScore
 from ccl_fast.ood.separation import LinearSeparation
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Mahalanobis",
     "NearestCenter",
     "NearestNeighbor",
+    "PrototypeScore",
     "aupr",
     "auroc",
     "fpr95",
