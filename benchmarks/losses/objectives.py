@@ -228,6 +228,16 @@ OBJECTIVES = {
     for objective in (
         Objective("SwAVLoss", SWAV, learns_centers=True, clusters=3000),  # as many as its authors have
         Objective(
+            "ProtoGCDLoss",
+            _written(
+                "ProtoGCDLoss",
+                lambda loss, x: loss(x.embeddings, x.centers, labels=x.cluster_ids),
+                lambda loss, x: dense.protogcd(x.embeddings, x.centers, x.cluster_ids, hard_share=loss.hard_share),
+                hard_share=0.5,
+            ),
+            learns_centers=True,
+        ),
+        Objective(
             "ProtoNCELoss", _module("ProtoNCELoss", lambda loss, x: loss(x.embeddings, [x.cluster_ids], [x.centers]))
         ),
         Objective(

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ccl_fast.ood import Columns, CosineNorm, Ensemble, Mahalanobis, NearestCenter, NearestNeighbor
+from ccl_fast.ood import Columns, CosineNorm, Ensemble, Mahalanobis, NearestCenter, NearestNeighbor, PrototypeScore
 
 if TYPE_CHECKING:
     from ccl_fast.ood.detector import FeatureDetector
@@ -36,6 +36,7 @@ def make_detectors(n: int, clusters: int, seed: int, widths: Sequence[int]) -> d
         of_level = {
             "nearest_neighbor": NearestNeighbor(k=_neighbor(n)),
             "nearest_center": NearestCenter(n_clusters=clusters),
+            "energy": PrototypeScore("energy", n_clusters=clusters),
             "mahalanobis": Mahalanobis(n_clusters=clusters),
             "cosine_norm": CosineNorm(),
             "ensemble": Ensemble(ensemble, folds=min(FOLDS, n), seed=seed),

@@ -21,6 +21,7 @@ from ccl_fast.losses.mlcd import MLCDLoss, nearest_centers
 from ccl_fast.losses.mochi import MoCHiLoss
 from ccl_fast.losses.ntxent import NTXentLoss
 from ccl_fast.losses.pamc import PamCLoss
+from ccl_fast.losses.protogcd import ProtoGCDLoss
 from ccl_fast.losses.protonce import ProtoNCELoss
 from ccl_fast.losses.sbcl import SBCLLoss
 from ccl_fast.losses.sepclr import SepCLRLoss
@@ -47,6 +48,7 @@ __all__ = [
     "NTXentLoss",
     "PairWeights",
     "PamCLoss",
+    "ProtoGCDLoss",
     "ProtoNCELoss",
     "SBCLLoss",
     "SCGCLoss",

@@ -10,6 +10,7 @@ from torch import Tensor
 from ccl_fast.checks import check_count, check_positive, check_seed, check_sequence, shown
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ood.detector import FeatureDetector
+from ccl_fast.ood.folds import scores_of_unseen
 
 
 class Ensemble(FeatureDetector):
@@ -68,17 +69,9 @@ class Ensemble(FeatureDetector):
         return {f"detectors.{i}": _ours(detector) for i, detector in enumerate(self.detectors)}
 
     def _fit(self, x: Tensor, y: Tensor | None) -> None:
-        if len(x) < self.folds:
-            raise ArgumentError(f"x: expected at least folds={self.folds} rows, got {len(x)}")
-        generator = torch.Generator().manual_seed(int(self.seed))
-        fold = (torch.randperm(len(x), generator=generator, device="cpu") % self.folds).to(x.device)
         moments = []
         for detector in self.detectors:
-            scores = x.new_empty(len(x))
-            for i in range(self.folds):
-                seen = fold != i
-                detector.fit_features(x[seen], None if y is None else y[seen])
-                scores[~seen] = detector.predict_features(x[~seen]).to(scores)
+            scores = scores_of_unseen(detector, x, y, self.folds, self.seed)
             detector.fit_features(x, y)
             moments.append((scores.mean(), scores.std(correction=0)))
         self.means, stds = (torch.stack(moment) for moment in zip(*moments, strict=True))

@@ -10,16 +10,21 @@ from ccl_fast.ops.rowwise.softmax import expected_similarity, logsumexp_excludin
 from ccl_fast.ops.rowwise.topk import streaming_topk
 from ccl_fast.ops.same_id_similarity import same_id_similarity
 from ccl_fast.ops.segment_gram import segment_gram
+from ccl_fast.ops.transport.assignment_mass import assignment_mass, log_assignment_mass
+from ccl_fast.ops.transport.distilled_prediction import distilled_prediction
 from ccl_fast.ops.transport.sinkhorn import barycentric_projection, sinkhorn
 from ccl_fast.ops.transport.swapped_prediction import swapped_prediction
 
 __all__ = [
+    "assignment_mass",
     "barycentric_projection",
     "cross_entropy",
+    "distilled_prediction",
     "edge_similarity",
     "expected_similarity",
     "kmeans_assign",
     "kmeans_update",
+    "log_assignment_mass",
     "logaddexp",
     "logsumexp_excluding",
     "mutual_logsumexp",

@@ -174,7 +174,7 @@ class Config:
         "ccl",
         'what is minimised after the warm-up: "ccl"; "simclr", "hard-contrastive" and "cacr", which need no clusters; '
         'on the clusters of k-means also "supcon", "protonce", "deepcluster-v2", "pamc" and "meow"; on prototypes that '
-        'are learned "swav".',
+        'are learned "swav" and "protogcd".',
         one_of(ObjectiveName),
         after_warm_up=True,
         group="training",
@@ -356,7 +356,7 @@ class Config:
     clusters: int | Sequence[int] | None = option(
         None,
         "number of k-means clusters, or of prototypes; of several, the loss is the mean over them. At least 2 for "
-        '"deepcluster-v2", "meow" and "swav". By default 12, or of few images one for every ten.',
+        '"deepcluster-v2", "meow", "swav" and "protogcd". By default 12, or of few images one for every ten.',
         check_clusters,
         after_warm_up=True,
         group="clusters",
@@ -372,7 +372,7 @@ class Config:
     )
     recluster_every: int = option(
         1,
-        'epochs from one clustering to the next. Each starts from the last centres. Not for "swav".',
+        "epochs from one clustering to the next. Each starts from the last centres. Not on prototypes.",
         at_least(1),
         after_warm_up=True,
         group="clusters",

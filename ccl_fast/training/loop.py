@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ccl_fast.data import Images, Views
 from ccl_fast.distributed import NO_GROUP, Group
+from ccl_fast.losses import ProtoGCDLoss
 from ccl_fast.models import Model, embed
 from ccl_fast.training.config import Config, as_list
 from ccl_fast.training.cooperation import CooperativeCCL
@@ -192,6 +193,13 @@ class Run:
         since = self.step - self.config.warmup_length * self.steps_per_epoch
         return self.config.center_weight * (min(since / ramp, 1.0) if ramp else 1.0)
 
+    @property
+    def hard_share(self) -> float:
+        """ProtoGCD's share of hard labels in the next step: from 0.2 to 1 in half of the steps after the warm-up."""
+        first = self.config.warmup_length * self.steps_per_epoch
+        half = (self.config.epochs * self.steps_per_epoch - first) / 2
+        return 0.2 + 0.8 * min((self.step - first) / half, 1.0)
+
     def _cluster(self) -> None:
         """Cluster the embeddings of the images as they are, if it is time to, before an epoch."""
         if (len(self.losses) - self.config.warmup_length) % self.config.recluster_every:
@@ -215,6 +223,8 @@ class Run:
             group["lr"] = self.learning_rate
         if isinstance(self.loss_fn, CooperativeCCL):
             self.loss_fn.center_weight = self.center_weight
+        if isinstance(self.loss_fn, ProtoGCDLoss) and not self.is_warming_up:
+            self.loss_fn.hard_share = self.hard_share
         images = images.to(self.fabric.device, non_blocking=True)
         # [images, views]: an image's views follow one another.
         views = torch.stack([self.views(images) for _ in range(VIEWS)], dim=1).flatten(0, 1)

@@ -18,6 +18,7 @@ from ccl_fast.losses import (
     HardContrastiveLoss,
     MEOWLoss,
     PamCLoss,
+    ProtoGCDLoss,
     ProtoNCELoss,
     SupConLoss,
     SwAVLoss,
@@ -42,6 +43,7 @@ ObjectiveName = Literal[
     "pamc",
     "meow",
     "swav",
+    "protogcd",
 ]
 
 
@@ -156,6 +158,14 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
     "swav": Objective(
         "SwAV",
         SwAVLoss,
+        _mean(lambda loss, z, prototypes: loss(z, prototypes)),
+        "prototypes",
+        min_clusters=2,
+    ),
+    # Its unsupervised part; the share of hard labels is the loop's.
+    "protogcd": Objective(
+        "ProtoGCD, unsupervised",
+        lambda temperature: ProtoGCDLoss(temperature, teacher_temperature=temperature / 2, supervised_weight=0.0),
         _mean(lambda loss, z, prototypes: loss(z, prototypes)),
         "prototypes",
         min_clusters=2,

@@ -25,6 +25,7 @@ from ccl_fast.losses import (
     MLCDLoss,
     MoCHiLoss,
     PamCLoss,
+    ProtoGCDLoss,
     ProtoNCELoss,
     SBCLLoss,
     SCGCLoss,
@@ -58,7 +59,7 @@ from tests.oracles.losses import (
     learnable,
     supcon,
 )
-from tests.oracles.matrices import hard_contrastive, interclr, mlcd, mochi
+from tests.oracles.matrices import hard_contrastive, interclr, mlcd, mochi, protogcd
 from tests.tolerance import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -180,6 +181,9 @@ USES = {
     "infonce views": Use(InfoNCELoss, infonce, lambda z: (z,)),
     "infonce towers": Use(InfoNCELoss, infonce, lambda z: (z[:, 0], z[:, 1])),
     "swav": Use(SwAVLoss, lambda z, *rest, **options: swav(z.unbind(1), *rest, **options), with_prototypes),
+    "protogcd": Use(
+        ProtoGCDLoss, protogcd, lambda z: (z, CENTERS.to(z.dtype), IDS[: len(z)]), hard_share=0.5, entropy_weight=0.5
+    ),
     "protonce": Use(ProtoNCELoss, protonce, lambda z: (z, *clusterings(IDS, z), [CONCENTRATIONS])),
     "deepcluster": Use(DeepClusterV2Loss, deepcluster, lambda z: (z, *clusterings(ASSIGNED, z))),
     "pamc": Use(PamCLoss, pamc, lambda z: (z[:, 0], z[:, 1], IDS[: len(z)])),

@@ -53,6 +53,10 @@ OPERATORS = {
     "swapped prediction": lambda q, k: ops.swapped_prediction(
         torch.stack((q, q.flip(0))), k, torch.zeros(2, len(k), device=q.device), scale=1.0, plan_scale=2.0
     ),
+    "distilled prediction": lambda q, k: ops.distilled_prediction(
+        q, k, q.flip(0), k, scale=1.0, teacher_scale=2.0, hard=torch.arange(len(q), device=q.device) % 3 == 0
+    ),
+    "assignment mass": lambda q, k: ops.assignment_mass(q, k, scale=0.5),
     "sinkhorn": lambda q, k: torch.cat(ops.sinkhorn(q, k, scale=0.5)),
 }
 

@@ -68,6 +68,12 @@ SIGNATURES = {
     ),
     "PamCLoss": (0.1, "form", "exchange", "queries keys cluster_ids * positives"),
     "NTXentLoss": (0.5, "unassigned", "", "embeddings labels indices_tuple ref_emb ref_labels * negatives"),
+    "ProtoGCDLoss": (
+        0.1,
+        "teacher_temperature hard_share entropy_weight separation_weight supervised_weight",
+        "reduction process_group exchange",
+        "embeddings prototypes * labels",
+    ),
     "ProtoNCELoss": (0.1, "in_batch_negatives", "", "queries cluster_ids centers * center_temperature keys negatives"),
     "SBCLLoss": (
         0.1,

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from ccl_fast import ops
 from ccl_fast.ops.rowwise import blocks, half_product, histogram, softmax, topk
 from ccl_fast.ops.rowwise.half_product import Weights, columns_of, factor, multiplies_halves, product
-from ccl_fast.ops.transport import swapped_prediction
+from ccl_fast.ops.transport import distilled_prediction, swapped_prediction
 from tests.oracles.pairs import every_choice, pairs
 from tests.tolerance import assert_as_accurate
 
@@ -176,6 +176,13 @@ def dense_swapped(given, q, k, scale):
     return -(plans * (scale * x).log_softmax(2).flip(0)).sum((0, 2))
 
 
+def dense_distilled(given, q, k, scale):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    x = (q @ k.T).to(wide)
+    teacher = (2 * x.detach().flip(0) + potentials(given, wide)[0]).softmax(1)
+    return -(teacher * (scale * x).log_softmax(1)).sum(1)
+
+
 OPERATORS = {
     "mean": (lambda given, q, k, scale: ops.expected_similarity(q, k, scale=scale, **given.among), dense_mean),
     "hardest": (lambda given, q, k, scale: ops.topk_logsumexp(q, k, scale=scale, topk=3, **given.among), dense_hardest),
@@ -189,6 +196,12 @@ OPERATORS = {
             backend="blocked",
         ),
         dense_swapped,
+    ),
+    "distilled prediction": (
+        lambda given, q, k, scale: ops.distilled_prediction(
+            q, k, q.flip(0), k, scale=scale, teacher_scale=2.0, potentials=potentials(given, torch.float32)[0]
+        ),
+        dense_distilled,
     ),
 }  # fmt: skip
 every_operator = pytest.mark.parametrize("operator", OPERATORS)
@@ -270,11 +283,11 @@ def test_a_block_takes_one_product_forward_and_three_backward_all_of_halves(oper
     monkeypatch.setattr(half_product, "matmul_nt", None)  # the product of float32 matrices
     given = pairs(3 * rows, keys, d=d, dtype=dtype)
     value = OPERATORS[operator][0](given, given.q.requires_grad_(), given.k.requires_grad_(), torch.tensor(2.0))
-    similarities = (views * rows, d, keys)
-    assert tensor_cores == [similarities] * 3
+    similarities = [(views * rows, d, keys)] * (2 if operator == "distilled prediction" else 1)  # the teacher's too
+    assert tensor_cores == similarities * 3
     tensor_cores.clear()
     value.sum().backward()
-    assert tensor_cores == [similarities, (views * rows, keys, d), (d, views * rows, keys)] * 3
+    assert tensor_cores == [*similarities, (views * rows, keys, d), (d, views * rows, keys)] * 3
 
 
 # ---- what a block keeps ----
@@ -329,6 +342,10 @@ def test_a_pair_takes_no_more_bytes_than_blocks_are_sized_for(dtype, monkeypatch
         ),
         "top-k": run_inside(topk._op._init_fn, q, k, ids, of_keys, "other_id", 400),
         "histogram": run_inside(histogram._op._init_fn, q, k, ids, of_keys, "other_id", 10, -1.0, 1.0),
+        "distilled": run_inside(distilled_prediction._forward, q, k, q, k, None, None, scale, 2.0),
+        "distilled, backward": run_inside(
+            distilled_prediction._backward, q, k, q, k, None, None, scale, vector, 2.0, all_four[:3]
+        ),
         "swapped": run_inside(swapped_prediction._forward, views, k, torch.zeros(2, m), scale, 2.0) // 2,
         "swapped, backward": run_inside(
             swapped_prediction._backward, views, k, torch.zeros(2, m), scale, vector, 2.0, all_four[:3]

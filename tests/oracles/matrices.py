@@ -150,3 +150,40 @@ def interclr(
     others = (q @ b[drawn].T / temperature).masked_fill(own[:, None] == labels[drawn], -torch.inf)
     inter = contrast(((q * positives).sum(1) - margin) / temperature, hardest(others, pool, len(drawn)))
     return over_rows((1 - inter_weight) * intra + inter_weight * inter, reduction)
+
+
+def protogcd(
+    embeddings: Tensor,
+    prototypes: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.1,
+    teacher_temperature: float = 0.05,
+    hard_share: float = 1.0,
+    entropy_weight: float = 2.0,
+    separation_weight: float = 0.1,
+    supervised_weight: float = 0.35,
+    normalize: bool = True,
+) -> Tensor:
+    """As the authors write it, but for the 1e-6 that they add to the second largest entry."""
+    z, c = scaled(embeddings, embeddings, normalize), scaled(prototypes, embeddings, normalize)
+    logits = [view @ c.T for view in z.unbind(1)]
+    targets = []
+    for x in logits:
+        q = (x.detach() / teacher_temperature).softmax(1)
+        best = x.detach().topk(min(2, len(c))).values
+        margin = best[:, 0] - best[:, 1] if len(c) > 1 else best[:, 0]
+        hard = margin.topk(int(len(x) * hard_share)).indices
+        q[hard] = functional.one_hot(q.argmax(1), len(c)).to(q)[hard]
+        targets.append(q)
+    log_p = [(x / temperature).log_softmax(1) for x in logits]
+    distillation = -(targets[1] * log_p[0] + targets[0] * log_p[1]).sum(1).mean() / 2
+    mean = torch.cat(log_p).exp().mean(0)
+    entropy = math.log(len(c)) + (mean * mean.log()).sum()
+    others = (c @ c.T / temperature).fill_diagonal_(-torch.inf)
+    separation = others.logsumexp(1).mean() - math.log(len(c) - 1)
+    loss = (1 - supervised_weight) * (distillation + entropy_weight * entropy + separation_weight * separation)
+    if labels is None:
+        return loss
+    picked = [view.gather(1, labels.long().clamp(min=0)[:, None])[:, 0] for view in log_p]
+    return loss - supervised_weight * over_rows(torch.cat(picked), "mean", (labels >= 0).repeat(2))

@@ -20,6 +20,7 @@ def seeded():
 CALLS = {
     "ensemble": lambda: ood.Ensemble([ood.NearestNeighbor(), ood.CosineNorm()]).fit_features(X).predict_features(X),
     "mahalanobis": lambda: ood.Mahalanobis().fit_features(X, LABELS).predict_features(X),
+    "linear separation": lambda: ood.LinearSeparation(posterior=0.5).fit_features(X).predict_features(X),
     "quality": lambda: torch.full((), metrics.cluster_quality(LABELS, LABELS)["accuracy"], device="cpu").float(),
     "online clusters": lambda: OnlineClusters(X, LABELS).centers,
     "prototypes": lambda: Prototypes([3], 6, seed=0, device=torch.device("cpu"))[0].detach(),

@@ -23,7 +23,16 @@ from ccl_fast.data.images import InMemory
 from ccl_fast.evaluation import evaluate_model
 from ccl_fast.evaluation.detection import DEFAULT, STARTS
 from ccl_fast.models import Model
-from ccl_fast.ood import Columns, CosineNorm, Ensemble, Mahalanobis, NearestCenter, NearestNeighbor, ood_metrics
+from ccl_fast.ood import (
+    Columns,
+    CosineNorm,
+    Ensemble,
+    Mahalanobis,
+    NearestCenter,
+    NearestNeighbor,
+    PrototypeScore,
+    ood_metrics,
+)
 from ccl_fast.training.config import Config
 from ccl_fast.training.loop import Run
 
@@ -272,6 +281,7 @@ def test_every_figure_is_of_a_detector_fitted_to_training_features_of_its_level(
     of_level = {
         "nearest_neighbor": NearestNeighbor(),
         "nearest_center": NearestCenter(n_clusters=3),
+        "energy": PrototypeScore("energy", n_clusters=3),
         "mahalanobis": Mahalanobis(n_clusters=3),
         "cosine_norm": CosineNorm(),
         "ensemble": Ensemble([NearestNeighbor(), Mahalanobis(n_clusters=3)], seed=1),

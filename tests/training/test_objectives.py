@@ -93,6 +93,10 @@ def expected_values(z, found, prototypes):
         ),
         "meow": mean(losses.MEOWLoss(0.2, weigh_positive=False), (z, a), (z, b)),
         "swav": mean(losses.SwAVLoss(0.2), *[(z, matrix) for matrix in prototypes]),
+        "protogcd": mean(
+            losses.ProtoGCDLoss(0.2, teacher_temperature=0.1, supervised_weight=0.0),
+            *[(z, matrix) for matrix in prototypes],
+        ),
     }
 
 
@@ -222,6 +226,13 @@ def test_prototypes_wait_for_an_epoch_then_learn_and_keep_their_length():
     assert not make_run("swav", seed=1).prototypes[0].equal(seen[0][0])
     assert not run.prototypes.state_dict().keys() & run.result.state_dict().keys()
     assert not make_run("ccl").prototypes.state_dict()
+
+
+def test_the_share_of_hard_labels_grows_in_half_of_the_steps_after_the_warm_up():
+    run, shares = make_run("protogcd", warmup_epochs=2, epochs=6), []
+    go(run, 6, after_step=lambda: shares.append(run.loss_fn.hard_share))
+    assert shares[:6] == [1.0] * 6  # not in use yet
+    assert shares[6:] == pytest.approx([min(0.2 + 0.8 * i / 6, 1.0) for i in range(12)])
 
 
 def test_prototypes_that_are_not_finite_stop_the_run():

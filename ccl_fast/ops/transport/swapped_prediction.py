@@ -13,7 +13,8 @@ from ccl_fast.ops.logsumexp.operator import streaming_logsumexp
 from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, scale_tensor, without_autocast
 from ccl_fast.ops.row_dot import row_dot
 from ccl_fast.ops.rowwise.blocks import block_rows, blocks_of
-from ccl_fast.ops.rowwise.half_product import Weights, columns_of, factor, product
+from ccl_fast.ops.rowwise.half_product import factor, product
+from ccl_fast.ops.transport.logit_gradients import LogitGradients
 from ccl_fast.ops.transport.sinkhorn import barycentric_projection
 
 # Arrays of a block that live at once. Each is small: fresh memory of some MiB costs more in page faults than what is
@@ -100,37 +101,9 @@ def _times_assigned(x: Tensor, assigned: int) -> Tensor:
 # ---- some rows against all centres at a time; operators forward and backward, opaque to what traces them ----
 
 
-class _Gradients:
-    """Of z, the centres and the scale, as far as they are wanted, summed up over blocks of rows."""
-
-    def __init__(self, z: Tensor, centers: Tensor, scale: Tensor, dtype: torch.dtype, needs: list[bool]):
-        self.need_z, self.need_centers, self.need_scale = needs
-        self.scale, self.centers = scale, columns_of(centers)
-        self.to_z = z.new_empty(z.shape if self.need_z else 0, dtype=dtype)
-        self.to_centers = scale.new_zeros(self.centers.shape if self.need_centers else 0)
-        self.to_scale = torch.zeros_like(scale)
-
-    def add(self, rows: slice, points: Tensor, by_logits: Tensor) -> None:
-        """Of rows of all views, [views * rows, d], with the derivatives by their logits, [views, rows, k]."""
-        w = Weights(by_logits.flatten(0, 1), points.dtype)
-        if self.need_z or self.need_scale:
-            by_z = w.sums_of_keys(self.centers)
-            self.to_scale += row_dot(by_z, points).sum()
-            if self.need_z:
-                to_rows = self.to_z[:, rows]
-                to_rows.copy_(by_z.mul_(self.scale).view_as(to_rows))
-        if self.need_centers:
-            self.to_centers += w.sums_of_queries(columns_of(points))
-
-    def all(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of z and of the centres in a dtype."""
-        to_centers = self.to_centers.T.mul(self.scale).to(dtype).contiguous() if self.need_centers else self.to_centers
-        return self.to_z, to_centers.to(dtype), self.to_scale
-
-
 def _predict(
     z: Tensor, centers: Tensor, potentials: Tensor, scale: Tensor, plan_scale: float,
-    gradients: _Gradients | None = None, of_losses: Tensor | None = None,
+    gradients: LogitGradients | None = None, of_losses: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The losses [n], and the gradients of their sum, weighted by ``of_losses`` [n] if there are such."""
     views, assigned, factors = z.shape[0], potentials.shape[0], factor(centers)
@@ -176,7 +149,7 @@ def _backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     with without_autocast(z.device):
-        gradients = _Gradients(z, factor(centers), scale, z.dtype, needs)
+        gradients = LogitGradients(z, factor(centers), scale, z.dtype, needs)
         _predict(z, centers, potentials, scale, plan_scale, gradients, grad)
         return gradients.all(z.dtype)
 
@@ -204,7 +177,7 @@ def _sum(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum of the losses, and, if it may be differentiated, its gradients in accumulation precision."""
     with without_autocast(z.device):
-        gradients = _Gradients(z, factor(centers), scale, scale.dtype, [differentiate] * 3)
+        gradients = LogitGradients(z, factor(centers), scale, scale.dtype, [differentiate] * 3)
         losses = _predict(z, centers, potentials, scale, plan_scale, gradients if differentiate else None)
         return losses.sum(), *gradients.all(scale.dtype)
 
