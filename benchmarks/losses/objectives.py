@@ -176,6 +176,10 @@ def _neighbors(x: Inputs) -> tuple[Tensor]:
     return (torch.sparse_csr_tensor(starts, to.flatten(), weights, (n, n), check_invariants=False),)
 
 
+def _strength(x: Inputs) -> tuple[Tensor]:
+    return (torch.rand(len(x.embeddings), generator=_generator(x), device=x.embeddings.device),)
+
+
 def _nearest_labels(x: Inputs) -> tuple[Tensor]:
     return (losses.nearest_centers(x.embeddings[:, 0].detach(), x.centers.detach()),)
 
@@ -324,6 +328,11 @@ OBJECTIVES = {
             "SCGCLoss",
             _module("SCGCLoss", lambda loss, x: loss(x.embeddings[:, 0], influence=x.more[0])),
             more=_neighbors,
+        ),
+        Objective(
+            "CSGCLLoss",
+            _module("CSGCLLoss", lambda loss, x: loss(*x.embeddings.unbind(1), strength=x.more[0])),
+            more=_strength,
         ),
         Objective("LightGCLLoss", _module("LightGCLLoss", lambda loss, x: loss(*x.embeddings.unbind(1)))),
         Objective(

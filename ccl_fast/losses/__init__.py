@@ -11,7 +11,7 @@ from ccl_fast.losses.feature_transformation import (
     extrapolate_positives,
     interpolate_negatives,
 )
-from ccl_fast.losses.graph import LightGCLLoss, SCGCLoss, SVDView, influence_matrix
+from ccl_fast.losses.graph import CSGCLLoss, LightGCLLoss, SCGCLoss, SVDView, community_strength, influence_matrix
 from ccl_fast.losses.hard_contrastive import HardContrastiveLoss
 from ccl_fast.losses.infonce import InfoNCELoss
 from ccl_fast.losses.interclr import InterCLRLoss
@@ -32,6 +32,7 @@ __all__ = [
     "AdaMEOWLoss",
     "CACRLoss",
     "CCLLoss",
+    "CSGCLLoss",
     "CenterNegativesLoss",
     "DeepClusterV2Loss",
     "FeatureTransformationLoss",
@@ -55,6 +56,7 @@ __all__ = [
     "SupConLoss",
     "SwAVLoss",
     "WhitenedCSELoss",
+    "community_strength",
     "extrapolate_positives",
     "influence_matrix",
     "interpolate_negatives",
