@@ -329,6 +329,7 @@ OBJECTIVES = {
             _module("SCGCLoss", lambda loss, x: loss(x.embeddings[:, 0], influence=x.more[0])),
             more=_neighbors,
         ),
+        Objective("CMIMLoss", _module("CMIMLoss", lambda loss, x: loss(x.embeddings.flatten(0, 1)))),
         Objective(
             "CSGCLLoss",
             _module("CSGCLLoss", lambda loss, x: loss(*x.embeddings.unbind(1), strength=x.more[0])),

@@ -5,6 +5,7 @@ from ccl_fast.losses.base import Loss
 from ccl_fast.losses.cacr import CACRLoss
 from ccl_fast.losses.ccl import CCLLoss
 from ccl_fast.losses.center_negatives import CenterNegativesLoss
+from ccl_fast.losses.cmim import CMIMLoss
 from ccl_fast.losses.deepcluster import DeepClusterV2Loss
 from ccl_fast.losses.feature_transformation import (
     FeatureTransformationLoss,
@@ -32,6 +33,7 @@ __all__ = [
     "AdaMEOWLoss",
     "CACRLoss",
     "CCLLoss",
+    "CMIMLoss",
     "CSGCLLoss",
     "CenterNegativesLoss",
     "DeepClusterV2Loss",

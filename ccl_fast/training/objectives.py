@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ccl_fast.losses import (
     CACRLoss,
     CCLLoss,
+    CMIMLoss,
     DeepClusterV2Loss,
     HardContrastiveLoss,
     MEOWLoss,
@@ -35,6 +36,7 @@ ObjectiveName = Literal[
     "simclr",
     "hard-contrastive",
     "cacr",
+    "cmim",
     "ccl",
     "supcon",
     "protonce",
@@ -115,6 +117,8 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
         lambda loss, z, _: loss(z),
         "nothing",
     ),
+    # Its other view is what a row is told from the others by: there is no decoder.
+    "cmim": Objective("cMIM", CMIMLoss, lambda loss, z, _: loss(z), "nothing"),
     "ccl": Objective(
         "CCL",
         CooperativeCCL,

@@ -35,6 +35,7 @@ SIGNATURES = {
         "",
         "embeddings cluster_ids centers * center_temperature",
     ),
+    "CMIMLoss": (0.1, "", ONE_PROCESS, "embeddings"),
     "CSGCLLoss": (0.4, "strength_weight", ONE_PROCESS, "queries keys * strength"),
     "CenterNegativesLoss": (0.1, "", "", "embeddings cluster_ids centers"),
     "DeepClusterV2Loss": (0.1, "", "exchange", "embeddings cluster_ids centers"),

@@ -70,6 +70,7 @@ CALLS = {
     "centre negatives": loss(losses.CenterNegativesLoss, embeddings=VIEWS, cluster_ids=ids(7), centers=rows(3, 5)),
     "meow": loss(losses.MEOWLoss, {"symmetric": True, "weigh_positive": True}, queries=VIEWS, cluster_ids=ids(7)),
     "mcl": loss(losses.MCLLoss, {"symmetric": True}, queries=VIEWS, cluster_ids=[ids(7)]),
+    "cmim": loss(losses.CMIMLoss, embeddings=rows(7, 5)),
     "csgcl": loss(losses.CSGCLLoss, {"strength_weight": 1.0}, **TWO, strength=rows(7).sigmoid()),
     "lightgcl": loss(losses.LightGCLLoss, {"positive_limit": 5.0}, **TWO, nodes=torch.arange(7)),
     "pamc": loss(losses.PamCLoss, **TWO, cluster_ids=ids(7)),

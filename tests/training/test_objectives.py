@@ -77,6 +77,7 @@ def expected_values(z, found, prototypes):
         "simclr": losses.InfoNCELoss(0.2)(z),
         "hard-contrastive": losses.HardContrastiveLoss(temperature=0.2)(z),
         "cacr": losses.CACRLoss(negatives_of="all views")(z),
+        "cmim": losses.CMIMLoss(0.2)(z),
         "ccl": (
             share_a * losses.CCLLoss(0.2)(z, a, mu, center_temperature=t)
             + (1 - share_a) * losses.CenterNegativesLoss(0.2)(z, all_a, mu)
