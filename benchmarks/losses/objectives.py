@@ -21,6 +21,7 @@ from benchmarks.harness.timing import Clock, Step, host_clock, interleave
 from benchmarks.losses.correctness import TOLERANCE
 from ccl_fast import losses
 from tests.oracles import matrices as dense
+from tests.oracles import sorting
 
 CPU = torch.device("cpu")
 SECONDS, QUICK_SECONDS = 4.0, 0.5
@@ -288,6 +289,10 @@ OBJECTIVES = {
                 lambda loss, x: loss(x.embeddings),
                 lambda loss, x: dense.cacr_of_two_views(x.embeddings, loss.t_negative),
             ),
+        ),
+        Objective(
+            "GroCoLoss",
+            _written("GroCoLoss", lambda loss, x: loss(x.embeddings), lambda loss, x: sorting.groco(x.embeddings)),
         ),
         Objective(
             "MoCHiLoss",

@@ -13,6 +13,7 @@ from ccl_fast.losses.feature_transformation import (
     interpolate_negatives,
 )
 from ccl_fast.losses.graph import CSGCLLoss, LightGCLLoss, SCGCLoss, SVDView, community_strength, influence_matrix
+from ccl_fast.losses.groco import GroCoLoss
 from ccl_fast.losses.hard_contrastive import HardContrastiveLoss
 from ccl_fast.losses.infonce import InfoNCELoss
 from ccl_fast.losses.interclr import InterCLRLoss
@@ -38,6 +39,7 @@ __all__ = [
     "CenterNegativesLoss",
     "DeepClusterV2Loss",
     "FeatureTransformationLoss",
+    "GroCoLoss",
     "HardContrastiveLoss",
     "InfoNCELoss",
     "InterCLRLoss",

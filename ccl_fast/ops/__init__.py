@@ -9,6 +9,7 @@ from ccl_fast.ops.rowwise.histogram import similarity_histogram
 from ccl_fast.ops.rowwise.softmax import expected_similarity, logsumexp_excluding, topk_logsumexp
 from ccl_fast.ops.rowwise.topk import streaming_topk
 from ccl_fast.ops.same_id_similarity import same_id_similarity
+from ccl_fast.ops.soft_rank_mass import soft_rank_mass
 from ccl_fast.ops.transport.sinkhorn import barycentric_projection, sinkhorn
 from ccl_fast.ops.transport.swapped_prediction import swapped_prediction
 
@@ -26,6 +27,7 @@ __all__ = [
     "same_id_similarity",
     "similarity_histogram",
     "sinkhorn",
+    "soft_rank_mass",
     "streaming_logsumexp",
     "streaming_topk",
     "swapped_prediction",

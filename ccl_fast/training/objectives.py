@@ -16,6 +16,7 @@ from ccl_fast.losses import (
     CCLLoss,
     CMIMLoss,
     DeepClusterV2Loss,
+    GroCoLoss,
     HardContrastiveLoss,
     MEOWLoss,
     PamCLoss,
@@ -37,6 +38,7 @@ ObjectiveName = Literal[
     "hard-contrastive",
     "cacr",
     "cmim",
+    "groco",
     "ccl",
     "supcon",
     "protonce",
@@ -119,6 +121,8 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
     ),
     # Its other view is what a row is told from the others by: there is no decoder.
     "cmim": Objective("cMIM", CMIMLoss, lambda loss, z, _: loss(z), "nothing"),
+    # It has no temperature either.
+    "groco": Objective("GroCo", lambda temperature: GroCoLoss(), lambda loss, z, _: loss(z), "nothing"),
     "ccl": Objective(
         "CCL",
         CooperativeCCL,

@@ -45,6 +45,12 @@ SIGNATURES = {
         ONE_PROCESS,
         "queries keys * negatives generator",
     ),
+    "GroCoLoss": (
+        1.0,
+        "num_negatives steepness",
+        "temperature learnable_temperature backend process_group exchange",
+        "embeddings",
+    ),
     "HardContrastiveLoss": (0.7, "alpha symmetric", ONE_PROCESS, "queries keys * negatives"),
     "InfoNCELoss": (0.1, "symmetric in_batch_negatives", "", "queries keys * negatives"),
     "InterCLRLoss": (
