@@ -133,6 +133,8 @@ CALLS = {
     "topk_logsumexp": op(ops.topk_logsumexp, q=rows(7, 5), k=rows(9, 5), scale=2.0, topk=2),
     "expected_similarity": op(ops.expected_similarity, q=rows(7, 5), k=rows(9, 5), scale=2.0, key_bias=rows(9)),
     "logsumexp_excluding": op(ops.logsumexp_excluding, q=rows(7, 5), k=rows(9, 5), excluded=ids(7)[:, None], scale=2.0),
+    "pair_logsumexp": op(ops.pair_logsumexp, q=rows(7, 5), k=rows(9, 5), scale=2.0, term=lambda a, b: -(a @ b.T),
+                         q_attributes=rows(7, 2), k_attributes=rows(9, 2)),
     "soft_rank_mass": op(ops.soft_rank_mass, s=rows(7, 5), n_top=2, steepness=1.0),
     "streaming_topk": op(ops.streaming_topk, q=rows(7, 5), k=rows(9, 5), topk=2, candidates="all"),
     "similarity_histogram": op(ops.similarity_histogram, q=rows(7, 5), k=rows(9, 5), bins=4, range=(-1.0, 1.0)),
