@@ -21,6 +21,7 @@ from benchmarks.harness.timing import Clock, Step, host_clock, interleave
 from benchmarks.losses.correctness import TOLERANCE
 from ccl_fast import losses
 from tests.oracles import matrices as dense
+from tests.oracles import sorting
 
 CPU = torch.device("cpu")
 SECONDS, QUICK_SECONDS = 4.0, 0.5
@@ -176,6 +177,10 @@ def _neighbors(x: Inputs) -> tuple[Tensor]:
     return (torch.sparse_csr_tensor(starts, to.flatten(), weights, (n, n), check_invariants=False),)
 
 
+def _strength(x: Inputs) -> tuple[Tensor]:
+    return (torch.rand(len(x.embeddings), generator=_generator(x), device=x.embeddings.device),)
+
+
 def _nearest_labels(x: Inputs) -> tuple[Tensor]:
     return (losses.nearest_centers(x.embeddings[:, 0].detach(), x.centers.detach()),)
 
@@ -296,6 +301,10 @@ OBJECTIVES = {
             ),
         ),
         Objective(
+            "GroCoLoss",
+            _written("GroCoLoss", lambda loss, x: loss(x.embeddings), lambda loss, x: sorting.groco(x.embeddings)),
+        ),
+        Objective(
             "MoCHiLoss",
             _written(
                 "MoCHiLoss",
@@ -334,6 +343,12 @@ OBJECTIVES = {
             "SCGCLoss",
             _module("SCGCLoss", lambda loss, x: loss(x.embeddings[:, 0], influence=x.more[0])),
             more=_neighbors,
+        ),
+        Objective("CMIMLoss", _module("CMIMLoss", lambda loss, x: loss(x.embeddings.flatten(0, 1)))),
+        Objective(
+            "CSGCLLoss",
+            _module("CSGCLLoss", lambda loss, x: loss(*x.embeddings.unbind(1), strength=x.more[0])),
+            more=_strength,
         ),
         Objective("LightGCLLoss", _module("LightGCLLoss", lambda loss, x: loss(*x.embeddings.unbind(1)))),
         Objective(

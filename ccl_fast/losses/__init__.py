@@ -5,13 +5,15 @@ from ccl_fast.losses.base import Loss
 from ccl_fast.losses.cacr import CACRLoss
 from ccl_fast.losses.ccl import CCLLoss
 from ccl_fast.losses.center_negatives import CenterNegativesLoss
+from ccl_fast.losses.cmim import CMIMLoss
 from ccl_fast.losses.deepcluster import DeepClusterV2Loss
 from ccl_fast.losses.feature_transformation import (
     FeatureTransformationLoss,
     extrapolate_positives,
     interpolate_negatives,
 )
-from ccl_fast.losses.graph import LightGCLLoss, SCGCLoss, SVDView, influence_matrix
+from ccl_fast.losses.graph import CSGCLLoss, LightGCLLoss, SCGCLoss, SVDView, community_strength, influence_matrix
+from ccl_fast.losses.groco import GroCoLoss
 from ccl_fast.losses.hard_contrastive import HardContrastiveLoss
 from ccl_fast.losses.infonce import InfoNCELoss
 from ccl_fast.losses.interclr import InterCLRLoss
@@ -33,9 +35,12 @@ __all__ = [
     "AdaMEOWLoss",
     "CACRLoss",
     "CCLLoss",
+    "CMIMLoss",
+    "CSGCLLoss",
     "CenterNegativesLoss",
     "DeepClusterV2Loss",
     "FeatureTransformationLoss",
+    "GroCoLoss",
     "HardContrastiveLoss",
     "InfoNCELoss",
     "InterCLRLoss",
@@ -57,6 +62,7 @@ __all__ = [
     "SupConLoss",
     "SwAVLoss",
     "WhitenedCSELoss",
+    "community_strength",
     "extrapolate_positives",
     "influence_matrix",
     "interpolate_negatives",

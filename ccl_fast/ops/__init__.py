@@ -6,10 +6,12 @@ from ccl_fast.ops.kmeans.update import kmeans_update
 from ccl_fast.ops.logsumexp.operator import cross_entropy, logaddexp, mutual_logsumexp, streaming_logsumexp
 from ccl_fast.ops.row_dot import row_dot
 from ccl_fast.ops.rowwise.histogram import similarity_histogram
+from ccl_fast.ops.rowwise.pairs import map_row_blocks, pair_logsumexp
 from ccl_fast.ops.rowwise.softmax import expected_similarity, logsumexp_excluding, topk_logsumexp
 from ccl_fast.ops.rowwise.topk import streaming_topk
 from ccl_fast.ops.same_id_similarity import same_id_similarity
 from ccl_fast.ops.segment_gram import segment_gram
+from ccl_fast.ops.soft_rank_mass import soft_rank_mass
 from ccl_fast.ops.transport.assignment_mass import assignment_mass, log_assignment_mass
 from ccl_fast.ops.transport.distilled_prediction import distilled_prediction
 from ccl_fast.ops.transport.sinkhorn import barycentric_projection, sinkhorn
@@ -27,12 +29,15 @@ __all__ = [
     "log_assignment_mass",
     "logaddexp",
     "logsumexp_excluding",
+    "map_row_blocks",
     "mutual_logsumexp",
+    "pair_logsumexp",
     "row_dot",
     "same_id_similarity",
     "segment_gram",
     "similarity_histogram",
     "sinkhorn",
+    "soft_rank_mass",
     "streaming_logsumexp",
     "streaming_topk",
     "swapped_prediction",

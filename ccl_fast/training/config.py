@@ -172,9 +172,9 @@ class Config:
     )
     objective: ObjectiveName = option(
         "ccl",
-        'what is minimised after the warm-up: "ccl"; "simclr", "hard-contrastive" and "cacr", which need no clusters; '
-        'on the clusters of k-means also "supcon", "protonce", "deepcluster-v2", "pamc" and "meow"; on prototypes that '
-        'are learned "swav" and "protogcd".',
+        'what is minimised after the warm-up: "ccl"; "simclr", "hard-contrastive", "cacr", "cmim" and "groco", which '
+        'need no clusters; on those of k-means also "supcon", "protonce", "deepcluster-v2", "pamc" and "meow"; on '
+        'prototypes that are learned "swav" and "protogcd".',
         one_of(ObjectiveName),
         after_warm_up=True,
         group="training",

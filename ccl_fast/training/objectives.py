@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from ccl_fast.losses import (
     CACRLoss,
     CCLLoss,
+    CMIMLoss,
     DeepClusterV2Loss,
+    GroCoLoss,
     HardContrastiveLoss,
     MEOWLoss,
     PamCLoss,
@@ -36,6 +38,8 @@ ObjectiveName = Literal[
     "simclr",
     "hard-contrastive",
     "cacr",
+    "cmim",
+    "groco",
     "ccl",
     "supcon",
     "protonce",
@@ -117,6 +121,10 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
         lambda loss, z, _: loss(z),
         "nothing",
     ),
+    # Its other view is what a row is told from the others by: there is no decoder.
+    "cmim": Objective("cMIM", CMIMLoss, lambda loss, z, _: loss(z), "nothing"),
+    # It has no temperature either.
+    "groco": Objective("GroCo", lambda temperature: GroCoLoss(), lambda loss, z, _: loss(z), "nothing"),
     "ccl": Objective(
         "CCL",
         CooperativeCCL,

@@ -15,6 +15,8 @@ from ccl_fast import CCLLoss, InfoNCELoss, SupConLoss
 from ccl_fast.losses import (
     AdaMEOWLoss,
     CenterNegativesLoss,
+    CMIMLoss,
+    CSGCLLoss,
     DeepClusterV2Loss,
     FeatureTransformationLoss,
     HardContrastiveLoss,
@@ -37,6 +39,8 @@ from ccl_fast.ops import contrast_tile
 from ccl_fast.ops.logsumexp import blocked
 from tests.losses.test_adameow import adameow
 from tests.losses.test_cluster_negatives import center_negatives, definition
+from tests.losses.test_cmim import cmim
+from tests.losses.test_csgcl import STRENGTH, csgcl
 from tests.losses.test_feature_transformation import seeded, transformed
 from tests.losses.test_lightgcl import lightgcl
 from tests.losses.test_pamc import pamc
@@ -234,6 +238,11 @@ USES = {
         functools.partial(LightGCLLoss, temperature=0.1),
         lightgcl,
         lambda z: (z[:, 0], z[:, 1], torch.arange(len(z)).flip(0)),
+    ),
+    "cmim": Use(CMIMLoss, cmim, lambda z: (z[:, 0],)),
+    "cmim views": Use(CMIMLoss, cmim, lambda z: (z,)),
+    "csgcl": Use(
+        functools.partial(CSGCLLoss, temperature=0.1), csgcl, lambda z: (z[:, 0], z[:, 1], STRENGTH[: len(z)])
     ),
     "adameow": Use(AdaMEOWLoss, adameow, lambda z: (z, IDS[: len(z)], WEIGHTS)),
     "sepclr": Use(

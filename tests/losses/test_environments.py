@@ -186,6 +186,8 @@ EXPORTED = {
     "centre negatives": (losses.CenterNegativesLoss(), 1, VIEWS, random_ids, fixed_centers),
     "swav": (losses.SwAVLoss(), 1, VIEWS, fixed_centers),
     "hard contrastive": (losses.HardContrastiveLoss(alpha=0.3), 1, VIEWS),
+    "cmim": (losses.CMIMLoss(), 1, ROWS),
+    "cmim of views": (losses.CMIMLoss(), 1, VIEWS),
     "meow": (losses.MEOWLoss(), 1, VIEWS, random_ids),
     "cacr": (losses.CACRLoss(), 1, ROWS, random_ids),
     "lightgcl": (losses.LightGCLLoss(), 2, ROWS, ROWS),

@@ -35,6 +35,8 @@ SIGNATURES = {
         "",
         "embeddings cluster_ids centers * center_temperature",
     ),
+    "CMIMLoss": (0.1, "", ONE_PROCESS, "embeddings"),
+    "CSGCLLoss": (0.4, "strength_weight", ONE_PROCESS, "queries keys * strength"),
     "CenterNegativesLoss": (0.1, "", "", "embeddings cluster_ids centers"),
     "DeepClusterV2Loss": (0.1, "", "exchange", "embeddings cluster_ids centers"),
     "FeatureTransformationLoss": (
@@ -42,6 +44,12 @@ SIGNATURES = {
         "positive_alpha negative_alpha per_dimension",
         ONE_PROCESS,
         "queries keys * negatives generator",
+    ),
+    "GroCoLoss": (
+        1.0,
+        "num_negatives steepness",
+        "temperature learnable_temperature backend process_group exchange",
+        "embeddings",
     ),
     "HardContrastiveLoss": (0.7, "alpha symmetric", ONE_PROCESS, "queries keys * negatives"),
     "InfoNCELoss": (0.1, "symmetric in_batch_negatives", "", "queries keys * negatives"),

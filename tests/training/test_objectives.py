@@ -77,6 +77,8 @@ def expected_values(z, found, prototypes):
         "simclr": losses.InfoNCELoss(0.2)(z),
         "hard-contrastive": losses.HardContrastiveLoss(temperature=0.2)(z),
         "cacr": losses.CACRLoss(negatives_of="all views")(z),
+        "cmim": losses.CMIMLoss(0.2)(z),
+        "groco": losses.GroCoLoss()(z),
         "ccl": (
             share_a * losses.CCLLoss(0.2)(z, a, mu, center_temperature=t)
             + (1 - share_a) * losses.CenterNegativesLoss(0.2)(z, all_a, mu)
@@ -164,7 +166,8 @@ def test_the_loss_falls_and_the_weights_move(name):
     run = make_run(name, **given | ({"recluster_every": 30} if OBJECTIVES[name].needs == "clusters" else {}))
     before = run.state_dict()["model"]
     go(run, 30)
-    assert sum(run.losses[-3:]) < 0.95 * sum(run.losses[:3])
+    # Swaps are so soft that what is in order costs GroCo almost as much.
+    assert sum(run.losses[-3:]) < (0.98 if name == "groco" else 0.95) * sum(run.losses[:3])
     assert not run.model.head[0].weight.equal(before["head.0.weight"])
 
 
