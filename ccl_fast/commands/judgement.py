@@ -49,6 +49,7 @@ def judge(run: TrainedRun, sets: ImageSets, device: torch.device, *, keep: bool 
             sets.far,
             clusters=run.config.detector_clusters,
             seed=run.config.seed,
+            rows=run.config.detector_rows,
         )
         if keep and evaluation.fitted is not None:
             run.write_detectors(objective, evaluation.fitted, kept.check_sum)

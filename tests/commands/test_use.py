@@ -171,6 +171,22 @@ torch.save([run.score(paths), run.threshold()], sys.argv[2])
         assert by_name[path]["outlier"] == str(int(value > cut))
 
 
+def test_the_file_of_detectors_has_a_bound(copy, digits, no_page, capsys):
+    config, whole = copy / "config.yaml", json.loads((copy / "report.json").read_text())
+    expected = load_run(copy).score(digits.test)
+    for rows, same in ((128, True), (50, False)):
+        config.write_text(config.read_text().replace("detector_rows: ", f"detector_rows: {rows}  # "))
+        (copy / "report.json").unlink()
+        report = evaluate(copy)
+        assert (report["results"] == whole["results"]) == same
+        assert load_run(copy).score(digits.test).equal(expected) == same
+        said = f"nearest neighbours are looked for among {rows} of the 128 training images, drawn at random"
+        assert (said in report.get("notes", {}).get("ccl", [])) != same
+        assert (said in capsys.readouterr().out) != same
+        tensors, _, _ = read_tensors(copy / "ccl.detectors.safetensors", "fitted detectors")
+        assert {len(of) for name, of in tensors.items() if name.endswith(".features")} == {rows}
+
+
 def test_weights_are_there_before_the_judgement_and_evaluate_makes_up_for_it(tmp_path, monkeypatch, no_page, capsys):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
