@@ -86,7 +86,7 @@ def evaluate(
     trained.check_finished()
     if not trained.is_judged and (output, near_ood, far_ood, limit) == (None,) * 4:
         with held(trained.folder):
-            return write_run_report(trained, load_image_sets(trained.config).to(where), where, start)
+            return write_run_report(trained, load_image_sets(trained.config).to(where), where, start).report
     folder = Path(output) if output is not None else trained.folder / EVALUATION
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"output: expected a folder, got the file {str(folder)!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from typing import NamedTuple
 
 import torch
 
@@ -12,7 +13,7 @@ from ccl_fast.commands.report import describe, write_report
 from ccl_fast.commands.run_folder import REPORT
 from ccl_fast.commands.trained_run import TrainedRun
 from ccl_fast.errors import ArgumentError, first_line
-from ccl_fast.evaluation import Evaluation, evaluate_model
+from ccl_fast.evaluation import Evaluation, ShownPicture, evaluate_model
 from ccl_fast.training import checkpoint
 from ccl_fast.training.checkpoint import CHECKPOINTS, CheckpointError
 from ccl_fast.training.progress import METRICS, WARM_UP
@@ -56,7 +57,14 @@ def judge(run: TrainedRun, sets: ImageSets, device: torch.device, *, keep: bool 
     return evaluations
 
 
-def write_run_report(run: TrainedRun, sets: ImageSets, device: torch.device, start: float) -> dict:
+class Judged(NamedTuple):
+    """The content of a run's report.json, and the pictures of its page."""
+
+    report: dict
+    pictures: list[ShownPicture]
+
+
+def write_run_report(run: TrainedRun, sets: ImageSets, device: torch.device, start: float) -> Judged:
     """Judge the models of a run, and write what a run leaves: fitted detectors, report.json and report.html.
 
     Args:
@@ -64,9 +72,6 @@ def write_run_report(run: TrainedRun, sets: ImageSets, device: torch.device, sta
         sets: its images.
         device: where that is done.
         start: of the call that does it, by `time.perf_counter`; what training took before it is in the checkpoint.
-
-    Returns:
-        The content of report.json.
     """
     lines = _log(run)
     seconds = _seconds(run)
@@ -77,8 +82,7 @@ def write_run_report(run: TrainedRun, sets: ImageSets, device: torch.device, sta
         "log": log,
         "seconds": round(seconds + time.perf_counter() - start, 1),
     }
-    write_report(run.folder, report, evaluations, sets, REPORT)
-    return report
+    return Judged(report, write_report(run.folder, report, evaluations, sets, REPORT))
 
 
 def _log(run: TrainedRun) -> list[dict]:
