@@ -73,20 +73,20 @@ def write_run_report(run: TrainedRun, sets: ImageSets, device: torch.device, sta
         device: where that is done.
         start: of the call that does it, by `time.perf_counter`; what training took before it is in the checkpoint.
     """
-    lines = _log(run)
+    log = read_log(run)
     seconds = _seconds(run)
     evaluations = judge(run, sets, device, keep=True)
-    log = {name: [line for line in lines if line["stage"] in (WARM_UP, name)] for name in evaluations}
-    report = describe(run.arguments, sets, evaluations, device) | {
-        "losses": {name: [line["loss"] for line in of] for name, of in log.items()},
-        "log": log,
-        "seconds": round(seconds + time.perf_counter() - start, 1),
-    }
+    report = describe(run.arguments, sets, evaluations, device) | log
+    report["seconds"] = round(seconds + time.perf_counter() - start, 1)
     return Judged(report, write_report(run.folder, report, evaluations, sets, REPORT))
 
 
-def _log(run: TrainedRun) -> list[dict]:
-    """Read the line of every epoch."""
+def read_log(run: TrainedRun) -> dict:
+    """Return what report.json has of the training, by objective: the lines of its epochs, and the losses.
+
+    Raises:
+        ArgumentError: there is no log, or it is damaged.
+    """
     path = run.folder / METRICS
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -96,7 +96,8 @@ def _log(run: TrainedRun) -> list[dict]:
         raise ArgumentError(
             f"run: expected the log of a run in {path}, got something else ({first_line(error)})"
         ) from error
-    return lines
+    log = {name: [line for line in lines if line["stage"] in (WARM_UP, name)] for name in run.config.objectives}
+    return {"losses": {name: [line["loss"] for line in of] for name, of in log.items()}, "log": log}
 
 
 def _seconds(run: TrainedRun) -> float:
