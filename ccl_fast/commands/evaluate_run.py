@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ccl_fast.commands.environment import describe_device
 from ccl_fast.commands.image_sets import load_image_sets
-from ccl_fast.commands.judgement import judge, write_run_report
+from ccl_fast.commands.judgement import judge, read_log, write_run_report
 from ccl_fast.commands.report import describe, write_report
 from ccl_fast.commands.run_folder import EVALUATION, held
 from ccl_fast.commands.trained_run import TrainedRun
@@ -38,7 +38,7 @@ def evaluate(
     """Evaluate a trained run on OOD sets: a table, evaluation.json and evaluation.html.
 
     The images are those of the run, unless an argument says otherwise: its training images fit the detectors, its test
-    images and the OOD sets are told apart.
+    images and the OOD sets are told apart. The page has the run's training curves too.
 
     A run whose models are trained, but whose own judgement failed, was killed or lacks a file, gets that first: without
     an output folder, other OOD sets or a limit, its report.json, report.html and fitted detectors are written, as
@@ -86,7 +86,7 @@ def evaluate(
     trained.check_finished()
     if not trained.is_judged and (output, near_ood, far_ood, limit) == (None,) * 4:
         with held(trained.folder):
-            return write_run_report(trained, load_image_sets(trained.config).to(where), where, start)
+            return write_run_report(trained, load_image_sets(trained.config).to(where), where, start).report
     folder = Path(output) if output is not None else trained.folder / EVALUATION
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"output: expected a folder, got the file {str(folder)!r}")
@@ -96,6 +96,10 @@ def evaluate(
     sets = load_image_sets(trained.config).to(where)
     evaluations = judge(trained, sets, where)
     report = describe(trained.config.plain(), sets, evaluations, where)
+    try:
+        report |= read_log(trained)
+    except ArgumentError as error:  # the curves of the training are not what is asked for
+        say(f"without the curves of the training: {error}")
     report["seconds"] = round(time.perf_counter() - start, 1)
     folder.mkdir(parents=True, exist_ok=True)
     write_report(folder, report, evaluations, sets, EVALUATION)

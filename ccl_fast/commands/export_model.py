@@ -16,22 +16,25 @@ def export(
     output: str | Path,
     objective: str | None = None,
     input: Input = "uint8",
+    resize: bool = True,
     backbone: str | nn.Module | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a trained model as one file that needs ccl_fast no more: torch.export's (.pt2) or ONNX (.onnx).
 
-    It takes ``images``, a batch of any size [n, c, h, w] of the run's channels and size, bytes or numbers in [0, 1]:
-    the division by 255 is inside, resizing and cropping are not. It returns ``features`` [n, width], before the head,
-    and ``embeddings`` [n, dim], behind it and not of unit length, float32. Before the file appears under its name it is
-    read again and run, ONNX by onnxruntime, on batches of 1 and 5 images: where a number differs from the model's by
-    more than 1e-5 of the largest one there is no file.
+    It takes ``images``, any number of images of one size, [n, c, h, w] with any n, h and w and the run's channels,
+    bytes or numbers in [0, 1] (which are rounded to bytes, as the run's images are). The run's preprocessing is inside:
+    resizing and cropping, to the bit as torchvision does them on bytes. It returns ``features`` [n, width], before the
+    head, and ``embeddings`` [n, dim], behind it and not of unit length, float32. Before the file appears under its name
+    it is read again and run, ONNX by onnxruntime, on images of several sizes: where a number differs by more than 1e-5
+    of the largest from what the run makes of the same images there is no file.
 
     Args:
         run: folder of a run of ``train``.
         output: a file that ends in .pt2 or .onnx (which needs onnx, onnxscript and onnxruntime).
         objective: whose model; by default the run's objective, not the baseline.
         input: "uint8" or "float32", of the images.
+        resize: False leaves resizing and cropping out: images are of the run's size, and not rounded.
         backbone: the module that the run was trained with, if it was one (Python only).
         overwrite: replace the output file.
 
@@ -46,6 +49,8 @@ def export(
     """
     check_alone("export")
     predictor = load_run(run, objective, "cpu", backbone=backbone)
-    path = predictor.export(output, input, overwrite=overwrite)
-    print(f"images {input} [n, {', '.join(map(str, predictor.shape))}] -> {', '.join(OUTPUTS)}; written to {path}")
+    path = predictor.export(output, input, resize, overwrite=overwrite)
+    channels, height, width = predictor.shape
+    size = f"h, w] of any size, brought to {height} x {width}" if resize else f"{height}, {width}]"
+    print(f"images {input} [n, {channels}, {size} -> {', '.join(OUTPUTS)}; written to {path}")
     return path

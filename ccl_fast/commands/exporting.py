@@ -12,8 +12,10 @@ from typing import BinaryIO, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ccl_fast.checks import check_choice
+from ccl_fast.checks import check_choice, check_flag
+from ccl_fast.commands.exported_resize import fit_batch
 from ccl_fast.commands.run_folder import check_output
+from ccl_fast.data.pixels import fit
 from ccl_fast.errors import ArgumentError, first_line, packages_of
 from ccl_fast.files import write_atomically
 from ccl_fast.models import Model
@@ -24,15 +26,16 @@ PT2, ONNX = ".pt2", ".onnx"
 OUTPUTS = ("features", "embeddings")
 # Of what the file gives, by the largest of the model's numbers.
 TOLERANCE = 1e-5
-# Images of a batch in the check: one, and more than it was exported with.
-CHECKED = (1, 5)
+# Images of a batch in the check, one and more than it was exported with; and their sizes, by those of the model.
+CHECKED = ((1, (1, 1)), (5, (1, 1)))
+RESIZED = (*CHECKED, (2, (2.6, 1.7)), (1, (0.6, 1.9)))
 
 # Images -> features and embeddings.
 Runs = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def export_model(
-    model: Model, shape: tuple[int, int, int], output: str | Path, input: Input, *, overwrite: bool
+    model: Model, shape: tuple[int, int, int], output: str | Path, input: Input, resize: bool, *, overwrite: bool
 ) -> Path:
     """Write a model for images of a shape; as `ccl_fast.commands.export` says."""
     path = Path(output)
@@ -40,12 +43,13 @@ def export_model(
     if path.suffix not in writers:
         raise ArgumentError(f"output: expected a file that ends in {PT2} or {ONNX}, got {str(output)!r}")
     check_choice("input", input, get_args(Input))
+    check_flag("resize", resize)
     check_output(path, overwrite=overwrite)
     if path.suffix == ONNX:
         _check_packages()
-    module = _Whole(copy.deepcopy(model).cpu().eval(), is_bytes=input == "uint8").eval()
+    module = _Whole(copy.deepcopy(model).cpu().eval(), shape, is_bytes=input == "uint8", resizes=resize).eval()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: _write(writers[path.suffix], module, shape, file))
+    write_atomically(path, lambda file: _write(writers[path.suffix], module, file))
     return path
 
 
@@ -54,34 +58,47 @@ class _Whole(nn.Module):
 
     Args:
         model: in evaluation mode.
+        shape: (c, h, w) of the images that it takes.
         is_bytes: the images are uint8, and not numbers in [0, 1].
+        resizes: they are of any size, and brought to the model's.
     """
 
-    def __init__(self, model: Model, *, is_bytes: bool):
+    def __init__(self, model: Model, shape: tuple[int, int, int], *, is_bytes: bool, resizes: bool):
         super().__init__()
-        self.model, self.is_bytes = model, is_bytes
+        self.model, self.shape, self.is_bytes, self.resizes = model, shape, is_bytes, resizes
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.model.features(images.float() / 255 if self.is_bytes else images).float()
+        if self.resizes:
+            pixels = images if self.is_bytes else (images.clamp(0, 1) * 255).round()
+            images = fit_batch(pixels, *self.shape[1:]).float() / 255
+        elif self.is_bytes:
+            images = images.float() / 255
+        return self.of_model(images)
+
+    def of_model(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model makes of float32 images of its size."""
+        features = self.model.features(images).float()
         return features, self.model.head(features)
 
+    @property
+    def dynamic(self) -> dict[int, torch.export.Dim]:
+        """The dimensions of images that may have any length."""
+        names = {0: "n"} | ({2: "h", 3: "w"} if self.resizes else {})
+        return {dimension: torch.export.Dim(name, min=1) for dimension, name in names.items()}
 
-def _write(
-    write: Callable[[torch.export.ExportedProgram, BinaryIO], Runs],
-    module: _Whole,
-    shape: tuple[int, int, int],
-    file: BinaryIO,
-) -> None:
+
+def _write(write: Callable[[torch.export.ExportedProgram, BinaryIO], Runs], module: _Whole, file: BinaryIO) -> None:
     """Export, write, read again and compare."""
-    n = torch.export.Dim("n", min=1)
+    checked = RESIZED if module.resizes else CHECKED
     try:
         with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # of what torch does itself
-            example = _images(module, shape, 2)
-            program = torch.export.export(module, (example,), dynamic_shapes={"images": {0: n}})
+            # No two lengths the same, lest they be taken for one.
+            example = _images(module, 2, (2.6, 1.7) if module.resizes else (1, 1))
+            program = torch.export.export(module, (example,), dynamic_shapes={"images": module.dynamic})
             runs = write(program, file)
-            for size in CHECKED:
-                images = _images(module, shape, size)
-                _compare(runs(images), module(images))
+            for n, sizes in checked:
+                images = _images(module, n, sizes)
+                _compare(runs(images), module.of_model(_fitted(images, module.shape)))
     except (ArgumentError, OSError):
         raise
     except Exception as error:  # the network may be anybody's, and exporters say what they like
@@ -89,10 +106,19 @@ def _write(
         raise ArgumentError(f"run: expected {expected}, got {type(error).__name__}: {first_line(error)}") from error
 
 
-def _images(module: _Whole, shape: tuple[int, int, int], n: int) -> Tensor:
+def _images(module: _Whole, n: int, sizes: tuple[float, float]) -> Tensor:
+    """Random images that are so many times as high and as wide as those that the model takes."""
     random = torch.Generator().manual_seed(n)
-    pixels = torch.randint(256, (n, *shape), dtype=torch.uint8, generator=random, device="cpu")
+    channels, height, width = module.shape
+    shape = (n, channels, round(height * sizes[0]), round(width * sizes[1]))
+    pixels = torch.randint(256, shape, dtype=torch.uint8, generator=random, device="cpu")
     return pixels if module.is_bytes else pixels.float() / 255
+
+
+def _fitted(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """What the preprocessing of the run makes of images."""
+    pixels = images if images.dtype == torch.uint8 else (images * 255).round().byte()
+    return torch.stack([fit(image, shape) for image in pixels]).float() / 255
 
 
 def _compare(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from typing import NamedTuple
 
 import torch
 
@@ -12,7 +13,7 @@ from ccl_fast.commands.report import describe, write_report
 from ccl_fast.commands.run_folder import REPORT
 from ccl_fast.commands.trained_run import TrainedRun
 from ccl_fast.errors import ArgumentError, first_line
-from ccl_fast.evaluation import Evaluation, evaluate_model
+from ccl_fast.evaluation import Evaluation, ShownPicture, evaluate_model
 from ccl_fast.training import checkpoint
 from ccl_fast.training.checkpoint import CHECKPOINTS, CheckpointError
 from ccl_fast.training.progress import METRICS, WARM_UP
@@ -49,13 +50,21 @@ def judge(run: TrainedRun, sets: ImageSets, device: torch.device, *, keep: bool 
             sets.far,
             clusters=run.config.detector_clusters,
             seed=run.config.seed,
+            rows=run.config.detector_rows,
         )
         if keep and evaluation.fitted is not None:
             run.write_detectors(objective, evaluation.fitted, kept.check_sum)
     return evaluations
 
 
-def write_run_report(run: TrainedRun, sets: ImageSets, device: torch.device, start: float) -> dict:
+class Judged(NamedTuple):
+    """The content of a run's report.json, and the pictures of its page."""
+
+    report: dict
+    pictures: list[ShownPicture]
+
+
+def write_run_report(run: TrainedRun, sets: ImageSets, device: torch.device, start: float) -> Judged:
     """Judge the models of a run, and write what a run leaves: fitted detectors, report.json and report.html.
 
     Args:
@@ -63,25 +72,21 @@ def write_run_report(run: TrainedRun, sets: ImageSets, device: torch.device, sta
         sets: its images.
         device: where that is done.
         start: of the call that does it, by `time.perf_counter`; what training took before it is in the checkpoint.
-
-    Returns:
-        The content of report.json.
     """
-    lines = _log(run)
+    log = read_log(run)
     seconds = _seconds(run)
     evaluations = judge(run, sets, device, keep=True)
-    log = {name: [line for line in lines if line["stage"] in (WARM_UP, name)] for name in evaluations}
-    report = describe(run.arguments, sets, evaluations, device) | {
-        "losses": {name: [line["loss"] for line in of] for name, of in log.items()},
-        "log": log,
-        "seconds": round(seconds + time.perf_counter() - start, 1),
-    }
-    write_report(run.folder, report, evaluations, sets, REPORT)
-    return report
+    report = describe(run.arguments, sets, evaluations, device) | log
+    report["seconds"] = round(seconds + time.perf_counter() - start, 1)
+    return Judged(report, write_report(run.folder, report, evaluations, sets, REPORT))
 
 
-def _log(run: TrainedRun) -> list[dict]:
-    """Read the line of every epoch."""
+def read_log(run: TrainedRun) -> dict:
+    """Return what report.json has of the training, by objective: the lines of its epochs, and the losses.
+
+    Raises:
+        ArgumentError: there is no log, or it is damaged.
+    """
     path = run.folder / METRICS
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -91,7 +96,8 @@ def _log(run: TrainedRun) -> list[dict]:
         raise ArgumentError(
             f"run: expected the log of a run in {path}, got something else ({first_line(error)})"
         ) from error
-    return lines
+    log = {name: [line for line in lines if line["stage"] in (WARM_UP, name)] for name in run.config.objectives}
+    return {"losses": {name: [line["loss"] for line in of] for name, of in log.items()}, "log": log}
 
 
 def _seconds(run: TrainedRun) -> float:

@@ -164,9 +164,9 @@ class Predictor:
             )
             yield Predictions(*(part.cpu() for part in predicted))
 
-    def export(self, path: str | Path, input: Input = "uint8", *, overwrite: bool = False) -> Path:
+    def export(self, path: str | Path, input: Input = "uint8", resize: bool = True, *, overwrite: bool = False) -> Path:
         """Write the model as one file for other programs, .pt2 or .onnx; see `ccl_fast.commands.export`."""
-        return export_model(self.model, self.shape, path, input, overwrite=overwrite)
+        return export_model(self.model, self.shape, path, input, resize, overwrite=overwrite)
 
     def load_folder(
         self, path: str | Path | Sequence[str | Path], *, strict: bool = False, workers: int | None = 0

@@ -18,6 +18,7 @@ from ccl_fast.evaluation import (
     GROUPS,
     RESAMPLES,
     Evaluation,
+    ShownPicture,
     describe_thresholds,
     difference_intervals,
     metric_intervals,
@@ -131,8 +132,8 @@ def write_report(
     evaluations: Mapping[str, Evaluation],
     sets: ImageSets,
     name: str,
-) -> None:
-    """Write <name>.json, print the table, and draw <name>.html.
+) -> list[ShownPicture]:
+    """Write <name>.json, print the table, and draw <name>.html, whose pictures are returned.
 
     No error of the page costs the results: it is a line on stderr.
     """
@@ -143,10 +144,11 @@ def write_report(
     print(format_table(report))
     say(f"drawing {page}")
     try:
-        write_page(page, report, evaluations, sets.parts)
+        shown = write_page(page, report, evaluations, sets.parts)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         print(f"report: could not make {page} ({reason}); the results are in {name}.json", file=sys.stderr)
         print(f"written to {folder}")
-    else:
-        print(f"written to {folder}; look at {page}")
+        return []
+    print(f"written to {folder}; look at {page}")
+    return shown

@@ -192,7 +192,8 @@ def clear(folder: Path) -> None:
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
     drop_unfinished(folder)
-    for logged in (*folder.glob(f"{EVENTS}/*/events.out.tfevents.*"), *folder.glob(f"{TABLES}/*/metrics.csv")):
+    logged_files = (f"{EVENTS}/*/events.out.tfevents.*", f"{TABLES}/*/metrics.csv", f"{TABLES}/*/hparams.yaml")
+    for logged in (path for name in logged_files for path in folder.glob(name)):
         logged.unlink()
     of_stages = (*folder.glob(f"{EVENTS}/*"), *folder.glob(f"{TABLES}/*"))
     for inside in (*of_stages, *(folder / name for name in (EVENTS, TABLES, CHECKPOINTS, EVALUATION))):

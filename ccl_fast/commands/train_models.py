@@ -37,7 +37,7 @@ from ccl_fast.training.config import (
 )
 from ccl_fast.training.interruption import Interruption
 from ccl_fast.training.launch import launched, launched_size
-from ccl_fast.training.loggers import Loggers
+from ccl_fast.training.loggers import Loggers, Results
 from ccl_fast.training.loop import Run
 from ccl_fast.training.objectives import BASELINE, OBJECTIVES, ObjectiveName
 from ccl_fast.training.probe import Probe
@@ -108,10 +108,12 @@ def train(config: Config) -> dict | None:
         if sets is None:  # another process than the first
             return None
         with _told_how_to_go_on(progress):
-            report = write_run_report(TrainedRun(folder, config), sets, device, start)  # the others have left
+            report, shown = write_run_report(TrainedRun(folder, config), sets, device, start)  # the others have left
+            page = folder / f"{REPORT}.html"
             with closing(progress):
                 for name in plan.objectives:
-                    progress.log_results(name, measures(report, name), folder / f"{REPORT}.html")
+                    pictures = {of.name: of.picture for of in shown if of.objective in (None, name)}
+                    progress.log_results(name, Results(measures(report, name), page, pictures))
             return report
 
 

@@ -16,7 +16,7 @@ with packages_of_training():
     from ccl_fast.evaluation.fitted import FittedDetectors
     from ccl_fast.evaluation.knn import knn_accuracy
     from ccl_fast.evaluation.linear import linear_accuracy
-    from ccl_fast.evaluation.page import write_page
+    from ccl_fast.evaluation.page import ShownPicture, write_page
     from ccl_fast.evaluation.thresholds import describe_thresholds, threshold
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "RESAMPLES",
     "Evaluation",
     "FittedDetectors",
+    "ShownPicture",
     "confidence_interval",
     "describe_thresholds",
     "difference_intervals",

@@ -72,6 +72,7 @@ def evaluate_model(
     *,
     clusters: int,
     seed: int,
+    rows: int | None = None,
 ) -> Evaluation:
     """Evaluate every detector on its level of the model's features.
 
@@ -84,7 +85,8 @@ def evaluate_model(
         test: images of the same kind.
         near, far: OOD sets by name.
         clusters: number of clusters of each level of features; fewer if there are fewer training images.
-        seed: of k-means and of the ensembles' folds.
+        seed: of k-means, of the ensembles' folds and of the rows.
+        rows: training images, drawn at random, among which nearest neighbours are looked for; None: all.
     """
     clusters = min(clusters, len(train))
     parts = {"train": train, "test": test} | dict(near) | dict(far)
@@ -94,7 +96,7 @@ def evaluate_model(
     kmeans = cluster(features["train"], clusters, seed)
     metrics: dict[str, dict[str, dict[str, float]]] = {}
     of_detectors: dict[str, dict[str, Tensor]] = {}
-    arguments = {"n": len(train), "clusters": clusters, "seed": seed, "widths": widths}
+    arguments = {"n": len(train), "clusters": clusters, "seed": seed, "widths": widths, "rows": rows}
     detectors = make_detectors(**arguments)
     for detector_name, detector in detectors.items():
         level = detector_name.partition("/")[0]
@@ -125,14 +127,16 @@ def evaluate_model(
             {level: kmeans[level].cluster_centers_.cpu() for level in ("encoder", "head")},
             {name: scores["test"].sort().values for name, scores in of_detectors.items()},
         ),
-        notes=_notes(detectors),
+        notes=_notes(detectors, len(train), rows),
         resampled=resample_metrics(of_detectors, dict(zip(GROUPS, (list(near), list(far)), strict=True)), seed),
     )
 
 
-def _notes(detectors: Mapping[str, FeatureDetector]) -> list[str]:
-    """Return what is to be said of fitted detectors."""
+def _notes(detectors: Mapping[str, FeatureDetector], n: int, rows: int | None) -> list[str]:
+    """Return what is to be said of detectors that are fitted to n images, of which some keep so many rows."""
     notes = []
+    if rows is not None and rows < n:
+        notes.append(f"nearest neighbours are looked for among {rows:,} of the {n:,} training images, drawn at random")
     for level in ("head", "encoder"):
         detector = detectors[f"{level}/mahalanobis"]
         assert isinstance(detector, Mahalanobis)

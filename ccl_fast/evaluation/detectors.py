@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from ccl_fast.ood import Columns, CosineNorm, Ensemble, Mahalanobis, NearestCenter, NearestNeighbor, PrototypeScore
 
@@ -23,29 +23,42 @@ FOLDS = 5
 OF_LAYERS = 0.01
 
 
-def make_detectors(n: int, clusters: int, seed: int, widths: Sequence[int]) -> dict[str, FeatureDetector]:
+class Drawn(TypedDict):
+    """Which training features a detector of neighbours keeps."""
+
+    max_rows: int | None
+    seed: int
+
+
+def make_detectors(
+    n: int, clusters: int, seed: int, widths: Sequence[int], rows: int | None = None
+) -> dict[str, FeatureDetector]:
     """Make detectors for the features of n training images, by "<level>/<name>". They see training features only.
 
     Args:
-        n, clusters, seed: numbers of images and clusters, seed of the ensembles' folds.
+        n, clusters, seed: numbers of images and clusters, seed of the ensembles' folds and of random rows.
         widths: of the parts of the level "layers", see `embed_layers`.
+        rows: images whose features are kept for nearest neighbours, at random, where there are more; None: all.
     """
+    # The same rows for all that keep some: a file has them once.
+    drawn: Drawn = {"max_rows": rows, "seed": seed}
+    k = max(1, (n if rows is None else min(n, rows)) // IMAGES_A_NEIGHBOR)
     detectors: dict[str, FeatureDetector] = {}
     for level in ("head", "encoder"):
-        ensemble = [NearestNeighbor(), Mahalanobis(n_clusters=clusters)]
+        ensemble = [NearestNeighbor(**drawn), Mahalanobis(n_clusters=clusters)]
         of_level = {
-            "nearest_neighbor": NearestNeighbor(k=_neighbor(n)),
+            "nearest_neighbor": NearestNeighbor(k=k, **drawn),
             "nearest_center": NearestCenter(n_clusters=clusters),
             "energy": PrototypeScore("energy", n_clusters=clusters),
             "mahalanobis": Mahalanobis(n_clusters=clusters),
-            "cosine_norm": CosineNorm(),
+            "cosine_norm": CosineNorm(**drawn),
             "ensemble": Ensemble(ensemble, folds=min(FOLDS, n), seed=seed),
         }
         detectors |= {f"{level}/{name}": detector for name, detector in of_level.items()}
-    return detectors | {DEFAULT: _layers_ensemble(n, clusters, seed, widths)}
+    return detectors | {DEFAULT: _layers_ensemble(NearestNeighbor(k=k, **drawn), n, clusters, seed, widths)}
 
 
-def _layers_ensemble(n: int, clusters: int, seed: int, widths: Sequence[int]) -> Ensemble:
+def _layers_ensemble(neighbor: NearestNeighbor, n: int, clusters: int, seed: int, widths: Sequence[int]) -> Ensemble:
     """Make the default detector.
 
     Half of its score looks at what an image shows: the nearest neighbour and the nearest cluster of its features; the
@@ -53,15 +66,9 @@ def _layers_ensemble(n: int, clusters: int, seed: int, widths: Sequence[int]) ->
     """
     ends = list(itertools.accumulate(widths))
     features, *layers = (slice(end - width, end) for end, width in zip(ends, widths, strict=True))
-    detectors = [
-        Columns(detector, features) for detector in (NearestNeighbor(k=_neighbor(n)), Mahalanobis(n_clusters=clusters))
-    ]
+    detectors = [Columns(detector, features) for detector in (neighbor, Mahalanobis(n_clusters=clusters))]
     weights = [1 / len(detectors)] * len(detectors) + [1 / len(layers) for _ in layers]
     for columns in layers:
         distance = Mahalanobis(shrinkage=OF_LAYERS, normalize=False)
         detectors.append(Columns(distance, columns, clusters=False))
     return Ensemble(detectors, weights=weights, folds=min(FOLDS, n), seed=seed)
-
-
-def _neighbor(n: int) -> int:
-    return max(1, n // IMAGES_A_NEIGHBOR)

@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 
 from ccl_fast.evaluation import pictures, samples
 from ccl_fast.evaluation.detection import GROUPS, Evaluation
-from ccl_fast.evaluation.pictures import OodSet
+from ccl_fast.evaluation.pictures import OodSet, Picture
 from ccl_fast.evaluation.thresholds import threshold
 from ccl_fast.files import write_atomically
 
@@ -65,7 +65,17 @@ SHOWN_CLUSTERS, SHOWN_PER_CLUSTER = 12, 6
 T = TypeVar("T")
 
 
-def write_page(path: Path, report: dict, evaluations: Mapping[str, Evaluation], images: Mapping[str, Images]) -> None:
+class ShownPicture(NamedTuple):
+    """A picture of the page: what it shows, and of which objective; None: of all that there are."""
+
+    name: str
+    objective: str | None
+    picture: Picture
+
+
+def write_page(
+    path: Path, report: dict, evaluations: Mapping[str, Evaluation], images: Mapping[str, Images]
+) -> list[ShownPicture]:
     """Write the report as a page that opens in any browser, light or dark, wide or narrow, and prints.
 
     A picture that cannot be drawn is a note in the page, and a line on stderr.
@@ -76,13 +86,28 @@ def write_page(path: Path, report: dict, evaluations: Mapping[str, Evaluation], 
         evaluations: by objective; of two the first is the baseline.
         images: "train", "test" and the OOD sets, by the names that the evaluations use.
 
+    Returns:
+        Its pictures.
+
     Raises:
         OSError: it could not be written.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("ccl_fast.evaluation").joinpath("page.html").read_text("utf-8"))
-    page = template.render(_content(report, evaluations, images)).encode(errors="replace")
+    content = _content(report, evaluations, images)
+    page = template.render(content).encode(errors="replace")
     write_atomically(path, lambda file: file.write(page))
+    return list(_shown(content, {title: objective for objective, title in report["titles"].items()}))
+
+
+def _shown(content: Mapping[str, object], objectives: Mapping[str, str]) -> Iterator[ShownPicture]:
+    """Yield the pictures of a page by its section and what they show there; ``objectives`` by their titles."""
+    for section, entries in content.items():
+        for entry in entries if isinstance(entries, list) else ():
+            for key, value in entry.items() if isinstance(entry, dict) else ():
+                if isinstance(value, Picture):
+                    name = f"{section}/{entry['title'] if key == 'svg' else key}"
+                    yield ShownPicture(name, objectives.get(entry.get("objective", "")), value)
 
 
 def summarize(report: dict) -> str:
@@ -283,13 +308,11 @@ def _overview(report: dict, objectives: Sequence[str], group: str) -> dict:
         "title": f"{group.capitalize()} OOD",
         "svg": _attempted(
             f"the detectors on {group} OOD",
-            lambda: Markup(
-                pictures.detectors(
-                    {colors[o]: values[o] for o in objectives},
-                    {colors[o]: _aurocs_between(report["intervals"][o], group) for o in objectives},
-                    report["default"],
-                    alt,
-                )
+            lambda: pictures.detectors(
+                {colors[o]: values[o] for o in objectives},
+                {colors[o]: _aurocs_between(report["intervals"][o], group) for o in objectives},
+                report["default"],
+                alt,
             ),
         ),
         "caption": f"{_mean_of(report[group]).capitalize()}. Highest with {words}.",
@@ -344,10 +367,10 @@ def _scores(report: dict, evaluation: Evaluation, objective: str, axis: Callable
     of_rocs = ", ".join(f"{s.name} {auroc}" for s, auroc in zip(sets, aurocs, strict=True))
     return {
         "objective": title,
-        "histograms": _attempted(f"{title}'s histograms", lambda: Markup(pictures.histograms(test, sets, axis(), alt))),
+        "histograms": _attempted(f"{title}'s histograms", lambda: pictures.histograms(test, sets, axis(), alt)),
         "roc": _attempted(
             f"{title}'s ROC curves",
-            lambda: Markup(pictures.roc_curves(test, sets, f"{title}: ROC curves. AUROC: {of_rocs}.")),
+            lambda: pictures.roc_curves(test, sets, f"{title}: ROC curves. AUROC: {of_rocs}."),
         ),
         "legend": list(zip(sets, aurocs, strict=True)),
     }
@@ -386,16 +409,16 @@ def _clusters(report: dict, evaluation: Evaluation, objective: str, images: Mapp
     words = f"from {sizes.min():,} to {sizes.max():,} training images" if k > 1 else "of all training images"
     words += f", {empty} of them empty" if empty else ""
 
-    def draw_map() -> Markup:
+    def draw_map() -> Picture:
         points = pictures.sample(features["train"], evaluation.cluster_ids, evaluation.centers, near, far)
         alt = f"{title}: map of {len(points.train):,} training images in the colours of their clusters, with"
         of_near, of_far = (sum(map(len, of_group)) for of_group in (points.near, points.far))
         alt += f" {of_near} images of near and {of_far} of far OOD sets."
-        return Markup(pictures.cluster_map(points, colors(), alt))
+        return pictures.cluster_map(points, colors(), alt)
 
-    def draw_sizes() -> Markup:
+    def draw_sizes() -> Picture:
         alt = f"{title}: sizes of {_count(k, 'cluster')}, {words}."
-        return Markup(pictures.cluster_sizes(sizes, colors(), alt))
+        return pictures.cluster_sizes(sizes, colors(), alt)
 
     return {
         "objective": title,
@@ -493,7 +516,7 @@ def _training(report: dict, evaluations: Mapping[str, Evaluation]) -> list[dict]
                 warm_up=warm_up,
                 apart=key == "loss",
             )
-            svg = _attempted(f"the curve of {key}", lambda draw=draw: Markup(draw()))
+            svg = _attempted(f"the curve of {key}", draw)
             is_marked = any(curve.at_end is not None for curve in found.values())
             shown.append({"title": title, "svg": svg, "objectives": list(found), "is_marked": is_marked})
     return shown

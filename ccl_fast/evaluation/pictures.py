@@ -13,6 +13,7 @@ import html
 import io
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import matplotlib
 import numpy as np
 import torch
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Outline
@@ -101,6 +103,34 @@ _STYLE: dict[Any, Any] = {
 _UNDRAWN = "@"  # stands for a text while matplotlib draws; its own texts have none
 
 
+class Picture(Markup):
+    """A picture as an element of a page, and, for programs that take no such thing, as pixels."""
+
+    figure: Figure
+    texts: Sequence[str]
+
+    @classmethod
+    def of(cls, svg: str, figure: Figure, texts: Sequence[str]) -> Picture:
+        """Make it of what a page shows, of the figure that it was drawn as, and of that one's undrawn texts."""
+        picture = cls(svg)
+        picture.figure, picture.texts = figure, texts
+        return picture
+
+    def pixels(self) -> np.ndarray:
+        """Draw it in its light colours on white: uint8 [h, w, 3], two pixels for one of the page's."""
+        texts = iter(self.texts)
+        for axes in self.figure.axes:
+            if any(label.get_text() == _UNDRAWN for label in axes.get_yticklabels()):
+                axes.set_yticks(axes.get_yticks(), [next(texts) for _ in axes.get_yticks()], parse_math=False)
+            for artist in axes.texts:
+                if artist.get_text() == _UNDRAWN:
+                    artist.set(text=next(texts), parse_math=False)
+        buffer = io.BytesIO()
+        with _style(), warnings.catch_warnings(action="ignore"):  # of glyphs that the font has not
+            self.figure.savefig(buffer, format="png", dpi=144, facecolor=LIGHT["paper"])
+        return np.array(Image.open(buffer).convert("RGB"))
+
+
 class OodSet(NamedTuple):
     """An OOD set as pictures and their legends show it."""
 
@@ -174,7 +204,7 @@ def _style() -> Iterator[None]:
 
 
 @_style()
-def histograms(test: Tensor, sets: Sequence[OodSet], axis: ScoreAxis, alt: str) -> str:
+def histograms(test: Tensor, sets: Sequence[OodSet], axis: ScoreAxis, alt: str) -> Picture:
     """Draw scores of every OOD set over those of the test images, one below the other, and the threshold."""
     row, gap, top, bottom, side = 62, 24, 26, 40, 16
     height = top + len(sets) * (row + gap) + bottom
@@ -206,7 +236,7 @@ def histograms(test: Tensor, sets: Sequence[OodSet], axis: ScoreAxis, alt: str) 
     label = f"accepts {ACCEPTED} % of the test images: {threshold(test):.3g}"
     anchor = "left" if at[0] < 0.5 else "right"
     figure.text((side + at[0] * (WIDTH - 2 * side)) / WIDTH, 1 - 12 / height, label, ha=anchor, va="center")
-    return _svg(figure, alt, texts)
+    return _picture(figure, alt, texts)
 
 
 def roc(test: Tensor, ood: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -219,7 +249,7 @@ def roc(test: Tensor, ood: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 @_style()
-def roc_curves(test: Tensor, sets: Sequence[OodSet], alt: str) -> str:
+def roc_curves(test: Tensor, sets: Sequence[OodSet], alt: str) -> Picture:
     """Draw how many OOD images are rejected at the price of how many test images; below with a logarithmic price."""
     figure, size = _figure(570), WIDTH - 68
     panel, logarithmic = _axes(figure, 56, 10, size, 270), _axes(figure, 56, 334, size, 186)
@@ -242,7 +272,7 @@ def roc_curves(test: Tensor, sets: Sequence[OodSet], alt: str) -> str:
         axes.set(xlim=(low, 1), ylim=(0, 1), ylabel="share of OOD images rejected")
     panel.set_xlabel("share of test images rejected")
     logarithmic.set_xlabel("share of test images rejected, logarithmic")
-    return _svg(figure, alt)
+    return _picture(figure, alt)
 
 
 @_style()
@@ -251,7 +281,7 @@ def detectors(
     intervals: Mapping[str, Mapping[str, Sequence[float]]],
     default: str,
     alt: str,
-) -> str:
+) -> Picture:
     """Draw a dot an objective, and its interval, on a row a detector: ``values[its colour][detector]`` is an AUROC."""
     names = list(next(iter(values.values())))
     row, top, left = 15 + 11 * len(values), 6, 186
@@ -271,7 +301,7 @@ def detectors(
     panel.tick_params(length=0)
     panel.grid(axis="y", visible=False)
     panel.spines["left"].set_visible(False)
-    return _svg(figure, alt, [_shorten(name.replace("_", " ").replace("/", " · "), 27) for name in names])
+    return _picture(figure, alt, [_shorten(name.replace("_", " ").replace("/", " · "), 27) for name in names])
 
 
 def cluster_colors(centers: Tensor) -> list[str]:
@@ -289,7 +319,7 @@ def cluster_colors(centers: Tensor) -> list[str]:
 
 
 @_style()
-def cluster_sizes(sizes: Tensor, colors: Sequence[str], alt: str) -> str:
+def cluster_sizes(sizes: Tensor, colors: Sequence[str], alt: str) -> Picture:
     """Draw the sizes of clusters, the largest first, in the colours of the map if there are few enough."""
     figure = _figure(210)
     panel = _axes(figure, 56, 10, WIDTH - 66, 152)
@@ -308,7 +338,7 @@ def cluster_sizes(sizes: Tensor, colors: Sequence[str], alt: str) -> str:
     panel.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     panel.tick_params(axis="x", length=0)
     panel.grid(axis="x", visible=False)
-    return _svg(figure, alt)
+    return _picture(figure, alt)
 
 
 # Strokes of a set's images in the map, each from a point to the next: outlines of near sets, crosses of far ones.
@@ -395,7 +425,7 @@ def plane(x: Tensor) -> np.ndarray:
 
 
 @_style()
-def cluster_map(points: Points, colors: Sequence[str], alt: str) -> str:
+def cluster_map(points: Points, colors: Sequence[str], alt: str) -> Picture:
     """Draw training images in the colours of their clusters, centres with their numbers, OOD images as their marks."""
     parts = [points.train, points.centers, *points.near, *points.far]
     at = plane(torch.cat(parts))
@@ -420,7 +450,7 @@ def cluster_map(points: Points, colors: Sequence[str], alt: str) -> str:
         panel.plot(x, y, "o", color=LIGHT["paper"], mec=LIGHT[colors[number]], mew=1.8, ms=17 if is_few else 6)
         if is_few:
             panel.text(x, y, str(number), size=10, weight="bold", ha="center", va="center_baseline")
-    return _svg(figure, alt)
+    return _picture(figure, alt)
 
 
 def _draw(
@@ -446,7 +476,7 @@ DASHES = {"baseline": (5, 3), "objective": ()}  # of a curve by its colour, whic
 
 
 @_style()
-def curves(lines: Sequence[Curve], alt: str, *, last: int, warm_up: int = 0, apart: bool = False) -> str:
+def curves(lines: Sequence[Curve], alt: str, *, last: int, warm_up: int = 0, apart: bool = False) -> Picture:
     """Draw the lines of one number, by epoch up to the last one.
 
     Args:
@@ -481,7 +511,7 @@ def curves(lines: Sequence[Curve], alt: str, *, last: int, warm_up: int = 0, apa
         if number < len(panels) - 1:
             panel.tick_params(labelbottom=False)
     panel.set_xlabel("epoch")
-    return _svg(figure, alt)
+    return _picture(figure, alt)
 
 
 def thumbnail(image: Tensor) -> str:
@@ -514,7 +544,7 @@ def _shorten(text: str, longest: int = 36) -> str:
     return text if len(text) <= longest else "…" + text[1 - longest :]
 
 
-def _svg(figure: Figure, alt: str, texts: Sequence[str] = ()) -> str:
+def _picture(figure: Figure, alt: str, texts: Sequence[str] = ()) -> Picture:
     """Return the figure as an element of a page: colours are the page's, ids its own, texts in their places."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
@@ -537,4 +567,5 @@ def _svg(figure: Figure, alt: str, texts: Sequence[str] = ()) -> str:
     drawn = re.sub(_UNDRAWN, lambda _: html.escape(next(rest)), drawn)
     size = f"0 0 {WIDTH} {round(figure.get_figheight() * 72)}"
     root = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}" role="img" aria-label="{html.escape(alt)}"'
-    return f'{root} style="stroke-linejoin: round; font-family: system-ui, sans-serif">{drawn}\n'
+    svg = f'{root} style="stroke-linejoin: round; font-family: system-ui, sans-serif">{drawn}\n'
+    return Picture.of(svg, figure, texts)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_count
+from ccl_fast.checks import check_count, check_seed
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ood.detector import FeatureDetector
 from ccl_fast.ops.normalize import normalize_rows
@@ -18,7 +18,29 @@ CPU_TILE = 512, 8192
 DEVICE_TILE = 4096, 16384
 
 
-class NearestNeighbor(FeatureDetector):
+class NeighborDetector(FeatureDetector):
+    """Base of the detectors that keep training samples: all of them, or as many as are asked for, drawn at random."""
+
+    _tensors = ("features",)
+
+    def __init__(self, model: Callable[[Tensor], Tensor] | None = None, *, max_rows: int | None = None, seed: int = 0):
+        self.max_rows, self.seed = max_rows, seed
+        super().__init__(model)
+
+    def _check_hyperparameters(self) -> None:
+        if self.max_rows is not None:
+            check_count("max_rows", self.max_rows)
+        check_seed("seed", self.seed)
+
+    def _fit(self, x: Tensor, y: Tensor | None) -> None:
+        if self.max_rows is not None and len(x) > self.max_rows:
+            generator = torch.Generator().manual_seed(int(self.seed))
+            drawn = torch.randperm(len(x), generator=generator, device="cpu")[: self.max_rows]
+            x = x[drawn.sort().values.to(x.device)]
+        self.features = normalize_rows(x)
+
+
+class NearestNeighbor(NeighborDetector):
     r"""Cosine distance to the k-th nearest training sample.
 
     .. math::
@@ -29,31 +51,43 @@ class NearestNeighbor(FeatureDetector):
 
     Args:
         model: see :class:`FeatureDetector`.
-        k: which neighbour; N >= k.
+        k: which neighbour, of those that are kept; there must be so many.
+        max_rows: training samples that are kept, drawn at random where there are more; None: all. The k-th of a share
+            of the samples is as far as the (k / share)-th of all, on average.
+        seed: of that draw.
 
     Paper: Sun, Ming, Zhu, Li, "Out-of-distribution detection with deep nearest neighbors", 2022.
     """
 
     hyperparameter_space: ClassVar[dict[str, list]] = {"k": [1, 5, 10, 20, 50, 100, 200]}
-    _tensors = ("features",)
 
-    def __init__(self, model: Callable[[Tensor], Tensor] | None = None, k: int = 1):
+    def __init__(
+        self,
+        model: Callable[[Tensor], Tensor] | None = None,
+        k: int = 1,
+        *,
+        max_rows: int | None = None,
+        seed: int = 0,
+    ):
         self.k = k
-        super().__init__(model)
+        super().__init__(model, max_rows=max_rows, seed=seed)
 
     def _check_hyperparameters(self) -> None:
+        super()._check_hyperparameters()
         check_count("k", self.k)
+        if self.max_rows is not None and self.max_rows < self.k:
+            raise ArgumentError(f"max_rows: expected at least k={self.k}, got {self.max_rows}")
 
     def _fit(self, x: Tensor, y: Tensor | None) -> None:
         if len(x) < self.k:
             raise ArgumentError(f"x: expected at least k={self.k} rows, got {len(x)}")
-        self.features = normalize_rows(x)
+        super()._fit(x, y)
 
     def _score(self, x: Tensor) -> Tensor:
         return (1 - largest_cosine(x, self.features, self.k)).clamp_(min=0)
 
 
-class CosineNorm(FeatureDetector):
+class CosineNorm(NeighborDetector):
     r"""CSI's score: the cosine to the nearest training sample times the length of the feature, negated.
 
     .. math::
@@ -64,15 +98,11 @@ class CosineNorm(FeatureDetector):
 
     Args:
         model: see :class:`FeatureDetector`.
+        max_rows, seed: as of :class:`NearestNeighbor`.
 
     Paper: Tack, Mo, Jeong, Shin, "CSI: novelty detection via contrastive learning on distributionally shifted
     instances", 2020 (there also summed over shifts and augmentations of x).
     """
-
-    _tensors = ("features",)
-
-    def _fit(self, x: Tensor, y: Tensor | None) -> None:
-        self.features = normalize_rows(x)
 
     def _score(self, x: Tensor) -> Tensor:
         return -largest_cosine(x, self.features) * x.norm(dim=1, dtype=torch.float64).to(x.dtype)

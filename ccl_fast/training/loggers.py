@@ -9,10 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
 from ccl_fast.checks import check_choice
 from ccl_fast.errors import ArgumentError, first_line
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LoggerName = Literal["tensorboard", "csv", "wandb", "mlflow"]
 
@@ -58,6 +61,22 @@ class Stage:
     id: str | None
 
 
+class Pixels(Protocol):
+    """What can be drawn."""
+
+    def pixels(self) -> np.ndarray:
+        """Return uint8 [h, w, 3]."""
+        ...
+
+
+class Results(NamedTuple):
+    """What is known of an objective at the end: numbers, and the report's page, if it is there, and its pictures."""
+
+    values: Values
+    page: Path
+    pictures: Mapping[str, Pixels]
+
+
 class StageLogger(Protocol):
     """A logger of one stage."""
 
@@ -66,8 +85,8 @@ class StageLogger(Protocol):
 
     def log(self, values: Values, epoch: int) -> None: ...
 
-    def finish(self, values: Values, epoch: int, page: Path) -> None:
-        """Log what is known at the end; the page, if it is there, has the pictures."""
+    def finish(self, results: Results, epoch: int) -> None:
+        """Log what is known at the end."""
         ...
 
     def close(self) -> None: ...
@@ -118,10 +137,10 @@ class Loggers:
         for name, logger in self._open.items():
             self._attempt(name, f"epoch {epoch}", lambda logger=logger: logger.log(values, epoch))
 
-    def finish(self, values: Values, epoch: int, page: Path) -> None:
+    def finish(self, results: Results, epoch: int) -> None:
         """Log what is known at the end of the stage."""
         for name, logger in self._open.items():
-            self._attempt(name, "the results", lambda logger=logger: logger.finish(values, epoch, page))
+            self._attempt(name, "the results", lambda logger=logger: logger.finish(results, epoch))
 
     def close(self) -> None:
         """End the stage, as far as it is known."""
@@ -152,9 +171,11 @@ class _TensorBoard:
         self._logger.log_metrics(values, epoch)
         self._logger.save()
 
-    def finish(self, values: Values, epoch: int, page: Path) -> None:
+    def finish(self, results: Results, epoch: int) -> None:
         # Its tab of hyper-parameters is a table of runs by these and by what came of them, so it has both or neither.
-        self._logger.log_hyperparams(self._arguments, dict(values), epoch)
+        self._logger.log_hyperparams(self._arguments, dict(results.values), epoch)
+        for name, picture in results.pictures.items():
+            self._logger.experiment.add_image(name, picture.pixels(), epoch, dataformats="HWC")
 
     def close(self) -> None:
         self._logger.finalize("success")
@@ -164,11 +185,13 @@ class _Csv:
     id = ""
 
     def __init__(self, stage: Stage):
-        from lightning.fabric.loggers.csv_logs import CSVLogger
+        from lightning.pytorch.loggers import CSVLogger
 
         # It goes on with no file, so it is given all there was.
-        (stage.folder / TABLES / stage.name / "metrics.csv").unlink(missing_ok=True)
+        for name in ("metrics.csv", "hparams.yaml"):
+            (stage.folder / TABLES / stage.name / name).unlink(missing_ok=True)
         self._logger = CSVLogger(stage.folder / TABLES, "", stage.name)
+        self._logger.log_hyperparams(stage.arguments)
         for epoch, values in stage.lines.items():
             self._logger.log_metrics(dict(values), epoch)
 
@@ -176,8 +199,8 @@ class _Csv:
         self._logger.log_metrics(dict(values), epoch)
         self._logger.save()
 
-    def finish(self, values: Values, epoch: int, page: Path) -> None:
-        self.log(values, epoch)
+    def finish(self, results: Results, epoch: int) -> None:
+        self.log(results.values, epoch)
 
     def close(self) -> None:
         self._logger.finalize("success")
@@ -200,10 +223,10 @@ class _Wandb:
     def log(self, values: Values, epoch: int) -> None:
         self._logger.log_metrics(values, epoch)
 
-    def finish(self, values: Values, epoch: int, page: Path) -> None:
-        self.log(values, epoch)
-        if page.exists():
-            self._logger.experiment.log({page.stem: importlib.import_module("wandb").Html(str(page))})
+    def finish(self, results: Results, epoch: int) -> None:
+        self.log(results.values, epoch)
+        if results.page.exists():
+            self._logger.experiment.log({results.page.stem: importlib.import_module("wandb").Html(str(results.page))})
 
     def close(self) -> None:
         self._logger.experiment.finish()  # else the next stage would go into the same run
@@ -226,10 +249,10 @@ class _MLflow:
     def log(self, values: Values, epoch: int) -> None:
         self._logger.log_metrics(values, epoch)
 
-    def finish(self, values: Values, epoch: int, page: Path) -> None:
-        self.log(values, epoch)
-        if page.exists():
-            self._logger.experiment.log_artifact(self.id, str(page))
+    def finish(self, results: Results, epoch: int) -> None:
+        self.log(results.values, epoch)
+        if results.page.exists():
+            self._logger.experiment.log_artifact(self.id, str(results.page))
 
     def close(self) -> None:
         self._logger.finalize("success")

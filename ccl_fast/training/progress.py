@@ -6,7 +6,7 @@ import json
 import signal
 import time
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from ccl_fast.training.interruption import Interrupted, Interruption
 if TYPE_CHECKING:
     from ccl_fast.data import Images
     from ccl_fast.distributed import Group
-    from ccl_fast.training.loggers import Loggers
+    from ccl_fast.training.loggers import Loggers, Results
     from ccl_fast.training.loop import Run
     from ccl_fast.training.probe import Probe
     from ccl_fast.training.telling import Telling
@@ -200,11 +200,11 @@ class Progress:
         of_stage = [line for line in self.lines if line["stage"] == stage and line["epoch"] < epoch]
         self.loggers.begin(stage, epoch, {line["epoch"]: _values(line) for line in of_stage})
 
-    def log_results(self, objective: str, values: Mapping[str, float], page: Path) -> None:
+    def log_results(self, objective: str, results: Results) -> None:
         """Give the loggers what is known of an objective at the end, on the first process."""
         last = len(self.finished[objective]["losses"])
         self._begin_logging(objective, last + 1)
-        self.loggers.finish(values, last, page)
+        self.loggers.finish(results, last)
 
     def close(self) -> None:
         self.loggers.close()

@@ -52,6 +52,8 @@ def test_evaluation_repeats_the_figures_of_the_run(run, capsys):
     evaluation = json.loads((run / "evaluation" / "evaluation.json").read_text())
     assert evaluation["results"] == report["results"]
     assert evaluation["clustering"] == report["clustering"]
+    assert evaluation["log"] == report["log"] and evaluation["losses"] == report["losses"]
+    assert [line["epoch"] for line in evaluation["log"]["ccl"]] == [1, 2, 3, 4]
     assert main(["evaluate", f"--run={run}"]) == 2  # there is one
     assert "output: expected a folder without an evaluation" in capsys.readouterr().err
 
@@ -66,6 +68,19 @@ def test_other_sets_near_and_far(run, folder_of_images, tmp_path):
         both = (by_set["noise"]["auroc"] + by_set[str(folder_of_images)]["auroc"]) / 2
         assert by_set["far"]["auroc"] == pytest.approx(both)
     assert (tmp_path / "out" / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize("log", [None, "{}\n", "no JSON"])
+def test_an_evaluation_does_without_the_log_of_the_training(run, tmp_path, monkeypatch, capsys, log):
+    (run / "metrics.jsonl").rename(tmp_path / "kept")
+    try:
+        if log is not None:
+            (run / "metrics.jsonl").write_text(log)
+        evaluation = evaluate(run, tmp_path / "out", near_ood=["interpolation"], far_ood=[])
+    finally:
+        (tmp_path / "kept").replace(run / "metrics.jsonl")
+    assert "log" not in evaluation and "results" in evaluation
+    assert "without the curves of the training: run: expected the log of a run in" in capsys.readouterr().out
 
 
 def test_covariances_that_clusters_share_are_said(run, tmp_path, monkeypatch, capsys):

@@ -21,8 +21,10 @@ from torchvision.utils import save_image
 import ccl_fast
 from ccl_fast.commands import embed, evaluate, export, load_run, score, train
 from ccl_fast.commands.command_line import main
+from ccl_fast.commands.exported_resize import fit_batch
 from ccl_fast.commands.tensor_files import read_tensors, write_tensors
 from ccl_fast.data import load_split
+from ccl_fast.data.pixels import fit
 from ccl_fast.errors import ArgumentError, MissingPackages
 from ccl_fast.evaluation import make_detectors
 from ccl_fast.models import embed_layers
@@ -169,6 +171,22 @@ torch.save([run.score(paths), run.threshold()], sys.argv[2])
         assert by_name[path]["outlier"] == str(int(value > cut))
 
 
+def test_the_file_of_detectors_has_a_bound(copy, digits, no_page, capsys):
+    config, whole = copy / "config.yaml", json.loads((copy / "report.json").read_text())
+    expected = load_run(copy).score(digits.test)
+    for rows, same in ((128, True), (50, False)):
+        config.write_text(config.read_text().replace("detector_rows: ", f"detector_rows: {rows}  # "))
+        (copy / "report.json").unlink()
+        report = evaluate(copy)
+        assert (report["results"] == whole["results"]) == same
+        assert load_run(copy).score(digits.test).equal(expected) == same
+        said = f"nearest neighbours are looked for among {rows} of the 128 training images, drawn at random"
+        assert (said in report.get("notes", {}).get("ccl", [])) != same
+        assert (said in capsys.readouterr().out) != same
+        tensors, _, _ = read_tensors(copy / "ccl.detectors.safetensors", "fitted detectors")
+        assert {len(of) for name, of in tensors.items() if name.endswith(".features")} == {rows}
+
+
 def test_weights_are_there_before_the_judgement_and_evaluate_makes_up_for_it(tmp_path, monkeypatch, no_page, capsys):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -292,27 +310,64 @@ def test_what_embed_and_export_cannot_write_is_named(run, photos, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("input", ["uint8", "float32"])
-@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def _outputs(path, images):
+    """What an exported file makes of images: features and embeddings."""
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()(images)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(path)
+    return map(torch.from_numpy, session.run(["features", "embeddings"], {"images": images.numpy()}))
+
+
+@pytest.mark.parametrize(("suffix", "input"), [(".pt2", "uint8"), (".onnx", "float32")])
 def test_an_exported_model_is_the_model(run, digits, tmp_path, suffix, input):
-    if suffix == ".onnx":
-        onnxruntime = pytest.importorskip("onnxruntime")
-        pytest.importorskip("onnxscript")
     path = tmp_path / f"model{suffix}"
-    assert main(["export", f"--run={run}", f"--output={path}", f"--input={input}"]) == 0
-    images = digits.test[torch.arange(7)]
-    given = (images * 255).round().byte() if input == "uint8" else images
     if suffix == ".onnx":
-        session = onnxruntime.InferenceSession(path)
-        features, embeddings = map(torch.from_numpy, session.run(["features", "embeddings"], {"images": given.numpy()}))
-    else:
-        features, embeddings = torch.export.load(path).module()(given)
+        pytest.importorskip("onnxscript")
+    assert main(["export", f"--run={run}", f"--output={path}", f"--input={input}", "--no-resize"]) == 0
+    images = digits.test[torch.arange(7)]
+    features, embeddings = _outputs(path, (images * 255).round().byte() if input == "uint8" else images)
     model = load_run(run, device="cpu").model
     with torch.no_grad():
         torch.testing.assert_close(features, model.features(images), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(embeddings, model.embed(images), rtol=1e-5, atol=1e-5)
     with pytest.raises(FileExistsError):
         export(run, path)
+
+
+@pytest.mark.parametrize(("suffix", "input"), [(".pt2", "float32"), (".onnx", "uint8")])
+def test_an_exported_model_resizes_and_crops_as_the_run_does(run, tmp_path, capsys, suffix, input):
+    path = tmp_path / f"model{suffix}"
+    if suffix == ".onnx":
+        pytest.importorskip("onnxscript")
+    assert main(["export", f"--run={run}", f"--output={path}", f"--input={input}"]) == 0
+    assert f"images {input} [n, 1, h, w] of any size, brought to 28 x 28 ->" in capsys.readouterr().out
+    predictor = load_run(run, device="cpu")
+    random = torch.Generator().manual_seed(1)
+    for n, h, w in [(3, 28, 28), (1, 91, 40), (2, 17, 200), (1, 301, 302)]:
+        images = torch.rand(n, 1, h, w, generator=random)
+        images = (images * 255).byte() if input == "uint8" else images
+        fitted = predictor.preprocess(images)
+        features, embeddings = _outputs(path, images)
+        with torch.no_grad():
+            torch.testing.assert_close(features, predictor.model.features(fitted), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(embeddings, predictor.model.embed(fitted), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="torchvision resizes floats here"
+)
+def test_the_exported_resize_is_torchvisions_to_the_bit():
+    random = torch.Generator().manual_seed(0)
+    sizes = [(32, 32), (64, 48), (28, 28), (7, 13), (96, 96)]
+    for case in range(150):
+        channels, wanted = (1, 3)[case % 2], sizes[case % len(sizes)]
+        h, w = (torch.randint(1, (60, 900)[case % 3 == 0], (2,), generator=random) + 1).tolist()
+        pixels = torch.randint(256, (2, channels, h, w), dtype=torch.uint8, generator=random)
+        if case % 4 == 0:  # as far from each other as they can be
+            pixels = (pixels > 127).byte() * 255
+        expected = torch.stack([fit(image, (channels, *wanted)) for image in pixels])
+        assert fit_batch(pixels, *wanted).equal(expected.double()), (channels, h, w, wanted)
 
 
 def test_a_file_that_does_something_else_does_not_appear(run, tmp_path, monkeypatch):
@@ -325,7 +380,7 @@ def test_a_file_that_does_something_else_does_not_appear(run, tmp_path, monkeypa
 
     monkeypatch.setattr("torch.export.load", other)
     with pytest.raises(ArgumentError, match=r"^output: expected the model's embeddings up to 1e-05"):
-        load_run(run).export(tmp_path / "model.pt2")
+        load_run(run).export(tmp_path / "model.pt2", resize=False)
     assert not list(tmp_path.iterdir())
 
 

@@ -28,6 +28,7 @@ from ccl_fast.ood import (
     neighbors,
     ood_metrics,
 )
+from ccl_fast.ops.normalize import normalize_rows
 
 
 def scored(seed: int, n_id: int = 90, n_ood: int = 37) -> tuple[torch.Tensor, torch.Tensor]:
@@ -232,6 +233,20 @@ def test_cosine_norm(features):
     expected = -cosine(new, x).amax(1) * new.norm(dim=1)
     torch.testing.assert_close(CosineNorm().fit_features(x).predict_features(new), expected)
     assert (expected - NearestNeighbor().fit_features(x).predict_features(new)).std() > 0.1
+
+
+@pytest.mark.parametrize("make", [NearestNeighbor, CosineNorm])
+def test_a_neighbour_detector_keeps_so_many_rows_at_random(features, make):
+    x, _, new = features
+    everything = make().fit_features(x).predict_features(new)
+    assert make(max_rows=len(x)).fit_features(x).predict_features(new).equal(everything)
+    kept = make(max_rows=20, seed=3).fit_features(x)
+    assert len(kept.features) == 20
+    assert kept.features.equal(make(max_rows=20, seed=3).fit_features(x).features)
+    assert not kept.features.equal(make(max_rows=20, seed=4).fit_features(x).features)
+    rows = [(normalize_rows(x) == row).all(1).nonzero().item() for row in kept.features]
+    assert rows == sorted(set(rows))
+    assert kept.predict_features(new).equal(make().fit_features(x[rows]).predict_features(new))
 
 
 def test_nearest_center(features):
@@ -737,6 +752,10 @@ def test_wrong_arguments_of_detectors(features):
         NearestNeighbor(k=0)
     with pytest.raises(ValueError, match=r"^x: expected at least k=200 rows, got 120"):
         NearestNeighbor(k=200).fit_features(x)
+    with pytest.raises(ValueError, match=r"^max_rows: expected at least k=3, got 2"):
+        NearestNeighbor(k=3, max_rows=2)
+    with pytest.raises(ValueError, match=r"^max_rows: "):
+        CosineNorm(max_rows=0)
     with pytest.raises(ValueError, match=r"^x: expected at least k=90 rows, got 80"):
         NearestNeighbor(k=90).fit_features(x, torch.where(y == 1, -1, y))
     with pytest.raises(ValueError, match=r"^X: expected at least n_clusters=121 rows, got 120"):

@@ -2,19 +2,26 @@
 """What loggers are given, that a run that goes on goes on in them too, and that none of them costs the training."""
 
 import csv
+import io
 import json
 import signal
+import sys
+import types
+from typing import ClassVar
 
 import pytest
+import yaml
 
 for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "lightning", "kornia", "tensorboard"):
     pytest.importorskip(extra)  # the extra "train"
 
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ccl_fast.commands import train
 from ccl_fast.commands.command_line import main
 from ccl_fast.errors import ArgumentError
+from ccl_fast.evaluation import write_page
 from ccl_fast.training import loggers
 from ccl_fast.training.config import Config
 from ccl_fast.training.interruption import Interrupted
@@ -43,8 +50,8 @@ def told(monkeypatch):
             if "fail" in told:
                 raise ConnectionError("gone")
 
-        def finish(self, values, epoch, page):
-            told.append(("finish", epoch, dict(values)))
+        def finish(self, results, epoch):
+            told.append(("finish", epoch, dict(results.values)))
 
         def close(self):
             told.append(("close",))
@@ -52,6 +59,11 @@ def told(monkeypatch):
     monkeypatch.setitem(loggers._KINDS, "wandb", Recorder)
     monkeypatch.setattr(loggers, "find_spec", lambda name: True)
     return told
+
+
+def write_no_page(path, *_):
+    path.write_text("<!doctype html>")
+    return []
 
 
 def stop_after(monkeypatch, step):
@@ -123,10 +135,11 @@ def test_a_run_that_goes_on_goes_on_in_its_loggers(told, tmp_path, monkeypatch):
             assert {name: float(row[name]) for name in numbers(line)} == numbers(line)
 
 
-def test_csv_and_tensorboard_have_the_results_and_tensorboard_the_arguments(tmp_path):
+def test_csv_and_tensorboard_have_the_results_and_the_arguments(tmp_path):
     report = train(tmp_path / "run", **TINY | {"epochs": 2}, loggers=["csv", "tensorboard"])
     last = rows_of(tmp_path / "run" / "csv" / "ccl")[-1]
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard" / "ccl")).Reload()
+    assert yaml.safe_load((tmp_path / "run" / "csv" / "ccl" / "hparams.yaml").read_text()) == report["arguments"]
     for name, value in measures(report).items():
         assert float(last[name]) == value
         (event,) = events.Scalars(name)
@@ -134,6 +147,87 @@ def test_csv_and_tensorboard_have_the_results_and_tensorboard_the_arguments(tmp_
     assert "_hparams_/session_start_info" in events.summary_metadata
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert b"batch_size" in content and b"exclude_bias_and_norm" in content
+
+
+def test_tensorboard_has_the_pictures_of_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr("ccl_fast.commands.report.write_page", write_page)
+    train(tmp_path / "run", **TINY | {"epochs": 2, "baseline": True})
+    drawn = {}
+    for stage in ("simclr", "ccl"):
+        events = EventAccumulator(str(tmp_path / "run" / "tensorboard" / stage)).Reload()
+        names = [name for name in events.Tags()["images"] if not name.startswith("training/")]
+        assert sorted(names) == [
+            "clusters/map", "clusters/sizes", "overview/Near OOD", "scores/histograms", "scores/roc",
+        ]  # fmt: skip
+        assert "training/Loss" in events.Tags()["images"]
+        (event,) = events.Images("scores/roc")
+        assert (event.step, event.width, event.height) == (2, 840, 1140)
+        assert len(Image.open(io.BytesIO(event.encoded_image_string)).getcolors(2**20)) > 20
+        drawn[stage] = events.Images("scores/histograms")[0].encoded_image_string
+    assert drawn["simclr"] != drawn["ccl"]
+
+
+class Recorded:
+    """Stands for one of Lightning's loggers: notes what is called, and with what."""
+
+    calls: ClassVar[list] = []
+    version = run_id = "the-run"
+
+    def __init__(self, *args, **options):
+        self.calls.append(("made", args, options))
+        self.experiment = types.SimpleNamespace(
+            log=lambda values: self.calls.append(("experiment.log", values)),
+            finish=lambda: self.calls.append(("experiment.finish",)),
+            log_artifact=lambda *given: self.calls.append(("artifact", *given)),
+        )
+
+    def __getattr__(self, name):
+        return lambda *given: self.calls.append((name, *given))
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    monkeypatch.setattr(Recorded, "calls", [])
+    monkeypatch.setattr("lightning.pytorch.loggers.WandbLogger", Recorded)
+    monkeypatch.setattr("lightning.pytorch.loggers.MLFlowLogger", Recorded)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(Html=lambda path: ("page", path)))
+    monkeypatch.setitem(sys.modules, "mlflow", types.SimpleNamespace(get_tracking_uri=lambda: "file:somewhere"))
+    monkeypatch.setattr(loggers, "find_spec", lambda name: True)
+    monkeypatch.setattr("ccl_fast.commands.report.write_page", write_no_page)
+    return Recorded.calls
+
+
+def test_what_wandb_is_given(recorded, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("WANDB_DIR", "here")
+    report = train(tmp_path / "run", **TINY, loggers="wandb")
+    common = {"group": str(tmp_path / "run"), "project": "mine", "save_dir": "here"}
+    made = [call[2] for call in recorded if call[0] == "made"]
+    assert made == [
+        {"name": "run warm-up", "version": None, **common},
+        {"name": "run ccl", "version": None, **common},
+        {"name": "run ccl", "version": "the-run", **common},  # the same run again, for the results
+    ]
+    arguments = [call[1] for call in recorded if call[0] == "log_hyperparams"]
+    assert arguments == [report["arguments"]] * 3
+    logged = [(call[2], dict(call[1])) for call in recorded if call[0] == "log_metrics"]
+    of_epochs = [(line["epoch"], numbers(line)) for line in lines_of(tmp_path / "run")]
+    assert logged == [*of_epochs, (3, measures(report))]
+    assert ("experiment.log", {"report": ("page", str(tmp_path / "run" / "report.html"))}) in recorded
+    assert sum(call[0] == "experiment.finish" for call in recorded) == 3
+
+
+def test_what_mlflow_is_given(recorded, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    report = train(tmp_path / "run", **TINY, loggers="mlflow")
+    made = [call[1:] for call in recorded if call[0] == "made"]
+    of_run = {"run_name": "run ccl", "tracking_uri": "file:somewhere"}
+    assert made[1:] == [(("mine",), {**of_run, "run_id": None}), (("mine",), {**of_run, "run_id": "the-run"})]
+    arguments = [call[1] for call in recorded if call[0] == "log_hyperparams"]
+    assert arguments == [report["arguments"]] * 2  # it takes them once a run
+    assert ("log_metrics", measures(report), 3) in recorded
+    assert ("artifact", "the-run", str(tmp_path / "run" / "report.html")) in recorded
+    assert sum(call == ("finalize", "success") for call in recorded) == 3
 
 
 def test_a_logger_that_fails_costs_a_line(told, tmp_path, capsys):
@@ -178,7 +272,7 @@ def test_tables_are_dropped_with_the_run_that_is_overwritten(tmp_path):
 def test_mlflow_has_one_run_for_each_stage(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.setattr("ccl_fast.commands.report.write_page", lambda path, *_: path.write_text("<!doctype html>"))
+    monkeypatch.setattr("ccl_fast.commands.report.write_page", write_no_page)
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(f"file:{tmp_path / 'mlruns'}")
     try:
@@ -206,7 +300,7 @@ def test_wandb_has_one_run_for_each_stage(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("ccl_fast.commands.report.write_page", lambda path, *_: path.write_text("<!doctype html>"))
+    monkeypatch.setattr("ccl_fast.commands.report.write_page", write_no_page)
     train(tmp_path / "run", **TINY, loggers="wandb")
     folders = sorted(path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*"))
     assert len(folders) == 3 and len(set(folders)) == 2  # one for the warm-up, two of the same run

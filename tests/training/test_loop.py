@@ -231,7 +231,7 @@ def test_the_result_is_the_average_of_the_weights_and_counts_as_the_model_does(e
 def test_the_average_is_what_is_evaluated_and_saved(tmp_path, monkeypatch):
     evaluated, steps = {}, []
     monkeypatch.setattr(
-        "ccl_fast.commands.report.write_page", lambda path, report, evaluations, _: evaluated.update(evaluations)
+        "ccl_fast.commands.report.write_page", lambda path, report, evaluations, _: evaluated.update(evaluations) or []
     )
     train_set, test_set, other = (make_images(n, seed).pixels / 255 for seed, n in enumerate((16, 6, 5)))
     hook = register_optimizer_step_post_hook(

@@ -42,7 +42,7 @@ SMALL = TINY | {"epochs": 3, "limit": 200, "baseline": False, "far_ood": []}
 @pytest.fixture(autouse=True)
 def no_page(tiny, monkeypatch):
     """Only the run of the fixture ``tiny`` draws pictures, which take seconds."""
-    monkeypatch.setattr("ccl_fast.commands.report.write_page", lambda path, *_: path.touch())
+    monkeypatch.setattr("ccl_fast.commands.report.write_page", lambda path, *_: path.touch() or [])
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_results_are_written_before_the_page_and_whatever_becomes_of_it(tmp_path
     said = capsys.readouterr()
     assert "report: could not make" in said.err and "(ZeroDivisionError: no page today)" in said.err
     assert "layers/ensemble *" in said.out and f"written to {tmp_path / 'run'}\n" in said.out
-    monkeypatch.setattr("ccl_fast.commands.report.write_page", lambda path, *_: path.touch())
+    monkeypatch.setattr("ccl_fast.commands.report.write_page", lambda path, *_: path.touch() or [])
     again = evaluate(tmp_path / "run")  # what is missing, the page, and nothing beside it
     assert (tmp_path / "run" / "report.html").exists() and not (tmp_path / "run" / "evaluation").exists()
     assert {**again, "seconds": 0, "environment": 0} == {**report, "seconds": 0, "environment": 0}
