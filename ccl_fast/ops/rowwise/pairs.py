@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ccl_fast.checks import check_floating, check_matrix, check_same, check_scale, check_tensor
+from ccl_fast.distributed.group import outside_of_graphs
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.differentiable import Differentiable, refuse_double_backward
 from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, scale_tensor, without_autocast
@@ -238,6 +239,10 @@ _REFUSE = refuse_double_backward("map_row_blocks, pair_logsumexp")
 _GRADIENT = Differentiable("map_row_blocks_backward", _backward, _save_nothing, _REFUSE)
 
 
-@torch.compiler.disable
 def _map(*inputs) -> Tensor:
+    return _untraced(*inputs) if torch.compiler.is_compiling() else _MAP(*inputs)
+
+
+@outside_of_graphs
+def _untraced(*inputs) -> Tensor:
     return _MAP(*inputs)

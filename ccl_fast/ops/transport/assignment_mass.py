@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from ccl_fast.checks import check_floating, check_matrix, check_same, check_scale
 from ccl_fast.ops.backends import ContrastBackend
 from ccl_fast.ops.logsumexp.operator import streaming_logsumexp
 
@@ -35,5 +36,10 @@ def log_assignment_mass(
     z: Tensor, centers: Tensor, *, scale: float | Tensor, backend: ContrastBackend = "auto"
 ) -> Tensor:
     """Logarithm of `assignment_mass`: finite wherever there is a row, as for an entropy. Arguments are the same."""
+    check_scale("scale", scale)
+    check_matrix("z", z)
+    check_floating("z", z)
+    check_matrix("centers", centers, columns=z.shape[1])
+    check_same("centers", centers, "z", z)
     logsumexp = streaming_logsumexp(z, centers, scale=scale, backend=backend)
     return streaming_logsumexp(centers, z, scale=scale, key_bias=-logsumexp, backend=backend)
