@@ -74,6 +74,6 @@ class CenterNegativesLoss(Loss):
             candidates="other_id",
             backend=self.backend,
         )
-        positive = row_dot(rows[:, 0], rows[:, 1]).repeat_interleave(2) * scale
+        positive = row_dot(*rows.unbind(1)).repeat_interleave(2) * scale
         losses = cross_entropy(logaddexp(among_rows, among_centers), positive)
         return self.reduce(losses, shape=batch.shape, group=batch.exchange.group)

@@ -131,8 +131,7 @@ class InfoNCELoss(Loss):
         shape = (n,) if keys is not None and not self.symmetric else (n, 2)
         if keys is None:
             anchors, positives = self.unit(queries.flatten(0, 1)), None
-            views = anchors.unflatten(0, (n, 2))
-            pairs = views[:, 0], views[:, 1]
+            pairs = anchors.unflatten(0, (n, 2)).unbind(1)
         else:
             anchors, positives = pairs = self.unit(queries), self.unit(keys)
         # The positive is left out of the sum, and comes to it again by log(1 + x): nothing cancels where it prevails.

@@ -105,8 +105,8 @@ class SepCLRLoss(Loss):
         _check(embeddings, salient, is_target)
         weight = 0.5 / self.temperature
         of_background = ~is_target[:, None]
-        c = [self.unit(view) for view in (embeddings[:, 0], embeddings[:, 1])]
-        s = [view.to(product_dtype(view)) for view in (salient[:, 0], salient[:, 1])]
+        c = [self.unit(view) for view in embeddings.unbind(1)]
+        s = [view.to(product_dtype(view)) for view in salient.unbind(1)]
         at_point = [view.masked_fill(of_background, 0.0) for view in s]
 
         everywhere = torch.ones_like(is_target)

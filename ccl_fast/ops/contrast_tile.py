@@ -4,8 +4,8 @@ Of a small batch the number of operations is the cost, not the arithmetic. Here 
 embeddings to the mean. Rows have length 1 and the scale a bound, so exponentials need no maximum taken off: each is
 computed once, for both of its rows, and no sum of them over- or underflows. The forward makes of them the derivatives
 by the logits, which are symmetric where rows meet rows, so that the backward is a single product. On a CPU it is known
-without waiting whether there are rows of unusual lengths, or without positives, or with only one: what such rows need
-is done where there are any. On a GPU it is always done.
+without waiting whether there are rows without positives, or with only one: what such rows need is done where there are
+any. On a GPU it is always done.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from ccl_fast.ops.differentiable import (
     refuse_double_backward,
     refuse_forward_mode,
 )
-from ccl_fast.ops.normalize import SHORTEST, lengths_are_usual
+from ccl_fast.ops.normalize import unit_rows, unit_rows_gradient
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
 # Elements of the matrix of logits, 1,024 rows or 724 and as many centres: beyond, arrays of them leave the caches.
@@ -126,25 +126,8 @@ def views_contrast(
 def _unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of length 1 in the precision of their products, held in that of the sums; the inverse of their lengths."""
     wide, products = accumulation_dtype(x), product_dtype(x)
-    if x.dtype != wide:
-        x = x.to(wide)
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    if is_known(x) and lengths_are_usual(norm):
-        inverse = norm.reciprocal_()
-        x = x * inverse
-    else:
-        x, inverse = _unit_of_any_length(x)
+    x, inverse = unit_rows(x if x.dtype == wide else x.to(wide))
     return x if products == wide else x.to(products).to(wide), inverse
-
-
-def _unit_of_any_length(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of length 1, or 0; no square over- or underflows. The inverse is that for the gradient, which is bounded."""
-    largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True)
-    is_zero = largest == 0
-    x = x / largest.masked_fill(is_zero, 1.0)  # a component is 1 now, if not all are 0
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_(min=1.0)
-    inverse = (largest * norm).reciprocal_().clamp_(max=2.0**-SHORTEST).masked_fill_(is_zero, 0.0)
-    return x.div_(norm), inverse
 
 
 def is_known(x: Tensor) -> bool:
@@ -154,8 +137,7 @@ def is_known(x: Tensor) -> bool:
 
 def _gradient(to_unit: Tensor, unit: Tensor, inverse: Tensor, factor: Tensor, like: Tensor) -> Tensor:
     """Of embeddings, given that of their unit rows; times a factor."""
-    along = (to_unit * unit).sum(1, keepdim=True)
-    to_x = torch.addcmul(to_unit, unit, along, value=-1).mul_(inverse * factor)
+    to_x = unit_rows_gradient(to_unit, unit, inverse * factor)
     return to_x if to_x.dtype == like.dtype else to_x.to(like.dtype)
 
 

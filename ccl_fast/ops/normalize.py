@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ccl_fast.checks import host_knows
+from ccl_fast.ops import normalize_triton
 from ccl_fast.ops.differentiable import Differentiable, is_traced
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
@@ -26,11 +27,13 @@ def normalize_embeddings(x: Tensor) -> Tensor:
     """
     x = x.to(accumulation_dtype(x))
     # An exported program keeps the operations, and not the gradient that a Function brings.
-    return (_unit if is_traced(x) else _UNIT)(x)[0]
+    return (unit_rows if is_traced(x) else _UNIT)(x)[0]
 
 
-def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
+def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of length 1, or 0, and the inverse lengths that their gradients have: 0 for rows of zeros."""
+    if normalize_triton.serves(x):
+        return normalize_triton.unit(x, 2.0 ** (1 - SHORTEST))
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     if host_knows(norm) and x.shape[0] and lengths_are_usual(norm):
         inverse = norm.reciprocal()
@@ -38,6 +41,14 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
     scaled, power, is_zero = _of_length_one_or_so(x)
     inverse = torch.linalg.vector_norm(scaled, dim=1, keepdim=True).reciprocal()
     return (scaled * inverse).masked_fill(is_zero, 0.0), (inverse * power).masked_fill(is_zero, 0.0)
+
+
+def unit_rows_gradient(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
+    """Gradient of rows, given that of their `unit_rows`."""
+    if not torch.is_grad_enabled() and normalize_triton.serves(grad):
+        return normalize_triton.gradient(grad, unit, inverse)
+    along = (grad * unit).sum(1, keepdim=True)
+    return torch.addcmul(grad, unit, along, value=-1) * inverse
 
 
 def _save(ctx, inputs, output) -> None:
@@ -51,7 +62,7 @@ def _gradients(ctx, grad: Tensor | None, of_inverse: Tensor | None) -> Tensor | 
     to_x = None
     with without_autocast(unit.device):
         if grad is not None:
-            to_x = torch.addcmul(grad, unit, torch.linalg.vecdot(grad, unit).unsqueeze(1), value=-1) * inverse
+            to_x = unit_rows_gradient(grad, unit, inverse)
         if of_inverse is not None:
             more = unit * (of_inverse * inverse.square())
             to_x = -more if to_x is None else to_x - more
@@ -59,7 +70,7 @@ def _gradients(ctx, grad: Tensor | None, of_inverse: Tensor | None) -> Tensor | 
 
 
 # Of plain operations autograd would keep x and its lengths besides, and take twice as many steps.
-_UNIT = Differentiable("normalize_embeddings", _unit, _save, _gradients)
+_UNIT = Differentiable("normalize_embeddings", unit_rows, _save, _gradients)
 
 
 def lengths_are_usual(norm: Tensor) -> bool:

@@ -5,7 +5,7 @@ import pytest
 from benchmarks.losses.dispatches import count_all
 
 # By loss: on a CPU, on a GPU (a few of them are views, which launch nothing).
-MAX_OPERATIONS = {"CCL": (58, 84), "SupCon": (50, 76), "NT-Xent": (45, 52), "CLIP": (52, 58)}
+MAX_OPERATIONS = {"CCL": (58, 70), "SupCon": (50, 63), "NT-Xent": (45, 38), "CLIP": (52, 44)}
 
 
 @pytest.fixture(scope="module")
@@ -19,17 +19,17 @@ def test_one_tile(counts, loss):
     found = counts[loss]
     assert found["cpu"].operations <= min(on_cpu, found["plain"].operations)
     assert found["gpu"].operations <= on_gpu
-    assert found["cpu"].kernels == found["gpu"].kernels == 0
+    assert (found["cpu"].kernels, found["gpu"].kernels) == (0, 2)  # rows of length 1, and their gradient
 
 
 @pytest.mark.parametrize("loss", MAX_OPERATIONS)
 def test_several_tiles(counts, loss):
     """What a larger batch takes; SupCon and CCL list what has a single positive."""
     blocked, triton, kernels = {
-        "CCL": (305, 204, 6),
-        "SupCon": (160, 112, 3),
-        "NT-Xent": (145, 80, 3),
-        "CLIP": (190, 105, 6),
+        "CCL": (305, 190, 9),
+        "SupCon": (160, 102, 5),
+        "NT-Xent": (140, 69, 5),
+        "CLIP": (190, 86, 10),
     }[loss]
     assert counts[loss]["blocked"].operations <= blocked
     assert counts[loss]["triton"].operations <= triton

@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ccl_fast.kernels import streaming_logsumexp as kernels
+from ccl_fast.kernels import unit_rows
 from ccl_fast.kernels.launch import ARCHITECTURES, TABLE, Launch, launch_on
 
 # The instruction that multiplies matrices in each generation's machine code.
@@ -29,14 +30,18 @@ ELEMENTS = {"bf16": 2, "fp32": 4}
 # What the tests hold of every launch: a higher count, or fewer blocks, is a slower kernel.
 HELD = ("instructions", "exponentials", "shuffles", "blocks_per_multiprocessor", "copies_in_flight")
 RECORD = Path(__file__).parent / "inner_loops.jsonl"
-# Kernels without products, which are in no launch table: module, name, BLOCK, pointers to int32, arguments left out.
+# Kernels without products, which are in no launch table: module, name, constants, pointers to int32.
 OTHERS = (
-    (kernels.__name__, "prepare_anchors", 256, ("bounded_ptr",), ()),
-    (kernels.__name__, "prepare_anchors", 256, (), ("bounded_ptr",)),
-    (kernels.__name__, "combine_parts", 256, ("bounded_ptr",), ()),
-    (kernels.__name__, "combine_parts", 256, (), ("bounded_ptr", "sums_ptr")),
-    ("benchmarks.harvest.ceiling_kernels", "read", 4096, ("x_ptr", "out_ptr"), ()),
-    ("benchmarks.harvest.ceiling_kernels", "exponentials", 1024, (), ()),
+    (kernels.__name__, "prepare_anchors", {"BLOCK": 256}, ("bounded_ptr",)),
+    (kernels.__name__, "prepare_anchors", {"BLOCK": 256, "bounded_ptr": None}, ()),
+    (kernels.__name__, "combine_parts", {"BLOCK": 256}, ("bounded_ptr",)),
+    (kernels.__name__, "combine_parts", {"BLOCK": 256, "bounded_ptr": None, "sums_ptr": None}, ()),
+    (unit_rows.__name__, "unit_rows", {"BLOCK": 128, "LARGEST_INVERSE": 2.0**41}, ()),
+    (unit_rows.__name__, "unit_rows", {"BLOCK": 4096, "LARGEST_INVERSE": 2.0**41}, ()),
+    (unit_rows.__name__, "unit_rows_gradient", {"BLOCK": 128}, ()),
+    (unit_rows.__name__, "unit_rows_gradient", {"BLOCK": 4096}, ()),
+    ("benchmarks.harvest.ceiling_kernels", "read", {"BLOCK": 4096}, ("x_ptr", "out_ptr")),
+    ("benchmarks.harvest.ceiling_kernels", "exponentials", {"BLOCK": 1024}, ()),
 )
 
 
@@ -101,12 +106,12 @@ def compile_kernel(kernel: str, element: str, entry: Launch, d: int, arch: int, 
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=entry.options)
 
 
-def compile_other(arch: int, module: str, kernel: str, block: int, integers: tuple, absent: tuple) -> int:
+def compile_other(arch: int, module: str, kernel: str, constants: dict, integers: tuple) -> int:
     """Bytes of the machine code of one of `OTHERS`."""
     fn, signature, constexprs = getattr(importlib.import_module(module), kernel), {}, {}
     for name in fn.arg_names:
-        if name == "BLOCK" or name in absent:
-            signature[name], constexprs[name] = "constexpr", block if name == "BLOCK" else None
+        if name in constants:
+            signature[name], constexprs[name] = "constexpr", constants[name]
         else:
             pointer = "*i32" if name in integers else "*fp32"
             signature[name] = pointer if name.endswith("_ptr") else "i32"

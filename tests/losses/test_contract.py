@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -433,7 +434,7 @@ def test_changing_the_embeddings_before_backward_is_an_error_or_harmless(use, ba
     try:
         loss.backward()
     except RuntimeError as error:
-        assert "modified by an inplace operation" in str(error)
+        assert re.search(r"modified (by an inplace operation|inplace)", str(error))
     else:
         assert torch.allclose(z.grad, expected, rtol=1e-12)
 

@@ -78,7 +78,7 @@ def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple
     wanted = {"WANT_SAME": want_same, "WANT_OTHER": want_other}
     skip = None if want_same else _skippable(q_ids, k_ids, is_self)
     flag, sums = None, (None, None)
-    with _device_of(q):
+    with on_device_of(q):
         if use_flag and not _deterministic():
             flag = bounded.to(torch.int32)
             sums = [torch.zeros(n if want else 0, dtype=torch.float32, device=q.device) for want in wanted.values()]
@@ -157,7 +157,7 @@ def _backward(
     if on_chip and k is None and key_bias is None and q.shape[0] >= TRIANGLE_MIN_ROWS:
         flag = bounded.to(torch.int32)
     run = _backward_on_chip if on_chip else _backward_in_strips
-    with _device_of(q):
+    with on_device_of(q):
         anchors = _anchors(same, other, grad_same, grad_other, gain, flag)
         grad_q, grad_k, grad_scale, grad_bias = run(
             q, k, scale, _divided(scale, gain), key_bias, q_ids, k_ids, anchors, flag, needs, dtype
@@ -223,7 +223,7 @@ class _Pair:
             self.flag = logits_are_bounded(q, k, scale, None).to(torch.int32)
         self.rows = _aligned(q), _aligned(k)
         self.scales = scale, _divided(scale, self.gain)
-        with _device_of(q):
+        with on_device_of(q):
             self.anchors = tuple(_anchors(*of, gain=self.gain, flag=self.flag) for of in (of_q, of_k))
 
     def swapped(self) -> "_Pair":
@@ -235,7 +235,7 @@ class _Pair:
         """Of the first block's rows, in float32, and its half of the scale's."""
         (q, k), (q_ids, k_ids), (anchors, k_anchors) = self.rows, self.ids, self.anchors
         scale, out_scale = self.scales
-        with _device_of(q):
+        with on_device_of(q):
             if self.on_chip:
                 grad, to_scale, _ = _backward_pass(
                     q, k, q_ids, k_ids, scale, out_scale, None, anchors, k_anchors,
@@ -473,7 +473,8 @@ def _deterministic() -> bool:
     return torch.are_deterministic_algorithms_enabled()
 
 
-def _device_of(x: Tensor):
+def on_device_of(x: Tensor):
+    """Launch on the device of x, whichever is the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
