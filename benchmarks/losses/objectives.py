@@ -222,6 +222,11 @@ def _mixtures(size: Size) -> int:
     return 6 * (size.n // 2) * 1024 * size.d * 4
 
 
+def _outer_products(size: Size) -> int:
+    """Bytes of two arrays n x d x d."""
+    return 8 * size.n * size.d**2
+
+
 SWAV = _module("SwAVLoss", lambda loss, x: loss(x.embeddings, x.centers)) | {"lightly": LIGHTLY_SWAV}
 OBJECTIVES = {
     objective.name: objective
@@ -284,6 +289,16 @@ OBJECTIVES = {
                 lambda loss, x: loss(x.embeddings),
                 lambda loss, x: dense.cacr_of_two_views(x.embeddings, loss.t_negative),
             ),
+        ),
+        Objective(
+            "CodingRateLoss",
+            _written(
+                "CodingRateLoss",
+                lambda loss, x: loss(x.embeddings, x.cluster_ids),
+                lambda loss, x: dense.coding_rate(x.embeddings, x.cluster_ids, eps=loss.eps),
+                arrays=_outer_products,
+            ),
+            clusters=32,
         ),
         Objective(
             "MoCHiLoss",

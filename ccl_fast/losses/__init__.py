@@ -5,6 +5,7 @@ from ccl_fast.losses.base import Loss
 from ccl_fast.losses.cacr import CACRLoss
 from ccl_fast.losses.ccl import CCLLoss
 from ccl_fast.losses.center_negatives import CenterNegativesLoss
+from ccl_fast.losses.coding_rate import CodingRateLoss
 from ccl_fast.losses.deepcluster import DeepClusterV2Loss
 from ccl_fast.losses.feature_transformation import (
     FeatureTransformationLoss,
@@ -33,6 +34,7 @@ __all__ = [
     "CACRLoss",
     "CCLLoss",
     "CenterNegativesLoss",
+    "CodingRateLoss",
     "DeepClusterV2Loss",
     "FeatureTransformationLoss",
     "HardContrastiveLoss",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ccl_fast.losses import (
     CACRLoss,
     CCLLoss,
+    CodingRateLoss,
     DeepClusterV2Loss,
     HardContrastiveLoss,
     MEOWLoss,
@@ -41,6 +42,7 @@ ObjectiveName = Literal[
     "deepcluster-v2",
     "pamc",
     "meow",
+    "coding-rate",
     "swav",
 ]
 
@@ -148,6 +150,15 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
     "meow": Objective(
         "MEOW",
         functools.partial(MEOWLoss, weigh_positive=False),
+        _mean(lambda loss, z, of: loss(z, of.ids)),
+        "clusters",
+        OF_CLUSTERS,
+        min_clusters=2,
+    ),
+    # It has no temperature either.
+    "coding-rate": Objective(
+        "Coding rate",
+        lambda temperature: CodingRateLoss(),
         _mean(lambda loss, z, of: loss(z, of.ids)),
         "clusters",
         OF_CLUSTERS,

@@ -126,13 +126,13 @@ def start(seeding, seed, x, labels, k=2, weights=None):
 def test_further_clusters_start_as_k_means_plus_plus_has_it():
     x = torch.tensor([[0.0], [10.0], [20.0], [2.0]]).double()
     labels = torch.tensor([0, -1, -1, 0])  # their mean is 1
-    chosen = [start(plain_k_means_plus_plus, seed, x, labels).flatten().tolist() for seed in range(1500)]
+    chosen = [start(plain_k_means_plus_plus, seed, x, labels).flatten().tolist() for seed in range(400)]
     assert {a for a, _ in chosen} == {1.0} and {b for _, b in chosen} == {10.0, 20.0}
     share = np.mean([b == 10.0 for _, b in chosen])
-    assert share == pytest.approx(81 / (81 + 361), abs=0.04)
+    assert share == pytest.approx(81 / (81 + 361), abs=0.08)
     # The greedy one takes of two draws the one that leaves less: 20, which leaves 81, unless both are 10.
-    chosen = [start(k_means_plus_plus, seed, x, labels)[1].item() for seed in range(1500)]
-    assert np.mean([b == 10.0 for b in chosen]) == pytest.approx((81 / (81 + 361)) ** 2, abs=0.02)
+    chosen = [start(k_means_plus_plus, seed, x, labels)[1].item() for seed in range(400)]
+    assert np.mean([b == 10.0 for b in chosen]) == pytest.approx((81 / (81 + 361)) ** 2, abs=0.04)
 
 
 @pytest.mark.parametrize("seeding", (k_means_plus_plus, plain_k_means_plus_plus, random_rows))
@@ -147,6 +147,7 @@ def fit_shard(x, labels, sizes, options):
     return model.labels_, model.cluster_centers_
 
 
+@pytest.mark.xdist_group("test_kmeans_distributed")
 @pytest.mark.parametrize("options", ({}, {"metric": "cosine", "init": "plain-k-means++"}, {"init": "random"}), ids=str)
 def test_shards(options):
     x, labels = blobs(0).float(), some_labels(400, clusters=3)

@@ -36,6 +36,12 @@ SIGNATURES = {
         "embeddings cluster_ids centers * center_temperature",
     ),
     "CenterNegativesLoss": (0.1, "", "", "embeddings cluster_ids centers"),
+    "CodingRateLoss": (
+        1.0,
+        "eps",
+        "temperature learnable_temperature reduction backend process_group exchange",
+        "embeddings cluster_ids",
+    ),
     "DeepClusterV2Loss": (0.1, "", "exchange", "embeddings cluster_ids centers"),
     "FeatureTransformationLoss": (
         0.2,

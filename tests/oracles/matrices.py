@@ -150,3 +150,21 @@ def interclr(
     others = (q @ b[drawn].T / temperature).masked_fill(own[:, None] == labels[drawn], -torch.inf)
     inter = contrast(((q * positives).sum(1) - margin) / temperature, hardest(others, pool, len(drawn)))
     return over_rows((1 - inter_weight) * intra + inter_weight * inter, reduction)
+
+
+def coding_rate(embeddings: Tensor, cluster_ids: Tensor | None = None, *, eps: float = 0.5, normalize: bool = True):
+    """Coding rate of the clusters less that of all rows, from the outer product of every row."""
+    n, views, d = embeddings.shape if embeddings.ndim == 3 else (len(embeddings), 1, embeddings.shape[-1])
+    own = torch.arange(n, device=embeddings.device) - n - 1
+    ids = own if cluster_ids is None else torch.where(cluster_ids < 0, own, cluster_ids)
+    clusters = ids.repeat_interleave(views).unique(return_inverse=True)[1]
+    like = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    z = scaled(embeddings, like, normalize).reshape(-1, d)
+    outer = z[:, :, None] * z[:, None]
+
+    def rates(grams: Tensor, sizes: Tensor) -> Tensor:
+        return torch.logdet(torch.eye(d).to(grams) + d / eps**2 * grams / sizes[:, None, None])
+
+    sizes = clusters.bincount().to(z.dtype)
+    grams = z.new_zeros(len(sizes), d, d).index_add(0, clusters, outer)
+    return sizes / len(z) @ rates(grams, sizes) - rates(outer.sum(0, keepdim=True), sizes.sum()[None])[0]
