@@ -18,6 +18,7 @@ from ccl_fast.losses.infonce import InfoNCELoss
 from ccl_fast.losses.interclr import InterCLRLoss
 from ccl_fast.losses.mcl import MCLLoss
 from ccl_fast.losses.meow import MEOWLoss
+from ccl_fast.losses.mlc import MLCLoss
 from ccl_fast.losses.mlcd import MLCDLoss, nearest_centers
 from ccl_fast.losses.mochi import MoCHiLoss
 from ccl_fast.losses.ntxent import NTXentLoss
@@ -45,6 +46,7 @@ __all__ = [
     "MCLLoss",
     "MEOWLoss",
     "MLCDLoss",
+    "MLCLoss",
     "MoCHiLoss",
     "NTXentLoss",
     "PairWeights",

@@ -60,6 +60,7 @@ SIGNATURES = {
     "LightGCLLoss": (0.2, "positive_limit", ONE_PROCESS, "queries keys * nodes"),
     "MCLLoss": (0.1, "symmetric", "", "queries cluster_ids * keys"),
     "MEOWLoss": (0.1, "symmetric weigh_positive", "", "queries cluster_ids * keys"),
+    "MLCLoss": (0.1, "eps", "reduction process_group exchange", "embeddings * heads"),
     "MLCDLoss": (
         1 / 32,
         "sample margin margin_form",

@@ -168,3 +168,21 @@ def coding_rate(embeddings: Tensor, cluster_ids: Tensor | None = None, *, eps: f
     sizes = clusters.bincount().to(z.dtype)
     grams = z.new_zeros(len(sizes), d, d).index_add(0, clusters, outer)
     return sizes / len(z) @ rates(grams, sizes) - rates(outer.sum(0, keepdim=True), sizes.sum()[None])[0]
+
+
+def mlc(
+    embeddings: Tensor, heads: Tensor, *, temperature: float | Tensor = 0.1, eps: float = 0.5, normalize: bool = True,
+    steps: int = 60,
+):  # fmt: skip
+    """Coding rate reduction by a doubly stochastic matrix: Sinkhorn's steps and all, differentiated as they are."""
+    d = embeddings.shape[-1]
+    like = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    z, c = (scaled(x.flatten(0, -2), like, normalize) for x in (embeddings, heads))
+    logits = c @ c.T / temperature
+    f = logits.new_zeros(len(z))
+    for _ in range(steps):
+        f = (f - (logits + f).logsumexp(1)) / 2
+    g = (logits + f + f[:, None]).exp()
+    scale, identity = d / eps**2, torch.eye(d).to(z)
+    rates = torch.logdet(identity + scale * torch.einsum("nk,nd,ne->kde", g, z, z))
+    return rates.mean() - torch.logdet(identity + scale / len(z) * z.T @ z)

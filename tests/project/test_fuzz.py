@@ -82,6 +82,7 @@ CALLS = {
                                    **TWO, negatives=rows(9, 5), generator=None),
     "interclr": loss(losses.InterCLRLoss, {"num_negatives": 4, "pool": 0.5, "margin": -0.5}, **TWO,
                      negatives=rows(9, 5), bank=rows(12, 5), bank_cluster_ids=ids(12), indices=torch.arange(7)),
+    "mlc": loss(losses.MLCLoss, {"eps": 0.5}, embeddings=VIEWS, heads=VIEWS.flip(0)[:, :, :3]),
     "mlcd": loss(losses.MLCDLoss, {"sample": 0.5, "margin": 0.1, "margin_form": "cosface"}, embeddings=rows(7, 5),
                  cluster_ids=torch.stack((ids(7), ids(7) + 1), 1), prototypes=rows(4, 5)),
     "mochi": loss(losses.MoCHiLoss, {"num_hardest": 4, "num_synthetic": 3, "num_with_query": 2}, **TWO,
