@@ -5,7 +5,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_has_values, check_positive
+from ccl_fast.checks import check_has_values, checked_temperature
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.ops import segment_gram
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
@@ -49,8 +49,7 @@ class CodingRateLoss(Loss):
 
     def __init__(self, temperature: float = 1.0, *, eps: float = 0.5, **common: Unpack[CommonOptions]):
         super().__init__(temperature, **common)
-        check_positive("eps", eps)
-        self.eps = eps
+        self.eps = checked_temperature("eps", eps)  # its inverse is a number too
 
     def forward(self, embeddings: Tensor, cluster_ids: Tensor | None = None) -> Tensor:
         """Return the loss.
@@ -72,16 +71,16 @@ class CodingRateLoss(Loss):
         z, (n, d) = batch.z, batch.z.shape
         if n == 0:
             return z.to(accumulation_dtype(z)).sum()
-        views, scale = n // embeddings.shape[0], d / self.eps**2
+        shape, scale = (embeddings.shape[0], n // embeddings.shape[0], d), d / self.eps**2
         rate = log_det_plus_one(segment_gram(z, torch.zeros_like(batch.ids), 1) * (scale / n))[0]
         ids = torch.full_like(batch.ids, -1) if cluster_ids is None else batch.ids.clamp(min=-1)
         present, clusters = ids.unique(return_inverse=True)
         clusters = clusters - int((present < 0).sum())  # -1 is unassigned still
         sizes = (clusters + 1).bincount(minlength=2)[1:].to(rate.dtype)
         grams = segment_gram(z, clusters, len(sizes)) * (scale / sizes.clamp(min=1))[:, None, None]
-        unassigned = clusters.view(-1, views)[:, 0] < 0
-        own = _own_rates(z.view(-1, views, d), scale).masked_fill(~unassigned, 0.0).sum()
-        return sizes / n @ log_det_plus_one(grams) + own * (views / n) - rate
+        unassigned = clusters.view(shape[:2])[:, 0] < 0
+        own = _own_rates(z.view(shape), scale).masked_fill(~unassigned, 0.0).sum()
+        return sizes / n @ log_det_plus_one(grams) + own / shape[0] - rate
 
 
 def _own_rates(z: Tensor, scale: float) -> Tensor:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Unpack, cast
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_floating, check_positive, check_same, check_tensor
+from ccl_fast.checks import check_floating, check_same, check_tensor, checked_temperature
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.coding_rate import log_det_plus_one
@@ -58,8 +58,7 @@ class MLCLoss(Loss):
 
     def __init__(self, temperature: float = 0.1, *, eps: float = 0.5, **common: Unpack[CommonOptions]):
         super().__init__(temperature, **common)
-        check_positive("eps", eps)
-        self.eps = eps
+        self.eps = checked_temperature("eps", eps)  # its inverse is a number too
 
     def forward(self, embeddings: Tensor, *, heads: Tensor) -> Tensor:
         """Return the loss.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # condition is at most 2, so that each leaves a sixth.
 STEPS = {torch.float32: 25, torch.float64: 50}
 SOLVER_STEPS = {torch.float32: 10, torch.float64: 20}
-CPU_ELEMENTS, DEVICE_ELEMENTS = 1 << 20, 1 << 26
+CPU_ELEMENTS, DEVICE_ELEMENTS = 1 << 18, 1 << 26
 
 
 def column_blocks(n: int, more: int, device: torch.device) -> list[slice]:
