@@ -63,6 +63,7 @@ class Objective:
     learns_centers: bool = False
     more: Callable[[Inputs], tuple] = lambda x: ()
     clusters: int = K
+    largest: int = 65_536  # number of rows; one that costs more than N^2 D is not measured at the larger ones
 
     def inputs(self, size: Size, device: torch.device, seed: int = 0) -> Inputs:
         random = torch.Generator(device).manual_seed(seed)
@@ -227,6 +228,22 @@ def _mixtures(size: Size) -> int:
     return 6 * (size.n // 2) * 1024 * size.d * 4
 
 
+def _heads(x: Inputs) -> tuple[Tensor]:
+    """A cluster head's, of 16 numbers."""
+    heads = torch.randn(*x.embeddings.shape[:2], 16, generator=_generator(x), device=x.embeddings.device)
+    return (heads.to(x.embeddings.dtype).requires_grad_(),)
+
+
+def _weighted_rows(size: Size) -> int:
+    """Bytes of two arrays n x n x d."""
+    return 8 * size.n**2 * size.d
+
+
+def _outer_products(size: Size) -> int:
+    """Bytes of two arrays n x d x d."""
+    return 8 * size.n * size.d**2
+
+
 SWAV = _module("SwAVLoss", lambda loss, x: loss(x.embeddings, x.centers)) | {"lightly": LIGHTLY_SWAV}
 OBJECTIVES = {
     objective.name: objective
@@ -305,6 +322,27 @@ OBJECTIVES = {
             _written("GroCoLoss", lambda loss, x: loss(x.embeddings), lambda loss, x: sorting.groco(x.embeddings)),
         ),
         Objective(
+            "CodingRateLoss",
+            _written(
+                "CodingRateLoss",
+                lambda loss, x: loss(x.embeddings, x.cluster_ids),
+                lambda loss, x: dense.coding_rate(x.embeddings, x.cluster_ids, eps=loss.eps),
+                arrays=_outer_products,
+            ),
+            clusters=32,
+        ),
+        Objective(
+            "MLCLoss",
+            _written(
+                "MLCLoss",
+                lambda loss, x: loss(x.embeddings, heads=x.more[0]),
+                lambda loss, x: dense.mlc(x.embeddings, x.more[0], temperature=loss.temperature, eps=loss.eps),
+                arrays=_weighted_rows,
+            ),
+            more=_heads,
+            largest=2048,
+        ),
+        Objective(
             "MoCHiLoss",
             _written(
                 "MoCHiLoss",
@@ -374,6 +412,8 @@ def run_cpu(quick: bool, directory: Path) -> str:
     file, all_rows = ResultsFile("cpu-objectives", CPU, directory), []
     for objective in OBJECTIVES.values():
         for n in (512,) if quick else (2048, 8192):
+            if n > objective.largest:
+                continue
             size = Size(n, 128, clusters=objective.clusters)
             rows, steps = _measure(objective, size, CPU, host_clock, QUICK_SECONDS if quick else SECONDS)
             for name in steps if not quick else ():
@@ -407,6 +447,8 @@ class _ObjectivesRun(Run):
     def table(self) -> str:
         for objective in OBJECTIVES.values():
             for n in (8192, 65_536) if self.on_gpu else (64,):
+                if n > objective.largest:
+                    continue
                 size = Size(n, 128 if self.on_gpu else 16, clusters=objective.clusters if self.on_gpu else 8)
                 work = size.n * max(size.n, size.clusters) * size.d
                 keys = {name: (objective.name, name) for name in objective.contenders}

@@ -55,19 +55,26 @@ def weights_of(sample_weight: Any, X: Any, rows: Tensor) -> Tensor | None:
     return weights.detach() if weights.ndim == 2 else weights.detach()[None]
 
 
-def labels_of(labels: Any, X: Any, rows: Tensor, n_clusters: int, limit: str = "n_clusters") -> Tensor | None:
-    """Check labels of rows [problems, rows, d], and return them as int64 [problems, rows]."""
+def labels_of(
+    labels: Any, X: Any, rows: Tensor, n_clusters: int, limit: str = "n_clusters", name: str = "labels"
+) -> Tensor | None:
+    """Check labels of rows [problems, rows, d], and return them as int64 [problems, rows].
+
+    Args:
+        limit: what the number that they are below is called.
+        name: what they are called.
+    """
     if labels is None:
         return None
     shape = list(rows.shape[:2] if is_batched(X) else rows.shape[1:2])
     try:
         found = labels if isinstance(labels, Tensor) else tensor_of(np.asarray(labels))
     except (TypeError, ValueError):
-        raise ArgumentError(f"labels: expected integers {shape}, got {shown(labels)}") from None
+        raise ArgumentError(f"{name}: expected integers {shape}, got {shown(labels)}") from None
     if list(found.shape) != shape or found.dtype not in INTEGERS:
-        raise ArgumentError(f"labels: expected integers {shape}, got {found.dtype} {list(found.shape)}")
+        raise ArgumentError(f"{name}: expected integers {shape}, got {found.dtype} {list(found.shape)}")
     if found.numel() and (largest := int(found.max())) >= n_clusters:
-        raise ArgumentError(f"labels: expected labels below {limit}={n_clusters}, got {largest}")
+        raise ArgumentError(f"{name}: expected {name} below {limit}={n_clusters}, got {largest}")
     return found.detach().to(rows.device).long().view(rows.shape[:2])
 
 

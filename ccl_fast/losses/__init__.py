@@ -6,6 +6,7 @@ from ccl_fast.losses.cacr import CACRLoss
 from ccl_fast.losses.ccl import CCLLoss
 from ccl_fast.losses.center_negatives import CenterNegativesLoss
 from ccl_fast.losses.cmim import CMIMLoss
+from ccl_fast.losses.coding_rate import CodingRateLoss
 from ccl_fast.losses.deepcluster import DeepClusterV2Loss
 from ccl_fast.losses.feature_transformation import (
     FeatureTransformationLoss,
@@ -19,6 +20,7 @@ from ccl_fast.losses.infonce import InfoNCELoss
 from ccl_fast.losses.interclr import InterCLRLoss
 from ccl_fast.losses.mcl import MCLLoss
 from ccl_fast.losses.meow import MEOWLoss
+from ccl_fast.losses.mlc import MLCLoss
 from ccl_fast.losses.mlcd import MLCDLoss, nearest_centers
 from ccl_fast.losses.mochi import MoCHiLoss
 from ccl_fast.losses.ntxent import NTXentLoss
@@ -38,6 +40,7 @@ __all__ = [
     "CMIMLoss",
     "CSGCLLoss",
     "CenterNegativesLoss",
+    "CodingRateLoss",
     "DeepClusterV2Loss",
     "FeatureTransformationLoss",
     "GroCoLoss",
@@ -49,6 +52,7 @@ __all__ = [
     "MCLLoss",
     "MEOWLoss",
     "MLCDLoss",
+    "MLCLoss",
     "MoCHiLoss",
     "NTXentLoss",
     "PairWeights",

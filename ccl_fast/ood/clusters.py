@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import ClassVar, Literal, get_args
 
@@ -168,10 +169,10 @@ class Mahalanobis(ClusterDetector):
             of, counts = torch.zeros_like(y), counts.sum(0, keepdim=True)
         else:
             of = y
-        covariances = torch.zeros(len(counts), z.shape[1], z.shape[1], dtype=torch.float64, device=z.device)
-        for rows, ids, own in zip(z.split(ROWS), y.split(ROWS), of.split(ROWS), strict=True):
-            covariances += segment_gram(rows.double() - means[ids], own, len(counts))
-        factors = [self._factor(gram / count).to(z.dtype) for gram, count in zip(covariances, counts, strict=True)]
+        blocks = zip(z.split(ROWS), y.split(ROWS), of.split(ROWS), strict=True)
+        grams = (segment_gram(rows.double() - means[ids], own, len(counts)) for rows, ids, own in blocks)
+        covariances = zip(functools.reduce(Tensor.add_, grams), counts, strict=True)
+        factors = [self._factor(gram / count).to(z.dtype) for gram, count in covariances]
         return means.to(z.dtype), torch.stack(factors)
 
     def _factor(self, covariance: Tensor) -> Tensor:

@@ -146,7 +146,8 @@ def _blocks(z: Tensor, weights: Tensor) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, z.shape[0], size))
 
 
-def _by_weights(z: Tensor, weights: Tensor) -> Tensor:
+def gram_by_weights(z: Tensor, weights: Tensor) -> Tensor:
+    """As `segment_gram`, without its checks; not differentiable."""
     (d, k), dtype = (z.shape[1], weights.shape[1]), accumulation_dtype(z)
     sums = z.new_zeros(k * d, d, dtype=dtype)
     with without_autocast(z.device):
@@ -156,7 +157,8 @@ def _by_weights(z: Tensor, weights: Tensor) -> Tensor:
     return sums.view(k, d, d)
 
 
-def _by_weights_backward(z: Tensor, weights: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def gram_by_weights_gradients(z: Tensor, weights: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of z and of the weights, given that of the Gram matrices."""
     (d, k), dtype = (z.shape[1], weights.shape[1]), grad.dtype
     grad_z, grad_weights = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (z, weights))
     with without_autocast(z.device):
@@ -183,7 +185,9 @@ def _empty_like_both(z, weights, grad):
 
 _BY_IDS = Differentiable("segment_gram", _by_ids, _save, _gradients_by_ids, _empty)
 _BY_IDS_GRADIENT = GradientOperator("segment_gram_backward", _by_ids_backward, _empty_like, of="segment_gram")
-_BY_WEIGHTS = Differentiable("segment_gram_by_weights", _by_weights, _save, _gradients_by_weights, _empty_by_weights)
+_BY_WEIGHTS = Differentiable(
+    "segment_gram_by_weights", gram_by_weights, _save, _gradients_by_weights, _empty_by_weights
+)
 _BY_WEIGHTS_GRADIENT = GradientOperator(
-    "segment_gram_by_weights_backward", _by_weights_backward, _empty_like_both, of="segment_gram"
+    "segment_gram_by_weights_backward", gram_by_weights_gradients, _empty_like_both, of="segment_gram"
 )

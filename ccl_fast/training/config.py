@@ -175,8 +175,8 @@ class Config:
     objective: ObjectiveName = option(
         "ccl",
         'what is minimised after the warm-up: "ccl"; "simclr", "hard-contrastive", "cacr", "cmim" and "groco", which '
-        'need no clusters; on those of k-means also "supcon", "protonce", "deepcluster-v2", "pamc" and "meow"; on '
-        'prototypes that are learned "swav" and "protogcd".',
+        'need no clusters; on those of k-means also "supcon", "protonce", "deepcluster-v2", "pamc", "meow" and '
+        '"coding-rate"; on prototypes that are learned "swav" and "protogcd".',
         one_of(ObjectiveName),
         after_warm_up=True,
         group="training",
@@ -343,8 +343,8 @@ class Config:
     )
     temperature: float = option(
         0.1,
-        'temperature of the similarities in the loss. "cacr" has none, so there it is that of warm-up and baseline, '
-        "and without these has no effect.",
+        'temperature of the similarities in the loss. "cacr" and "coding-rate" have none, so there it is that of '
+        "warm-up and baseline, and without these has no effect.",
         checks.check_positive,
         group="training",
     )

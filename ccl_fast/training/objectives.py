@@ -15,6 +15,7 @@ from ccl_fast.losses import (
     CACRLoss,
     CCLLoss,
     CMIMLoss,
+    CodingRateLoss,
     DeepClusterV2Loss,
     GroCoLoss,
     HardContrastiveLoss,
@@ -46,6 +47,7 @@ ObjectiveName = Literal[
     "deepcluster-v2",
     "pamc",
     "meow",
+    "coding-rate",
     "swav",
     "protogcd",
 ]
@@ -158,6 +160,15 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
     "meow": Objective(
         "MEOW",
         functools.partial(MEOWLoss, weigh_positive=False),
+        _mean(lambda loss, z, of: loss(z, of.ids)),
+        "clusters",
+        OF_CLUSTERS,
+        min_clusters=2,
+    ),
+    # It has no temperature either.
+    "coding-rate": Objective(
+        "Coding rate",
+        lambda temperature: CodingRateLoss(),
         _mean(lambda loss, z, of: loss(z, of.ids)),
         "clusters",
         OF_CLUSTERS,

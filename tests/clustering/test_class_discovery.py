@@ -10,13 +10,9 @@ from sklearn.base import clone
 
 from ccl_fast.clustering import ClassDiscovery
 from ccl_fast.clustering.evidence import cluster_moments, log_evidence, log_posterior
+from tests.oracles.waves import waves
 
 KAPPA, PSI = 1e-4, 0.005
-
-
-def waves(n, d, a=0.7, b=1.3):
-    i, j = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(d, dtype=torch.float64)
-    return torch.sin(a * i * (j + 1) + b * j + 0.3 * i)
 
 
 def two_clusters():

@@ -26,6 +26,7 @@ from ccl_fast.losses import (
     MCLLoss,
     MEOWLoss,
     MLCDLoss,
+    MLCLoss,
     MoCHiLoss,
     PamCLoss,
     ProtoGCDLoss,
@@ -64,7 +65,7 @@ from tests.oracles.losses import (
     learnable,
     supcon,
 )
-from tests.oracles.matrices import hard_contrastive, interclr, mlcd, mochi, protogcd
+from tests.oracles.matrices import hard_contrastive, interclr, mlc, mlcd, mochi, protogcd
 from tests.tolerance import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -208,6 +209,11 @@ USES = {
         lambda *arguments, sample, **options: mlcd(*arguments, **options),
         lambda z: (z[:, 0], torch.stack((ASSIGNED, (ASSIGNED + 1) % 3), dim=1)[: len(z)], CENTERS.to(z.dtype)),
         sample=1,
+    ),
+    "mlc": Use(
+        MLCLoss,
+        lambda z, heads, *, reduction="mean", **options: mlc(z, heads, **options),
+        lambda z: (z, z.flip(1)[..., :3].tanh()),
     ),
     "mochi": Use(
         functools.partial(MoCHi, temperature=0.1),

@@ -38,6 +38,12 @@ SIGNATURES = {
     "CMIMLoss": (0.1, "", ONE_PROCESS, "embeddings"),
     "CSGCLLoss": (0.4, "strength_weight", ONE_PROCESS, "queries keys * strength"),
     "CenterNegativesLoss": (0.1, "", "", "embeddings cluster_ids centers"),
+    "CodingRateLoss": (
+        1.0,
+        "eps",
+        "temperature learnable_temperature reduction backend process_group exchange",
+        "embeddings cluster_ids",
+    ),
     "DeepClusterV2Loss": (0.1, "", "exchange", "embeddings cluster_ids centers"),
     "FeatureTransformationLoss": (
         0.2,
@@ -62,6 +68,7 @@ SIGNATURES = {
     "LightGCLLoss": (0.2, "positive_limit", ONE_PROCESS, "queries keys * nodes"),
     "MCLLoss": (0.1, "symmetric", "", "queries cluster_ids * keys"),
     "MEOWLoss": (0.1, "symmetric weigh_positive", "", "queries cluster_ids * keys"),
+    "MLCLoss": (0.1, "eps", "reduction process_group exchange", "embeddings * heads"),
     "MLCDLoss": (
         1 / 32,
         "sample margin margin_form",

@@ -187,3 +187,39 @@ def protogcd(
         return loss
     picked = [view.gather(1, labels.long().clamp(min=0)[:, None])[:, 0] for view in log_p]
     return loss - supervised_weight * over_rows(torch.cat(picked), "mean", (labels >= 0).repeat(2))
+
+
+def coding_rate(embeddings: Tensor, cluster_ids: Tensor | None = None, *, eps: float = 0.5, normalize: bool = True):
+    """Coding rate of the clusters less that of all rows, from the outer product of every row."""
+    n, views, d = embeddings.shape if embeddings.ndim == 3 else (len(embeddings), 1, embeddings.shape[-1])
+    own = torch.arange(n, device=embeddings.device) - n - 1
+    ids = own if cluster_ids is None else torch.where(cluster_ids < 0, own, cluster_ids)
+    clusters = ids.repeat_interleave(views).unique(return_inverse=True)[1]
+    like = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    z = scaled(embeddings, like, normalize).reshape(-1, d)
+    outer = z[:, :, None] * z[:, None]
+
+    def rates(grams: Tensor, sizes: Tensor) -> Tensor:
+        return torch.logdet(torch.eye(d).to(grams) + d / eps**2 * grams / sizes[:, None, None])
+
+    sizes = clusters.bincount().to(z.dtype)
+    grams = z.new_zeros(len(sizes), d, d).index_add(0, clusters, outer)
+    return sizes / len(z) @ rates(grams, sizes) - rates(outer.sum(0, keepdim=True), sizes.sum()[None])[0]
+
+
+def mlc(
+    embeddings: Tensor, heads: Tensor, *, temperature: float | Tensor = 0.1, eps: float = 0.5, normalize: bool = True,
+    steps: int = 60,
+):  # fmt: skip
+    """Coding rate reduction by a doubly stochastic matrix: Sinkhorn's steps and all, differentiated as they are."""
+    d = embeddings.shape[-1]
+    like = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    z, c = (scaled(x.flatten(0, -2), like, normalize) for x in (embeddings, heads))
+    logits = c @ c.T / temperature
+    f = logits.new_zeros(len(z))
+    for _ in range(steps):
+        f = (f - (logits + f).logsumexp(1)) / 2
+    g = (logits + f + f[:, None]).exp()
+    scale, identity = d / eps**2, torch.eye(d).to(z)
+    rates = torch.logdet(identity + scale * torch.einsum("nk,nd,ne->kde", g, z, z))
+    return rates.mean() - torch.logdet(identity + scale / len(z) * z.T @ z)

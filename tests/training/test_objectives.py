@@ -94,6 +94,7 @@ def expected_values(z, found, prototypes):
             *[(*of, ids) for of in ((first, second), (second, first)) for ids in (a, b)],
         ),
         "meow": mean(losses.MEOWLoss(0.2, weigh_positive=False), (z, a), (z, b)),
+        "coding-rate": mean(losses.CodingRateLoss(), (z, a), (z, b)),
         "swav": mean(losses.SwAVLoss(0.2), *[(z, matrix) for matrix in prototypes]),
         "protogcd": mean(
             losses.ProtoGCDLoss(0.2, teacher_temperature=0.1, supervised_weight=0.0),
