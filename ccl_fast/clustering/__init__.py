@@ -4,5 +4,6 @@ from ccl_fast.clustering.alignment import align_clusters
 from ccl_fast.clustering.concentration import concentration
 from ccl_fast.clustering.kmeans import KMeans
 from ccl_fast.clustering.online import OnlineClusters
+from ccl_fast.clustering.pooling import pool_by_clusters
 
-__all__ = ["KMeans", "OnlineClusters", "align_clusters", "concentration"]
+__all__ = ["KMeans", "OnlineClusters", "align_clusters", "concentration", "pool_by_clusters"]

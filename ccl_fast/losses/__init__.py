@@ -15,6 +15,7 @@ from ccl_fast.losses.graph import LightGCLLoss, SCGCLoss, SVDView, influence_mat
 from ccl_fast.losses.hard_contrastive import HardContrastiveLoss
 from ccl_fast.losses.infonce import InfoNCELoss
 from ccl_fast.losses.interclr import InterCLRLoss
+from ccl_fast.losses.maxsim import MaxSimLoss
 from ccl_fast.losses.mcl import MCLLoss
 from ccl_fast.losses.meow import MEOWLoss
 from ccl_fast.losses.mlcd import MLCDLoss, nearest_centers
@@ -44,6 +45,7 @@ __all__ = [
     "MCLLoss",
     "MEOWLoss",
     "MLCDLoss",
+    "MaxSimLoss",
     "MoCHiLoss",
     "NTXentLoss",
     "PairWeights",

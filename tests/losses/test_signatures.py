@@ -52,6 +52,7 @@ SIGNATURES = {
         "queries keys * negatives bank bank_cluster_ids indices generator",
     ),
     "LightGCLLoss": (0.2, "positive_limit", ONE_PROCESS, "queries keys * nodes"),
+    "MaxSimLoss": (1.0, "", "backend process_group exchange", "queries keys * query_ids key_ids num_ids"),
     "MCLLoss": (0.1, "symmetric", "", "queries cluster_ids * keys"),
     "MEOWLoss": (0.1, "symmetric weigh_positive", "", "queries cluster_ids * keys"),
     "MLCDLoss": (

@@ -187,3 +187,28 @@ def protogcd(
         return loss
     picked = [view.gather(1, labels.long().clamp(min=0)[:, None])[:, 0] for view in log_p]
     return loss - supervised_weight * over_rows(torch.cat(picked), "mean", (labels >= 0).repeat(2))
+
+
+def maxsim(
+    queries: Tensor,
+    keys: Tensor,
+    query_ids: Tensor,
+    key_ids: Tensor,
+    num_ids: int,
+    *,
+    temperature: float | Tensor = 1.0,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """By the matrix [n, m] of all similarities; a last query and a last document have what belongs to none."""
+    x = scaled(queries, queries, normalize) @ scaled(keys, queries, normalize).T
+    rows, columns = (torch.where(ids < 0, num_ids, ids) for ids in (query_ids, key_ids))
+    best = x.new_full((len(x), num_ids + 1), -torch.inf).scatter_reduce(1, columns.expand(len(x), -1), x, "amax")
+    of_query, of_document = (ids == torch.arange(num_ids, device=x.device)[:, None] for ids in (rows, columns))
+    exist = of_document.any(1)
+    best = best[:, :num_ids].masked_fill(~exist, 0.0)
+    sums = x.new_zeros(num_ids + 1, num_ids).index_add(0, rows, best)[:num_ids] / temperature
+    are_pairs = of_query.any(1) & exist
+    own = sums.diagonal()
+    sums = sums.masked_fill(~exist, torch.finfo(x.dtype).min / 2)
+    return over_rows(sums.logsumexp(1) - own, reduction, are_pairs)
