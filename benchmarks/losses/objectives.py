@@ -293,6 +293,7 @@ OBJECTIVES = {
                 ),
             ),
         ),
+        Objective("BECLRLoss", _module("BECLRLoss", lambda loss, x: loss(x.embeddings))),
         Objective(
             "CACRLoss",
             _written(

@@ -1,9 +1,19 @@
 """Cluster features: k-means, online clusters, and what losses and comparisons need of a clustering."""
 
 from ccl_fast.clustering.alignment import align_clusters
+from ccl_fast.clustering.bank import ClusteredBank
 from ccl_fast.clustering.concentration import concentration
 from ccl_fast.clustering.kmeans import KMeans
 from ccl_fast.clustering.online import OnlineClusters
 from ccl_fast.clustering.pooling import pool_by_clusters
+from ccl_fast.clustering.transport import transport_prototypes
 
-__all__ = ["KMeans", "OnlineClusters", "align_clusters", "concentration", "pool_by_clusters"]
+__all__ = [
+    "ClusteredBank",
+    "KMeans",
+    "OnlineClusters",
+    "align_clusters",
+    "concentration",
+    "pool_by_clusters",
+    "transport_prototypes",
+]

@@ -2,6 +2,7 @@
 
 from ccl_fast.losses.adameow import AdaMEOWLoss, PairWeights
 from ccl_fast.losses.base import Loss
+from ccl_fast.losses.beclr import BECLRLoss
 from ccl_fast.losses.cacr import CACRLoss
 from ccl_fast.losses.ccl import CCLLoss
 from ccl_fast.losses.center_negatives import CenterNegativesLoss
@@ -32,6 +33,7 @@ from ccl_fast.losses.whitenedcse import WhitenedCSELoss, shuffled_group_whitenin
 
 __all__ = [
     "AdaMEOWLoss",
+    "BECLRLoss",
     "CACRLoss",
     "CCLLoss",
     "CenterNegativesLoss",

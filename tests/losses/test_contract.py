@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ccl_fast import CCLLoss, InfoNCELoss, SupConLoss
 from ccl_fast.losses import (
     AdaMEOWLoss,
+    BECLRLoss,
     CenterNegativesLoss,
     DeepClusterV2Loss,
     FeatureTransformationLoss,
@@ -60,7 +61,7 @@ from tests.oracles.losses import (
     learnable,
     supcon,
 )
-from tests.oracles.matrices import hard_contrastive, interclr, maxsim, mlcd, mochi, protogcd
+from tests.oracles.matrices import beclr, hard_contrastive, interclr, maxsim, mlcd, mochi, protogcd
 from tests.tolerance import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -182,6 +183,9 @@ USES = {
     "infonce views": Use(InfoNCELoss, infonce, lambda z: (z,)),
     "infonce towers": Use(InfoNCELoss, infonce, lambda z: (z[:, 0], z[:, 1])),
     "swav": Use(SwAVLoss, lambda z, *rest, **options: swav(z.unbind(1), *rest, **options), with_prototypes),
+    "beclr": Use(
+        functools.partial(BECLRLoss, temperature=0.1), beclr, lambda z: (z, z.flip(0).tanh(), z.flip(1).cos())
+    ),
     "maxsim": Use(
         functools.partial(MaxSimLoss, temperature=0.1),
         maxsim,

@@ -23,6 +23,12 @@ ONE_PROCESS = "process_group exchange"
 # the star by name alone.
 SIGNATURES = {
     "AdaMEOWLoss": (0.1, "symmetric weigh_positive", ONE_PROCESS, "queries cluster_ids * weights keys"),
+    "BECLRLoss": (
+        2.0,
+        "negative_weight",
+        "reduction process_group exchange",
+        "embeddings * predictions targets",
+    ),
     "CACRLoss": (
         1.0,
         "t_positive t_negative negatives_of rbf",

@@ -212,3 +212,24 @@ def maxsim(
     own = sums.diagonal()
     sums = sums.masked_fill(~exist, torch.finfo(x.dtype).min / 2)
     return over_rows(sums.logsumexp(1) - own, reduction, are_pairs)
+
+
+def beclr(
+    embeddings: Tensor,
+    predictions: Tensor | None = None,
+    targets: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 2.0,
+    negative_weight: float = 0.1,
+    normalize: bool = True,
+) -> Tensor:
+    z, p, t = (
+        scaled(embeddings if x is None else x, embeddings, normalize) for x in (embeddings, predictions, targets)
+    )
+    n = len(z)
+    loss = -(p * t.detach().flip(1)).sum(2).mean() if n else 0.0 * z.sum()
+    if n < 2:
+        return loss
+    rows, own = z.flatten(0, 1), torch.arange(n, device=z.device).repeat_interleave(2)
+    e = (rows @ rows.T / temperature).masked_fill(own[:, None] == own, -torch.inf).exp()
+    return loss + negative_weight * (e.sum(1) / (2 * n - 2)).mean().log()

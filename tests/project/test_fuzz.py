@@ -71,6 +71,8 @@ CALLS = {
     "meow": loss(losses.MEOWLoss, {"symmetric": True, "weigh_positive": True}, queries=VIEWS, cluster_ids=ids(7)),
     "mcl": loss(losses.MCLLoss, {"symmetric": True}, queries=VIEWS, cluster_ids=[ids(7)]),
     "lightgcl": loss(losses.LightGCLLoss, {"positive_limit": 5.0}, **TWO, nodes=torch.arange(7)),
+    "beclr": loss(losses.BECLRLoss, {"negative_weight": 0.1}, embeddings=VIEWS, predictions=VIEWS.flip(0),
+                  targets=VIEWS.flip(1)),
     "maxsim": loss(losses.MaxSimLoss, **TWO, query_ids=ids(7), key_ids=ids(7), num_ids=4),
     "pamc": loss(losses.PamCLoss, **TWO, cluster_ids=ids(7)),
     "adameow": loss(losses.AdaMEOWLoss, queries=VIEWS, cluster_ids=ids(7), weights=rows(3, 3).sigmoid()),
