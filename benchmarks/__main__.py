@@ -1,7 +1,7 @@
 """python -m benchmarks cpu [--quick] | memory | gpu [--dry-run] | import FOLDER... | predict [FOLDER] | readme FILE |
-natural FOLDER... | plots FILE... | scaling | dispatches | family
+natural FOLDER... | plots FILE... | scaling | dispatches | family | worked
 
-cpu and gpu take --only PART.
+cpu, gpu and worked take --only.
 """
 
 import argparse
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import worked
 from benchmarks.clustering import kmeans
 from benchmarks.harness.results import DIRECTORY
 from benchmarks.losses import cpu, dispatches, distributed, gpu, objectives
@@ -56,6 +57,9 @@ def main() -> None:
         "dispatches", help="operations that a step of a small batch dispatches; Triton's too with TRITON_INTERPRET=1"
     )
     what.add_parser("family", help="write the table of docs/objectives.md from the docstrings of the losses")
+    examples = what.add_parser("worked", help="worked examples on real data: their figures, for some seeds")
+    examples.add_argument("--only", choices=worked.names(), nargs="+", default=worked.names(), help="these alone")
+    examples.add_argument("--seeds", type=int, default=3, help="how many (3)")
     plan = what.add_parser("scaling", help="the plan for many GPUs, as in docs/scaling.md")
     for name, (value, text) in scaling.ASSUMED.items():
         plan.add_argument(f"--{name.replace('_', '-')}", type=float, default=value, help=f"{text} ({value:g})")
@@ -64,6 +68,8 @@ def main() -> None:
         print(scaling.plan(**{name: getattr(a, name) for name in scaling.ASSUMED}))
     elif a.what == "family":
         family.update()
+    elif a.what == "worked":
+        print(worked.run(a.only, a.seeds, a.output))
     elif a.what == "dispatches":
         print(dispatches.table())
     elif a.what == "import":

@@ -204,6 +204,12 @@ def _bank(x: Inputs) -> tuple[Tensor, Tensor]:
     return labels, torch.arange(len(x.embeddings), device=device) % size
 
 
+def _sets(x: Inputs) -> tuple[Tensor, int]:
+    """Rows of queries and documents of 32 each."""
+    n = len(x.embeddings)
+    return torch.arange(n, device=x.embeddings.device) // 32, -(-n // 32)
+
+
 def _shuffles(x: Inputs) -> tuple[Tensor]:
     d = x.embeddings.shape[2]
     return (torch.stack([torch.randperm(d, generator=_generator(x), device=x.embeddings.device) for _ in range(2)]),)
@@ -309,6 +315,7 @@ OBJECTIVES = {
                 ),
             ),
         ),
+        Objective("BECLRLoss", _module("BECLRLoss", lambda loss, x: loss(x.embeddings))),
         Objective(
             "CACRLoss",
             _written(
@@ -341,6 +348,17 @@ OBJECTIVES = {
             ),
             more=_heads,
             largest=2048,
+        ),
+        Objective(
+            "MaxSimLoss",
+            _written(
+                "MaxSimLoss",
+                lambda loss, x: loss(
+                    *x.embeddings.unbind(1), query_ids=x.more[0], key_ids=x.more[0], num_ids=x.more[1]
+                ),
+                lambda loss, x: dense.maxsim(*x.embeddings.unbind(1), x.more[0], x.more[0], x.more[1]),
+            ),
+            more=_sets,
         ),
         Objective(
             "MoCHiLoss",

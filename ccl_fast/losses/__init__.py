@@ -2,6 +2,7 @@
 
 from ccl_fast.losses.adameow import AdaMEOWLoss, PairWeights
 from ccl_fast.losses.base import Loss
+from ccl_fast.losses.beclr import BECLRLoss
 from ccl_fast.losses.cacr import CACRLoss
 from ccl_fast.losses.ccl import CCLLoss
 from ccl_fast.losses.center_negatives import CenterNegativesLoss
@@ -18,6 +19,7 @@ from ccl_fast.losses.groco import GroCoLoss
 from ccl_fast.losses.hard_contrastive import HardContrastiveLoss
 from ccl_fast.losses.infonce import InfoNCELoss
 from ccl_fast.losses.interclr import InterCLRLoss
+from ccl_fast.losses.maxsim import MaxSimLoss
 from ccl_fast.losses.mcl import MCLLoss
 from ccl_fast.losses.meow import MEOWLoss
 from ccl_fast.losses.mlc import MLCLoss
@@ -35,6 +37,7 @@ from ccl_fast.losses.whitenedcse import WhitenedCSELoss, shuffled_group_whitenin
 
 __all__ = [
     "AdaMEOWLoss",
+    "BECLRLoss",
     "CACRLoss",
     "CCLLoss",
     "CMIMLoss",
@@ -53,6 +56,7 @@ __all__ = [
     "MEOWLoss",
     "MLCDLoss",
     "MLCLoss",
+    "MaxSimLoss",
     "MoCHiLoss",
     "NTXentLoss",
     "PairWeights",

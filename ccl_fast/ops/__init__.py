@@ -6,6 +6,7 @@ from ccl_fast.ops.kmeans.update import kmeans_update
 from ccl_fast.ops.logsumexp.operator import cross_entropy, logaddexp, mutual_logsumexp, streaming_logsumexp
 from ccl_fast.ops.row_dot import row_dot
 from ccl_fast.ops.rowwise.histogram import similarity_histogram
+from ccl_fast.ops.rowwise.max_by_id import max_by_id
 from ccl_fast.ops.rowwise.pairs import map_row_blocks, pair_logsumexp
 from ccl_fast.ops.rowwise.softmax import expected_similarity, logsumexp_excluding, topk_logsumexp
 from ccl_fast.ops.rowwise.topk import streaming_topk
@@ -30,6 +31,7 @@ __all__ = [
     "logaddexp",
     "logsumexp_excluding",
     "map_row_blocks",
+    "max_by_id",
     "mutual_logsumexp",
     "pair_logsumexp",
     "row_dot",

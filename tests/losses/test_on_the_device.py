@@ -57,6 +57,7 @@ OPERATORS = {
         q, k, q.flip(0), k, scale=1.0, teacher_scale=2.0, hard=torch.arange(len(q), device=q.device) % 3 == 0
     ),
     "assignment mass": lambda q, k: ops.assignment_mass(q, k, scale=0.5),
+    "largest by id": lambda q, k: ops.max_by_id(q, k, torch.arange(len(k), device=k.device) % 7).flatten(),
     "sinkhorn": lambda q, k: torch.cat(ops.sinkhorn(q, k, scale=0.5)),
 }
 

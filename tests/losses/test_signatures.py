@@ -23,6 +23,12 @@ ONE_PROCESS = "process_group exchange"
 # the star by name alone.
 SIGNATURES = {
     "AdaMEOWLoss": (0.1, "symmetric weigh_positive", ONE_PROCESS, "queries cluster_ids * weights keys"),
+    "BECLRLoss": (
+        2.0,
+        "negative_weight",
+        "reduction process_group exchange",
+        "embeddings * predictions targets",
+    ),
     "CACRLoss": (
         1.0,
         "t_positive t_negative negatives_of rbf",
@@ -66,6 +72,7 @@ SIGNATURES = {
         "queries keys * negatives bank bank_cluster_ids indices generator",
     ),
     "LightGCLLoss": (0.2, "positive_limit", ONE_PROCESS, "queries keys * nodes"),
+    "MaxSimLoss": (1.0, "", "backend process_group exchange", "queries keys * query_ids key_ids num_ids"),
     "MCLLoss": (0.1, "symmetric", "", "queries cluster_ids * keys"),
     "MEOWLoss": (0.1, "symmetric weigh_positive", "", "queries cluster_ids * keys"),
     "MLCLoss": (0.1, "eps", "reduction process_group exchange", "embeddings * heads"),

@@ -223,3 +223,49 @@ def mlc(
     scale, identity = d / eps**2, torch.eye(d).to(z)
     rates = torch.logdet(identity + scale * torch.einsum("nk,nd,ne->kde", g, z, z))
     return rates.mean() - torch.logdet(identity + scale / len(z) * z.T @ z)
+
+
+def maxsim(
+    queries: Tensor,
+    keys: Tensor,
+    query_ids: Tensor,
+    key_ids: Tensor,
+    num_ids: int,
+    *,
+    temperature: float | Tensor = 1.0,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """By the matrix [n, m] of all similarities; a last query and a last document have what belongs to none."""
+    x = scaled(queries, queries, normalize) @ scaled(keys, queries, normalize).T
+    rows, columns = (torch.where(ids < 0, num_ids, ids) for ids in (query_ids, key_ids))
+    best = x.new_full((len(x), num_ids + 1), -torch.inf).scatter_reduce(1, columns.expand(len(x), -1), x, "amax")
+    of_query, of_document = (ids == torch.arange(num_ids, device=x.device)[:, None] for ids in (rows, columns))
+    exist = of_document.any(1)
+    best = best[:, :num_ids].masked_fill(~exist, 0.0)
+    sums = x.new_zeros(num_ids + 1, num_ids).index_add(0, rows, best)[:num_ids] / temperature
+    are_pairs = of_query.any(1) & exist
+    own = sums.diagonal()
+    sums = sums.masked_fill(~exist, torch.finfo(x.dtype).min / 2)
+    return over_rows(sums.logsumexp(1) - own, reduction, are_pairs)
+
+
+def beclr(
+    embeddings: Tensor,
+    predictions: Tensor | None = None,
+    targets: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 2.0,
+    negative_weight: float = 0.1,
+    normalize: bool = True,
+) -> Tensor:
+    z, p, t = (
+        scaled(embeddings if x is None else x, embeddings, normalize) for x in (embeddings, predictions, targets)
+    )
+    n = len(z)
+    loss = -(p * t.detach().flip(1)).sum(2).mean() if n else 0.0 * z.sum()
+    if n < 2:
+        return loss
+    rows, own = z.flatten(0, 1), torch.arange(n, device=z.device).repeat_interleave(2)
+    e = (rows @ rows.T / temperature).masked_fill(own[:, None] == own, -torch.inf).exp()
+    return loss + negative_weight * (e.sum(1) / (2 * n - 2)).mean().log()

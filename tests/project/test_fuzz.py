@@ -74,6 +74,9 @@ CALLS = {
     "groco": loss(losses.GroCoLoss, {"num_negatives": 4, "steepness": 1.0}, embeddings=VIEWS),
     "csgcl": loss(losses.CSGCLLoss, {"strength_weight": 1.0}, **TWO, strength=rows(7).sigmoid()),
     "lightgcl": loss(losses.LightGCLLoss, {"positive_limit": 5.0}, **TWO, nodes=torch.arange(7)),
+    "beclr": loss(losses.BECLRLoss, {"negative_weight": 0.1}, embeddings=VIEWS, predictions=VIEWS.flip(0),
+                  targets=VIEWS.flip(1)),
+    "maxsim": loss(losses.MaxSimLoss, **TWO, query_ids=ids(7), key_ids=ids(7), num_ids=4),
     "pamc": loss(losses.PamCLoss, **TWO, cluster_ids=ids(7)),
     "adameow": loss(losses.AdaMEOWLoss, queries=VIEWS, cluster_ids=ids(7), weights=rows(3, 3).sigmoid()),
     "cacr": loss(losses.CACRLoss, {"t_positive": 1.0, "t_negative": 2.0, "rbf": None}, embeddings=VIEWS, labels=ids(7)),
@@ -159,6 +162,7 @@ CALLS = {
     "distilled_prediction": op(ops.distilled_prediction, z=rows(7, 5), centers=rows(3, 5), teacher_z=rows(7, 5),
                                teacher_centers=rows(3, 5), scale=2.0, teacher_scale=3.0, potentials=rows(3),
                                hard=torch.arange(7) > 3),
+    "max_by_id": op(ops.max_by_id, q=rows(7, 5), k=rows(9, 5), k_ids=ids(9), num_ids=4),
     "assignment_mass": op(ops.assignment_mass, z=rows(7, 5), centers=rows(3, 5), scale=2.0),
 }  # fmt: skip
 ANYTHING = [
