@@ -21,7 +21,7 @@ from benchmarks.harness.timing import Clock, Step, host_clock, interleave
 from benchmarks.losses.correctness import TOLERANCE
 from ccl_fast import losses
 from tests.oracles import matrices as dense
-from tests.oracles import sorting
+from tests.oracles import sorting, terms
 
 CPU = torch.device("cpu")
 SECONDS, QUICK_SECONDS = 4.0, 0.5
@@ -181,6 +181,19 @@ def _strength(x: Inputs) -> tuple[Tensor]:
     return (torch.rand(len(x.embeddings), generator=_generator(x), device=x.embeddings.device),)
 
 
+def _targets(x: Inputs) -> tuple[Tensor, Tensor]:
+    random, device = _generator(x), x.embeddings.device
+    targets = 100 * torch.rand(len(x.embeddings), generator=random, device=device)
+    return targets, targets + 5 * torch.randn(len(targets), generator=random, device=device)
+
+
+def _gates(x: Inputs) -> tuple[Tensor, Tensor]:
+    random, shape = _generator(x), x.embeddings[:, 0].shape
+    partners = torch.randint(10, shape[:1], generator=random, device=x.embeddings.device)
+    gates = torch.rand(shape, generator=random, device=x.embeddings.device).to(x.embeddings.dtype)
+    return partners, gates.requires_grad_()
+
+
 def _nearest_labels(x: Inputs) -> tuple[Tensor]:
     return (losses.nearest_centers(x.embeddings[:, 0].detach(), x.centers.detach()),)
 
@@ -220,6 +233,11 @@ def _dense_interclr(loss: losses.InterCLRLoss, x: Inputs) -> Tensor:
     drawn = loss.draw(len(x.embeddings), len(x.centers), x.embeddings, _generator(x))
     of = {name: getattr(loss, name) for name in ("temperature", "inter_weight", "pool", "margin")}
     return dense.interclr(*x.embeddings.unbind(1), x.centers, x.centers, *x.more, *drawn, **of)
+
+
+def _gated_keys(size: Size) -> int:
+    """Bytes of some arrays n x n x d."""
+    return 4 * (size.n // 2) ** 2 * size.d * 4
 
 
 def _mixtures(size: Size) -> int:
@@ -293,6 +311,25 @@ OBJECTIVES = {
         Objective(
             "GroCoLoss",
             _written("GroCoLoss", lambda loss, x: loss(x.embeddings), lambda loss, x: sorting.groco(x.embeddings)),
+        ),
+        Objective(
+            "ConRLoss",
+            _written(
+                "ConRLoss",
+                lambda loss, x: loss(x.embeddings[:, 0], targets=x.more[0], predictions=x.more[1]),
+                lambda loss, x: terms.conr(x.embeddings[:, 0], *x.more),
+            ),
+            more=_targets,
+        ),
+        Objective(
+            "GatedPairLoss",
+            _written(
+                "GatedPairLoss",
+                lambda loss, x: loss(x.embeddings[:, 0], x.cluster_ids % 10, partner_labels=x.more[0], gates=x.more[1]),
+                lambda loss, x: terms.gated_pairs(x.embeddings[:, 0], x.cluster_ids % 10, *x.more),
+                arrays=_gated_keys,
+            ),
+            more=_gates,
         ),
         Objective(
             "MoCHiLoss",

@@ -6,12 +6,14 @@ from ccl_fast.losses.cacr import CACRLoss
 from ccl_fast.losses.ccl import CCLLoss
 from ccl_fast.losses.center_negatives import CenterNegativesLoss
 from ccl_fast.losses.cmim import CMIMLoss
+from ccl_fast.losses.conr import ConRLoss
 from ccl_fast.losses.deepcluster import DeepClusterV2Loss
 from ccl_fast.losses.feature_transformation import (
     FeatureTransformationLoss,
     extrapolate_positives,
     interpolate_negatives,
 )
+from ccl_fast.losses.gated_pair import GatedPairLoss
 from ccl_fast.losses.graph import CSGCLLoss, LightGCLLoss, SCGCLoss, SVDView, community_strength, influence_matrix
 from ccl_fast.losses.groco import GroCoLoss
 from ccl_fast.losses.hard_contrastive import HardContrastiveLoss
@@ -37,8 +39,10 @@ __all__ = [
     "CMIMLoss",
     "CSGCLLoss",
     "CenterNegativesLoss",
+    "ConRLoss",
     "DeepClusterV2Loss",
     "FeatureTransformationLoss",
+    "GatedPairLoss",
     "GroCoLoss",
     "HardContrastiveLoss",
     "InfoNCELoss",

@@ -16,9 +16,11 @@ from ccl_fast.losses import (
     AdaMEOWLoss,
     CenterNegativesLoss,
     CMIMLoss,
+    ConRLoss,
     CSGCLLoss,
     DeepClusterV2Loss,
     FeatureTransformationLoss,
+    GatedPairLoss,
     HardContrastiveLoss,
     InterCLRLoss,
     LightGCLLoss,
@@ -39,8 +41,10 @@ from ccl_fast.ops.logsumexp import blocked
 from tests.losses.test_adameow import adameow
 from tests.losses.test_cluster_negatives import center_negatives, definition
 from tests.losses.test_cmim import cmim
+from tests.losses.test_conr import PREDICTIONS, TARGETS
 from tests.losses.test_csgcl import STRENGTH, csgcl
 from tests.losses.test_feature_transformation import seeded, transformed
+from tests.losses.test_gated_pair import GATES, PARTNERS
 from tests.losses.test_lightgcl import lightgcl
 from tests.losses.test_pamc import pamc
 from tests.losses.test_prototypes import deepcluster, protonce
@@ -63,6 +67,7 @@ from tests.oracles.losses import (
     supcon,
 )
 from tests.oracles.matrices import hard_contrastive, interclr, mlcd, mochi
+from tests.oracles.terms import conr, gated_pairs
 from tests.tolerance import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -237,6 +242,18 @@ USES = {
     ),
     "cmim": Use(CMIMLoss, cmim, lambda z: (z[:, 0],)),
     "cmim views": Use(CMIMLoss, cmim, lambda z: (z,)),
+    "conr": Use(
+        functools.partial(ConRLoss, temperature=0.1),
+        conr,
+        lambda z: (z[:, 0], TARGETS[: len(z)], PREDICTIONS[: len(z)]),
+        fullgraph=False,
+    ),
+    "gated pairs": Use(
+        GatedPairLoss,
+        lambda *arguments, normalize=True, **options: gated_pairs(*arguments, **options),
+        lambda z: (z[:, 0], IDS[: len(z)], PARTNERS[: len(z)], GATES[: len(z)]),
+        fullgraph=False,
+    ),
     "csgcl": Use(
         functools.partial(CSGCLLoss, temperature=0.1), csgcl, lambda z: (z[:, 0], z[:, 1], STRENGTH[: len(z)])
     ),

@@ -38,12 +38,24 @@ SIGNATURES = {
     "CMIMLoss": (0.1, "", ONE_PROCESS, "embeddings"),
     "CSGCLLoss": (0.4, "strength_weight", ONE_PROCESS, "queries keys * strength"),
     "CenterNegativesLoss": (0.1, "", "", "embeddings cluster_ids centers"),
+    "ConRLoss": (
+        0.07,
+        "window push count_masked",
+        "backend process_group exchange",
+        "embeddings * targets predictions weights",
+    ),
     "DeepClusterV2Loss": (0.1, "", "exchange", "embeddings cluster_ids centers"),
     "FeatureTransformationLoss": (
         0.2,
         "positive_alpha negative_alpha per_dimension",
         ONE_PROCESS,
         "queries keys * negatives generator",
+    ),
+    "GatedPairLoss": (
+        0.1,
+        "",
+        "normalize backend process_group exchange",
+        "embeddings labels * partner_labels gates",
     ),
     "GroCoLoss": (
         1.0,

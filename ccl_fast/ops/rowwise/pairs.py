@@ -236,4 +236,4 @@ def _save_nothing(ctx, inputs, output) -> None:
 _MAP = Differentiable("map_row_blocks", _forward, _save, _gradients)
 _REFUSE = refuse_double_backward("map_row_blocks, pair_logsumexp")
 _GRADIENT = Differentiable("map_row_blocks_backward", _backward, _save_nothing, _REFUSE)
-_map: Callable[..., Tensor] = torch.compiler.disable(_MAP.__call__)
+_map: Callable[..., Tensor] = torch.compiler.disable(_MAP.__call__)  # pyright: ignore[reportAssignmentType]
