@@ -20,8 +20,8 @@ from benchmarks.harness.results import ResultsFile, Row, table
 from benchmarks.harness.timing import Clock, Step, host_clock, interleave
 from benchmarks.losses.correctness import TOLERANCE
 from ccl_fast import losses
+from tests.oracles import lists, sorting, terms
 from tests.oracles import matrices as dense
-from tests.oracles import sorting, terms
 
 CPU = torch.device("cpu")
 SECONDS, QUICK_SECONDS = 4.0, 0.5
@@ -194,6 +194,12 @@ def _gates(x: Inputs) -> tuple[Tensor, Tensor]:
     return partners, gates.requires_grad_()
 
 
+def _lists(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Of sentences in topics of eight."""
+    n, device = len(x.embeddings), x.embeddings.device
+    return losses.segment_neighbors(torch.arange(n, device=device) // 8, 1, 3)
+
+
 def _nearest_labels(x: Inputs) -> tuple[Tensor]:
     return (losses.nearest_centers(x.embeddings[:, 0].detach(), x.centers.detach()),)
 
@@ -330,6 +336,24 @@ OBJECTIVES = {
                 arrays=_gated_keys,
             ),
             more=_gates,
+        ),
+        Objective(
+            "ListContrastLoss",
+            _written(
+                "ListContrastLoss",
+                lambda loss, x: loss(x.embeddings[:, 0], positives=x.more[0], negatives=x.more[1]),
+                lambda loss, x: lists.list_contrast(x.embeddings[:, 0], *x.more),
+            ),
+            more=_lists,
+        ),
+        Objective(
+            "SubspaceMarginLoss",
+            _written(
+                "SubspaceMarginLoss",
+                lambda loss, x: loss(x.embeddings[:, 0], x.cluster_ids),
+                lambda loss, x: lists.subspace_margin(x.embeddings[:, 0], x.cluster_ids),
+            ),
+            clusters=8,
         ),
         Objective(
             "MoCHiLoss",

@@ -7,6 +7,7 @@ from ccl_fast.losses.ccl import CCLLoss
 from ccl_fast.losses.center_negatives import CenterNegativesLoss
 from ccl_fast.losses.cmim import CMIMLoss
 from ccl_fast.losses.conr import ConRLoss
+from ccl_fast.losses.contrast_margin import contrast_margin
 from ccl_fast.losses.deepcluster import DeepClusterV2Loss
 from ccl_fast.losses.feature_transformation import (
     FeatureTransformationLoss,
@@ -19,6 +20,7 @@ from ccl_fast.losses.groco import GroCoLoss
 from ccl_fast.losses.hard_contrastive import HardContrastiveLoss
 from ccl_fast.losses.infonce import InfoNCELoss
 from ccl_fast.losses.interclr import InterCLRLoss
+from ccl_fast.losses.list_contrast import ListContrastLoss, segment_neighbors
 from ccl_fast.losses.mcl import MCLLoss
 from ccl_fast.losses.meow import MEOWLoss
 from ccl_fast.losses.mlcd import MLCDLoss, nearest_centers
@@ -28,6 +30,7 @@ from ccl_fast.losses.pamc import PamCLoss
 from ccl_fast.losses.protonce import ProtoNCELoss
 from ccl_fast.losses.sbcl import SBCLLoss
 from ccl_fast.losses.sepclr import SepCLRLoss
+from ccl_fast.losses.subspace_margin import SubspaceMarginLoss
 from ccl_fast.losses.supcon import SupConLoss
 from ccl_fast.losses.swav import SwAVLoss
 from ccl_fast.losses.whitenedcse import WhitenedCSELoss, shuffled_group_whitening
@@ -48,6 +51,7 @@ __all__ = [
     "InfoNCELoss",
     "InterCLRLoss",
     "LightGCLLoss",
+    "ListContrastLoss",
     "Loss",
     "MCLLoss",
     "MEOWLoss",
@@ -61,13 +65,16 @@ __all__ = [
     "SCGCLoss",
     "SVDView",
     "SepCLRLoss",
+    "SubspaceMarginLoss",
     "SupConLoss",
     "SwAVLoss",
     "WhitenedCSELoss",
     "community_strength",
+    "contrast_margin",
     "extrapolate_positives",
     "influence_matrix",
     "interpolate_negatives",
     "nearest_centers",
+    "segment_neighbors",
     "shuffled_group_whitening",
 ]

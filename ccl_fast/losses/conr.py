@@ -27,9 +27,9 @@ class ConRLoss(Loss):
     and 0 for a row without a negative or without a positive, which counts in the mean. The predictions decide who is a
     negative and get no gradient. Memory is linear in the rows.
 
-    Keramati, Meng, Evans, "ConR: Contrastive Regularizer for Deep Imbalanced Regression" (arXiv:2309.06651), for targets
-    of one dimension. In the authors' code pairs that are masked still add e^0 = 1 each (``count_masked``), and a row
-    without a positive gives NaN.
+    Keramati, Meng, Evans, "ConR: Contrastive Regularizer for Deep Imbalanced Regression" (arXiv:2309.06651), for
+    targets of one dimension. In the authors' code pairs that are masked still add e^0 = 1 each (``count_masked``), and
+    a row without a positive gives NaN.
 
     Args:
         temperature: T, > 0; the initial value if learnable.

@@ -24,8 +24,8 @@ class GatedPairLoss(Loss):
         \ell_{ij} = \log \Big( 1 + \sum_{l:\ y_l \notin \{y_i, \bar y_i\}} e^{s_{il} - s_{ij}} \Big), \qquad
         s_{ij} = \cos(g_i \odot z_i, g_i \odot z_j) / T
 
-    for all pairs with :math:`y_j = \bar y_i`, in the mean over these; where a row's partner class is its own it is one of
-    its own pairs. Gradients flow to embeddings and gates. Similarities are those of `gated_similarity`, some rows
+    for all pairs with :math:`y_j = \bar y_i`, in the mean over these; where a row's partner class is its own it is one
+    of its own pairs. Gradients flow to embeddings and gates. Similarities are those of `gated_similarity`, some rows
     at a time, so that memory is linear in the rows, instead of N x N x D.
 
     The pair loss of Hydra (SimLAP), as in the authors' code, whose gates are a sigmoid of a network of the mean of both

@@ -24,6 +24,7 @@ from ccl_fast.losses import (
     HardContrastiveLoss,
     InterCLRLoss,
     LightGCLLoss,
+    ListContrastLoss,
     MCLLoss,
     MEOWLoss,
     MLCDLoss,
@@ -46,6 +47,7 @@ from tests.losses.test_csgcl import STRENGTH, csgcl
 from tests.losses.test_feature_transformation import seeded, transformed
 from tests.losses.test_gated_pair import GATES, PARTNERS
 from tests.losses.test_lightgcl import lightgcl
+from tests.losses.test_list_contrast import NEGATIVES, POSITIVES
 from tests.losses.test_pamc import pamc
 from tests.losses.test_prototypes import deepcluster, protonce
 from tests.losses.test_sbcl import sbcl
@@ -54,6 +56,7 @@ from tests.losses.test_sepclr import WEIGHTS as SEPARATION
 from tests.losses.test_sepclr import sepclr
 from tests.losses.test_swav import swav
 from tests.losses.test_whitenedcse import permutations, whitenedcse
+from tests.oracles.lists import list_contrast
 from tests.oracles.losses import (
     assert_matches,
     batch,
@@ -254,6 +257,9 @@ USES = {
         lambda z: (z[:, 0], IDS[: len(z)], PARTNERS[: len(z)], GATES[: len(z)]),
         fullgraph=False,
     ),
+    "list contrast": Use(
+        ListContrastLoss, list_contrast, lambda z: (z[:, 0], POSITIVES[: len(z)], NEGATIVES[: len(z)])
+    ),
     "csgcl": Use(
         functools.partial(CSGCLLoss, temperature=0.1), csgcl, lambda z: (z[:, 0], z[:, 1], STRENGTH[: len(z)])
     ),
@@ -413,7 +419,9 @@ def test_only_the_embeddings_need_a_gradient(use, backend):
 def test_double_backward_is_a_clear_error(use, normalize):
     z = views().requires_grad_()
     module = use.learnable(normalize=normalize, backend="blocked")
-    for leaf in (z, module.loss_fn.log_temperature):
+    # (Of listed pairs alone the derivative by the temperature has one by the rows: their products are not asked twice.)
+    is_listed = isinstance(module.loss_fn, ListContrastLoss)
+    for leaf in (z,) if is_listed else (z, module.loss_fn.log_temperature):
         gradient = torch.autograd.grad(module(z), leaf, create_graph=True)[0]
         with pytest.raises(RuntimeError, match="double backward"):
             gradient.square().sum().backward()

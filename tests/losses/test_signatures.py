@@ -72,6 +72,7 @@ SIGNATURES = {
         "queries keys * negatives bank bank_cluster_ids indices generator",
     ),
     "LightGCLLoss": (0.2, "positive_limit", ONE_PROCESS, "queries keys * nodes"),
+    "ListContrastLoss": (0.1, "", "backend process_group exchange", "embeddings * positives negatives"),
     "MCLLoss": (0.1, "symmetric", "", "queries cluster_ids * keys"),
     "MEOWLoss": (0.1, "symmetric weigh_positive", "", "queries cluster_ids * keys"),
     "MLCDLoss": (
@@ -101,6 +102,12 @@ SIGNATURES = {
         "salient_weight background_weight independence_weight",
         "reduction process_group exchange",
         "embeddings * salient is_target",
+    ),
+    "SubspaceMarginLoss": (
+        1.0,
+        "boundary margin least_distance num_slices",
+        "temperature learnable_temperature normalize backend process_group exchange",
+        "embeddings labels cluster_ids",
     ),
     "SupConLoss": (
         0.1,
