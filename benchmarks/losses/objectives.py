@@ -20,7 +20,7 @@ from benchmarks.harness.results import ResultsFile, Row, table
 from benchmarks.harness.timing import Clock, Step, host_clock, interleave
 from benchmarks.losses.correctness import TOLERANCE
 from ccl_fast import losses
-from tests.oracles import lists, sorting, terms
+from tests.oracles import lists, pixels, sorting, terms
 from tests.oracles import matrices as dense
 
 CPU = torch.device("cpu")
@@ -200,6 +200,17 @@ def _lists(x: Inputs) -> tuple[Tensor, Tensor]:
     return losses.segment_neighbors(torch.arange(n, device=device) // 8, 1, 3)
 
 
+def _maps(x: Inputs) -> Tensor:
+    """Samples as pixels, 4 x 4 of each image, of both views."""
+    rows = x.embeddings[: len(x.embeddings) // 16 * 16]
+    return rows.transpose(0, 1).unflatten(1, (-1, 4, 4))
+
+
+def _boxes(x: Inputs) -> Tensor:
+    corners = torch.rand(2, len(x.embeddings) // 16, 2, generator=_generator(x), device=x.embeddings.device)
+    return torch.cat((corners / 2, corners / 2 + 0.5), 2)
+
+
 def _nearest_labels(x: Inputs) -> tuple[Tensor]:
     return (losses.nearest_centers(x.embeddings[:, 0].detach(), x.centers.detach()),)
 
@@ -354,6 +365,15 @@ OBJECTIVES = {
                 lambda loss, x: lists.subspace_margin(x.embeddings[:, 0], x.cluster_ids),
             ),
             clusters=8,
+        ),
+        Objective(
+            "PixProLoss",
+            _written(
+                "PixProLoss",
+                lambda loss, x: loss(*_maps(x), boxes=x.more[0], key_boxes=x.more[1]),
+                lambda loss, x: pixels.pixpro(*_maps(x), *x.more),
+            ),
+            more=_boxes,
         ),
         Objective(
             "MoCHiLoss",

@@ -27,7 +27,9 @@ from ccl_fast.losses.mlcd import MLCDLoss, nearest_centers
 from ccl_fast.losses.mochi import MoCHiLoss
 from ccl_fast.losses.ntxent import NTXentLoss
 from ccl_fast.losses.pamc import PamCLoss
+from ccl_fast.losses.pixpro import PixProLoss, propagate_pixels
 from ccl_fast.losses.protonce import ProtoNCELoss
+from ccl_fast.losses.sample_pairs import sample_pairs
 from ccl_fast.losses.sbcl import SBCLLoss
 from ccl_fast.losses.sepclr import SepCLRLoss
 from ccl_fast.losses.subspace_margin import SubspaceMarginLoss
@@ -60,6 +62,7 @@ __all__ = [
     "NTXentLoss",
     "PairWeights",
     "PamCLoss",
+    "PixProLoss",
     "ProtoNCELoss",
     "SBCLLoss",
     "SCGCLoss",
@@ -75,6 +78,8 @@ __all__ = [
     "influence_matrix",
     "interpolate_negatives",
     "nearest_centers",
+    "propagate_pixels",
+    "sample_pairs",
     "segment_neighbors",
     "shuffled_group_whitening",
 ]

@@ -89,6 +89,12 @@ SIGNATURES = {
     ),
     "PamCLoss": (0.1, "form", "exchange", "queries keys cluster_ids * positives"),
     "NTXentLoss": (0.5, "unassigned", "", "embeddings labels indices_tuple ref_emb ref_labels * negatives"),
+    "PixProLoss": (
+        1.0,
+        "ratio",
+        "temperature learnable_temperature backend process_group exchange",
+        "queries keys * boxes key_boxes",
+    ),
     "ProtoNCELoss": (0.1, "in_batch_negatives", "", "queries cluster_ids centers * center_temperature keys negatives"),
     "SBCLLoss": (
         0.1,

@@ -80,6 +80,8 @@ CALLS = {
                           negatives=torch.arange(14).view(7, 2) % 7),
     "subspace margin": loss(losses.SubspaceMarginLoss, {"boundary": 1.2, "margin": 0.2, "least_distance": 0.5},
                             embeddings=rows(7, 6), labels=ids(7)),
+    "pixpro": loss(losses.PixProLoss, {"ratio": 0.7}, queries=rows(2, 3, 3, 4), keys=rows(3, 3, 3, 4)[:2],
+                   boxes=rows(2, 4).sigmoid(), key_boxes=rows(3, 4)[:2].sigmoid()),
     "csgcl": loss(losses.CSGCLLoss, {"strength_weight": 1.0}, **TWO, strength=rows(7).sigmoid()),
     "lightgcl": loss(losses.LightGCLLoss, {"positive_limit": 5.0}, **TWO, nodes=torch.arange(7)),
     "pamc": loss(losses.PamCLoss, **TWO, cluster_ids=ids(7)),
