@@ -63,7 +63,7 @@ def map_row_blocks(
         size = block_rows(max((x.shape[0] for x in keys if x.ndim), default=1), rows[0].device, ARRAYS)
     else:
         check_count("size", size)
-    return _map(*rows, *keys, function, len(rows), size)
+    return _MAP(*rows, *keys, function, len(rows), size)
 
 
 def pair_logsumexp(
@@ -239,4 +239,3 @@ def _save_nothing(ctx, inputs, output) -> None:
 _MAP = Differentiable("map_row_blocks", _forward, _save, _gradients)
 _REFUSE = refuse_double_backward("map_row_blocks, pair_logsumexp")
 _GRADIENT = Differentiable("map_row_blocks_backward", _backward, _save_nothing, _REFUSE)
-_map: Callable[..., Tensor] = torch.compiler.disable(_MAP.__call__)  # pyright: ignore[reportAssignmentType]
