@@ -31,8 +31,7 @@ class SubspaceMarginLoss(Loss):
     clustered anew slices follow their clusters if these are renamed after the last ones:
     ``align_clusters(ids, last_ids, k)[ids]``. Memory is linear in the rows.
 
-    The loss of dynamic subspace learners (divide and conquer by clusters), as in the authors' code, with the nearest
-    negative where that draws one.
+    The loss of dynamic subspace learners (divide and conquer by clusters), as in the authors' code.
 
     Args:
         temperature: it has none, so nothing but 1.
