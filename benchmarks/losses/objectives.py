@@ -20,8 +20,8 @@ from benchmarks.harness.results import ResultsFile, Row, table
 from benchmarks.harness.timing import Clock, Step, host_clock, interleave
 from benchmarks.losses.correctness import TOLERANCE
 from ccl_fast import losses
+from tests.oracles import lists, pixels, sorting, terms
 from tests.oracles import matrices as dense
-from tests.oracles import sorting
 
 CPU = torch.device("cpu")
 SECONDS, QUICK_SECONDS = 4.0, 0.5
@@ -182,6 +182,36 @@ def _strength(x: Inputs) -> tuple[Tensor]:
     return (torch.rand(len(x.embeddings), generator=_generator(x), device=x.embeddings.device),)
 
 
+def _targets(x: Inputs) -> tuple[Tensor, Tensor]:
+    random, device = _generator(x), x.embeddings.device
+    targets = 100 * torch.rand(len(x.embeddings), generator=random, device=device)
+    return targets, targets + 5 * torch.randn(len(targets), generator=random, device=device)
+
+
+def _gates(x: Inputs) -> tuple[Tensor, Tensor]:
+    random, shape = _generator(x), x.embeddings[:, 0].shape
+    partners = torch.randint(10, shape[:1], generator=random, device=x.embeddings.device)
+    gates = torch.rand(shape, generator=random, device=x.embeddings.device).to(x.embeddings.dtype)
+    return partners, gates.requires_grad_()
+
+
+def _lists(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Of sentences in topics of eight."""
+    n, device = len(x.embeddings), x.embeddings.device
+    return losses.segment_neighbors(torch.arange(n, device=device) // 8, 1, 3)
+
+
+def _maps(x: Inputs) -> Tensor:
+    """Samples as pixels, 4 x 4 of each image, of both views."""
+    rows = x.embeddings[: len(x.embeddings) // 16 * 16]
+    return rows.transpose(0, 1).unflatten(1, (-1, 4, 4))
+
+
+def _boxes(x: Inputs) -> Tensor:
+    corners = torch.rand(2, len(x.embeddings) // 16, 2, generator=_generator(x), device=x.embeddings.device)
+    return torch.cat((corners / 2, corners / 2 + 0.5), 2)
+
+
 def _nearest_labels(x: Inputs) -> tuple[Tensor]:
     return (losses.nearest_centers(x.embeddings[:, 0].detach(), x.centers.detach()),)
 
@@ -227,6 +257,11 @@ def _dense_interclr(loss: losses.InterCLRLoss, x: Inputs) -> Tensor:
     drawn = loss.draw(len(x.embeddings), len(x.centers), x.embeddings, _generator(x))
     of = {name: getattr(loss, name) for name in ("temperature", "inter_weight", "pool", "margin")}
     return dense.interclr(*x.embeddings.unbind(1), x.centers, x.centers, *x.more, *drawn, **of)
+
+
+def _gated_keys(size: Size) -> int:
+    """Bytes of some arrays n x n x d."""
+    return 4 * (size.n // 2) ** 2 * size.d * 4
 
 
 def _mixtures(size: Size) -> int:
@@ -359,6 +394,52 @@ OBJECTIVES = {
                 lambda loss, x: dense.maxsim(*x.embeddings.unbind(1), x.more[0], x.more[0], x.more[1]),
             ),
             more=_sets,
+        ),
+        Objective(
+            "ConRLoss",
+            _written(
+                "ConRLoss",
+                lambda loss, x: loss(x.embeddings[:, 0], targets=x.more[0], predictions=x.more[1]),
+                lambda loss, x: terms.conr(x.embeddings[:, 0], *x.more),
+            ),
+            more=_targets,
+        ),
+        Objective(
+            "GatedPairLoss",
+            _written(
+                "GatedPairLoss",
+                lambda loss, x: loss(x.embeddings[:, 0], x.cluster_ids % 10, partner_labels=x.more[0], gates=x.more[1]),
+                lambda loss, x: terms.gated_pairs(x.embeddings[:, 0], x.cluster_ids % 10, *x.more),
+                arrays=_gated_keys,
+            ),
+            more=_gates,
+        ),
+        Objective(
+            "ListContrastLoss",
+            _written(
+                "ListContrastLoss",
+                lambda loss, x: loss(x.embeddings[:, 0], positives=x.more[0], negatives=x.more[1]),
+                lambda loss, x: lists.list_contrast(x.embeddings[:, 0], *x.more),
+            ),
+            more=_lists,
+        ),
+        Objective(
+            "SubspaceMarginLoss",
+            _written(
+                "SubspaceMarginLoss",
+                lambda loss, x: loss(x.embeddings[:, 0], x.cluster_ids),
+                lambda loss, x: lists.subspace_margin(x.embeddings[:, 0], x.cluster_ids),
+            ),
+            clusters=8,
+        ),
+        Objective(
+            "PixProLoss",
+            _written(
+                "PixProLoss",
+                lambda loss, x: loss(*_maps(x), boxes=x.more[0], key_boxes=x.more[1]),
+                lambda loss, x: pixels.pixpro(*_maps(x), *x.more),
+            ),
+            more=_boxes,
         ),
         Objective(
             "MoCHiLoss",

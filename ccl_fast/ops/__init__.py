@@ -1,6 +1,7 @@
 """Operators: a contract, one dense reference, and backends that agree with it."""
 
 from ccl_fast.ops.edge_similarity import edge_similarity
+from ccl_fast.ops.gated_similarity import gated_similarity
 from ccl_fast.ops.kmeans.assign import kmeans_assign
 from ccl_fast.ops.kmeans.update import kmeans_update
 from ccl_fast.ops.logsumexp.operator import cross_entropy, logaddexp, mutual_logsumexp, streaming_logsumexp
@@ -25,6 +26,7 @@ __all__ = [
     "distilled_prediction",
     "edge_similarity",
     "expected_similarity",
+    "gated_similarity",
     "kmeans_assign",
     "kmeans_update",
     "log_assignment_mass",

@@ -18,12 +18,15 @@ from ccl_fast.losses import (
     BECLRLoss,
     CenterNegativesLoss,
     CMIMLoss,
+    ConRLoss,
     CSGCLLoss,
     DeepClusterV2Loss,
     FeatureTransformationLoss,
+    GatedPairLoss,
     HardContrastiveLoss,
     InterCLRLoss,
     LightGCLLoss,
+    ListContrastLoss,
     MaxSimLoss,
     MCLLoss,
     MEOWLoss,
@@ -44,9 +47,12 @@ from ccl_fast.ops.logsumexp import blocked
 from tests.losses.test_adameow import adameow
 from tests.losses.test_cluster_negatives import center_negatives, definition
 from tests.losses.test_cmim import cmim
+from tests.losses.test_conr import PREDICTIONS, TARGETS
 from tests.losses.test_csgcl import STRENGTH, csgcl
 from tests.losses.test_feature_transformation import seeded, transformed
+from tests.losses.test_gated_pair import GATES, PARTNERS
 from tests.losses.test_lightgcl import lightgcl
+from tests.losses.test_list_contrast import NEGATIVES, POSITIVES
 from tests.losses.test_pamc import pamc
 from tests.losses.test_prototypes import deepcluster, protonce
 from tests.losses.test_sbcl import sbcl
@@ -55,6 +61,7 @@ from tests.losses.test_sepclr import WEIGHTS as SEPARATION
 from tests.losses.test_sepclr import sepclr
 from tests.losses.test_swav import swav
 from tests.losses.test_whitenedcse import permutations, whitenedcse
+from tests.oracles.lists import list_contrast
 from tests.oracles.losses import (
     assert_matches,
     batch,
@@ -68,6 +75,7 @@ from tests.oracles.losses import (
     supcon,
 )
 from tests.oracles.matrices import beclr, hard_contrastive, interclr, maxsim, mlc, mlcd, mochi, protogcd
+from tests.oracles.terms import conr, gated_pairs
 from tests.tolerance import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -258,6 +266,21 @@ USES = {
     ),
     "cmim": Use(CMIMLoss, cmim, lambda z: (z[:, 0],)),
     "cmim views": Use(CMIMLoss, cmim, lambda z: (z,)),
+    "conr": Use(
+        functools.partial(ConRLoss, temperature=0.1),
+        conr,
+        lambda z: (z[:, 0], TARGETS[: len(z)], PREDICTIONS[: len(z)]),
+        fullgraph=False,
+    ),
+    "gated pairs": Use(
+        GatedPairLoss,
+        lambda *arguments, normalize=True, **options: gated_pairs(*arguments, **options),
+        lambda z: (z[:, 0], IDS[: len(z)], PARTNERS[: len(z)], GATES[: len(z)]),
+        fullgraph=False,
+    ),
+    "list contrast": Use(
+        ListContrastLoss, list_contrast, lambda z: (z[:, 0], POSITIVES[: len(z)], NEGATIVES[: len(z)])
+    ),
     "csgcl": Use(
         functools.partial(CSGCLLoss, temperature=0.1), csgcl, lambda z: (z[:, 0], z[:, 1], STRENGTH[: len(z)])
     ),
@@ -421,9 +444,9 @@ def test_only_the_embeddings_need_a_gradient(use, backend):
 def test_double_backward_is_a_clear_error(use, normalize):
     z = views().requires_grad_()
     module = use.learnable(normalize=normalize, backend="blocked")
-    for leaf in (z, module.loss_fn.log_temperature):
-        if isinstance(module.loss_fn, MaxSimLoss) and leaf is not z:
-            continue  # its log-sum-exp of sums is torch's, which has one
+    # By the temperature these are plain operations of torch's, which have one.
+    by_rows_alone = isinstance(module.loss_fn, ListContrastLoss | MaxSimLoss)
+    for leaf in (z,) if by_rows_alone else (z, module.loss_fn.log_temperature):
         gradient = torch.autograd.grad(module(z), leaf, create_graph=True)[0]
         with pytest.raises(RuntimeError, match="double backward"):
             gradient.square().sum().backward()

@@ -50,12 +50,24 @@ SIGNATURES = {
         "temperature learnable_temperature reduction backend process_group exchange",
         "embeddings cluster_ids",
     ),
+    "ConRLoss": (
+        0.07,
+        "window push count_masked",
+        "backend process_group exchange",
+        "embeddings * targets predictions weights",
+    ),
     "DeepClusterV2Loss": (0.1, "", "exchange", "embeddings cluster_ids centers"),
     "FeatureTransformationLoss": (
         0.2,
         "positive_alpha negative_alpha per_dimension",
         ONE_PROCESS,
         "queries keys * negatives generator",
+    ),
+    "GatedPairLoss": (
+        0.1,
+        "",
+        "normalize backend process_group exchange",
+        "embeddings labels * partner_labels gates",
     ),
     "GroCoLoss": (
         1.0,
@@ -73,6 +85,7 @@ SIGNATURES = {
     ),
     "LightGCLLoss": (0.2, "positive_limit", ONE_PROCESS, "queries keys * nodes"),
     "MaxSimLoss": (1.0, "", "backend process_group exchange", "queries keys * query_ids key_ids num_ids"),
+    "ListContrastLoss": (0.1, "", "backend process_group exchange", "embeddings * positives negatives"),
     "MCLLoss": (0.1, "symmetric", "", "queries cluster_ids * keys"),
     "MEOWLoss": (0.1, "symmetric weigh_positive", "", "queries cluster_ids * keys"),
     "MLCLoss": (0.1, "eps", "reduction process_group exchange", "embeddings * heads"),
@@ -96,6 +109,12 @@ SIGNATURES = {
         "reduction process_group exchange",
         "embeddings prototypes * labels",
     ),
+    "PixProLoss": (
+        1.0,
+        "ratio",
+        "temperature learnable_temperature backend process_group exchange",
+        "queries keys * boxes key_boxes",
+    ),
     "ProtoNCELoss": (0.1, "in_batch_negatives", "", "queries cluster_ids centers * center_temperature keys negatives"),
     "SBCLLoss": (
         0.1,
@@ -109,6 +128,12 @@ SIGNATURES = {
         "salient_weight background_weight independence_weight",
         "reduction process_group exchange",
         "embeddings * salient is_target",
+    ),
+    "SubspaceMarginLoss": (
+        1.0,
+        "boundary margin least_distance num_slices",
+        "temperature learnable_temperature normalize backend process_group exchange",
+        "embeddings labels cluster_ids",
     ),
     "SupConLoss": (
         0.1,

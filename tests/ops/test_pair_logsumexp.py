@@ -192,8 +192,9 @@ def test_row_blocks_of_any_function():
         distance = (rows[0][:, None] - keys[0]).square().sum(2) + 1
         return torch.stack((distance.pow(keys[1]).sum(1), distance.amax(1)), 1)
 
-    actual = differentiate(map_row_blocks(far, [x], [y, power]), [x, y, power])
-    assert_matches(actual, differentiate(far([x], [y, power]), [x, y, power]), 1e-12)
+    for size in (None, 1, 100):
+        actual = differentiate(map_row_blocks(far, [x], [y, power], size=size), [x, y, power])
+        assert_matches(actual, differentiate(far([x], [y, power]), [x, y, power]), 1e-12)
 
 
 STEP = """
@@ -229,5 +230,7 @@ def test_errors():
             pair_logsumexp(**good | change)
     with pytest.raises(ValueError, match=r"rows: expected at least one tensor, got none"):
         map_row_blocks(lambda rows, keys: keys[0], [], [q])
+    with pytest.raises(ValueError, match=r"size: expected a positive integer, got 0"):
+        map_row_blocks(lambda rows, keys: rows[0], [q], size=0)
     with pytest.raises(ValueError, match=r"rows\[1\]: expected 4 rows, got shape \[3, 6\]"):
         map_row_blocks(lambda rows, keys: rows[0], [q, k], [])

@@ -9,8 +9,9 @@ from tests.oracles.pairs import every_choice, every_size, pairs
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 
 
-def definition(given, topk):
+def definition(given, topk, ceiling=torch.inf):
     x = (given.q.double() @ given.keys.double().T).masked_fill(~given.mask(), -torch.inf)
+    x = x.masked_fill(x > (ceiling[:, None] if getattr(ceiling, "ndim", 0) else ceiling), -torch.inf)
     values, indices = x.sort(dim=1, descending=True)
     padding = max(topk - x.shape[1], 0)
     values = torch.nn.functional.pad(values, (0, padding), value=-torch.inf)[:, :topk]
@@ -27,6 +28,24 @@ def test_the_definition(n, m, candidates, topk):
     expected, whose = definition(given, topk)
     torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(indices, whose)
+
+
+@every_size
+@every_choice
+@pytest.mark.parametrize("topk", (1, 3))
+def test_a_ceiling_of_similarities(n, m, candidates, topk):
+    given = pairs(n, m, candidates)
+    for ceiling in (0.5, torch.tensor(0.5), torch.linspace(-3, 3, n, dtype=torch.float64), -1e9):
+        values, indices = streaming_topk(given.q, given.k, topk=topk, ceiling=ceiling, **given.among)
+        expected, whose = definition(given, topk, ceiling)
+        torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-12)
+        assert torch.equal(indices, whose)
+
+
+def test_what_equals_the_ceiling_counts():
+    keys = torch.tensor([[1.0], [2.0], [3.0]])
+    values, indices = streaming_topk(torch.ones(1, 1), keys, topk=2, ceiling=2.0)
+    assert values.tolist() == [[2, 1]] and indices.tolist() == [[1, 0]]
 
 
 @pytest.mark.parametrize("m", (64, 1000, 1023, 4096))
@@ -95,6 +114,8 @@ def test_errors_name_the_argument():
         ((q.long(), k), {}, r"q: expected float64.*int64"),
         ((q, k[:, :1]), {}, r"k: expected shape \[rows, 2\], got \[4, 1\]"),
         ((q, k), {"candidates": "others"}, r"candidates: .*'others'"),
+        ((q, k), {"ceiling": torch.ones(2)}, r"ceiling: expected shape \[3\], got \[2\]"),
+        ((q, k), {"ceiling": "1"}, r"ceiling: expected a number or a tensor of one element, got '1'"),
         ((q, k), {"candidates": "same_id"}, r"q_ids: expected integers \[n\]"),
     ):
         with pytest.raises(ValueError, match=message):

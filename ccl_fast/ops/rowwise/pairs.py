@@ -5,8 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_floating, check_matrix, check_same, check_scale, check_tensor
-from ccl_fast.distributed.group import outside_of_graphs
+from ccl_fast.checks import check_count, check_floating, check_matrix, check_same, check_scale, check_tensor
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.differentiable import Differentiable, refuse_double_backward
 from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, scale_tensor, without_autocast
@@ -20,7 +19,9 @@ Term = Callable[[Tensor, Tensor], Tensor]
 ARRAYS = 6
 
 
-def map_row_blocks(function: OfRows, rows: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:
+def map_row_blocks(
+    function: OfRows, rows: Sequence[Tensor], keys: Sequence[Tensor] = (), *, size: int | None = None
+) -> Tensor:
     r"""Apply a function of rows and all keys to some rows at a time.
 
     .. math::
@@ -35,6 +36,7 @@ def map_row_blocks(function: OfRows, rows: Sequence[Tensor], keys: Sequence[Tens
             torch. It must treat each row by itself. Floating tensors come in float32 or float64.
         rows: tensors ``[n, ...]``, at least one.
         keys: tensors of any shape, of which a function sees the whole: keys ``[m, ...]`` first, or a temperature.
+        size: how many rows at a time; None: so many that some arrays of them by the keys are small.
 
     Returns:
         ``[n, ...]``, of the function's dtype.
@@ -57,7 +59,11 @@ def map_row_blocks(function: OfRows, rows: Sequence[Tensor], keys: Sequence[Tens
     for i, x in enumerate(rows):
         if x.ndim == 0 or x.shape[0] != rows[0].shape[0]:
             raise ArgumentError(f"rows[{i}]: expected {rows[0].shape[0]} rows, got shape {list(x.shape)}")
-    return _map(*rows, *keys, function, len(rows))
+    if size is None:
+        size = block_rows(max((x.shape[0] for x in keys if x.ndim), default=1), rows[0].device, ARRAYS)
+    else:
+        check_count("size", size)
+    return _MAP(*rows, *keys, function, len(rows), size)
 
 
 def pair_logsumexp(
@@ -155,10 +161,6 @@ def _check(q, k, scale, term, q_attributes, k_attributes) -> None:
 # ---- forward and backward ----
 
 
-def _size(keys: Sequence[Tensor], device: torch.device) -> int:
-    return block_rows(max((x.shape[0] for x in keys if x.ndim), default=1), device, ARRAYS)
-
-
 def _leaf(x: Tensor, need: bool = False) -> Tensor:
     """Return what the function is given, apart from all that was before."""
     x = x.detach()
@@ -170,11 +172,11 @@ def _blocks(n: int, size: int) -> list[slice]:
 
 
 def _forward(*inputs) -> Tensor:
-    *tensors, function, count = inputs
+    *tensors, function, count, size = inputs
     rows, keys = tensors[:count], [_leaf(x) for x in tensors[count:]]
     n, device, result = rows[0].shape[0], rows[0].device, None
     with without_autocast(device):
-        for block in _blocks(n, _size(keys, device)):
+        for block in _blocks(n, size):
             with torch.enable_grad():
                 value = function([_leaf(x[block]) for x in rows], keys)
             if value.requires_grad:
@@ -191,21 +193,21 @@ def _forward(*inputs) -> Tensor:
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.function, ctx.count = inputs
+    *tensors, ctx.function, ctx.count, ctx.size = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _gradients(ctx, grad: Tensor):
     tensors = ctx.saved_tensors
     needs = [need and x.is_floating_point() for need, x in zip(ctx.needs_input_grad, tensors, strict=False)]
-    arguments = grad, *tensors, ctx.function, ctx.count, needs
+    arguments = grad, *tensors, ctx.function, ctx.count, ctx.size, needs
     wanted = iter(_GRADIENT(*arguments) if torch.is_grad_enabled() else _backward(*arguments))
-    return (*(next(wanted) if need else None for need in needs), None, None)
+    return (*(next(wanted) if need else None for need in needs), None, None, None)
 
 
 def _backward(*inputs) -> tuple[Tensor, ...]:
     """Gradients of the tensors that need one."""
-    grad, *tensors, function, count, needs = inputs
+    grad, *tensors, function, count, size, needs = inputs
     n, device = tensors[0].shape[0], tensors[0].device
     of_rows, of_keys = needs[:count], needs[count:]
     keys = [_leaf(x, need) for x, need in zip(tensors[count:], of_keys, strict=True)]
@@ -214,7 +216,7 @@ def _backward(*inputs) -> tuple[Tensor, ...]:
     gradients = [x.new_zeros(x.shape, dtype=accumulation_dtype(x)) for x in given]
     to_rows, to_keys = gradients[: sum(of_rows)], gradients[sum(of_rows) :]
     with without_autocast(device):
-        for block in _blocks(n, _size(keys, device)):
+        for block in _blocks(n, size):
             rows = [_leaf(x[block], need) for x, need in zip(tensors[:count], of_rows, strict=True)]
             with torch.enable_grad():
                 value = function(rows, keys)
@@ -237,12 +239,3 @@ def _save_nothing(ctx, inputs, output) -> None:
 _MAP = Differentiable("map_row_blocks", _forward, _save, _gradients)
 _REFUSE = refuse_double_backward("map_row_blocks, pair_logsumexp")
 _GRADIENT = Differentiable("map_row_blocks_backward", _backward, _save_nothing, _REFUSE)
-
-
-def _map(*inputs) -> Tensor:
-    return _untraced(*inputs) if torch.compiler.is_compiling() else _MAP(*inputs)
-
-
-@outside_of_graphs
-def _untraced(*inputs) -> Tensor:
-    return _MAP(*inputs)

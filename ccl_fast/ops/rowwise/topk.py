@@ -4,9 +4,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import Candidates, check_candidates, check_count
+from ccl_fast.checks import (
+    Candidates,
+    check_candidates,
+    check_count,
+    check_floating,
+    check_same,
+    check_scale,
+    check_vector,
+)
 from ccl_fast.ops.differentiable import one_by_one
-from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, without_autocast
+from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, scale_tensor, without_autocast
 from ccl_fast.ops.rowwise.blocks import RowBlocks
 
 # Neighbouring keys that are first judged by the best of them, and for how many groups per wanted key that pays.
@@ -22,6 +30,7 @@ def streaming_topk(
     q_ids: Tensor | None = None,
     k_ids: Tensor | None = None,
     candidates: Candidates = "all",
+    ceiling: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""The ``topk`` largest similarities :math:`\langle q_i, k_j \rangle` of every row, and whose they are.
 
@@ -32,10 +41,12 @@ def streaming_topk(
     Args:
         q, k, q_ids, k_ids, candidates: as in `streaming_logsumexp`.
         topk: at least 1.
+        ceiling: keys that are more similar than this do not count: a number, or ``[n]``, of each row. (Semi-hard
+            negatives are below the positive's similarity, or at some distance at least.)
 
     Returns:
         Similarities ``[n, topk]``, float32 (float64 for float64 input), the largest first, and the keys' numbers
-        ``[n, topk]`` int64. Where A(i) has fewer keys: -inf, and -1. Ties are broken at will.
+        ``[n, topk]`` int64. Where A(i) has fewer keys, up to the ceiling: -inf, and -1. Ties are broken at will.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value.
@@ -43,12 +54,31 @@ def streaming_topk(
     check_count("topk", topk)
     check_candidates(q, k, q_ids, k_ids, candidates)
     q = in_autocast_dtype(q)
-    return _op(q, None if k is None else k.to(q.dtype), q_ids, k_ids, candidates, topk)
+    return _op(q, None if k is None else k.to(q.dtype), q_ids, k_ids, candidates, topk, _of_rows(ceiling, q))
+
+
+def _of_rows(ceiling: float | Tensor | None, q: Tensor) -> Tensor | None:
+    """A ceiling of each row, in accumulation precision."""
+    if ceiling is None:
+        return None
+    if isinstance(ceiling, Tensor) and ceiling.numel() != 1:
+        check_vector("ceiling", ceiling, q.shape[0])
+        check_floating("ceiling", ceiling)
+        check_same("ceiling", ceiling, "q", q, dtype=False)
+        return ceiling.to(accumulation_dtype(q))
+    check_scale("ceiling", ceiling)
+    return scale_tensor(ceiling, q).expand(q.shape[0]).clone()
 
 
 @torch.library.custom_op("ccl_fast::streaming_topk", mutates_args=())
 def _op(
-    q: Tensor, k: Tensor | None, q_ids: Tensor | None, k_ids: Tensor | None, candidates: str, topk: int
+    q: Tensor,
+    k: Tensor | None,
+    q_ids: Tensor | None,
+    k_ids: Tensor | None,
+    candidates: str,
+    topk: int,
+    ceiling: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     with without_autocast(q.device):
         blocks = RowBlocks(q, k, q_ids, k_ids, candidates)
@@ -56,7 +86,10 @@ def _op(
         found = min(topk, blocks.k.shape[0])
         values[:, found:], indices[:, found:] = -torch.inf, -1
         for rows in blocks:
-            best, where = largest(blocks.only_candidates_(blocks.similarities(rows), rows), found)
+            x = blocks.only_candidates_(blocks.similarities(rows), rows)
+            if ceiling is not None:
+                x.masked_fill_(x > ceiling[rows, None], -torch.inf)
+            best, where = largest(x, found)
             values[rows, :found] = best
             indices[rows, :found] = where.masked_fill_(best == -torch.inf, -1)
         return values, indices
@@ -71,7 +104,7 @@ _op.register_vmap(one_by_one(_op))
 
 
 @_op.register_fake
-def _(q, k, q_ids, k_ids, candidates, topk):
+def _(q, k, q_ids, k_ids, candidates, topk, ceiling):
     return _empty(q, topk)
 
 
