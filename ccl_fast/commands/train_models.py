@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -18,7 +19,7 @@ from ccl_fast.commands.judgement import write_run_report
 from ccl_fast.commands.report import describe_images, measures
 from ccl_fast.commands.run_folder import CONFIG, REPORT, RunFolder, clear, command_to_go_on, resumed_folder
 from ccl_fast.commands.tensor_files import check_writable
-from ccl_fast.commands.trained_run import TrainedRun
+from ccl_fast.commands.trained_run import TrainedRun, read_arguments
 from ccl_fast.data import Images
 from ccl_fast.distributed import Group
 from ccl_fast.errors import ArgumentError
@@ -47,7 +48,27 @@ from ccl_fast.training.telling import Telling, say
 LARGE_IMAGE = 96  # pixels; a quick look need not see more
 
 
-@takes_fields_of(Config)
+def _with_those_of_the_run(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call: of one that resumes a run, those that are not given as that run has them.
+
+    Raises:
+        ArgumentError: the run has one that no file can keep, or its file is none of arguments.
+    """
+    if given.get("resume") is not True:
+        return given
+    folder = resumed_folder("train", given.get("output"))
+    path = folder / CONFIG
+    if not path.exists():
+        return given
+    kept = vars(read_arguments(path))
+    for name, value in kept.items():
+        parts = value.values() if isinstance(value, Mapping) else as_list(value)
+        if name not in given and any(map(is_unkept, parts)):
+            raise ArgumentError(f"{name}: expected the one that the run was trained with, as no file can keep {value}")
+    return kept | given | {"output": folder}
+
+
+@takes_fields_of(Config, _with_those_of_the_run)
 def train(config: Config) -> dict | None:
     """Train on images without their labels, and tell images of other kinds from them.
 

@@ -515,8 +515,8 @@ class Config:
     )
     resume: bool = option(
         False,
-        "go on with the run in the output folder, of several the newest, by default of those in ``runs``. On the "
-        "command line the other arguments are those of the run; in Python they must be given, and be the same.",
+        "go on with the run in the output folder, of several the newest, by default of those in ``runs``. What is not "
+        "given is as in that run; what is must be the same, unless it is of this call alone.",
         checks.check_flag,
         may_differ=True,
         group="going_on",
@@ -704,13 +704,21 @@ def _plain(value):
     return f"<{type(value).__module__}.{type(value).__qualname__}>"
 
 
-def takes_fields_of(config: Callable[P, Config]) -> Callable[[Callable[[Config], R]], Callable[P, R]]:
-    """Turn a function of a `Config` into one of its fields, with their signature and a section ``Args`` on them."""
+def takes_fields_of(
+    config: Callable[P, Config], complete: Callable[[dict[str, Any]], dict[str, Any]] = dict
+) -> Callable[[Callable[[Config], R]], Callable[P, R]]:
+    """Turn a function of a `Config` into one of its fields, with their signature and a section ``Args`` on them.
+
+    Args:
+        config: makes it of them.
+        complete: adds to those that a call gives what it means by the others; by default the defaults.
+    """
 
     def decorate(function: Callable[[Config], R]) -> Callable[P, R]:
         @functools.wraps(function)
         def with_fields(*args: P.args, **kwargs: P.kwargs) -> R:
-            return function(config(*args, **kwargs))
+            given = inspect.signature(config).bind(*args, **kwargs).arguments
+            return function(config(**complete(given)))  # pyright: ignore[reportCallIssue] (P by name)
 
         returned = inspect.signature(function, eval_str=True).return_annotation
         vars(with_fields)["__signature__"] = inspect.signature(config).replace(return_annotation=returned)

@@ -25,7 +25,7 @@ from ccl_fast.commands.command_line import main
 from ccl_fast.errors import ArgumentError
 from ccl_fast.training import checkpoint
 from ccl_fast.training.checkpoint import CheckpointError
-from ccl_fast.training.interruption import Interruption
+from ccl_fast.training.interruption import Interrupted, Interruption
 from ccl_fast.training.loop import Run
 from tests.data.noise import Noise
 
@@ -103,6 +103,35 @@ def test_asked_to_stop_it_saves_and_goes_on(tmp_path, whole, monkeypatch, capsys
     assert checkpoint.load(folder / "checkpoints")["run"]["step"] == 7
     assert main(["train", *arguments, "--resume"]) == 0
     assert_same_end(folder, whole)
+
+
+def test_from_python_what_is_not_given_is_as_in_the_run(tmp_path, whole, monkeypatch):
+    def step(run, *batch, original=Run._step):
+        if run.step == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return original(run, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_step", step)
+        with pytest.raises(Interrupted):
+            train(tmp_path / "runs" / "a", **TINY)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArgumentError, match=r"^clusters: expected 4, as the run to resume has it .*, got 5"):
+        train(resume=True, clusters=5)
+    with pytest.raises(ArgumentError, match=r"^overwrite: expected False when resuming"):
+        train("runs/a", resume=True, overwrite=True)
+    train(resume=True, device="cpu")
+    assert_same_end(tmp_path / "runs" / "a", whole)
+
+
+def test_from_python_what_no_file_can_keep_is_asked_for(tmp_path):
+    options = {"baseline": False, "epochs": 1, "warmup_epochs": 0, "batch_size": 16, "clusters": 2, "far_ood": []}
+    data = Noise(40, 0), Noise(9, 1)
+    train(tmp_path / "run", data=data, near_ood={"mine": Noise(9, 2)}, **options)
+    for missing, given in (("data", {}), ("near_ood", {"data": data})):
+        with pytest.raises(ArgumentError, match=f"^{missing}: expected the one that the run was trained with, as no"):
+            train(tmp_path / "run", resume=True, **given)
+    assert train(tmp_path / "run", resume=True, data=data, near_ood={"mine": Noise(9, 2)})
 
 
 @pytest.mark.slow
