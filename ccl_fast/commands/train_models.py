@@ -42,7 +42,7 @@ from ccl_fast.training.loggers import Loggers, Results
 from ccl_fast.training.loop import Run
 from ccl_fast.training.objectives import BASELINE, OBJECTIVES, ObjectiveName
 from ccl_fast.training.probe import Probe
-from ccl_fast.training.progress import WARM_UP, Progress, advance
+from ccl_fast.training.progress import WARM_UP, Progress, advance, lengthened
 from ccl_fast.training.telling import Telling, say
 
 LARGE_IMAGE = 96  # pixels; a quick look need not see more
@@ -103,7 +103,7 @@ def train(config: Config) -> dict | None:
     config.check()
     _check_shared(config.objective)
     if config.resume:
-        config = replace(config, output=resumed_folder("train", config.output))
+        config = _of_the_run(config)
     start = time.perf_counter()
     plan = config.resolved()
     with RunFolder(plan.output, overwrite=plan.overwrite, resume=plan.resume) as run_folder:
@@ -138,6 +138,20 @@ def train(config: Config) -> dict | None:
             return report
 
 
+def _of_the_run(config: Config) -> Config:
+    """Return the configuration with the folder of the run that is resumed; of a longer one, as that run lengthened."""
+    folder = resumed_folder("train", config.output)
+    config = replace(config, output=folder)
+    if not (folder / CONFIG).exists():
+        return config
+    earlier = read_arguments(folder / CONFIG)
+    if earlier.epochs >= config.epochs or list(earlier.restarts) != list(config.restarts):
+        return config
+    config = config.lengthened(earlier)
+    config.check()
+    return config
+
+
 def _check_shared(objective: ObjectiveName) -> None:
     """Check that several processes can share the objective's batches, if there are several."""
     if launched_size() > 1 and not OBJECTIVES[objective].is_distributed:
@@ -163,6 +177,7 @@ def _open_progress(config: Config, folder: Path, images: Images, sets: ImageSets
     given = config.warmup_from
     if config.resume:
         state = group.patient.first(lambda: checkpoint.load(folder / CHECKPOINTS, config.resume_from))
+        state = lengthened(state, config.plain(), config.objectives)
     elif given is not None:
         origin = group.patient.first(lambda: _load_origin(given))
     probe = Probe(config.probe_every, images, None if sets is None else sets.test)
@@ -204,8 +219,11 @@ def _print_plan(given: Config, plan: Config, sets: ImageSets, run: Run, progress
 
 def _epochs(plan: Config, progress: Progress) -> dict[str, tuple[int, int]]:
     """Return, by stage that is not finished, the epochs it ends and begins with."""
-    epochs = {WARM_UP: (plan.warmup_length, 0)} | dict.fromkeys(plan.objectives, (plan.epochs, plan.warmup_length))
-    return {stage: of_stage for stage, of_stage in epochs.items() if stage not in progress.finished}
+    epochs = {WARM_UP: (plan.warmup_length, 0)}
+    for stage in plan.objectives:
+        end = progress.finished.get(stage)  # of a shorter run, if this is one that is lengthened
+        epochs[stage] = (plan.epochs, plan.warmup_length if end is None else len(end["losses"]))
+    return {stage: (last, first) for stage, (last, first) in epochs.items() if not progress.is_finished(stage, last)}
 
 
 def _write_config(folder: Path, config: Config) -> None:

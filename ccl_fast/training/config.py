@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import inspect
+import itertools
 import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -105,6 +106,14 @@ def check_clusters(name: str, value: object) -> None:
     numbers = [CLUSTERS] if value is None else as_list(value)
     if not numbers or not all(checks.is_integer(k) and k >= 1 for k in numbers) or len(set(numbers)) < len(numbers):
         raise ArgumentError(f"{name}: expected a positive integer, or several different ones, got {value!r}")
+
+
+def check_restarts(name: str, value: object) -> None:
+    """Check ascending numbers of epochs."""
+    epochs: Sequence = value if isinstance(value, Sequence) else [0]
+    are_numbers = all(checks.is_integer(n) and n >= 1 for n in epochs)
+    if not are_numbers or any(b <= a for a, b in itertools.pairwise(epochs)):
+        raise ArgumentError(f"{name}: expected ascending positive integers, got {value!r}")
 
 
 def check_folder(name: str, value: object) -> None:
@@ -325,6 +334,13 @@ class Config:
         0,
         "epochs in which the learning rate rises linearly from 0. Those of SimCLR, ``warmup_epochs``, are others.",
         at_least(0),
+        group="training",
+    )
+    restarts: Sequence[int] = option(
+        (),
+        "epochs after which the learning rate starts anew and the optimiser forgets its averages, as if a finished run "
+        "had been lengthened then: resuming one with more ``epochs`` sets it.",
+        check_restarts,
         group="training",
     )
     momentum: float = option(0.9, 'of "sgd" and "lars".', check_momentum, group="training")
@@ -551,6 +567,12 @@ class Config:
         self._check_objective()
         self._check_optimizer()
         self._check_folders()
+        if self.restarts and not max(self.warmup_length, self.lr_warmup_epochs) <= min(self.restarts):
+            first = max(self.warmup_length, self.lr_warmup_epochs)
+            expected = f"epochs from {first} on, where warmup_epochs and lr_warmup_epochs are over"
+            raise ArgumentError(f"restarts: expected {expected}, got {list(self.restarts)}")
+        if self.restarts and max(self.restarts) >= self.epochs:
+            raise ArgumentError(f"restarts: expected fewer than epochs={self.epochs}, got {list(self.restarts)}")
         if not self.warmup_length <= self.epochs:
             raise ArgumentError(f"warmup_epochs: expected 0 to epochs={self.epochs}, got {self.warmup_epochs!r}")
 
@@ -596,6 +618,12 @@ class Config:
         if self.baseline and self.objective != BASELINE:
             return BASELINE, self.objective
         return (self.objective,)
+
+    def lengthened(self, earlier: Self) -> Self:
+        """Return the configuration as that of the earlier, finished run which has fewer epochs, lengthened."""
+        warmup_epochs = earlier.warmup_length if self.warmup_epochs is None else self.warmup_epochs
+        restarts = [*earlier.restarts, earlier.epochs]
+        return dataclasses.replace(self, warmup_epochs=warmup_epochs, restarts=restarts)
 
     def fitted(self, n: int) -> Self:
         """Return the configuration with a batch size and clusters for n training images, where none are given."""
