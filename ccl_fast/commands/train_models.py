@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from ccl_fast.commands.environment import describe_device
-from ccl_fast.commands.image_sets import ImageSets, load_image_sets, read_split
+from ccl_fast.commands.image_sets import ImageSets, load_image_sets, read_split, with_extra_images
 from ccl_fast.commands.judgement import write_run_report
 from ccl_fast.commands.report import describe_images, measures
 from ccl_fast.commands.run_folder import CONFIG, REPORT, RunFolder, clear, command_to_go_on, resumed_folder
@@ -168,6 +168,7 @@ def _read(plan: Config, group: Group, device: torch.device) -> tuple[Images, Ima
             sets = load_image_sets(plan).to(device)
     with group.patient.together():  # afterwards: what is to be downloaded is there
         images = read_split(replace(plan, download=False)).train.to(device) if sets is None else sets.train
+        images = with_extra_images(plan, images)
     return images, sets
 
 
@@ -180,7 +181,9 @@ def _open_progress(config: Config, folder: Path, images: Images, sets: ImageSets
         state = lengthened(state, config.plain(), config.objectives)
     elif given is not None:
         origin = group.patient.first(lambda: _load_origin(given))
-    probe = Probe(config.probe_every, images, None if sets is None else sets.test)
+    # Of the process that looks it is the images whose classes are known.
+    probed, tested = (images, None) if sets is None else (sets.train, sets.test)
+    probe = Probe(config.probe_every, probed, tested)
     arguments = config.plain()
     go_on = command_to_go_on("train", folder, group.size)
     if any(
@@ -205,7 +208,9 @@ def _load_origin(run: str | Path) -> dict:
 def _print_plan(given: Config, plan: Config, sets: ImageSets, run: Run, progress: Progress) -> None:
     """Say what is trained on what, and what was chosen for so few images."""
     say(describe_images({name: len(images) for name, images in sets.parts.items()}, list(sets.near), list(sets.far)))
-    n = len(sets.train)
+    n = len(run.images)
+    if given.extra_images is not None:
+        say(f"{n - len(sets.train)} extra images; an epoch has each of the others {plan.real_weight} times")
     if given.batch_size is None and plan.batch_size != BATCH_SIZE:
         few = f"of {n} training images an epoch has {run.steps_per_epoch} such batches"
         say(f"batch_size {plan.batch_size} instead of {BATCH_SIZE}: {few}")

@@ -242,7 +242,22 @@ class Config:
     augmentation: Recipe = option(
         "auto",
         'how views are made: "digits" (small affine maps, contrast, noise), "simclr" (crops, flips, colours, blur), '
-        '"none", or "auto": "digits" for grey images and "simclr" for coloured ones.',
+        '"weak" (the same with half as many colour changes, for generated images beside real ones), "none", or "auto": '
+        '"digits" for grey images and "simclr" for coloured ones.',
+        group="data",
+    )
+    extra_images: str | Path | None = option(
+        None,
+        "folder of more images to train on, generated ones say; they are in no split, and no detector sees them. "
+        "Nothing is logged of classes then, as theirs are not known.",
+        check_folder,
+        may_differ=True,  # as data
+        group="data",
+    )
+    real_weight: int = option(
+        1,
+        "how often an epoch has each of the other images, where there are ``extra_images``: AdaInf has 10.",
+        at_least(1),
         group="data",
     )
     limit: int | None = option(
@@ -567,6 +582,8 @@ class Config:
         self._check_objective()
         self._check_optimizer()
         self._check_folders()
+        if self.extra_images is None and self.real_weight != 1:
+            raise ArgumentError(f"real_weight: expected 1 without extra_images, got {self.real_weight!r}")
         if self.restarts and not max(self.warmup_length, self.lr_warmup_epochs) <= min(self.restarts):
             first = max(self.warmup_length, self.lr_warmup_epochs)
             expected = f"epochs from {first} on, where warmup_epochs and lr_warmup_epochs are over"
@@ -707,7 +724,7 @@ def _located(name: str, value: Any) -> Any:
     """Return a value with the whole path of every folder in it."""
     from ccl_fast.data import located  # here: it takes seconds to import, and no help needs it
 
-    if name in ("output", "data_root", "warmup_from") and isinstance(value, str | Path):
+    if name in ("output", "data_root", "warmup_from", "extra_images") and isinstance(value, str | Path):
         return os.path.abspath(os.path.expanduser(value))
     if name == "data":
         return located(value, is_ood=False)

@@ -50,6 +50,7 @@ class Run:
         assert config.batch_size is not None and config.clusters is not None  # as they are fitted
         self.config, self.images, self.fabric, self.group = config, images, fabric, group
         self.batch_size = config.batch_size
+        self._epoch = images.epoch
         self.model = Model(
             config.backbone,
             images.shape,
@@ -109,7 +110,7 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.images) // self.batch_size
+        return len(self._epoch) // self.batch_size
 
     def state_dict(self) -> dict:
         """Return the state as copies, on the CPU, of tensors and plain values."""
@@ -149,7 +150,7 @@ class Run:
             if self.objective.needs == "clusters" and not (self.is_warming_up or self.step_losses):
                 with clustering():
                     self._cluster()
-            order = shuffled(len(self.images), self.config.seed, ORDER, len(self.losses))[:used]
+            order = self._epoch[shuffled(len(self._epoch), self.config.seed, ORDER, len(self.losses))[:used]]
             # Nothing is left if the run was stopped after the last step of an epoch.
             parts = order.view(-1, size)[len(self.step_losses) :, own]
             batches = self.images.batches(own.stop - own.start, parts.flatten()) if len(parts) else iter(())
