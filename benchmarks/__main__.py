@@ -1,5 +1,5 @@
 """python -m benchmarks cpu [--quick] | memory | gpu [--dry-run] | import FOLDER... | predict [FOLDER] | readme FILE |
-natural FOLDER... | plots FILE... | scaling | dispatches | family | worked
+natural FOLDER... | plots FILE... | scaling | dispatches | first-line | family | worked
 
 cpu, gpu and worked take --only.
 """
@@ -15,7 +15,7 @@ from benchmarks.harness.results import DIRECTORY
 from benchmarks.losses import cpu, dispatches, distributed, gpu, objectives
 from benchmarks.pages import family, scaling
 from benchmarks.pages.readme import update
-from benchmarks.training import natural, parts, whole_step
+from benchmarks.training import first_line, natural, parts, whole_step
 
 # Each with its run_cpu and its run_gpu.
 PARTS = {
@@ -56,6 +56,8 @@ def main() -> None:
     what.add_parser(
         "dispatches", help="operations that a step of a small batch dispatches; Triton's too with TRITON_INTERPRET=1"
     )
+    first = what.add_parser("first-line", help="seconds until ccl-fast says something, of --help and of train")
+    first.add_argument("--repetitions", type=int, default=7, help="of each, of which the median counts (7)")
     what.add_parser("family", help="write the table of docs/objectives.md from the docstrings of the losses")
     examples = what.add_parser("worked", help="worked examples on real data: their figures, for some seeds")
     examples.add_argument("--only", choices=worked.names(), nargs="+", default=worked.names(), help="these alone")
@@ -72,6 +74,8 @@ def main() -> None:
         print(worked.run(a.only, a.seeds, a.output))
     elif a.what == "dispatches":
         print(dispatches.table())
+    elif a.what == "first-line":
+        print(first_line.run(a.repetitions, a.output))
     elif a.what == "import":
         from benchmarks.harvest.importing import ImportRefused, import_folders
 

@@ -161,7 +161,9 @@ def _report_of_seed(folder: Path, seed: int, origin: Path | None, options: dict,
     if resume and (folder / "report.json").exists():
         return _finished(folder / "report.json", options)
     started = resume and (folder / CHECKPOINTS / LAST).exists()
-    report = train(output=folder, seed=seed, baseline=True, resume=started, warmup_from=origin, **options)
+    # All of them: of a seed that goes on, too, what is not given has its default.
+    config = Config(output=folder, seed=seed, baseline=True, resume=started, warmup_from=origin, **options)
+    report = train(**vars(config))
     assert report is not None  # of a single process
     return report
 

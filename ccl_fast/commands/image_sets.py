@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from ccl_fast.data import Images, Split, canonical, load_ood, load_split, synthetic_names
+from ccl_fast.data import Images, Split, canonical, load_folder, load_ood, load_split, synthetic_names
+from ccl_fast.data.joined import Joined
 from ccl_fast.errors import ArgumentError
 from ccl_fast.evaluation import GROUPS
 from ccl_fast.training.config import Config
@@ -41,6 +43,27 @@ class ImageSets:
 def read_split(config: Config) -> Split:
     """Read the images to train and to test on, as the configuration says; raises as `load_image_sets`."""
     return load_split(config.data, in_classes=config.in_classes, image_size=config.image_size, **_reading(config))
+
+
+def with_extra_images(config: Config, train: Images) -> Images:
+    """Return the training images with those that are trained on beside them, if there are any.
+
+    Raises:
+        ArgumentError: naming the argument.
+        FileNotFoundError: there is no such folder.
+    """
+    if config.extra_images is None:
+        return train
+    extra, _ = load_folder(
+        Path(config.extra_images),
+        train.shape,
+        argument="extra_images",
+        strict=config.strict,
+        workers=config.workers,
+        memory=config.image_memory,
+        max_pixels=config.max_pixels,
+    )
+    return Joined([train, extra.to(train.device)], [config.real_weight, 1])
 
 
 def load_image_sets(config: Config) -> ImageSets:

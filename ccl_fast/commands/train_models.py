@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
 from ccl_fast.commands.environment import describe_device
-from ccl_fast.commands.image_sets import ImageSets, load_image_sets, read_split
+from ccl_fast.commands.image_sets import ImageSets, load_image_sets, read_split, with_extra_images
 from ccl_fast.commands.judgement import write_run_report
 from ccl_fast.commands.report import describe_images, measures
 from ccl_fast.commands.run_folder import CONFIG, REPORT, RunFolder, clear, command_to_go_on, resumed_folder
 from ccl_fast.commands.tensor_files import check_writable
-from ccl_fast.commands.trained_run import TrainedRun
+from ccl_fast.commands.trained_run import TrainedRun, read_arguments
 from ccl_fast.data import Images
 from ccl_fast.distributed import Group
 from ccl_fast.errors import ArgumentError
@@ -41,13 +42,33 @@ from ccl_fast.training.loggers import Loggers, Results
 from ccl_fast.training.loop import Run
 from ccl_fast.training.objectives import BASELINE, OBJECTIVES, ObjectiveName
 from ccl_fast.training.probe import Probe
-from ccl_fast.training.progress import WARM_UP, Progress, advance
+from ccl_fast.training.progress import WARM_UP, Progress, advance, lengthened
 from ccl_fast.training.telling import Telling, say
 
 LARGE_IMAGE = 96  # pixels; a quick look need not see more
 
 
-@takes_fields_of(Config)
+def _with_those_of_the_run(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call: of one that resumes a run, those that are not given as that run has them.
+
+    Raises:
+        ArgumentError: the run has one that no file can keep, or its file is none of arguments.
+    """
+    if given.get("resume") is not True:
+        return given
+    folder = resumed_folder("train", given.get("output"))
+    path = folder / CONFIG
+    if not path.exists():
+        return given
+    kept = vars(read_arguments(path))
+    for name, value in kept.items():
+        parts = value.values() if isinstance(value, Mapping) else as_list(value)
+        if name not in given and any(map(is_unkept, parts)):
+            raise ArgumentError(f"{name}: expected the one that the run was trained with, as no file can keep {value}")
+    return kept | given | {"output": folder}
+
+
+@takes_fields_of(Config, _with_those_of_the_run)
 def train(config: Config) -> dict | None:
     """Train on images without their labels, and tell images of other kinds from them.
 
@@ -82,7 +103,7 @@ def train(config: Config) -> dict | None:
     config.check()
     _check_shared(config.objective)
     if config.resume:
-        config = replace(config, output=resumed_folder("train", config.output))
+        config = _of_the_run(config)
     start = time.perf_counter()
     plan = config.resolved()
     with RunFolder(plan.output, overwrite=plan.overwrite, resume=plan.resume) as run_folder:
@@ -117,6 +138,20 @@ def train(config: Config) -> dict | None:
             return report
 
 
+def _of_the_run(config: Config) -> Config:
+    """Return the configuration with the folder of the run that is resumed; of a longer one, as that run lengthened."""
+    folder = resumed_folder("train", config.output)
+    config = replace(config, output=folder)
+    if not (folder / CONFIG).exists():
+        return config
+    earlier = read_arguments(folder / CONFIG)
+    if earlier.epochs >= config.epochs or list(earlier.restarts) != list(config.restarts):
+        return config
+    config = config.lengthened(earlier)
+    config.check()
+    return config
+
+
 def _check_shared(objective: ObjectiveName) -> None:
     """Check that several processes can share the objective's batches, if there are several."""
     if launched_size() > 1 and not OBJECTIVES[objective].is_distributed:
@@ -133,6 +168,7 @@ def _read(plan: Config, group: Group, device: torch.device) -> tuple[Images, Ima
             sets = load_image_sets(plan).to(device)
     with group.patient.together():  # afterwards: what is to be downloaded is there
         images = read_split(replace(plan, download=False)).train.to(device) if sets is None else sets.train
+        images = with_extra_images(plan, images)
     return images, sets
 
 
@@ -142,9 +178,12 @@ def _open_progress(config: Config, folder: Path, images: Images, sets: ImageSets
     given = config.warmup_from
     if config.resume:
         state = group.patient.first(lambda: checkpoint.load(folder / CHECKPOINTS, config.resume_from))
+        state = lengthened(state, config.plain(), config.objectives)
     elif given is not None:
         origin = group.patient.first(lambda: _load_origin(given))
-    probe = Probe(config.probe_every, images, None if sets is None else sets.test)
+    # Of the process that looks it is the images whose classes are known.
+    probed, tested = (images, None) if sets is None else (sets.train, sets.test)
+    probe = Probe(config.probe_every, probed, tested)
     arguments = config.plain()
     go_on = command_to_go_on("train", folder, group.size)
     if any(
@@ -169,7 +208,9 @@ def _load_origin(run: str | Path) -> dict:
 def _print_plan(given: Config, plan: Config, sets: ImageSets, run: Run, progress: Progress) -> None:
     """Say what is trained on what, and what was chosen for so few images."""
     say(describe_images({name: len(images) for name, images in sets.parts.items()}, list(sets.near), list(sets.far)))
-    n = len(sets.train)
+    n = len(run.images)
+    if given.extra_images is not None:
+        say(f"{n - len(sets.train)} extra images; an epoch has each of the others {plan.real_weight} times")
     if given.batch_size is None and plan.batch_size != BATCH_SIZE:
         few = f"of {n} training images an epoch has {run.steps_per_epoch} such batches"
         say(f"batch_size {plan.batch_size} instead of {BATCH_SIZE}: {few}")
@@ -183,8 +224,11 @@ def _print_plan(given: Config, plan: Config, sets: ImageSets, run: Run, progress
 
 def _epochs(plan: Config, progress: Progress) -> dict[str, tuple[int, int]]:
     """Return, by stage that is not finished, the epochs it ends and begins with."""
-    epochs = {WARM_UP: (plan.warmup_length, 0)} | dict.fromkeys(plan.objectives, (plan.epochs, plan.warmup_length))
-    return {stage: of_stage for stage, of_stage in epochs.items() if stage not in progress.finished}
+    epochs = {WARM_UP: (plan.warmup_length, 0)}
+    for stage in plan.objectives:
+        end = progress.finished.get(stage)  # of a shorter run, if this is one that is lengthened
+        epochs[stage] = (plan.epochs, plan.warmup_length if end is None else len(end["losses"]))
+    return {stage: (last, first) for stage, (last, first) in epochs.items() if not progress.is_finished(stage, last)}
 
 
 def _write_config(folder: Path, config: Config) -> None:

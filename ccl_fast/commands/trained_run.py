@@ -68,7 +68,7 @@ class TrainedRun:
         path = Path(folder) / CONFIG
         if not path.exists():
             raise ArgumentError(f"run: expected the folder of a run (with config.yaml), got {str(folder)!r}")
-        run = cls(folder, _read(path))
+        run = cls(folder, read_arguments(path))
         run.config = replace(run.config, **{name: value for name, value in replaced.items() if value is not None})
         for name in needs:
             kept = getattr(run.config, name)
@@ -174,8 +174,12 @@ class TrainedRun:
         return self.folder / DETECTORS.format(objective)
 
 
-def _read(path: Path) -> Config:
-    """Read the configuration of a run."""
+def read_arguments(path: Path) -> Config:
+    """Read the arguments of a run.
+
+    Raises:
+        ArgumentError: that is no file of them, or one of another version.
+    """
     try:
         arguments = read_yaml(path.read_text())
     except ValueError as error:

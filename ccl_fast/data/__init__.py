@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from ccl_fast.data.augmentation import Views
     from ccl_fast.data.folder import load_files, load_folder
     from ccl_fast.data.images import Images
+    from ccl_fast.data.mosaics import Mosaics, mosaic
     from ccl_fast.data.ood import canonical, load_ood, located
     from ccl_fast.data.split import Split, load_split
     from ccl_fast.data.synthetic import synthetic_names
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 # Imported when they are used: torchvision takes longer than torch, and the help of a command needs none of it.
 _LATER = {
     "Images": "images",
+    "Mosaics": "mosaics",
     "Split": "split",
     "Views": "augmentation",
     "canonical": "ood",
@@ -24,11 +26,13 @@ _LATER = {
     "load_ood": "ood",
     "load_split": "split",
     "located": "ood",
+    "mosaic": "mosaics",
     "synthetic_names": "synthetic",
 }
 
 __all__ = [
     "Images",
+    "Mosaics",
     "Split",
     "Views",
     "canonical",
@@ -37,6 +41,7 @@ __all__ = [
     "load_ood",
     "load_split",
     "located",
+    "mosaic",
     "synthetic_names",
 ]
 

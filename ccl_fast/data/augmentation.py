@@ -32,6 +32,8 @@ class Views(nn.Module):
               strength, which may leave [0, 1];
             - "simclr": random resized crop, flip, colour jitter, greyscale, and blur if the images are larger than 64
               pixels, as in SimCLR; without the colours if they are grey;
+            - "weak": the same, but colours are jittered in 40 % of the views instead of 80 %, for training images of
+              which many are generated (AdaInf);
             - "none": the images as they are;
             - "auto": "digits" for grey images, "simclr" for RGB.
         shape: the images', (1 or 3, h, w).
@@ -82,17 +84,21 @@ def _digits(shape: tuple[int, int, int]) -> list[nn.Module]:
     ]
 
 
-def _simclr(shape: tuple[int, int, int]) -> list[nn.Module]:
+def _simclr(shape: tuple[int, int, int], jitter: float = 0.8) -> list[nn.Module]:
     channels, *size = shape
     steps: list[nn.Module] = [_CropAndFlip(smallest=0.2)]
     if channels == 3:
-        steps.append(_Colors(strength=0.4, hue=0.1, jitter=0.8, grey=0.2))
+        steps.append(_Colors(strength=0.4, hue=0.1, jitter=jitter, grey=0.2))
     if min(size) > SMALL:
         steps.append(K.RandomGaussianBlur(2 * (min(size) // 20) + 1, (0.1, 2.0), p=0.5))
     return steps
 
 
-_RECIPES = {"digits": _digits, "simclr": _simclr, "none": lambda shape: []}
+def _weak(shape: tuple[int, int, int]) -> list[nn.Module]:
+    return _simclr(shape, jitter=0.4)
+
+
+_RECIPES = {"digits": _digits, "simclr": _simclr, "weak": _weak, "none": lambda shape: []}
 
 
 class _Noise(nn.Module):

@@ -60,7 +60,16 @@ class Images(ABC):
             An iterator over float32 [b, c, h, w] in [0, 1]; it draws nothing from any global generator.
         """
         order = torch.arange(len(self), device="cpu") if order is None else order
-        return (self[rows] for rows in order.split(batch_size))
+        return self.in_batches(order.split(batch_size))
+
+    def in_batches(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The images of each batch of rows, int64 [b]; as `batches`."""
+        return (self[rows] for rows in batches)
+
+    @property
+    def epoch(self) -> Tensor:
+        """The rows that an epoch has, int64 on the CPU, each as often as it has them: here once, in their order."""
+        return torch.arange(len(self), device="cpu")
 
     @abstractmethod
     def subset(self, rows: Tensor) -> Images:
@@ -141,9 +150,8 @@ class OnDemand(Images):
     def __getitem__(self, rows: Tensor) -> Tensor:
         return next(self._loaded([rows.cpu()], workers=0))
 
-    def batches(self, batch_size: int, order: Tensor | None = None) -> Iterator[Tensor]:
-        order = torch.arange(len(self), device="cpu") if order is None else order.cpu()
-        return self._loaded(order.split(batch_size), self.workers)
+    def in_batches(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        return self._loaded([rows.cpu() for rows in batches], self.workers)
 
     def subset(self, rows: Tensor) -> OnDemand:
         rows = rows.cpu()

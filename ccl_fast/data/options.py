@@ -5,5 +5,5 @@ from __future__ import annotations
 from typing import Literal
 
 # Ways to make views; "auto" goes by the images.
-Recipe = Literal["auto", "digits", "simclr", "none"]
+Recipe = Literal["auto", "digits", "simclr", "weak", "none"]
 MAX_PIXELS = 90_000_000  # of an image, by default: where Pillow begins to warn

@@ -17,6 +17,7 @@ with packages_of_training():
     from ccl_fast.evaluation.knn import knn_accuracy
     from ccl_fast.evaluation.linear import linear_accuracy
     from ccl_fast.evaluation.page import ShownPicture, write_page
+    from ccl_fast.evaluation.raters import RaterAgreement, rater_agreement
     from ccl_fast.evaluation.thresholds import describe_thresholds, threshold
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "RESAMPLES",
     "Evaluation",
     "FittedDetectors",
+    "RaterAgreement",
     "ShownPicture",
     "confidence_interval",
     "describe_thresholds",
@@ -35,6 +37,7 @@ __all__ = [
     "linear_accuracy",
     "make_detectors",
     "metric_intervals",
+    "rater_agreement",
     "resample_metrics",
     "threshold",
     "write_page",

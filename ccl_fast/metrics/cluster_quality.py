@@ -44,7 +44,9 @@ def cluster_quality(cluster_ids: Tensor, labels: Tensor) -> dict[str, float]:
         >>> cluster_quality(torch.tensor([1, 1, 0, 0]), torch.tensor([5, 5, 7, 7]))
         {'nmi': 1.0, 'accuracy': 1.0, 'purity': 1.0, 'same_class': 1.0}
     """
-    from scipy.optimize import linear_sum_assignment  # takes long to import
+    # These take long to import.
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.metrics.cluster import contingency_matrix
 
     with packages_of_training():
         from torchmetrics.functional.clustering import normalized_mutual_info_score
@@ -63,9 +65,9 @@ def cluster_quality(cluster_ids: Tensor, labels: Tensor) -> dict[str, float]:
     with torch.device("cpu"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse invariant checks")
         nmi = normalized_mutual_info_score(ids, classes).item()
-    together = torch.zeros(int(ids.max()) + 1, int(classes.max()) + 1, dtype=torch.int64, device="cpu")
-    together.index_put_((ids, classes), torch.ones_like(ids), accumulate=True)
-    rows, columns = linear_sum_assignment(together.numpy(), maximize=True)
+    counts = contingency_matrix(ids, classes)
+    rows, columns = linear_sum_assignment(counts, maximize=True)
+    together = torch.from_numpy(counts)
     sizes, mates = together.sum(1, keepdim=True), (together * (together - 1)).double()
     same = (
         (mates / (sizes - 1).clamp(min=1)).sum() / sizes[sizes > 1].sum()
@@ -74,7 +76,7 @@ def cluster_quality(cluster_ids: Tensor, labels: Tensor) -> dict[str, float]:
     )
     return {
         "nmi": nmi,
-        "accuracy": together.numpy()[rows, columns].sum().item() / len(ids),
+        "accuracy": counts[rows, columns].sum().item() / len(ids),
         "purity": together.amax(1).sum().item() / len(ids),
         "same_class": same.item(),
     }

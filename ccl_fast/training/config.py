@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import inspect
+import itertools
 import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -105,6 +106,14 @@ def check_clusters(name: str, value: object) -> None:
     numbers = [CLUSTERS] if value is None else as_list(value)
     if not numbers or not all(checks.is_integer(k) and k >= 1 for k in numbers) or len(set(numbers)) < len(numbers):
         raise ArgumentError(f"{name}: expected a positive integer, or several different ones, got {value!r}")
+
+
+def check_restarts(name: str, value: object) -> None:
+    """Check ascending numbers of epochs."""
+    epochs: Sequence = value if isinstance(value, Sequence) else [0]
+    are_numbers = all(checks.is_integer(n) and n >= 1 for n in epochs)
+    if not are_numbers or any(b <= a for a, b in itertools.pairwise(epochs)):
+        raise ArgumentError(f"{name}: expected ascending positive integers, got {value!r}")
 
 
 def check_folder(name: str, value: object) -> None:
@@ -233,7 +242,22 @@ class Config:
     augmentation: Recipe = option(
         "auto",
         'how views are made: "digits" (small affine maps, contrast, noise), "simclr" (crops, flips, colours, blur), '
-        '"none", or "auto": "digits" for grey images and "simclr" for coloured ones.',
+        '"weak" (the same with half as many colour changes, for generated images beside real ones), "none", or "auto": '
+        '"digits" for grey images and "simclr" for coloured ones.',
+        group="data",
+    )
+    extra_images: str | Path | None = option(
+        None,
+        "folder of more images to train on, generated ones say; they are in no split, and no detector sees them. "
+        "Nothing is logged of classes then, as theirs are not known.",
+        check_folder,
+        may_differ=True,  # as data
+        group="data",
+    )
+    real_weight: int = option(
+        1,
+        "how often an epoch has each of the other images, where there are ``extra_images``: AdaInf has 10.",
+        at_least(1),
         group="data",
     )
     limit: int | None = option(
@@ -325,6 +349,13 @@ class Config:
         0,
         "epochs in which the learning rate rises linearly from 0. Those of SimCLR, ``warmup_epochs``, are others.",
         at_least(0),
+        group="training",
+    )
+    restarts: Sequence[int] = option(
+        (),
+        "epochs after which the learning rate starts anew and the optimiser forgets its averages, as if a finished run "
+        "had been lengthened then: resuming one with more ``epochs`` sets it.",
+        check_restarts,
         group="training",
     )
     momentum: float = option(0.9, 'of "sgd" and "lars".', check_momentum, group="training")
@@ -515,8 +546,8 @@ class Config:
     )
     resume: bool = option(
         False,
-        "go on with the run in the output folder, of several the newest, by default of those in ``runs``. On the "
-        "command line the other arguments are those of the run; in Python they must be given, and be the same.",
+        "go on with the run in the output folder, of several the newest, by default of those in ``runs``. What is not "
+        "given is as in that run; what is must be the same, unless it is of this call alone.",
         checks.check_flag,
         may_differ=True,
         group="going_on",
@@ -551,6 +582,14 @@ class Config:
         self._check_objective()
         self._check_optimizer()
         self._check_folders()
+        if self.extra_images is None and self.real_weight != 1:
+            raise ArgumentError(f"real_weight: expected 1 without extra_images, got {self.real_weight!r}")
+        if self.restarts and not max(self.warmup_length, self.lr_warmup_epochs) <= min(self.restarts):
+            first = max(self.warmup_length, self.lr_warmup_epochs)
+            expected = f"epochs from {first} on, where warmup_epochs and lr_warmup_epochs are over"
+            raise ArgumentError(f"restarts: expected {expected}, got {list(self.restarts)}")
+        if self.restarts and max(self.restarts) >= self.epochs:
+            raise ArgumentError(f"restarts: expected fewer than epochs={self.epochs}, got {list(self.restarts)}")
         if not self.warmup_length <= self.epochs:
             raise ArgumentError(f"warmup_epochs: expected 0 to epochs={self.epochs}, got {self.warmup_epochs!r}")
 
@@ -596,6 +635,12 @@ class Config:
         if self.baseline and self.objective != BASELINE:
             return BASELINE, self.objective
         return (self.objective,)
+
+    def lengthened(self, earlier: Self) -> Self:
+        """Return the configuration as that of the earlier, finished run which has fewer epochs, lengthened."""
+        warmup_epochs = earlier.warmup_length if self.warmup_epochs is None else self.warmup_epochs
+        restarts = [*earlier.restarts, earlier.epochs]
+        return dataclasses.replace(self, warmup_epochs=warmup_epochs, restarts=restarts)
 
     def fitted(self, n: int) -> Self:
         """Return the configuration with a batch size and clusters for n training images, where none are given."""
@@ -679,7 +724,7 @@ def _located(name: str, value: Any) -> Any:
     """Return a value with the whole path of every folder in it."""
     from ccl_fast.data import located  # here: it takes seconds to import, and no help needs it
 
-    if name in ("output", "data_root", "warmup_from") and isinstance(value, str | Path):
+    if name in ("output", "data_root", "warmup_from", "extra_images") and isinstance(value, str | Path):
         return os.path.abspath(os.path.expanduser(value))
     if name == "data":
         return located(value, is_ood=False)
@@ -704,13 +749,21 @@ def _plain(value):
     return f"<{type(value).__module__}.{type(value).__qualname__}>"
 
 
-def takes_fields_of(config: Callable[P, Config]) -> Callable[[Callable[[Config], R]], Callable[P, R]]:
-    """Turn a function of a `Config` into one of its fields, with their signature and a section ``Args`` on them."""
+def takes_fields_of(
+    config: Callable[P, Config], complete: Callable[[dict[str, Any]], dict[str, Any]] = dict
+) -> Callable[[Callable[[Config], R]], Callable[P, R]]:
+    """Turn a function of a `Config` into one of its fields, with their signature and a section ``Args`` on them.
+
+    Args:
+        config: makes it of them.
+        complete: adds to those that a call gives what it means by the others; by default the defaults.
+    """
 
     def decorate(function: Callable[[Config], R]) -> Callable[P, R]:
         @functools.wraps(function)
         def with_fields(*args: P.args, **kwargs: P.kwargs) -> R:
-            return function(config(*args, **kwargs))
+            given = inspect.signature(config).bind(*args, **kwargs).arguments
+            return function(config(**complete(given)))  # pyright: ignore[reportCallIssue] (P by name)
 
         returned = inspect.signature(function, eval_str=True).return_annotation
         vars(with_fields)["__signature__"] = inspect.signature(config).replace(return_annotation=returned)

@@ -51,6 +51,7 @@ class Run:
         assert config.batch_size is not None and config.clusters is not None  # as they are fitted
         self.config, self.images, self.fabric, self.group = config, images, fabric, group
         self.batch_size = config.batch_size
+        self._epoch = images.epoch
         self.model = Model(
             config.backbone,
             images.shape,
@@ -110,7 +111,7 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.images) // self.batch_size
+        return len(self._epoch) // self.batch_size
 
     def state_dict(self) -> dict:
         """Return the state as copies, on the CPU, of tensors and plain values."""
@@ -145,10 +146,12 @@ class Run:
         own = self.group.part(size)  # of a batch
         keys = (self.group.rank,) if self.group.size > 1 else ()
         while len(self.losses) < epochs:
+            if len(self.losses) in self.config.restarts and not self.step_losses:
+                self.optimizer.state.clear()
             if self.objective.needs == "clusters" and not (self.is_warming_up or self.step_losses):
                 with clustering():
                     self._cluster()
-            order = shuffled(len(self.images), self.config.seed, ORDER, len(self.losses))[:used]
+            order = self._epoch[shuffled(len(self._epoch), self.config.seed, ORDER, len(self.losses))[:used]]
             # Nothing is left if the run was stopped after the last step of an epoch.
             parts = order.view(-1, size)[len(self.step_losses) :, own]
             batches = self.images.batches(own.stop - own.start, parts.flatten()) if len(parts) else iter(())
@@ -172,13 +175,17 @@ class Run:
     def learning_rate(self) -> float:
         """The learning rate of the next step: linearly from 0 to its full value, then half a cosine down to 0.
 
+        After a restart it is half a cosine from the full value again, to 0 at the next one or the end.
+
         It is a formula of the step and no scheduler of torch's: there is no second count of steps that has to be saved,
         loaded and kept in step with the first, by a run that is resumed in an epoch or begins with another's warm-up.
         """
         rise = self.config.lr_warmup_epochs * self.steps_per_epoch
         if self.step < rise:
             return self.config.learning_rate * self.step / rise
-        progress = (self.step - rise) / (self.config.epochs * self.steps_per_epoch - rise)
+        ends = [epoch * self.steps_per_epoch for epoch in (*self.config.restarts, self.config.epochs)]
+        begin = max([rise, *(end for end in ends[:-1] if end <= self.step)])
+        progress = (self.step - begin) / (min(end for end in ends if end > begin) - begin)
         return self.config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
     @property

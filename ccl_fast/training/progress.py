@@ -6,7 +6,7 @@ import json
 import signal
 import time
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from ccl_fast.training.telling import Telling
 
 WARM_UP = "warm-up"
-# Why a run keeps its number of epochs.
-LENGTHENED = (
-    "the learning rate of every step depends on it, half a cosine that ends at 0, so a longer run is another one from "
-    "its first step on: train it into another output"
+# Why a run that is not finished keeps its number of epochs.
+FIXED = (
+    "the learning rate of every step depends on it, half a cosine that ends at 0, so another number makes another run "
+    "from its first step on; a run that is finished can be lengthened"
 )
 # What is in a run's folder beside its checkpoints.
 METRICS = "metrics.jsonl"
@@ -102,6 +102,10 @@ class Progress:
         self.loggers.ids = dict(state.get("logs", {}))
         group.first(self._write_lines)  # the last ones may be missing if the run was killed
 
+    def is_finished(self, stage: str, epochs: int) -> bool:
+        """Tell whether a stage has its epochs; one of a run that is being lengthened may be at the end of fewer."""
+        return stage in self.finished and len(self.finished[stage]["losses"]) >= epochs
+
     def begin_with(self, state: dict, origin: str | Path, stages: Collection[str]) -> None:
         """Take over the warm-up of another run and, of the stages, what else is finished there.
 
@@ -137,7 +141,7 @@ class Progress:
         for name, was in theirs.items():
             if was != ours[name]:
                 expected = f"{was!r}, as {whose} has it (config.yaml in its folder has all)"
-                why = f"; {LENGTHENED}" if name == "epochs" else ""
+                why = f"; {FIXED}" if name == "epochs" else ""
                 raise ArgumentError(f"{name}: expected {expected}, got {ours[name]!r}{why}")
         if state["images"] != self.images:
             raise ArgumentError(f"data: expected the training images of {whose}, got others, or others in number")
@@ -175,7 +179,7 @@ class Progress:
     def end_epoch(self, stage: str, run: Run, last: int) -> None:
         """Write down an epoch of a stage that ends with epoch ``last``."""
         epoch, seen = len(run.losses), {}
-        if self.probe.is_due(epoch, last):
+        if self.probe.is_due(epoch, last) or epoch in run.config.restarts:
             seen = self.group.patient.first(lambda: self.probe.look(run))
         line = {"stage": stage, "objective": run.config.objective, "epoch": epoch, "step": run.step}
         line |= {"loss": run.losses[-1], "learning_rate": run.used_learning_rate} | run.log | seen
@@ -218,10 +222,12 @@ def advance(
     run: Run, stage: str, epochs: int, progress: Progress, interruption: Interruption, telling: Telling
 ) -> None:
     """Bring one stage to its end, from wherever it is."""
-    if stage in progress.finished:
+    if progress.is_finished(stage, epochs):
         return
     if progress.under_way and progress.under_way[0] == stage:
         progress.load(run, progress.under_way[1])
+    elif stage in progress.finished:
+        progress.load(run, progress.finished[stage])
     elif stage != WARM_UP:
         progress.load(run, progress.finished[WARM_UP])
     progress.begin_logging(stage, len(run.losses) + 1)
@@ -253,6 +259,31 @@ def advance(
             good += f"; to go on from it: {progress.go_on}"
         raise type(error)(f"{error}; {good}") from error
     progress.finished[stage] = _end_of(stage, run.state_dict())
+
+
+def lengthened(state: dict, arguments: dict, objectives: Sequence[str]) -> dict:
+    """Return the state of a finished run as that of a run with more epochs; any other state as it is.
+
+    Args:
+        state: of a checkpoint.
+        arguments: of the run to come.
+        objectives: of both, in the order in which they are trained.
+
+    Raises:
+        ArgumentError: the run has fewer epochs, but is not finished.
+    """
+    if not _is_state(state) or not {"epochs", "warmup_epochs", "restarts"} <= state["arguments"].keys():
+        return state  # of something else, which is told later
+    was, stage, run = state["arguments"], state["stage"], state["run"]
+    if arguments["restarts"] != [*was["restarts"], was["epochs"]]:
+        return state
+    if len(run["losses"]) < was["epochs"] or stage not in (WARM_UP, objectives[-1]):
+        expected = f"{was['epochs']}, as the run to resume has it"
+        raise ArgumentError(f"epochs: expected {expected}, got {arguments['epochs']}; {FIXED}")
+    changed = {name: arguments[name] for name in ("epochs", "restarts")}
+    changed["warmup_epochs"] = warmup_length(was["epochs"], was["warmup_epochs"])
+    end = _end_of(stage, run)
+    return state | {"arguments": was | changed, "finished": state["finished"] | {stage: end}, "run": end}
 
 
 def _values(line: dict) -> dict[str, float]:

@@ -14,7 +14,7 @@ from ccl_fast.data import Views
 from ccl_fast.data.augmentation import _Colors
 from ccl_fast.errors import ArgumentError
 
-CASES = [(r, s) for r in ("digits", "simclr") for s in ((1, 28, 28), (3, 32, 32), (3, 24, 40), (3, 72, 80))]
+CASES = [(r, s) for r in ("digits", "simclr", "weak") for s in ((1, 28, 28), (3, 32, 32), (3, 24, 40), (3, 72, 80))]
 
 
 def blocks(n, shape):
@@ -181,5 +181,6 @@ def test_auto_and_none():
 
 @pytest.mark.parametrize("recipe", ["simsiam", "", None, 3])
 def test_another_recipe_is_named(recipe):
-    with pytest.raises(ArgumentError, match=r'^augmentation: expected one of "auto", "digits", "simclr", "none", got '):
+    known = '"auto", "digits", "simclr", "weak", "none"'
+    with pytest.raises(ArgumentError, match=f"^augmentation: expected one of {known}, got "):
         Views(recipe, (1, 28, 28))

@@ -2,6 +2,7 @@
 """No work is lost: whatever stops a run, it goes on from its last checkpoint as if nothing had been."""
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -25,7 +26,7 @@ from ccl_fast.commands.command_line import main
 from ccl_fast.errors import ArgumentError
 from ccl_fast.training import checkpoint
 from ccl_fast.training.checkpoint import CheckpointError
-from ccl_fast.training.interruption import Interruption
+from ccl_fast.training.interruption import Interrupted, Interruption
 from ccl_fast.training.loop import Run
 from tests.data.noise import Noise
 
@@ -105,6 +106,89 @@ def test_asked_to_stop_it_saves_and_goes_on(tmp_path, whole, monkeypatch, capsys
     assert_same_end(folder, whole)
 
 
+def test_a_finished_run_can_be_lengthened_as_if_it_had_been_planned_so(tmp_path, monkeypatch, capsys):
+    both = TINY | {"baseline": True, "probe_every": 3, "epochs": 6, "optimizer": "sgd", "learning_rate": 0.05}
+    train(tmp_path / "planned", **both, restarts=[4])
+    planned = [json.loads(line) for line in (tmp_path / "planned" / "metrics.jsonl").read_text().splitlines()]
+    rates = {line["epoch"]: line["learning_rate"] for line in planned}
+    # Of an epoch's last step, of 4 epochs of 4 steps, and of 2.
+    assert rates[4] == pytest.approx(0.05 * (1 + math.cos(math.pi * 15 / 16)) / 2)
+    assert rates[5] == pytest.approx(0.05 * (1 + math.cos(math.pi * 3 / 8)) / 2)
+    assert rates[6] == pytest.approx(0.05 * (1 + math.cos(math.pi * 7 / 8)) / 2)
+
+    folder = tmp_path / "run"
+    train(folder, **both | {"epochs": 4, "warmup_epochs": None})
+    assert main(["train", f"--output={folder}", "--resume", "--epochs=3"]) == 2  # shorter is another run
+
+    def step(run, *batch, original=Run._step):
+        if run.config.objective == "ccl" and run.step == 18:  # in the fifth epoch, SimCLR's sixth is done
+            signal.raise_signal(signal.SIGTERM)
+        return original(run, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_step", step)
+        assert main(["train", f"--output={folder}", "--resume", "--epochs=6"]) == 128 + signal.SIGTERM
+    assert "simclr 2, ccl 2" in capsys.readouterr().out
+    train(folder, resume=True)
+    for name in ("ccl", "simclr"):
+        ours, theirs = (load_file(f / f"{name}.safetensors") for f in (folder, tmp_path / "planned"))
+        assert all(ours[key].equal(value) for key, value in theirs.items())
+    reports = [json.loads((f / "report.json").read_text()) for f in (folder, tmp_path / "planned")]
+    assert reports[0]["results"] == reports[1]["results"] and reports[0]["log"] == reports[1]["log"]
+    own = {"output": "", "resume": False}
+    assert reports[0]["arguments"] | own == reports[1]["arguments"] | own
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(lines, key=str) == sorted(planned, key=str)
+
+
+def test_what_is_not_finished_is_not_lengthened(tmp_path, monkeypatch):
+    def step(run, *batch, original=Run._step):
+        if run.step == 9:
+            signal.raise_signal(signal.SIGTERM)
+        return original(run, *batch)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Run, "_step", step)
+        train(tmp_path / "run", **TINY)
+    with pytest.raises(ArgumentError, match=r"^epochs: expected 4, as the run .* that is finished can be lengthened"):
+        train(tmp_path / "run", resume=True, epochs=9)
+    with pytest.raises(ArgumentError, match=r"^restarts: expected epochs from 2 on"):
+        train(tmp_path / "other", **TINY, restarts=[1])
+    with pytest.raises(ArgumentError, match=r"^restarts: expected fewer than epochs=4"):
+        train(tmp_path / "other", **TINY, restarts=[4])
+    with pytest.raises(ArgumentError, match=r"^restarts: expected ascending positive integers"):
+        train(tmp_path / "other", **TINY, restarts=[3, 3])
+
+
+def test_from_python_what_is_not_given_is_as_in_the_run(tmp_path, whole, monkeypatch):
+    def step(run, *batch, original=Run._step):
+        if run.step == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return original(run, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_step", step)
+        with pytest.raises(Interrupted):
+            train(tmp_path / "runs" / "a", **TINY)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArgumentError, match=r"^clusters: expected 4, as the run to resume has it .*, got 5"):
+        train(resume=True, clusters=5)
+    with pytest.raises(ArgumentError, match=r"^overwrite: expected False when resuming"):
+        train("runs/a", resume=True, overwrite=True)
+    train(resume=True, device="cpu")
+    assert_same_end(tmp_path / "runs" / "a", whole)
+
+
+def test_from_python_what_no_file_can_keep_is_asked_for(tmp_path):
+    options = {"baseline": False, "epochs": 1, "warmup_epochs": 0, "batch_size": 16, "clusters": 2, "far_ood": []}
+    data = Noise(40, 0), Noise(9, 1)
+    train(tmp_path / "run", data=data, near_ood={"mine": Noise(9, 2)}, **options)
+    for missing, given in (("data", {}), ("near_ood", {"data": data})):
+        with pytest.raises(ArgumentError, match=f"^{missing}: expected the one that the run was trained with, as no"):
+            train(tmp_path / "run", resume=True, **given)
+    assert train(tmp_path / "run", resume=True, data=data, near_ood={"mine": Noise(9, 2)})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_says_how_to_go_on_and_exits_with_the_signals_code(tmp_path, whole, number):
@@ -164,7 +248,7 @@ def test_only_the_same_run_can_be_resumed(whole, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["train", *OPTIONS, "--resume"]) == 2
     assert "there is nothing to resume in runs" in capsys.readouterr().err
-    assert main(["train", f"--output={whole}", "--resume", "--epochs=9"]) == 2
+    assert main(["train", f"--output={whole}", "--resume", "--epochs=3"]) == 2
     assert "epochs: expected 4, as the run to resume has it" in (said := capsys.readouterr().err)
     assert "half a cosine that ends at 0" in said
     assert main(["train", f"--output={whole}", *OPTIONS, "--resume", "--overwrite"]) == 2
