@@ -39,7 +39,7 @@ SIGNATURES = {
     "CodingRateLoss": (
         1.0,
         "eps",
-        "temperature learnable_temperature reduction backend process_group exchange",
+        "temperature learnable_temperature reduction backend exchange",
         "embeddings cluster_ids",
     ),
     "DeepClusterV2Loss": (0.1, "", "exchange", "embeddings cluster_ids centers"),
