@@ -40,8 +40,9 @@ class ClassDiscovery(ClusterMixin, BaseEstimator):
     the mean of the data). After each round of splits, or merges, k-means goes on from there, and the round stands if
     the sum of :math:`\log \Gamma(n_k) + \ell_k` over all clusters has grown. It ends when no round does.
 
-    Classes 0 to L - 1 have labels, and are clusters of these numbers. Evidence needs rows enough to estimate
-    covariances: reduce many features (PCA) to clearly fewer than a class has rows.
+    Classes 0 to L - 1 have labels, and are clusters of these numbers. A cluster is charged for a covariance of
+    D (D + 1) / 2 numbers: where classes have fewer than some D^2 / 2 rows neighbours are merged, however well apart
+    they are. Reduce the features (PCA) accordingly.
 
     Args:
         max_clusters: the largest number of clusters, labelled classes among them.

@@ -28,7 +28,8 @@ class CodingRateLoss(Loss):
     Args:
         temperature: it has none, so nothing but 1.
         eps: the precision up to which rows are coded, > 0.
-        normalize: scale embeddings to unit length. Of the other options of `Loss` it can honour none.
+        normalize: scale embeddings to unit length.
+        process_group: as in `Loss`. The ids travel, and the Gram matrices. Of the other options it can honour none.
 
     Cost:
         operators: `segment_gram`, and a log-determinant for each cluster.
@@ -45,7 +46,7 @@ class CodingRateLoss(Loss):
         (torch.Size([]), True)
     """
 
-    unsupported = ("temperature", "learnable_temperature", "reduction", "backend", "process_group", "exchange")
+    unsupported = ("temperature", "learnable_temperature", "reduction", "backend", "exchange")
 
     def __init__(self, temperature: float = 1.0, *, eps: float = 0.5, **common: Unpack[CommonOptions]):
         super().__init__(temperature, **common)
@@ -65,22 +66,29 @@ class CodingRateLoss(Loss):
             ValueError: an argument has the wrong type, shape, dtype, device or value.
             IndexError: an id is below -1 (on a GPU: an assertion on the device).
         """
-        if isinstance(cluster_ids, Tensor):
-            check_has_values("cluster_ids", cluster_ids, "as they tell how many clusters there are")
-        batch = self.prepare(embeddings, cluster_ids, "cluster_ids")
-        z, (n, d) = batch.z, batch.z.shape
-        if n == 0:
-            return z.to(accumulation_dtype(z)).sum()
-        shape, scale = (embeddings.shape[0], n // embeddings.shape[0], d), d / self.eps**2
-        rate = log_det_plus_one(segment_gram(z, torch.zeros_like(batch.ids), 1) * (scale / n))[0]
+        batch = self.prepare(embeddings, cluster_ids, "cluster_ids", check=lambda: _check_values(cluster_ids))
+        group, z, d = batch.exchange.group, batch.z, batch.z.shape[1]
+        shape = (embeddings.shape[0], embeddings.shape[1] if embeddings.ndim == 3 else 1, d)
         ids = torch.full_like(batch.ids, -1) if cluster_ids is None else batch.ids.clamp(min=-1)
-        present, clusters = ids.unique(return_inverse=True)
-        clusters = clusters - int((present < 0).sum())  # -1 is unassigned still
-        sizes = (clusters + 1).bincount(minlength=2)[1:].to(rate.dtype)
-        grams = segment_gram(z, clusters, len(sizes)) * (scale / sizes.clamp(min=1))[:, None, None]
+        present, clusters = batch.exchange.gather(ids).unique(return_inverse=True)
+        n, clusters = clusters.shape[0], clusters - int((present < 0).sum())  # -1 is unassigned still
+        sizes = (clusters + 1).bincount(minlength=2)[1:].to(accumulation_dtype(z))
+        clusters = batch.exchange.own(clusters)
+        of_clusters, of_all = segment_gram(z, clusters, len(sizes)), segment_gram(z, torch.zeros_like(clusters), 1)
+        grams = group.sum_with_gradient(torch.cat((of_all, of_clusters)))
+        if n == 0:
+            return grams.sum()
+        scale = d / self.eps**2
+        numbers = torch.cat((sizes.new_full((1,), n), sizes))
+        rates = log_det_plus_one(grams * (scale / numbers.clamp(min=1))[:, None, None])
         unassigned = clusters.view(shape[:2])[:, 0] < 0
-        own = _own_rates(z.view(shape), scale).masked_fill(~unassigned, 0.0).sum()
-        return sizes / n @ log_det_plus_one(grams) + own / shape[0] - rate
+        own = group.sum_with_gradient(_own_rates(z.view(shape), scale).masked_fill(~unassigned, 0.0).sum())
+        return (sizes @ rates[1:] + own * shape[1]) / n - rates[0]
+
+
+def _check_values(cluster_ids: Tensor | None) -> None:
+    if cluster_ids is not None:
+        check_has_values("cluster_ids", cluster_ids, "as they tell how many clusters there are")
 
 
 def _own_rates(z: Tensor, scale: float) -> Tensor:

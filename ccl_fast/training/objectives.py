@@ -168,7 +168,7 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
     # It has no temperature either.
     "coding-rate": Objective(
         "Coding rate",
-        lambda temperature: CodingRateLoss(),
+        lambda temperature, process_group=None: CodingRateLoss(process_group=process_group),
         _mean(lambda loss, z, of: loss(z, of.ids)),
         "clusters",
         OF_CLUSTERS,

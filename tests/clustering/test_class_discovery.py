@@ -77,6 +77,12 @@ def test_separated_classes_are_found(classes, known, start, seed):
     assert model.log_posterior_ == pytest.approx(log_posterior(moments, KAPPA, PSI).sum().item())
 
 
+@pytest.mark.parametrize("each, enough", ((140, True), (40, False)))
+def test_classes_need_rows_for_their_covariances(each, enough):
+    x, y = blobs(6, each=each, d=16)  # D^2 / 2 is 128; three classes have labels, and never merge
+    assert ClassDiscovery(30).fit(x, partly(y, 3)).n_clusters_ in ((6,) if enough else (3, 4, 5))
+
+
 def test_not_more_than_are_allowed():
     x, _ = blobs(8)
     for most in (1, 2, 5):

@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from benchmarks.harness.memory import forget_peak, status
 from ccl_fast.losses import CodingRateLoss
 from tests.oracles.losses import assert_matches, batch, differentiate
 from tests.oracles.matrices import coding_rate as definition
 from tests.oracles.waves import waves
+from tests.processes import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = torch.tensor([0, 7, -1, 0, 7, 3, 0, -1, 3])
@@ -79,6 +81,28 @@ def test_nan_is_told():
     z = batch(9, 2, 4, 0)[0].clone()
     z[4, 1, 2] = torch.nan
     assert CodingRateLoss()(z, IDS).isnan()
+
+
+def of_process(z, ids, sizes):
+    start = sum(sizes[: dist.get_rank()])
+    part = slice(start, start + sizes[dist.get_rank()])
+    own = z[part].clone().requires_grad_()
+    loss = CodingRateLoss(process_group="world")(own, None if ids is None else ids[part])
+    loss.backward()
+    return loss.detach(), own.grad
+
+
+@pytest.mark.xdist_group("test_family_distributed")
+@pytest.mark.parametrize("ids", (IDS, IDS.clamp(min=0), None), ids=("some", "all", "none"))
+def test_several_processes_have_the_loss_of_all_rows(ids):
+    z = batch(9, 2, 4, 0)[0].clone().requires_grad_()
+    expected = CodingRateLoss()(z, ids)
+    (gradient,) = torch.autograd.grad(expected, z)
+    for sizes in ((4, 5), (0, 2, 7)):
+        results = run(of_process, len(sizes), z.detach(), ids, sizes)
+        for value, _ in results:
+            torch.testing.assert_close(value, expected.detach())
+        torch.testing.assert_close(torch.cat([part for _, part in results]) / len(sizes), gradient)
 
 
 def test_memory_is_linear():

@@ -47,7 +47,7 @@ SIGNATURES = {
     "CodingRateLoss": (
         1.0,
         "eps",
-        "temperature learnable_temperature reduction backend process_group exchange",
+        "temperature learnable_temperature reduction backend exchange",
         "embeddings cluster_ids",
     ),
     "ConRLoss": (

@@ -35,7 +35,7 @@ from ccl_fast.training.objectives import OBJECTIVES, OPTIONS, ObjectiveName
 
 pytestmark = pytest.mark.xdist_group("test_objectives")  # one process has the run that all tests share
 
-SHARED = {"simclr", "ccl", "supcon", "protonce", "deepcluster-v2", "pamc", "meow", "swav"}  # by several processes
+SHARED = {"simclr", "ccl", "supcon", "protonce", "deepcluster-v2", "pamc", "meow", "coding-rate", "swav"}  # by several
 CHANGED = {"recluster_every": 2, "center_weight": 0.25, "center_ramp_epochs": 2, "concentration": True}
 CHANGED |= {"instance_weight": 0.0, "instance_negatives": "all", "believe": 1.0, "labels_from": "random"}
 
