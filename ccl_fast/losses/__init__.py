@@ -27,6 +27,7 @@ from ccl_fast.losses.protogcd import ProtoGCDLoss
 from ccl_fast.losses.protonce import ProtoNCELoss
 from ccl_fast.losses.sbcl import SBCLLoss
 from ccl_fast.losses.sepclr import SepCLRLoss
+from ccl_fast.losses.slotcon import SlotConLoss
 from ccl_fast.losses.supcon import SupConLoss
 from ccl_fast.losses.swav import SwAVLoss
 from ccl_fast.losses.whitenedcse import WhitenedCSELoss, shuffled_group_whitening
@@ -58,6 +59,7 @@ __all__ = [
     "SCGCLoss",
     "SVDView",
     "SepCLRLoss",
+    "SlotConLoss",
     "SupConLoss",
     "SwAVLoss",
     "WhitenedCSELoss",

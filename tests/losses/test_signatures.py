@@ -95,6 +95,12 @@ SIGNATURES = {
         "reduction process_group exchange",
         "embeddings * salient is_target",
     ),
+    "SlotConLoss": (
+        0.1,
+        "teacher_temperature slot_temperature distillation_weight",
+        "reduction process_group exchange",
+        "queries keys prototypes * teacher_prototypes teacher_center overlap predictor",
+    ),
     "SupConLoss": (
         0.1,
         "form contrast_mode unassigned",
