@@ -234,6 +234,11 @@ def _bank(x: Inputs) -> tuple[Tensor, Tensor]:
     return labels, torch.arange(len(x.embeddings), device=device) % size
 
 
+def _maps(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Both views as maps of 16 pixels."""
+    return tuple(view.unflatten(0, (-1, 16)) for view in x.embeddings.unbind(1))
+
+
 def _sets(x: Inputs) -> tuple[Tensor, int]:
     """Rows of queries and documents of 32 each."""
     n = len(x.embeddings)
@@ -486,6 +491,16 @@ OBJECTIVES = {
             "CSGCLLoss",
             _module("CSGCLLoss", lambda loss, x: loss(*x.embeddings.unbind(1), strength=x.more[0])),
             more=_strength,
+        ),
+        Objective(
+            "SlotConLoss",
+            _written(
+                "SlotConLoss",
+                lambda loss, x: loss(*_maps(x), x.centers),
+                lambda loss, x: dense.slotcon(*_maps(x), x.centers),
+            ),
+            learns_centers=True,
+            clusters=256,
         ),
         Objective("LightGCLLoss", _module("LightGCLLoss", lambda loss, x: loss(*x.embeddings.unbind(1)))),
         Objective(

@@ -37,6 +37,7 @@ from ccl_fast.losses.protonce import ProtoNCELoss
 from ccl_fast.losses.sample_pairs import sample_pairs
 from ccl_fast.losses.sbcl import SBCLLoss
 from ccl_fast.losses.sepclr import SepCLRLoss
+from ccl_fast.losses.slotcon import SlotConLoss
 from ccl_fast.losses.subspace_margin import SubspaceMarginLoss
 from ccl_fast.losses.supcon import SupConLoss
 from ccl_fast.losses.swav import SwAVLoss
@@ -78,6 +79,7 @@ __all__ = [
     "SCGCLoss",
     "SVDView",
     "SepCLRLoss",
+    "SlotConLoss",
     "SubspaceMarginLoss",
     "SupConLoss",
     "SwAVLoss",

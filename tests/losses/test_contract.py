@@ -39,6 +39,7 @@ from ccl_fast.losses import (
     SBCLLoss,
     SCGCLoss,
     SepCLRLoss,
+    SlotConLoss,
     SwAVLoss,
     WhitenedCSELoss,
 )
@@ -74,7 +75,7 @@ from tests.oracles.losses import (
     learnable,
     supcon,
 )
-from tests.oracles.matrices import beclr, hard_contrastive, interclr, maxsim, mlc, mlcd, mochi, protogcd
+from tests.oracles.matrices import beclr, hard_contrastive, interclr, maxsim, mlc, mlcd, mochi, protogcd, slotcon
 from tests.oracles.terms import conr, gated_pairs
 from tests.tolerance import assert_as_accurate
 
@@ -207,6 +208,11 @@ USES = {
     ),
     "protogcd": Use(
         ProtoGCDLoss, protogcd, lambda z: (z, CENTERS.to(z.dtype), IDS[: len(z)]), hard_share=0.5, entropy_weight=0.5
+    ),
+    "slotcon": Use(
+        SlotConLoss,
+        slotcon,
+        lambda z: (z[:, 0].unflatten(0, (3, -1)), z[:, 1].unflatten(0, (3, -1)), CENTERS.to(z.dtype)),
     ),
     "protonce": Use(ProtoNCELoss, protonce, lambda z: (z, *clusterings(IDS, z), [CONCENTRATIONS])),
     "deepcluster": Use(DeepClusterV2Loss, deepcluster, lambda z: (z, *clusterings(ASSIGNED, z))),
@@ -815,10 +821,12 @@ def test_a_row_of_zeros_gets_no_gradient_and_leaves_the_others_theirs(use, dtype
     z[0, 0] = 0
     _, gradient, *_ = evaluate(use.module(learnable_temperature=True), z)
     assert gradient.isfinite().all() and gradient.float().norm() < 1e3
-    # (SepCLR's salient features are not of unit length, whitened rows are not those that came, and meta-nodes are sums
-    # of rows as they come.)
+    # (SepCLR's salient features are not of unit length, whitened rows are not those that came, SlotCon's slots are
+    # means of rows as they come, and meta-nodes sums.)
     loss_fn = use.module().loss_fn
-    others = isinstance(loss_fn, SepCLRLoss | WhitenedCSELoss) or getattr(loss_fn, "form", None) == "meta-node"
+    others = (
+        isinstance(loss_fn, SepCLRLoss | SlotConLoss | WhitenedCSELoss) or getattr(loss_fn, "form", None) == "meta-node"
+    )
     assert (gradient[0, 0] == 0).all() or others
 
 

@@ -135,6 +135,12 @@ SIGNATURES = {
         "temperature learnable_temperature normalize backend process_group exchange",
         "embeddings labels cluster_ids",
     ),
+    "SlotConLoss": (
+        0.1,
+        "teacher_temperature slot_temperature distillation_weight",
+        "reduction process_group exchange",
+        "queries keys prototypes * teacher_prototypes teacher_center overlap predictor",
+    ),
     "SupConLoss": (
         0.1,
         "form contrast_mode unassigned",

@@ -269,3 +269,43 @@ def beclr(
     rows, own = z.flatten(0, 1), torch.arange(n, device=z.device).repeat_interleave(2)
     e = (rows @ rows.T / temperature).masked_fill(own[:, None] == own, -torch.inf).exp()
     return loss + negative_weight * (e.sum(1) / (2 * n - 2)).mean().log()
+
+
+def slotcon(
+    queries: Tensor,
+    keys: Tensor,
+    prototypes: Tensor,
+    teacher_prototypes: Tensor | None = None,
+    teacher_center: Tensor | None = None,
+    overlap: tuple[Tensor, Tensor] | None = None,
+    predictor=None,
+    *,
+    temperature: float | Tensor = 0.1,
+    teacher_temperature: float = 0.07,
+    slot_temperature: float = 0.2,
+    distillation_weight: float = 0.5,
+    normalize: bool = True,
+) -> Tensor:
+    """As the authors write it, for one direction, without the 1e-6 that they add to the slots' weights."""
+    x, y = (scaled(rows, queries, normalize) for rows in (queries, keys.detach()))
+    c = scaled(prototypes, queries, normalize)
+    fixed = c.detach() if teacher_prototypes is None else scaled(teacher_prototypes.detach(), queries, normalize)
+    student, teacher = (x, y) if overlap is None else overlap
+    of_teacher = teacher @ fixed.T - (0.0 if teacher_center is None else teacher_center)
+    target = (of_teacher / teacher_temperature).softmax(-1)
+    distillation = -(target * (student @ c.T / temperature).log_softmax(-1)).sum(-1).mean()
+
+    def slots_and_winners(pixels, rows, centers):
+        scores = rows @ centers.T
+        a = (scores / teacher_temperature).softmax(2).transpose(1, 2)
+        wins = functional.one_hot(scores.argmax(2), len(centers)).sum(1) > 0
+        return (a @ pixels / a.sum(2, keepdim=True)).flatten(0, 1), wins.flatten()
+
+    q, of_queries = slots_and_winners(queries, x, c)
+    k, of_keys = slots_and_winners(keys.detach(), y, fixed)
+    q, k = (scaled(rows, queries, normalize) for rows in (q if predictor is None else predictor(q), k))
+    both = of_queries & of_keys
+    logits = (q @ k.T / slot_temperature).masked_fill(~of_keys, -torch.inf)[both]
+    own = logits.gather(1, both.nonzero()) if len(logits) else logits
+    contrast = 2 * slot_temperature * over_rows(logits.logsumexp(1) - own.flatten(), "mean")
+    return distillation_weight * distillation + (1 - distillation_weight) * contrast
