@@ -11,7 +11,7 @@ from typing import NamedTuple, Self
 import torch
 
 from ccl_fast.commands.plain_yaml import read_yaml
-from ccl_fast.commands.run_folder import CONFIG, DETECTORS, REPORT, WEIGHTS
+from ccl_fast.commands.run_folder import CONFIG, DETECTORS, REPORT, WEIGHTS, newest
 from ccl_fast.commands.tensor_files import read_tensors, write_tensors
 from ccl_fast.data.pixels import TRANSFORM
 from ccl_fast.errors import ArgumentError, first_line
@@ -67,7 +67,9 @@ class TrainedRun:
         """
         path = Path(folder) / CONFIG
         if not path.exists():
-            raise ArgumentError(f"run: expected the folder of a run (with config.yaml), got {str(folder)!r}")
+            inside = newest(Path(folder), CONFIG)
+            hint = f" (did you mean {str(inside)!r}, the newest one in it?)" if inside is not None else ""
+            raise ArgumentError(f"run: expected the folder of a run (with config.yaml), got {str(folder)!r}{hint}")
         run = cls(folder, read_arguments(path))
         run.config = replace(run.config, **{name: value for name, value in replaced.items() if value is not None})
         for name in needs:

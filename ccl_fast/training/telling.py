@@ -70,7 +70,7 @@ class Telling:
         self._steps, self._left = self._steps + 1, self._left - 1
         if self._steps == 1:
             self._from = time.perf_counter()
-        if self._steps == ESTIMATED_AFTER + 1 and not self._quiet:
+        if self._steps == ESTIMATED_AFTER + 1 and self._left and not self._quiet:
             advice = f" ({self._advice})" if self._advice and self._seconds_left > LONG else ""
             say(f"about {duration(self._seconds_left)} for the {self._left} steps that are left{advice}")
 

@@ -139,6 +139,8 @@ def test_what_is_no_image_is_named(run, images, said):
 
 
 def test_wrong_arguments_of_loading_are_named(run):
+    with pytest.raises(ArgumentError, match=rf"^run: expected the folder .* mean '{run}', the newest one in it"):
+        load_run(run.parent)
     with pytest.raises(ArgumentError, match=r"^objective: expected one that the run has, simclr or ccl, got 'moco'"):
         load_run(run, "moco")
     with pytest.raises(ArgumentError, match=r"^detector: expected one of"):

@@ -50,6 +50,10 @@ def test_a_file_gets_a_line_for_every_epoch_and_no_bar(monkeypatch):
     assert last.startswith("ccl 2/2: loss 1.250, 0 s")
 
 
+def test_nothing_is_estimated_where_no_step_is_left(monkeypatch):
+    assert "steps that are left" not in told(monkeypatch, io.StringIO, steps=3)[0]
+
+
 def test_a_terminal_gets_one_bar_over_all_stages(monkeypatch):
     out, err = told(monkeypatch, Terminal)
     assert "8/8" in err and "ccl 2/2" in err and "loss 1.250" in err
