@@ -13,7 +13,7 @@ from ccl_fast.losses.centers import center_logits
 from ccl_fast.ops import cross_entropy, logaddexp, row_dot, streaming_logsumexp
 from ccl_fast.ops.backends import ContrastBackend
 from ccl_fast.ops.contrast_tile import self_contrast
-from ccl_fast.ops.ids import same_id_count
+from ccl_fast.ops.ids import groups_of, same_group_count
 from ccl_fast.ops.logsumexp.distributed import Wanted, global_contrast
 from ccl_fast.ops.logsumexp.operator import log_of_one_more
 from ccl_fast.ops.logsumexp.positives import contrast_with_positives
@@ -271,9 +271,10 @@ def logsumexp_and_positives(
         positives, count = found["positives"], found["count"]
         single = count == 1
         return torch.where(single, found["other"], logaddexp(found["same"], found["other"])), positives, count, single
-    count = same_id_count(ids).to(accumulation_dtype(z))
+    group, _ = groups_of(ids)
+    count = same_group_count(group).to(accumulation_dtype(z))
     single = count == 1
-    rest, _, positives = contrast_with_positives(z, ids, scale=scale, single=if_any(single), backend=backend)
+    rest, _, positives = contrast_with_positives(z, group, scale=scale, single=if_any(single), backend=backend)
     return rest, positives, count, single
 
 
@@ -290,8 +291,9 @@ def logsumexp_by_id(batch: Batch, scale: float | Tensor, backend: ContrastBacken
         wanted = Wanted(same=True, other=True, positives=True)
         found = global_contrast(z, ids, wanted=wanted, exchange=exchange, **options)
         return found["other"], found["same"], found["count"] == 1
-    other, same = streaming_logsumexp(z, q_ids=ids, candidates="other_id", return_same=True, **options)
-    return other, same, same_id_count(ids) == 1
+    group, _ = groups_of(ids)
+    other, same = streaming_logsumexp(z, q_ids=group, candidates="other_id", return_same=True, **options)
+    return other, same, same_group_count(group) == 1
 
 
 def loss_of_mean(rest: Tensor, mean: Tensor, only: Tensor) -> Tensor:

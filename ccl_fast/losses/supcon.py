@@ -16,7 +16,7 @@ from ccl_fast.losses.ccl import CCLLoss, if_any, logsumexp_and_positives, logsum
 from ccl_fast.losses.mask import check_mask, masked_similarity
 from ccl_fast.losses.pairs import positive_and_negative_pairs
 from ccl_fast.ops import cross_entropy, logaddexp, streaming_logsumexp
-from ccl_fast.ops.ids import same_id_count
+from ccl_fast.ops.ids import groups_of, same_group_count
 from ccl_fast.ops.logsumexp.positives import contrast_with_positives
 
 Form = Literal["outside", "inside"]
@@ -213,21 +213,21 @@ class SupConLoss(CCLLoss):
     def _of_ids(self, q: Tensor, ids: Tensor, *compared: _Rows) -> Tensor:
         """Of anchors against each other, or against further rows, or both."""
         scale = 1.0 / self.temperature
-        count = sum(same_id_count(ids, None if rows.z is None else rows.ids) for rows in compared)
-        assert isinstance(count, Tensor)
+        groups = [groups_of(ids, None if rows.z is None else rows.ids) for rows in compared]
+        count = torch.stack([same_group_count(*of) for of in groups]).sum(0)
         if self.form == "inside":
             among = {"scale": scale, "candidates": "other_id", "return_same": True, "backend": self.backend}
             found = [
-                streaming_logsumexp(q, rows.z, q_ids=ids, k_ids=None if rows.z is None else rows.ids, **among)
-                for rows in compared
+                streaming_logsumexp(q, rows.z, q_ids=group, k_ids=k_group, **among)
+                for rows, (group, k_group) in zip(compared, groups, strict=True)
             ]
             other, same = (functools.reduce(logaddexp, sums) for sums in zip(*found, strict=True))
             return self._reduced_inside(other, same, count > 0)
         single = count == 1
         options = {"scale": scale, "single": if_any(single), "backend": self.backend}
         found = [
-            contrast_with_positives(q, ids, rows.z, None if rows.z is None else rows.ids, **options)
-            for rows in compared
+            contrast_with_positives(q, group, rows.z, k_group, **options)
+            for rows, (group, k_group) in zip(compared, groups, strict=True)
         ]
         rests, _, positives = zip(*found, strict=True)
         total = torch.stack(positives).sum(0)

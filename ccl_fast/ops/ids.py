@@ -19,39 +19,41 @@ def place_of_first(ids: Tensor, out_int32: bool = False) -> Tensor:
     return torch.searchsorted(ids.sort().values, ids.contiguous(), out_int32=out_int32)
 
 
+def groups_of(ids: Tensor, k_ids: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Numbers from 0 below n + m, int32, that are equal where the ids are: a step sorts its ids once, for all uses."""
+    if k_ids is None:
+        return place_of_first(ids, out_int32=True), None
+    of_rows, of_keys = place_of_first(torch.cat((ids, k_ids)), out_int32=True).split((ids.shape[0], k_ids.shape[0]))
+    return of_rows, of_keys
+
+
 def int32_ids(q_ids: Tensor | None, k_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Numbers of 32 bits that are equal where the ids are, for a kernel compares these with fewer registers."""
     if q_ids is None or (q_ids.dtype == torch.int32 and (k_ids is None or k_ids.dtype == torch.int32)):
         return q_ids, k_ids
-    ids = q_ids if k_ids is None else torch.cat((q_ids, k_ids))
-    numbers = place_of_first(ids, out_int32=True)
-    if k_ids is None:
-        return numbers, None
-    of_q, of_k = numbers.split((q_ids.shape[0], k_ids.shape[0]))
-    return of_q, of_k
+    return groups_of(q_ids, k_ids)
 
 
-def same_id_count(ids: Tensor, of: Tensor | None = None) -> Tensor:
-    """How many others have the id of each, int64 [n]; or how many ``of`` further ids are equal to it."""
-    group = place_of_first(ids if of is None else torch.cat((ids, of)))
-    counted = group if of is None else group[ids.shape[0] :]
-    number = torch.zeros_like(group).index_add_(0, counted, torch.ones_like(counted))[group[: ids.shape[0]]]
+def same_group_count(group: Tensor, of: Tensor | None = None) -> Tensor:
+    """How many others are in the group of each, int32 [n]; or how many of the rows ``of``. They are of `groups_of`."""
+    counted, n = group if of is None else of, group.shape[0] + (0 if of is None else of.shape[0])
+    number = group.new_zeros(n).index_add_(0, counted, torch.ones_like(counted))[group]
     return number - 1 if of is None else number
 
 
-def ids_of_single_positives(
-    ids: Tensor, k_ids: Tensor | None, single: Tensor | None
+def groups_of_single_positives(
+    group: Tensor, k_group: Tensor | None, single: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Ids of rows, and of keys if those have ids, that are equal for a row that is ``single`` and its positive alone.
+    """Numbers of rows, and of keys, that are equal for a row that is ``single`` and its positive alone.
 
-    None where no row is single.
+    Given those of `groups_of`. None where no row is single.
     """
     if single is None:
         return None, None
-    n = ids.shape[0]
-    group = place_of_first(ids if k_ids is None else torch.cat((ids, k_ids)))
-    own = torch.arange(group.shape[0], group.shape[0] + n, device=ids.device)
-    return torch.where(single, group[:n], own), None if k_ids is None else group[n:]
+    n = group.shape[0]
+    first = n if k_group is None else n + k_group.shape[0]
+    own = torch.arange(first, first + n, dtype=group.dtype, device=group.device)
+    return torch.where(single, group, own), k_group
 
 
 def separate_unassigned(ids: Tensor, first: int = 0) -> Tensor:

@@ -60,40 +60,37 @@ def _gradients(ctx, grad: Tensor) -> tuple[Tensor, None]:
 _SIMILARITY = Differentiable("same_id_similarity", _similarity, _save, _gradients)
 
 
-def same_id_sums(q: Tensor, ids: Tensor, k: Tensor | None = None, k_ids: Tensor | None = None) -> Tensor:
-    """Sum of every row's inner products with the keys of its id (None: with the other rows), in O((n + m) d).
+def same_group_sums(q: Tensor, group: Tensor, k: Tensor | None = None, k_group: Tensor | None = None) -> Tensor:
+    """Sum of every row's inner products with the keys of its group (None: with the other rows), in O((n + m) d).
 
-    Not differentiable.
+    Groups are those of `groups_of`. Not differentiable.
     """
-    if k is None or k_ids is None:
-        return _similarity(q, place_of_first(ids))
-    group = place_of_first(torch.cat((ids, k_ids)))
-    of_rows, of_keys = group[: q.shape[0]], group[q.shape[0] :]
-    return row_dot(_by_group(group.shape[0], _accumulated(k), of_keys)[of_rows], q)
+    if k is None or k_group is None:
+        return _similarity(q, group)
+    return row_dot(_by_group(q.shape[0] + k.shape[0], _accumulated(k), k_group)[group], q)
 
 
-def same_id_gradients(
+def same_group_gradients(
     q: Tensor,
     k: Tensor | None,
-    ids: Tensor,
-    k_ids: Tensor | None,
+    group: Tensor,
+    k_group: Tensor | None,
     scale: Tensor,
     grad: Tensor,
     needs: list[bool] | tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of q, k and the scale, in accumulation precision, given those of `same_id_sums` times the scale."""
+    """Gradients of q, k and the scale, in accumulation precision, given those of `same_group_sums` times the scale."""
     need_q, need_k, need_scale = needs[:3]
     to_k = None
-    if k is None or k_ids is None:
-        to_q = _gradient(q, place_of_first(ids), grad)
+    if k is None or k_group is None:
+        to_q = _gradient(q, group, grad)
         share = 0.5
     else:
-        group = place_of_first(torch.cat((ids, k_ids)))
-        of_rows, of_keys = group[: q.shape[0]], group[q.shape[0] :]
-        to_q = grad[:, None] * _by_group(group.shape[0], _accumulated(k), of_keys)[of_rows]
+        groups = q.shape[0] + k.shape[0]
+        to_q = grad[:, None] * _by_group(groups, _accumulated(k), k_group)[group]
         share = 1.0
         if need_k:
-            to_k = _by_group(group.shape[0], grad[:, None] * q, of_rows)[of_keys] * scale
+            to_k = _by_group(groups, grad[:, None] * q, group)[k_group] * scale
     to_scale = row_dot(to_q, q).sum() * share if need_scale else None
     return to_q.mul_(scale) if need_q else None, to_k, to_scale
 

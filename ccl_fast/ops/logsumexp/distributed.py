@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from ccl_fast.distributed import Exchange, outside_of_graphs
 from ccl_fast.ops.backends import BACKENDS, ContrastBackend, choose_backend
-from ccl_fast.ops.ids import consecutive_ids, same_id_count
+from ccl_fast.ops.ids import consecutive_ids, groups_of, same_group_count
 from ccl_fast.ops.logsumexp.operator import logaddexp, streaming_logsumexp
 from ccl_fast.ops.logsumexp.positives import contrast_with_positives
 from ccl_fast.ops.logsumexp.reference import contrast_by_relation, logsumexp_by_relation, mutual_by_relation
@@ -69,9 +69,9 @@ def _contrast_of_own_rows(
 ) -> dict[str, Tensor]:
     found, options = {}, {"scale": scale, "backend": backend}
     if wanted.positives:
-        ids = _given(ids)
-        found["other"], found["same"], found["positives"] = contrast_with_positives(z, ids, by_id=True, **options)
-        found["count"] = same_id_count(ids).to(found["other"].dtype)
+        group, _ = groups_of(_given(ids))
+        found["other"], found["same"], found["positives"] = contrast_with_positives(z, group, by_id=True, **options)
+        found["count"] = same_group_count(group).to(found["other"].dtype)
     elif wanted.same and wanted.other:
         both = streaming_logsumexp(z, q_ids=ids, candidates="other_id", return_same=True, **options)
         found["other"], found["same"] = both
@@ -276,7 +276,7 @@ def _reference(z: Tensor, ids: Tensor | None, scale: Tensor, wanted: Wanted, exc
     if wanted.positives:
         all_ids = _given(all_ids)
         other, same, positives = contrast_by_relation(everyone, None, scale, all_ids, None, None, True)
-        count = same_id_count(all_ids).to(other.dtype)
+        count = same_group_count(groups_of(all_ids)[0]).to(other.dtype)
         found = {"same": same, "other": other, "positives": positives, "count": count}
     else:
         same, other = logsumexp_by_relation(everyone, None, scale, None, _of_kind(all_ids, wanted), None)

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from ccl_fast.ops.backends import BACKENDS, ContrastBackend, choose_backend
 from ccl_fast.ops.differentiable import USE_REFERENCE, Differentiable, GradientOperator
-from ccl_fast.ops.ids import ids_of_single_positives
+from ccl_fast.ops.ids import groups_of_single_positives
 from ccl_fast.ops.logsumexp.reference import contrast_by_relation
 from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, scale_tensor, without_autocast
-from ccl_fast.ops.same_id_similarity import same_id_sums
+from ccl_fast.ops.same_id_similarity import same_group_sums
 
 
 def contrast_with_positives(
     q: Tensor,
-    ids: Tensor,
+    group: Tensor,
     k: Tensor | None = None,
-    k_ids: Tensor | None = None,
+    k_group: Tensor | None = None,
     *,
     scale: float | Tensor,
     single: Tensor | None = None,
@@ -37,7 +37,7 @@ def contrast_with_positives(
 
     Args:
         q, k, scale, backend: as in `streaming_logsumexp`.
-        ids: int64 ``[n]``, with ``k`` also ``k_ids`` ``[m]``.
+        group: ``[n]``, with ``k`` also ``k_group`` ``[m]``: the ids y as `groups_of` gives them.
         single: bool ``[n]``, the same for all rows of an id: rows that have no other positive than the one that they
             may have among these keys. It is left out of A(i), which are all keys else. None: there are no such rows.
         by_id: A(i) are the keys of other ids; those of the same id have a sum of their own.
@@ -51,8 +51,8 @@ def contrast_with_positives(
     chosen = choose_backend("streaming_logsumexp", backend, q.device, q.dtype)
     scale = scale_tensor(scale, q)
     if chosen == "reference":
-        return contrast_by_relation(q, k, scale, ids, k_ids, single, by_id)
-    other, same, positives, _bounded = _CONTRAST(q, k, scale, ids, k_ids, single, by_id, chosen)
+        return contrast_by_relation(q, k, scale, group, k_group, single, by_id)
+    other, same, positives, _bounded = _CONTRAST(q, k, scale, group, k_group, single, by_id, chosen)
     return other, same, positives
 
 
@@ -60,20 +60,20 @@ def _forward(
     q: Tensor,
     k: Tensor | None,
     scale: Tensor,
-    ids: Tensor,
-    k_ids: Tensor | None,
+    group: Tensor,
+    k_group: Tensor | None,
     single: Tensor | None,
     by_id: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     module = BACKENDS["streaming_logsumexp"][backend].module
-    kinds = (ids, k_ids) if by_id else ids_of_single_positives(ids, k_ids, single)
+    kinds = (group, k_group) if by_id else groups_of_single_positives(group, k_group, single)
     with without_autocast(q.device):
         same, other, bounded = module.forward(q, k, scale, None, *kinds, by_id, True)
-        return other, same if by_id else other.new_empty(0), same_id_sums(q, ids, k, k_ids) * scale, bounded
+        return other, same if by_id else other.new_empty(0), same_group_sums(q, group, k, k_group) * scale, bounded
 
 
-def _empty(q, k, scale, ids, k_ids, single, by_id, backend):
+def _empty(q, k, scale, group, k_group, single, by_id, backend):
     n, dtype = q.shape[0], accumulation_dtype(q)
     sizes = n, n if by_id else 0, n
     return *(q.new_empty(size, dtype=dtype) for size in sizes), q.new_empty((), dtype=torch.bool)
@@ -83,8 +83,8 @@ def _backward(
     q: Tensor,
     k: Tensor | None,
     scale: Tensor,
-    ids: Tensor,
-    k_ids: Tensor | None,
+    group: Tensor,
+    k_group: Tensor | None,
     single: Tensor | None,
     other: Tensor,
     same: Tensor,
@@ -98,13 +98,13 @@ def _backward(
     module = BACKENDS["streaming_logsumexp"][backend].module
     with without_autocast(q.device):
         grads = module.positives_backward(
-            q, k, scale, ids, k_ids, single, same, other, bounded, grad_same, grad_other, grad_positives, needs
+            q, k, scale, group, k_group, single, same, other, bounded, grad_same, grad_other, grad_positives, needs
         )
     to_q, to_k, to_scale = (q.new_empty(0) if g is None else g.contiguous() for g in grads)
     return to_q, to_k, to_scale
 
 
-def _empty_gradients(q, k, scale, ids, k_ids, single, other, same, bounded, *grads_needs_backend):
+def _empty_gradients(q, k, scale, group, k_group, single, other, same, bounded, *grads_needs_backend):
     needs = grads_needs_backend[3]
     shapes = [(x.shape, x.dtype) if n else ((0,), q.dtype) for x, n in zip((q, k, scale), needs, strict=True)]
     return tuple(q.new_empty(shape, dtype=dtype) for shape, dtype in shapes)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ccl_fast.kernels.launch import takes
-from ccl_fast.ops.ids import ids_of_single_positives, int32_ids
+from ccl_fast.ops.ids import groups_of, groups_of_single_positives, int32_ids
 from ccl_fast.ops.logsumexp.bound import logits_are_bounded
 from ccl_fast.ops.row_dot import row_dot
-from ccl_fast.ops.same_id_similarity import mutual_similarity_gradient, same_id_gradients
+from ccl_fast.ops.same_id_similarity import mutual_similarity_gradient, same_group_gradients
 
 # Below this the time is that of the launches: one kernel that is always right beats two and a flag.
 TRIANGLE_MIN_ROWS = 4096
@@ -122,21 +122,21 @@ def backward(
     grads = _backward(q, k, scale, key_bias, q_ids, k_ids, *sums, needs, dtype or q.dtype)
     if positives is None:
         return grads
-    more = same_id_gradients(q, k, q_ids, k_ids, scale, positives, needs)
+    more = same_group_gradients(q, k, *groups_of(q_ids, k_ids), scale, positives, needs)
     return _sum(grads[0], more[0]), _sum(grads[1], more[1]), _sum(grads[2], more[2]), grads[3]
 
 
 def positives_backward(
-    q, k, scale, ids, k_ids, single, same, other, bounded, grad_same, grad_other, grad_positives, needs
+    q, k, scale, group, k_group, single, same, other, bounded, grad_same, grad_other, grad_positives, needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of `contrast_with_positives`, by two products: where positives are equal but for some per cent they cancel.
 
     One would need the ids where most batches do without.
     """
-    kinds = (ids, k_ids) if same.numel() else ids_of_single_positives(ids, k_ids, single)
+    kinds = (group, k_group) if same.numel() else groups_of_single_positives(group, k_group, single)
     sums = (same, other, bounded, grad_same, grad_other)
     grads = _backward(q, k, scale, None, *kinds, *sums, [*needs, False], torch.float32)
-    more = same_id_gradients(q, k, ids, k_ids, scale, grad_positives, needs)
+    more = same_group_gradients(q, k, group, k_group, scale, grad_positives, needs)
     to_q, to_k, to_scale = (_sum(*both) for both in zip(grads[:3], more, strict=True))
     return None if to_q is None else to_q.to(q.dtype), None if to_k is None else to_k.to(q.dtype), to_scale
 
