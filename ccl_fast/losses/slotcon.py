@@ -20,7 +20,7 @@ from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_some
 from ccl_fast.ops import cross_entropy, distilled_prediction, row_dot, streaming_logsumexp, streaming_topk
-from ccl_fast.ops.differentiable import are_transforms_active
+from ccl_fast.ops.differentiable import are_transforms_active, is_traced
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
 
@@ -55,7 +55,7 @@ class SlotConLoss(Loss):
     Cost:
         operators: `distilled_prediction`; for the slots LSE over prototypes and torch's attention, image by image;
             `streaming_topk`, `topk=1`, for those that win a pixel; LSE of slots, `candidates="other_id"`.
-        units: about 16 of N x K x D for N pixels; 4 of (images K)^2 x D.
+        units: about 22 of N x K x D for N pixels; 4 of S x S x D for the S slots that are left.
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype, device or value.
@@ -107,7 +107,8 @@ class SlotConLoss(Loss):
             overlap: the student's and the teacher's rows ``[n, d]`` of the pixels that both views show, such as what
                 ``torchvision.ops.roi_align`` makes of maps of unit rows, as they come. None: pixels correspond by their
                 place.
-            predictor: of the student's slots ``[b k, d]``. None: the slots themselves.
+            predictor: of the student's slots ``[s, d]`` that are left (in what torch traces or transforms, of all). None:
+                the slots themselves.
 
         Returns:
             The loss, float32 (float64 for float64 input). Where no slot is left, the first term.
@@ -131,12 +132,11 @@ class SlotConLoss(Loss):
         )
         distillation = losses.sum() / max(losses.shape[0], 1)
         slots = self._slots(queries, x, c).flatten(0, 1)
-        slots = self.unit((slots if predictor is None else predictor(slots)).to(x.dtype))
         with torch.no_grad():
             fixed = self.unit(self._slots(keys, y, of_teacher).flatten(0, 1).to(x.dtype))
-            of_keys = _winners(y, of_teacher)
-            of_both = _winners(x, c) & of_keys
-        contrast = self._contrast(slots, fixed, of_both.flatten(), of_keys.flatten())
+            of_keys = _winners(y, of_teacher).flatten()
+            of_both = _winners(x, c).flatten() & of_keys
+        contrast = self._contrast(slots.to(x.dtype), fixed, of_both, of_keys, predictor or torch.nn.Identity())
         return self.distillation_weight * distillation + (1 - self.distillation_weight) * contrast
 
     def _slots(self, pixels: Tensor, unit: Tensor, centers: Tensor) -> Tensor:
@@ -154,15 +154,22 @@ class SlotConLoss(Loss):
         with without_autocast(unit.device):
             return _attention(queries, keys, values)[..., :-1]
 
-    def _contrast(self, slots: Tensor, fixed: Tensor, of_both: Tensor, of_keys: Tensor) -> Tensor:
+    def _contrast(
+        self, slots: Tensor, fixed: Tensor, of_both: Tensor, of_keys: Tensor, predictor: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         """InfoNCE of the slots that won a pixel of both views, against the teacher's that won one."""
         ids, scale = torch.arange(slots.shape[0], device=slots.device), 1.0 / self.slot_temperature
-        bias = torch.zeros(of_keys.shape, device=slots.device).masked_fill(~of_keys, -torch.inf)
-        others = streaming_logsumexp(
-            slots, fixed, scale=scale, key_bias=bias, q_ids=ids, k_ids=ids, candidates="other_id", backend=self.backend
-        )
-        losses = cross_entropy(others, row_dot(slots, fixed) * scale)
-        return 2 * self.slot_temperature * self.reduce(losses, of_both)
+        if are_transforms_active() or is_traced(slots):  # where shapes cannot depend on what wins
+            own, own_ids, keys, key_ids, counted = fixed, ids, fixed, ids, of_both
+            bias = torch.zeros(of_keys.shape, device=slots.device).masked_fill(~of_keys, -torch.inf)
+        else:
+            slots, own, own_ids, counted = slots[of_both], fixed[of_both], ids[of_both], None
+            keys, key_ids, bias = fixed[of_keys], ids[of_keys], None
+        slots = self.unit(predictor(slots).to(fixed.dtype))
+        among = {"q_ids": own_ids, "k_ids": key_ids, "candidates": "other_id"}
+        others = streaming_logsumexp(slots, keys, scale=scale, key_bias=bias, **among, backend=self.backend)
+        losses = cross_entropy(others, row_dot(slots, own) * scale)
+        return 2 * self.slot_temperature * self.reduce(losses, counted)
 
     def _check(self, queries, keys, prototypes, teacher_prototypes, teacher_center, overlap) -> None:
         for name, x in (("queries", queries), ("keys", keys)):

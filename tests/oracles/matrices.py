@@ -303,9 +303,9 @@ def slotcon(
 
     q, of_queries = slots_and_winners(queries, x, c)
     k, of_keys = slots_and_winners(keys.detach(), y, fixed)
-    q, k = (scaled(rows, queries, normalize) for rows in (q if predictor is None else predictor(q), k))
     both = of_queries & of_keys
-    logits = (q @ k.T / slot_temperature).masked_fill(~of_keys, -torch.inf)[both]
-    own = logits.gather(1, both.nonzero()) if len(logits) else logits
-    contrast = 2 * slot_temperature * over_rows(logits.logsumexp(1) - own.flatten(), "mean")
+    q = q[both] if predictor is None else predictor(q[both])
+    logits = scaled(q, queries, normalize) @ scaled(k[of_keys], queries, normalize).T / slot_temperature
+    own = (of_keys.cumsum(0) - 1)[both]
+    contrast = 2 * slot_temperature * over_rows(logits.logsumexp(1) - logits.gather(1, own[:, None])[:, 0], "mean")
     return distillation_weight * distillation + (1 - distillation_weight) * contrast
