@@ -218,8 +218,14 @@ def _print_plan(given: Config, plan: Config, sets: ImageSets, run: Run, progress
         say(f"clusters {as_list(plan.clusters)[0]} instead of {CLUSTERS}: {n} training images are few for more")
     if plan.warmup_from is not None and not plan.resume:
         say(f"taken over from {plan.warmup_from}: {' and '.join(progress.finished)}")
-    stages = ", ".join(f"{stage} {last - first}" for stage, (last, first) in _epochs(plan, progress).items())
-    say(f"epochs of {run.steps_per_epoch} steps of {plan.batch_size} images: {stages or 'none is left'}")
+    under_way, state = progress.under_way or ("", {})
+    left = {
+        stage: last - (len(state["losses"]) if stage == under_way else first)
+        for stage, (last, first) in _epochs(plan, progress).items()
+    }
+    stages = ", ".join(f"{stage} {epochs}" for stage, epochs in left.items() if epochs)
+    none = f"none is left (--epochs above {plan.epochs} lengthens the run)"
+    say(f"epochs of {run.steps_per_epoch} steps of {plan.batch_size} images: {stages or none}")
 
 
 def _epochs(plan: Config, progress: Progress) -> dict[str, tuple[int, int]]:

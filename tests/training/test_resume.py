@@ -207,9 +207,10 @@ def test_asked_to_stop_it_saves_says_how_to_go_on_and_exits_with_the_signals_cod
     assert_same_end(folder, whole)
 
 
-def test_a_finished_run_can_be_resumed_and_gives_the_same_report(tmp_path, whole):
+def test_a_finished_run_can_be_resumed_and_gives_the_same_report(tmp_path, whole, capsys):
     before = (whole / "report.json").read_text()
     train(str(whole), **TINY, resume=True)
+    assert "images: none is left (--epochs above 4 lengthens the run)" in capsys.readouterr().out
     first, again = json.loads(before), json.loads((whole / "report.json").read_text())
     assert first["results"] == again["results"]
 
