@@ -107,8 +107,8 @@ class SlotConLoss(Loss):
             overlap: the student's and the teacher's rows ``[n, d]`` of the pixels that both views show, such as what
                 ``torchvision.ops.roi_align`` makes of maps of unit rows, as they come. None: pixels correspond by their
                 place.
-            predictor: of the student's slots ``[s, d]`` that are left (in what torch traces or transforms, of all). None:
-                the slots themselves.
+            predictor: of the student's slots ``[s, d]`` that are left (in what torch traces or transforms, of all).
+                None: the slots themselves.
 
         Returns:
             The loss, float32 (float64 for float64 input). Where no slot is left, the first term.

@@ -101,6 +101,7 @@ def test_wrong_kmeans_labels_are_found_out(name):
     assert is_wrong(kmeans_correctness.relative_error(wrong, size, torch.device("cpu")), size)
 
 
+@pytest.mark.slow
 def test_the_kmeans_run_fills_its_table_in_the_readme(tmp_path, monkeypatch):
     monkeypatch.setattr(kmeans, "QUICK_SECONDS", 0.0)
     kmeans.run_cpu(True, tmp_path)

@@ -10,6 +10,7 @@ for extra in ("mlxtend", "jsonargparse", "docstring_parser", "torchmetrics", "li
     pytest.importorskip(extra)  # the extra "train"
 
 
+@pytest.mark.slow
 def test_one_command_becomes_a_row_of_the_results(tmp_path, monkeypatch):
     monkeypatch.setattr(first_line, "COMMANDS", {"--help": first_line.COMMANDS["--help"]})
     assert "ccl-fast --help: first line" in first_line.run(1, tmp_path)
@@ -25,6 +26,7 @@ def test_train_is_followed_to_its_first_epoch():
     assert sorted(seconds.values()) == list(seconds.values())
 
 
+@pytest.mark.slow
 def test_a_line_that_does_not_come_is_told():
     with pytest.raises(RuntimeError, match="ccl-fast --nothing: no it"):
         first_line.measure("--nothing", {"it": "never"})

@@ -82,11 +82,11 @@ def test_labels_do_not_depend_on_the_shards(metric, init, weights):
         {"n_init": 4},
         {"batch_size": 37},
         {"n_clusters": 150},  # rounds of many candidates
-        {"n_clusters": 150, "metric": "cosine", "init": "random"},
-        {"max_iter": 2},
-        {"tol": 0.1},
-        {"backend": "reference"},
-        {"random_state": 7},
+        pytest.param({"n_clusters": 150, "metric": "cosine", "init": "random"}, marks=pytest.mark.slow),
+        pytest.param({"max_iter": 2}, marks=pytest.mark.slow),
+        pytest.param({"tol": 0.1}, marks=pytest.mark.slow),
+        pytest.param({"backend": "reference"}, marks=pytest.mark.slow),
+        pytest.param({"random_state": 7}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

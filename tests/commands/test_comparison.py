@@ -94,6 +94,7 @@ def test_resuming_runs_only_what_is_missing(two_seeds):
     assert after["environments"][0] == before["environments"][0]
 
 
+@pytest.mark.slow
 def test_a_seed_killed_before_its_first_checkpoint_is_begun_again(two_seeds, tmp_path):
     folder = tmp_path / "again"
     shutil.copytree(two_seeds, folder)

@@ -83,6 +83,7 @@ def test_an_evaluation_does_without_the_log_of_the_training(run, tmp_path, monke
     assert "without the curves of the training: run: expected the log of a run in" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_covariances_that_clusters_share_are_said(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("ccl_fast.ood.clusters.MOST_COVARIANCES", 12 * 100**2)
     report = evaluate(run, tmp_path / "out")  # 128 features before the head, 64 behind it

@@ -508,7 +508,7 @@ PICTURES = {
 
 
 # Common to several pictures, of features, of the log, of images: the guard is the same for all.
-BROKEN_FIRST = {"ScoreAxis.of", "cluster_map", "curves", "thumbnail"}
+BROKEN_FIRST = {"cluster_map", "curves", "thumbnail"}
 
 
 @pytest.mark.parametrize(

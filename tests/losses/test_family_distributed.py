@@ -183,9 +183,9 @@ def compiled_and_not(use):
     return found
 
 
-# One with prototypes, one of two towers, one with a plan that needs the rows of all; tests/losses/test_contract.py
+# One of two towers, one with prototypes and a plan that needs the rows of all; tests/losses/test_contract.py
 # compiles every loss in one process.
-COMPILED = {"protonce", "pamc", "swav"}
+COMPILED = {"pamc", "swav"}
 
 
 @pytest.mark.parametrize("use", [pytest.param(x, marks=() if x in COMPILED else pytest.mark.slow) for x in SEVERAL])

@@ -208,6 +208,7 @@ def prepare(n):
 """
 
 
+@pytest.mark.slow
 def test_memory_is_linear():
     """A single matrix of all pairs would take 64 MiB, and dense code holds several of them."""
     assert peak_bytes(STEP, (4096,), (64,)) <= 32 * 2**20 + OF_TORCH_2_11

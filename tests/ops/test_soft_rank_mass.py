@@ -127,6 +127,7 @@ def prepare(b, m):
 """
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_the_lists():
     """A matrix for each list would take 156 MiB, and what is known of all layers of all lists more than that."""
     assert peak_bytes(STEP, (4096, 100), (64, 8)) <= 64 * 2**20 + OF_TORCH_2_11

@@ -259,6 +259,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     Config(loggers=[]).check()
 
 
+@pytest.mark.slow
 def test_tables_are_dropped_with_the_run_that_is_overwritten(tmp_path):
     small = TINY | {"epochs": 1, "warmup_epochs": 0}
     train(tmp_path / "run", **small, loggers="csv")

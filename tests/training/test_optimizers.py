@@ -119,6 +119,7 @@ def test_it_goes_on_from_every_step_as_if_nothing_had_been(optimizer):
 
 
 @pytest.mark.parametrize("optimizer", ["lars", slow("sgd")])
+@pytest.mark.slow
 def test_a_continuation_has_the_momentum_of_the_warm_up(optimizer, tmp_path, no_page, one_thread):
     given = TINY | {"optimizer": optimizer, "lr_warmup_epochs": 1, "learning_rate": 0.1, "exclude_bias_and_norm": True}
     train(tmp_path / "origin", **given | {"objective": "simclr"})

@@ -365,8 +365,8 @@ def test_embeddings_are_those_of_evaluation_mode():
     [
         {"center_ramp_epochs": 2},
         {"augmentation": "none"},
-        {"weight_decay": 1.0},
-        {"embedding_dim": 32},
+        slow({"weight_decay": 1.0}),
+        slow({"embedding_dim": 32}),
         # That the state is all has these too.
         slow({"clusters": [4, 7]}),
         slow({"concentration": True}),

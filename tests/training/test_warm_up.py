@@ -131,7 +131,7 @@ def test_a_run_begun_with_a_warm_up_goes_on_without_the_other_one(origin, tmp_pa
     [
         pytest.param(("simclr", 5), {"simclr", "ccl"}, marks=pytest.mark.slow),
         (("simclr", 7), {"simclr", "ccl"}),
-        (("ccl", 5), {"ccl"}),
+        pytest.param(("ccl", 5), {"ccl"}, marks=pytest.mark.slow),
     ],
     ids=["after the warm-up", "in the middle of SimCLR", "after SimCLR"],
 )
