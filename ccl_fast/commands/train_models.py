@@ -48,19 +48,27 @@ from ccl_fast.training.telling import Telling, say
 LARGE_IMAGE = 96  # pixels; a quick look need not see more
 
 
+def _arguments_in(folder: Path) -> Config | None:
+    """Return the arguments of the run in a folder; None: there are none, or of another version, which is told later."""
+    try:
+        return read_arguments(folder / CONFIG)
+    except (ArgumentError, OSError):
+        return None
+
+
 def _with_those_of_the_run(given: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call: of one that resumes a run, those that are not given as that run has them.
 
     Raises:
-        ArgumentError: the run has one that no file can keep, or its file is none of arguments.
+        ArgumentError: the run has one that no file can keep.
     """
     if given.get("resume") is not True:
         return given
     folder = resumed_folder("train", given.get("output"))
-    path = folder / CONFIG
-    if not path.exists():
+    run = _arguments_in(folder)
+    if run is None:
         return given
-    kept = vars(read_arguments(path))
+    kept = vars(run)
     for name, value in kept.items():
         parts = value.values() if isinstance(value, Mapping) else as_list(value)
         if name not in given and any(map(is_unkept, parts)):
@@ -142,10 +150,8 @@ def _of_the_run(config: Config) -> Config:
     """Return the configuration with the folder of the run that is resumed; of a longer one, as that run lengthened."""
     folder = resumed_folder("train", config.output)
     config = replace(config, output=folder)
-    if not (folder / CONFIG).exists():
-        return config
-    earlier = read_arguments(folder / CONFIG)
-    if earlier.epochs >= config.epochs or list(earlier.restarts) != list(config.restarts):
+    earlier = _arguments_in(folder)
+    if earlier is None or earlier.epochs >= config.epochs or list(earlier.restarts) != list(config.restarts):
         return config
     config = config.lengthened(earlier)
     config.check()
