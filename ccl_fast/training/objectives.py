@@ -183,7 +183,7 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
     ),
     # Its unsupervised part; the share of hard labels is the loop's.
     "protogcd": Objective(
-        "ProtoGCD, unsupervised",
+        "ProtoGCD",
         lambda temperature: ProtoGCDLoss(temperature, teacher_temperature=temperature / 2, supervised_weight=0.0),
         _mean(lambda loss, z, prototypes: loss(z, prototypes)),
         "prototypes",
