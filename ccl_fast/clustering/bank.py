@@ -16,6 +16,7 @@ from ccl_fast.clustering.kmeans import KMeans
 from ccl_fast.errors import ArgumentError, NotFittedError
 from ccl_fast.ops import kmeans_assign, kmeans_update, streaming_topk
 from ccl_fast.ops.normalize import normalize_rows
+from ccl_fast.ops.precision import without_autocast
 from ccl_fast.ops.transport.sinkhorn import column_potentials
 
 
@@ -127,9 +128,10 @@ class ClusteredBank(nn.Module):
         """The largest entry of each row of the plan between rows and centres."""
         centers = normalize_rows(self.centers)
         scale = 1.0 / self.epsilon
-        v = column_potentials(z, centers, scale=scale, iterations=self.iterations)
-        keys = torch.cat((centers * scale, v[:, None]), dim=1)
-        return streaming_topk(torch.cat((z, torch.ones_like(z[:, :1])), dim=1), keys, topk=1)[1][:, 0]
+        with without_autocast(z.device):
+            v = column_potentials(z, centers, scale=scale, iterations=self.iterations)
+            keys = torch.cat((centers * scale, v[:, None]), dim=1)
+            return streaming_topk(torch.cat((z, torch.ones_like(z[:, :1])), dim=1), keys, topk=1)[1][:, 0]
 
     def _move_centers(self) -> None:
         sums, sizes = kmeans_update(self.features, self.labels, len(self.centers))
@@ -162,10 +164,11 @@ class ClusteredBank(nn.Module):
             raise NotFittedError(f"this ClusteredBank has {int(self.filled)} of its {len(self.features)} rows yet")
         nearest = kmeans_assign(z, self.centers, metric="cosine")[0]
         among = {"q_ids": nearest, "k_ids": self.labels, "candidates": "same_id"}
-        found = streaming_topk(z, self.features, topk=k, **among)[1]
-        few = (found < 0).any(1)
-        if few.any():
-            found[few] = streaming_topk(z[few], self.features, topk=k)[1]
+        with without_autocast(z.device):
+            found = streaming_topk(z, self.features, topk=k, **among)[1]
+            few = (found < 0).any(1)
+            if few.any():
+                found[few] = streaming_topk(z[few], self.features, topk=k)[1]
         return self.features[found]
 
     def _unit(self, name: str, x: Tensor) -> Tensor:

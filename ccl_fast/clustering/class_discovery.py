@@ -144,6 +144,8 @@ class ClassDiscovery(ClusterMixin, BaseEstimator):
         if getattr(X, "ndim", 2) != 2:
             raise ArgumentError(f"X: expected shape [rows, features], got {list(np.shape(X))}")
         x = rows_of(X, self)[0]
+        if len(x) == 0:
+            raise ArgumentError("X: expected at least one row, got none")
         fixed = labels_of(labels, X, x[None], self.max_clusters, "max_clusters")
         fixed = torch.full((len(x),), -1, device=x.device) if fixed is None else fixed[0]
         present = fixed[fixed >= 0].unique()

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ccl_fast.errors import ArgumentError
 from ccl_fast.ops import segment_gram
 
 
@@ -33,7 +34,10 @@ def log_evidence(moments: Tensor, kappa: float, psi: float) -> Tensor:
     n, sums, grams = moments[:, -1, -1], moments[:, -1, :-1], moments[:, :-1, :-1]
     nu, kappa_n = d + 1, kappa + n
     scatter = grams - sums[:, :, None] * sums[:, None] / kappa_n[:, None, None]
-    factor = torch.linalg.cholesky(scatter + psi * torch.eye(d, dtype=scatter.dtype, device=scatter.device))
+    factor, failed = torch.linalg.cholesky_ex(scatter + psi * torch.eye(d, dtype=scatter.dtype, device=scatter.device))
+    if failed.any():
+        least = torch.finfo(grams.dtype).eps * float(grams.diagonal(dim1=1, dim2=2).max())
+        raise ArgumentError(f"psi: expected more than the rounding of the data's squares, {least:.0e}, got {psi:g}")
     log_det = 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)
     gammas = torch.mvlgamma((nu + n) / 2, d) - torch.mvlgamma(torch.full_like(n, nu / 2), d)
     priors = nu * d * math.log(psi) / 2 + d / 2 * (math.log(kappa) - kappa_n.log())

@@ -109,6 +109,8 @@ class LatentLabelShift(BaseEstimator):
         """Return p(y | x), or, given the rows' domains, p(y | x, d): ``[n, classes]``."""
         check_is_fitted(self)
         rows, d = self._checked(p, domains)
+        if rows.shape[1] != self._inverse.shape[1]:
+            raise ArgumentError(f"p: expected {self._inverse.shape[1]} domains, as fitted, got {rows.shape[1]}")
         classes = _normalized((rows @ self._inverse.T).clamp(min=0), 1)
         if domains is not None:
             shares = torch.as_tensor(self.class_shares_, device=torch.device("cpu"))

@@ -16,6 +16,7 @@ from ccl_fast.clustering.data import Data
 from ccl_fast.clustering.seeding import k_means_plus_plus
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops import kmeans_assign, kmeans_update, streaming_topk
+from ccl_fast.ops.precision import without_autocast
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -110,7 +111,18 @@ class LaplacianKMeans(ClusterMixin, BaseEstimator):
         Raises:
             ValueError: an argument has the wrong type, shape or value.
         """
-        x, fixed = self._checked(X, labels)
+        rows, fixed = self._checked(X, labels)
+        with without_autocast(rows.device):
+            memberships, centers = self._fitted(rows, fixed, neighbors)
+        self.memberships_, self.labels_ = like(memberships, X), like(memberships.argmax(1), X)
+        self.cluster_centers_ = like(centers, X)
+        return self
+
+    def _fitted(self, rows: Tensor, fixed: Tensor, neighbors: Any) -> tuple[Tensor, Tensor]:
+        """Return memberships and centres."""
+        # Distances by products lose what is far from the origin.
+        origin = rows.mean(0)
+        x = rows - origin
         near = self._nearest(x) if neighbors is None else _given(neighbors, x)
         hard = torch.where(fixed >= 0, fixed, 0)[:, None] == torch.arange(self.n_clusters, device=x.device)
 
@@ -122,7 +134,7 @@ class LaplacianKMeans(ClusterMixin, BaseEstimator):
                 y = torch.add(logits, _sums(y, near), alpha=self.smoothness).softmax(1)
             return torch.where(fixed[:, None] < 0, y, hard.to(y.dtype))
 
-        centers, self.n_iter_ = self._start(x, fixed), 0
+        centers, self.n_iter_ = self._start(rows, fixed) - origin, 0
         memberships = memberships_of(centers)
         while self.n_iter_ < self.max_iter:
             before = memberships.argmax(1)
@@ -132,9 +144,7 @@ class LaplacianKMeans(ClusterMixin, BaseEstimator):
             memberships, self.n_iter_ = memberships_of(centers), self.n_iter_ + 1
             if memberships.argmax(1).equal(before):
                 break
-        self.memberships_, self.labels_ = like(memberships, X), like(memberships.argmax(1), X)
-        self.cluster_centers_ = like(centers, X)
-        return self
+        return memberships, centers + origin
 
     def predict(self, X: Tensor | ArrayLike) -> Any:
         """Return the nearest centre of every row of X, ``[M, D]``, which have no neighbours here: int64 ``[M]``."""
@@ -152,6 +162,8 @@ class LaplacianKMeans(ClusterMixin, BaseEstimator):
             raise ArgumentError(f"X: expected shape [rows, features], got {list(np.shape(X))}")
         x = rows_of(X, self)[0]
         check_finite("X", x)
+        if len(x) == 0:
+            raise ArgumentError("X: expected at least one row, got none")
         fixed = labels_of(labels, X, x[None], self.n_clusters)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return x, torch.full((len(x),), -1, device=x.device) if fixed is None else fixed[0]
@@ -168,11 +180,11 @@ class LaplacianKMeans(ClusterMixin, BaseEstimator):
         if centers.shape != (self.n_clusters, x.shape[1]):
             expected = [self.n_clusters, x.shape[1]]
             raise ArgumentError(f"init: expected centres {expected}, got {list(centers.shape)}")
+        check_finite("init", centers)
         return centers
 
     def _nearest(self, x: Tensor) -> Tensor:
-        """Numbers of each row's nearest others, [n, m]."""
-        x = x - x.mean(0)
+        """Numbers of each row's nearest others, [n, m], of rows around the origin."""
         own = torch.arange(len(x), device=x.device)
         # |x - y|^2 is least where <x, y> - |y|^2 / 2 is largest.
         keys = torch.cat((x, x.square().sum(1, keepdim=True) / -2), 1)

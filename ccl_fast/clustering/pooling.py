@@ -7,6 +7,7 @@ from ccl_fast.checks import check_count, check_floating, check_ids, check_matrix
 from ccl_fast.clustering.kmeans import KMeans
 from ccl_fast.ops.ids import consecutive_ids
 from ccl_fast.ops.normalize import normalize_rows
+from ccl_fast.ops.precision import accumulation_dtype
 
 
 def pool_by_clusters(x: Tensor, ids: Tensor, n_clusters: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -50,10 +51,10 @@ def pool_by_clusters(x: Tensor, ids: Tensor, n_clusters: int, *, seed: int = 0) 
     counts = ids.unique_consecutive(return_counts=True)[1]
     group = _clusters(x.detach(), counts, n_clusters, seed)
     number = int(group.max()) + 1 if len(group) else 0
-    sums = x.new_zeros(number, x.shape[1]).index_add(0, group, x)
-    sizes = torch.zeros_like(sums[:, 0]).index_add(0, group, torch.ones_like(x[:, 0]))
+    wide = x.to(accumulation_dtype(x))  # in half precision a sum overflows, and a count stops growing
+    sums = wide.new_zeros(number, x.shape[1]).index_add(0, group, wide)
     of_group = torch.zeros(number, dtype=torch.int64, device=x.device).index_copy(0, group, ids)
-    return sums / sizes[:, None], of_group
+    return (sums / group.bincount(minlength=number)[:, None]).to(x.dtype), of_group
 
 
 def _clusters(x: Tensor, counts: Tensor, n_clusters: int, seed: int) -> Tensor:

@@ -7,7 +7,7 @@ from ccl_fast.checks import check_count, check_finite, check_floating, check_mat
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops import sinkhorn, streaming_logsumexp, streaming_topk
 from ccl_fast.ops.logsumexp.operator import softmax_sums
-from ccl_fast.ops.precision import accumulation_dtype
+from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
 
 @torch.no_grad()
@@ -61,9 +61,15 @@ def transport_prototypes(
     check_count("passes", passes)
     wide = accumulation_dtype(support)
     prototypes, q = support.to(wide), queries.to(wide)
-    for _ in range(passes):
-        prototypes = _transported(prototypes, q, epsilon, iterations)
-    return prototypes
+    # Squares of what is far from the origin, or huge, or tiny, lose what is between the points.
+    origin = q.mean(0)
+    unit = torch.cat((q - origin, prototypes - origin)).abs().amax()
+    unit = unit.where(unit > 0, 1.0)
+    prototypes, q = (prototypes - origin) / unit, (q - origin) / unit
+    with without_autocast(q.device):
+        for _ in range(passes):
+            prototypes = _transported(prototypes, q, epsilon, iterations)
+    return prototypes * unit + origin
 
 
 def _transported(prototypes: Tensor, queries: Tensor, epsilon: float, iterations: int) -> Tensor:

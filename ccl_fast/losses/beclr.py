@@ -6,7 +6,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_not_negative, check_same
+from ccl_fast.checks import check_not_negative, check_same, check_tensor
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_queries
@@ -77,6 +77,7 @@ class BECLRLoss(Loss):
         for name, x in (("predictions", predictions), ("targets", targets)):
             if x is None:
                 continue
+            check_tensor(name, x)
             check_same(name, x, "embeddings", embeddings)
             if x.shape != embeddings.shape:
                 expected = f"{list(embeddings.shape)} (that of embeddings)"

@@ -6,7 +6,16 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_flag, check_floating, check_matrix, check_not_negative, check_same, check_vector
+from ccl_fast.checks import (
+    check_flag,
+    check_floating,
+    check_matrix,
+    check_not_negative,
+    check_same,
+    check_vector,
+    host_knows,
+)
+from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.ops import map_row_blocks
 from ccl_fast.ops.precision import scale_tensor
@@ -97,7 +106,10 @@ class ConRLoss(Loss):
         if weights is None:
             weights = torch.ones_like(scale).expand(z.shape[0])
         check_floating("weights", weights)
-        y, p = targets.detach(), predictions.detach()
+        if host_knows(weights) and bool((weights < 0).any()):
+            raise ArgumentError(f"weights: expected numbers >= 0, got a smallest of {weights.min():g}")
+        # Differences of bool do not exist, and of unsigned integers they wrap.
+        y, p = (x.detach() if x.is_floating_point() else x.long() for x in (targets, predictions))
         numbers = torch.arange(z.shape[0], device=z.device)
         return self.reduce(map_row_blocks(self._losses, [z, y, p, weights, numbers], [z, y, p, numbers, scale]))
 
@@ -108,7 +120,9 @@ class ConRLoss(Loss):
         is_near = distance <= self.window
         positive = is_near & (numbers[:, None] != keys[3])
         negative = ~is_near & ((p[:, None] - keys[2]).abs() <= self.window)
-        pushed = (s + self.push * distance + h.log()[:, None]).masked_fill(~negative, -torch.inf)
+        # A logarithm that has a derivative where a weight is 0: that times 0 is to be 0.
+        log_h = h.clamp(min=torch.finfo(h.dtype).tiny).log()
+        pushed = (s + self.push * distance + log_h[:, None]).masked_fill(~negative, -torch.inf)
         logsumexp, count = masked_logsumexp(torch.where(positive, s, pushed)), positive.sum(1)
         if self.count_masked:
             logsumexp = torch.logaddexp(logsumexp, (s.shape[1] - count).to(s.dtype).log())

@@ -142,14 +142,14 @@ def propagate_pixels(maps: Tensor, values: Tensor | None = None, *, power: float
             expected = f"[{', '.join(str(size) for size in maps.shape[:3])}, e]"
             raise ArgumentError(f"values: expected shape {expected}, got {list(values.shape)}")
     given = [maps] if values is None else [maps, values]
-    units = [normalize_embeddings(x.flatten(0, 2)).view(*x.shape[:3], -1).flatten(1, 2) for x in given]
+    units = [normalize_embeddings(x.flatten(0, 2)).view(x.shape).flatten(1, 2) for x in given]
 
     def propagate(rows: Sequence[Tensor], _keys: Sequence[Tensor]) -> Tensor:
         x, g = rows[0], rows[-1]
         similarity = (x @ x.transpose(1, 2)).clamp(min=0)
         return similarity.pow(power) @ g
 
-    return map_row_blocks(propagate, units, size=_images(maps, maps)).view(*maps.shape[:3], -1)
+    return map_row_blocks(propagate, units, size=_images(maps, maps)).view(given[-1].shape)
 
 
 def _images(y: Tensor, x: Tensor) -> int:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_count, check_floating, check_matrix, check_same, host_knows
+from ccl_fast.checks import check_count, check_finite, check_floating, check_matrix, check_same, host_knows
 from ccl_fast.errors import ArgumentError
 
 
@@ -49,6 +49,8 @@ def sample_pairs(semantic: Tensor, surface: Tensor, k: int, *, generator: torch.
         raise ArgumentError(f"surface: expected shape {list(semantic.shape)}, got {list(surface.shape)}")
     check_count("k", k)
     if host_knows(semantic) and semantic.shape[0]:
+        check_finite("semantic", semantic)
+        check_finite("surface", surface)
         if bool((semantic < 0).any()):
             raise ArgumentError(f"semantic: expected numbers >= 0, got a smallest of {semantic.min():g}")
         if not bool((surface > 0).all()):
@@ -56,7 +58,8 @@ def sample_pairs(semantic: Tensor, surface: Tensor, k: int, *, generator: torch.
         least = int((semantic > 0).sum(1).min())
         if least < k:
             raise ArgumentError(f"k: expected at most {least}, the candidates of a row, got {k}")
-    weights = semantic.detach().double() / surface.detach().double()
-    if weights.shape[0] == 0:
-        return torch.empty(0, k, dtype=torch.int64, device=weights.device)
-    return torch.multinomial(weights, k, generator=generator)
+    # By logarithms, and less the largest of a row, no quotient over- or underflows.
+    logits = semantic.detach().double().log() - surface.detach().double().log()
+    if logits.shape[0] == 0:
+        return torch.empty(0, k, dtype=torch.int64, device=logits.device)
+    return torch.multinomial(logits.softmax(1), k, generator=generator)

@@ -12,6 +12,7 @@ from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_ids
 from ccl_fast.ops import edge_similarity, map_row_blocks, streaming_topk
 from ccl_fast.ops.ids import separate_unassigned
+from ccl_fast.ops.precision import accumulation_dtype
 
 # Squared distances below this are taken for it, as the gradient of a distance is not finite at 0.
 LEAST_SQUARE = 1e-12
@@ -106,9 +107,7 @@ class SubspaceMarginLoss(Loss):
         check_ids("cluster_ids", cluster_ids, embeddings, self.num_slices, "slices")
         y = separate_unassigned(labels.long())
         slices = embeddings.unflatten(1, (self.num_slices, -1))
-        sums = torch.zeros(embeddings.shape[0], 2, dtype=torch.promote_types(embeddings.dtype, torch.float32)).to(
-            y.device
-        )
+        sums = embeddings.new_zeros(embeddings.shape[0], 2, dtype=accumulation_dtype(embeddings))
         for c in range(self.num_slices):
             rows = (cluster_ids == c).nonzero().flatten()
             sums = sums.index_add(0, rows, self._of_cluster(self.unit(slices[rows, c]), y[rows]).to(sums.dtype))
@@ -119,8 +118,8 @@ class SubspaceMarginLoss(Loss):
         """For each row the sum of the losses of its pairs, and their number, [r, 2]."""
         numbers = torch.arange(z.shape[0], device=z.device)
         of_positives = map_row_blocks(self._positives, [z, y, numbers], [z, y, numbers])
-        # |x - y|^2 = 2 - 2 <x, y>
-        ceiling = 1 - self.least_distance**2 / 2
+        # |x - y|^2 = 2 - 2 <x, y>; at least 0 are all, also those whose product rounds to more than 1.
+        ceiling = 1 - self.least_distance**2 / 2 if self.least_distance else None
         nearest = streaming_topk(z, topk=1, q_ids=y, candidates="other_id", ceiling=ceiling)[1].flatten()
         starts = torch.arange(z.shape[0] + 1, device=z.device)
         distance = _distance(edge_similarity(z, z, starts, nearest.clamp(min=0)))

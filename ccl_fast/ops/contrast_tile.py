@@ -27,8 +27,8 @@ from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
 # Elements of the matrix of logits, 1,024 rows or 724 and as many centres: beyond, arrays of them leave the caches.
 MAX_ELEMENTS = 2**20
-# With it the sum of a tile's row, by that row's smallest exponential squared, is a float32.
-MAX_SCALE = 40.0
+# With both a row's sum of exponentials, divided by the smallest one, is a float32: 4096 e^80.
+MAX_SCALE, MAX_KEYS = 40.0, 4096
 
 DEVICES = ("cpu", "cuda")
 NAME = "contrast of one tile"
@@ -39,7 +39,8 @@ def fits(x: Tensor, keys: int, *scales: float | Tensor | None) -> bool:
     if is_traced(x) or are_transforms_active() or x.device.type not in DEVICES:
         return False
     n, d = x.shape
-    return n > 1 and d > 0 and n * keys <= MAX_ELEMENTS and all(_is_small(scale) for scale in scales)
+    is_tile = n > 1 and d > 0 and n * keys <= MAX_ELEMENTS and keys <= MAX_KEYS
+    return is_tile and all(_is_small(scale) for scale in scales)
 
 
 def _is_small(scale: float | Tensor | None) -> bool:

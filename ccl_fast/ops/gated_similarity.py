@@ -5,9 +5,10 @@ from torch import Tensor
 
 from ccl_fast.checks import check_floating, check_matrix, check_same
 from ccl_fast.errors import ArgumentError
+from ccl_fast.ops.normalize import normalize_embeddings
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
-# Rows of a squared length below this count as 0, so that no gradient is infinite.
+# Gated rows of a squared length below this count as 0, so that no gradient is infinite.
 LEAST_SQUARE = 1e-24
 
 
@@ -27,7 +28,8 @@ def gated_similarity(q: Tensor, gates: Tensor, k: Tensor) -> Tensor:
         k: ``[m, d]``.
 
     Returns:
-        ``[n, m]``, float32 (float64 for float64 input); 0, without a gradient, where a gated row is 0.
+        ``[n, m]``, float32 (float64 for float64 input); 0, without a gradient, where a gated row is 0
+        (below 1e-12 of the product of both lengths).
 
     Raises:
         ValueError: an argument has the wrong type, shape, dtype or device.
@@ -48,7 +50,9 @@ def gated_similarity(q: Tensor, gates: Tensor, k: Tensor) -> Tensor:
         raise ArgumentError(f"gates: expected shape {list(q.shape)} (that of q), got {list(gates.shape)}")
     wide = torch.promote_types(accumulation_dtype(q), accumulation_dtype(gates))
     with without_autocast(q.device):
-        q, squares, k = q.to(wide), gates.to(wide).square(), k.to(wide)
+        # Of length 1, which changes no cosine, so that no square over- or underflows.
+        q, gates, k = (normalize_embeddings(x.to(wide)) for x in (q, gates, k))
+        squares = gates.square()
         weighted = squares * q
         of_rows = _inverse_length((weighted * q).sum(1, keepdim=True))
         return (weighted * of_rows) @ k.T * _inverse_length(squares @ k.square().T)

@@ -60,7 +60,8 @@ def soft_rank_mass(s: Tensor, n_top: int, *, steepness: float = 1.0) -> Tensor:
     if n_top > s.shape[-1]:
         raise ArgumentError(f"n_top: expected at most {s.shape[-1]}, the length of a list, got {n_top}")
     check_positive("steepness", steepness)
-    return _MASS(s.reshape(-1, s.shape[-1]), n_top, float(steepness)).view(s.shape)
+    lists = s.reshape(s.shape[:-1].numel(), s.shape[-1])  # told how many, as of empty ones -1 is not known
+    return _MASS(lists, n_top, float(steepness)).view(s.shape)
 
 
 # ---- layers: every place a row, [m, lists], so that neighbours are rows too ----
@@ -140,7 +141,7 @@ def _backward(s: Tensor, grad: Tensor, n_top: int, steepness: float) -> Tensor:
             differences, stays = _sort(x, steepness)
             of_indicator = _back(_indicator(x, n_top), stays)
             to_stays = _through_indicator(_places(grad[lists]), stays, of_indicator)
-            to_s[lists] = _through_sort(to_stays, differences, stays, steepness).T.to(s.dtype)
+            to_s[lists] = _through_sort(torch.zeros_like(x), to_stays, differences, stays, steepness).T.to(s.dtype)
         return to_s
 
 
@@ -157,11 +158,11 @@ def _through_indicator(g: Tensor, stays: list[Tensor], differences: list[Tensor]
     return to_stays
 
 
-def _through_sort(to_stays: list[Tensor], differences: list[Tensor], stays: list[Tensor], steepness: float) -> Tensor:
-    """Derivatives by the items, [m, lists], given those by the probabilities of each layer."""
-    m = len(stays)
-    h = differences[0].new_zeros(m, differences[0].shape[1]) if m else torch.empty(0)
-    for layer in reversed(range(m)):
+def _through_sort(
+    h: Tensor, to_stays: list[Tensor], differences: list[Tensor], stays: list[Tensor], steepness: float
+) -> Tensor:
+    """Derivatives by the items, [m, lists], given those by the probabilities of each layer, in h, which is 0."""
+    for layer in reversed(range(len(stays))):
         low, high = _pairs(h, layer)
         change, difference = high - low, differences[layer]
         by_difference = steepness / math.pi / (steepness * difference).square().add_(1.0)

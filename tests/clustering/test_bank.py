@@ -72,6 +72,17 @@ def test_neighbors_are_of_the_nearest_centres_cluster_or_of_all(k):
         torch.testing.assert_close(rows, pool[(pool @ z).argsort(descending=True)[:k]])
 
 
+def test_autocast_changes_nothing():
+    found = []
+    for enabled in (False, True):
+        bank, new = full_bank(), directions(40, 5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            bank.update(new)
+            found.append((bank.labels, bank.neighbors(new, 7), transport_prototypes(new[:4], new)))
+    for plain, under_autocast in zip(*found, strict=True):
+        assert torch.equal(plain, under_autocast)
+
+
 def test_the_state_is_the_banks():
     bank, again = full_bank(), ClusteredBank(6, size=60, n_clusters=4)
     again.load_state_dict(bank.state_dict())
@@ -129,6 +140,13 @@ def test_of_halves_it_is_float32s_and_of_one_point_that_point():
     torch.testing.assert_close(found, expected)
     point = torch.ones(3, 2)
     assert torch.equal(transport_prototypes(point, point[:2]), point)
+
+
+@pytest.mark.parametrize("scale, shift", ((1.0, 300.0), (1e25, 0.0), (1e-25, 0.0)))
+def test_where_the_points_are_and_in_which_unit_does_not_count(scale, shift):
+    support, queries = directions(5), directions(30, 1)
+    found = (transport_prototypes(scale * support + shift, scale * queries + shift) - shift) / scale
+    torch.testing.assert_close(found, transport_prototypes(support, queries), rtol=0, atol=1e-3)
 
 
 def test_errors_of_the_transport():

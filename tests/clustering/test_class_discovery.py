@@ -133,11 +133,14 @@ def test_evidence_is_symmetric_in_the_halves_and_in_rotations():
     assert math.isfinite(there.sum().item())
 
 
+FAR = 1e8 * np.eye(5)[np.arange(200) % 4] + 0.01 * np.random.default_rng(0).normal(size=(200, 5))
 ERRORS = {
     "most": ({"max_clusters": 0}, {}, "max_clusters: expected a positive integer, got 0"),
     "start": ({"n_clusters": 0}, {}, "n_clusters: expected a positive integer, got 0"),
     "kappa": ({"kappa": 0}, {}, "kappa: expected a positive number, got 0"),
     "psi": ({"psi": -1}, {}, "psi: expected a positive number, got -1"),
+    "rounding": ({}, {"X": FAR}, "psi: expected more than the rounding of the data's squares, .*, got 0.005"),
+    "no rows": ({}, {"X": np.zeros((0, 3))}, "X: expected at least one row, got none"),
     "problems": ({}, {"X": np.zeros((2, 12, 3))}, r"X: expected shape \[rows, features\], got \[2, 12, 3\]"),
     "gap": ({}, {"labels": [0, 2] + [-1] * 10}, "labels: expected classes 0 to 1, got 2"),
     "many": ({}, {"labels": [0, 9] + [-1] * 10}, "labels: expected labels below max_clusters=5, got 9"),

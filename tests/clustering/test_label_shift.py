@@ -104,3 +104,9 @@ ERRORS = {
 def test_errors(options, given, message):
     with pytest.raises(ValueError, match=message):
         LatentLabelShift(**{"n_classes": 2} | options).fit(**{"p": P, "domains": D} | given)
+
+
+def test_new_rows_are_of_the_same_domains():
+    model = LatentLabelShift(2).fit(P, D)
+    with pytest.raises(ValueError, match="p: expected 2 domains, as fitted, got 3"):
+        model.predict(np.full((4, 3), 1 / 3))

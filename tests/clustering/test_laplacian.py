@@ -100,6 +100,21 @@ def test_shift_rotation_and_order_do_not_count():
     torch.testing.assert_close(shuffled.memberships_, expected.memberships_[order])
 
 
+def test_far_from_the_origin_float32_is_as_good():
+    x = blobs(3).float() + 1000
+    expected = LaplacianKMeans(K, init=x[:K].double()).fit(x.double())
+    model = LaplacianKMeans(K, init=x[:K]).fit(x)
+    torch.testing.assert_close(model.memberships_.double(), expected.memberships_, rtol=0, atol=1e-4)
+    torch.testing.assert_close(model.cluster_centers_.double(), expected.cluster_centers_)
+
+
+def test_autocast_changes_nothing():
+    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
+    expected = LaplacianKMeans(K).fit(x).memberships_
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(LaplacianKMeans(K).fit(x).memberships_, expected)
+
+
 def test_arrays_give_arrays():
     x = blobs(4)
     expected = LaplacianKMeans(K).fit(x)
@@ -121,6 +136,8 @@ ERRORS = {
     "iterations": ({"max_iter": -1}, {}, "max_iter: expected an integer >= 0, got -1"),
     "init": ({"init": "random"}, {}, "init: expected \"k-means\\+\\+\" or centres, got 'random'"),
     "centres": ({"init": X[:1]}, {}, r"init: expected centres \[2, 2\], got \[1, 2\]"),
+    "nan in centres": ({"init": X[:2] * torch.nan}, {}, "init: expected finite values"),
+    "no rows": ({"init": X[:2]}, {"X": X[:0]}, "X: expected at least one row, got none"),
     "rows": ({"n_clusters": 6}, {}, "X: expected at least n_clusters=6 rows, got 5"),
     "nan": ({}, {"X": X * torch.nan}, "X: expected finite values"),
     "labels": ({}, {"labels": [0, 2, -1, -1, -1]}, "labels: expected labels below n_clusters=2, got 2"),

@@ -68,6 +68,7 @@ def test_errors():
     for arguments, message in (
         ({"embeddings": z[:, 0]}, r"embeddings: expected shape \[n, 2, d\]"),
         ({"embeddings": z, "predictions": z[1:]}, r"predictions: expected shape \[4, 2, 3\] .*, got \[3, 2, 3\]"),
+        ({"embeddings": z, "predictions": [1]}, r"predictions: expected a torch.Tensor, got list"),
         ({"embeddings": z, "targets": z.double()}, r"targets: expected dtype torch.float32 .*got torch.float64"),
     ):
         with pytest.raises(ValueError, match=message):

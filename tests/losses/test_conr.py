@@ -89,6 +89,24 @@ def test_the_predictions_get_no_gradient():
     assert predictions.grad is None
 
 
+@pytest.mark.parametrize("dtype", (torch.uint8, torch.int8, torch.int64, torch.bool, torch.float16))
+def test_numbers_of_any_dtype(dtype):
+    targets, predictions = (torch.tensor(x).to(dtype) for x in ([1, 0, 5, 6, 0, 9], [1, 2, 1, 0, 1, 1]))
+    loss = ConRLoss(window=0.5)(rows(6), targets=targets, predictions=predictions)
+    expected = ConRLoss(window=0.5)(rows(6), targets=targets.double(), predictions=predictions.double())
+    assert loss > 0
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_weight_of_zero_has_a_derivative():
+    actual = torch.zeros(9, dtype=torch.float64, requires_grad=True)
+    near = torch.full_like(actual, 1e-9, requires_grad=True)
+    for h in (actual, near):
+        ConRLoss(temperature=1.0)(rows(9), **AT, weights=h).backward()
+    assert (actual.grad > 0.01).any()
+    torch.testing.assert_close(actual.grad, near.grad, rtol=1e-6, atol=1e-6)
+
+
 def test_errors():
     z = torch.ones(4, 3)
     good = {"targets": torch.ones(4), "predictions": torch.ones(4)}
@@ -97,6 +115,7 @@ def test_errors():
         ({"predictions": torch.ones(4, 1)}, r"predictions: expected shape \[4\], got \[4, 1\]"),
         ({"weights": torch.ones(5)}, r"weights: expected shape \[4\], got \[5\]"),
         ({"weights": torch.ones(4).long()}, r"weights: expected float64.*int64"),
+        ({"weights": -torch.ones(4)}, r"weights: expected numbers >= 0, got a smallest of -1"),
         ({"targets": [1.0] * 4}, r"targets: expected a torch.Tensor, got list"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -107,6 +107,15 @@ def test_open_gates_are_cosines():
     torch.testing.assert_close(gated_similarity(q, torch.ones_like(q), k), expected)
 
 
+@pytest.mark.parametrize("scale", (1e-30, 1e-13, 1e10, 1e25))
+def test_lengths_do_not_count(scale):
+    q, k = rows(7, dtype=torch.float32), rows(5, dtype=torch.float32)
+    gates = GATES[:7].float()
+    expected = gated_similarity(q, gates, k)
+    for given in ((scale * q, gates, k), (q, scale * gates, k), (q, gates, scale * k)):
+        torch.testing.assert_close(gated_similarity(*given), expected)
+
+
 def test_errors_of_the_similarity():
     q, k = torch.ones(3, 2), torch.ones(4, 2)
     for arguments, message in (

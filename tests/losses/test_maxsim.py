@@ -121,6 +121,14 @@ def test_means_of_the_clusters_of_each_sequence():
     assert torch.equal(similarity.argmax(1), cluster)
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_means_of_many_vectors_of_half_precision(dtype):
+    """More of them than bfloat16 counts to, with a sum that float16 does not have."""
+    x = (300 + torch.randn(3000, 4, generator=torch.Generator().manual_seed(0))).to(dtype)
+    means, _ = pool_by_clusters(x, torch.zeros(3000).long(), 1)
+    torch.testing.assert_close(means, x.float().mean(0, keepdim=True).to(dtype))
+
+
 def test_padding_is_left_out_and_half_precision_stays():
     x, ids = torch.randn(30, 4).bfloat16(), torch.arange(30) % 4 - 1
     means, of = pool_by_clusters(x, ids, 3)

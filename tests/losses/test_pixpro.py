@@ -88,6 +88,13 @@ def test_propagation_of_one_pixel_is_its_direction():
     torch.testing.assert_close(propagate_pixels(x), torch.nn.functional.normalize(x, dim=3))
 
 
+@pytest.mark.parametrize("shape", ((0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 3, 0)))
+def test_maps_without_pixels_stay_so(shape):
+    x = torch.zeros(shape)
+    assert propagate_pixels(x).shape == shape
+    assert propagate_pixels(x, torch.zeros(*shape[:3], 5)).shape == (*shape[:3], 5)
+
+
 def test_errors():
     y, boxes = torch.ones(2, 3, 3, 4), torch.ones(2, 4)
     good = {"queries": y, "keys": y, "boxes": boxes, "key_boxes": boxes}

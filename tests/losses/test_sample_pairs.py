@@ -38,6 +38,12 @@ def test_candidates_are_different_and_drawn_again_by_the_same_generator(dtype):
     assert torch.equal(sample_pairs(semantic, torch.ones_like(semantic), 5, generator=generator(1)), drawn)
 
 
+def test_similarities_whose_quotient_no_number_holds():
+    semantic, surface = (torch.tensor([x], dtype=torch.float64) for x in ([1e300, 1.0, 1e300], [1e-300, 1.0, 1e-300]))
+    drawn = sample_pairs(semantic, surface, 2, generator=generator())
+    assert sorted(drawn.flatten().tolist()) == [0, 2]
+
+
 def test_no_rows():
     assert sample_pairs(torch.zeros(0, 4), torch.zeros(0, 4), 2).shape == (0, 2)
 
@@ -50,6 +56,8 @@ def test_errors():
         ((x, x, 1), r"surface: expected numbers > 0, got a smallest of 0"),
         ((x, x + 1, 3), r"k: expected at most 2, the candidates of a row, got 3"),
         ((x, x + 1, 0), r"k: expected a positive integer, got 0"),
+        ((x * torch.nan, x + 1, 1), r"semantic: expected finite values"),
+        ((x, x + torch.inf, 1), r"surface: expected finite values"),
         ((x.long(), x + 1, 1), r"semantic: expected float64.*int64"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -72,6 +72,15 @@ def test_equal_rows_have_a_finite_gradient():
     assert z.grad.isfinite().all()
 
 
+def test_without_a_least_distance_equal_rows_of_other_labels_are_negatives():
+    """Their products may round to more than 1."""
+    scales, labels = torch.linspace(1, 3, 6)[:, None], torch.arange(6) // 2
+    for seed in range(20):
+        z = scales * torch.randn(33, generator=torch.Generator().manual_seed(seed))
+        losses = SubspaceMarginLoss(least_distance=0.0, reduction="none")(z, labels)
+        torch.testing.assert_close(losses, torch.full((6,), 1.4), rtol=0, atol=2e-3)
+
+
 def test_errors():
     z = torch.ones(13, 6)
     for options, arguments, error, message in (

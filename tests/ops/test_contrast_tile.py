@@ -132,6 +132,24 @@ def test_positives_that_vanish_beside_the_others(scale, tiles):
     torch.testing.assert_close(grad.double(), expected[1], rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("form", ("joint", "inside"))
+def test_two_rows_and_so_many_centers_that_the_sum_would_overflow(form):
+    """The rows are opposite to their positives, and alike to the other centres."""
+    near = torch.zeros(D)
+    near[0] = 1.0
+    centers = near.repeat(100_000, 1)
+    centers[0] = -near
+    losses, grads = [], []
+    for backend, dtype in (("blocked", torch.float64), ("auto", torch.float32)):
+        leaf = (torch.stack((near, -near)) + 1e-3 * rows(2)).to(dtype).requires_grad_()
+        losses.append(
+            CCLLoss(1 / contrast_tile.MAX_SCALE, form=form, backend=backend)(leaf, torch.arange(2), centers.to(dtype))
+        )
+        grads.append(torch.autograd.grad(losses[-1], leaf)[0].double())
+    torch.testing.assert_close(losses[1].double(), losses[0])
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     "options",
     (

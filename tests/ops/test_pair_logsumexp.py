@@ -233,5 +233,10 @@ def test_errors():
         map_row_blocks(lambda rows, keys: keys[0], [], [q])
     with pytest.raises(ValueError, match=r"size: expected a positive integer, got 0"):
         map_row_blocks(lambda rows, keys: rows[0], [q], size=0)
+    with pytest.raises(ValueError, match=r"function: expected a function of rows and keys, got int"):
+        map_row_blocks(3, [q])
+    for result, got in ((lambda x: x.sum(), r"\[\]"), (lambda x: x[:1], r"\[1, 6\]"), (lambda x: None, "NoneType")):
+        with pytest.raises(ValueError, match=f"function: expected a tensor with a row for each of 4 rows, got {got}"):
+            map_row_blocks(lambda rows, keys, result=result: result(rows[0]), [q])
     with pytest.raises(ValueError, match=r"rows\[1\]: expected 4 rows, got shape \[3, 6\]"):
         map_row_blocks(lambda rows, keys: rows[0], [q, k], [])

@@ -62,6 +62,14 @@ def test_lists_in_any_shape_and_strides():
     torch.testing.assert_close(soft_rank_mass(s.T.contiguous().T, 2), expected)
 
 
+@pytest.mark.parametrize("shape", ((3, 0), (2, 3, 0), (0,), (0, 0), (2, 0, 4)))
+def test_nothing_gives_nothing(shape):
+    s = torch.zeros(shape, requires_grad=True)
+    mass = soft_rank_mass(s, 0)
+    mass.sum().backward()
+    assert mass.shape == s.grad.shape == shape
+
+
 def test_hard_swaps_find_the_largest():
     s = lists(20, 9).detach()
     largest = torch.zeros_like(s).scatter_(1, s.topk(3).indices, 1.0)

@@ -42,8 +42,8 @@ def map_row_blocks(
         ``[n, ...]``, of the function's dtype.
 
     Raises:
-        ValueError: the rows are not as many in every tensor, or the function depends on a tensor that it was not given
-            but that requires a gradient, which would be lost.
+        ValueError: the rows are not as many in every tensor, the function returns another number of them, or it depends
+            on a tensor that it was not given but that requires a gradient, which would be lost.
 
     Example:
         >>> import torch
@@ -54,6 +54,8 @@ def map_row_blocks(
     """
     for i, x in enumerate((*rows, *keys)):
         check_tensor(f"rows[{i}]" if i < len(rows) else f"keys[{i - len(rows)}]", x)
+    if not callable(function):
+        raise ArgumentError(f"function: expected a function of rows and keys, got {type(function).__name__}")
     if not rows:
         raise ArgumentError("rows: expected at least one tensor, got none")
     for i, x in enumerate(rows):
@@ -177,8 +179,10 @@ def _forward(*inputs) -> Tensor:
     n, device, result = rows[0].shape[0], rows[0].device, None
     with without_autocast(device):
         for block in _blocks(n, size):
+            some = [_leaf(x[block]) for x in rows]
             with torch.enable_grad():
-                value = function([_leaf(x[block]) for x in rows], keys)
+                value = function(some, keys)
+            _check_rows_of(value, some[0].shape[0])
             if value.requires_grad:
                 raise ArgumentError(
                     "function: expected one of the tensors that it is given alone, got one that depends on another "
@@ -190,6 +194,13 @@ def _forward(*inputs) -> Tensor:
             result[block] = value
     assert result is not None
     return result
+
+
+def _check_rows_of(value, count: int) -> None:
+    """Check that there is one of each row: what has none of its own would be spread over all."""
+    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != count:
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ArgumentError(f"function: expected a tensor with a row for each of {count} rows, got {got}")
 
 
 def _save(ctx, inputs, output) -> None:
