@@ -20,12 +20,13 @@ def main() -> None:
     """Print which backends of which operators run on which device, and why the others do not."""
     print(f"ccl_fast {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    width = max(len(f"{operator}, {name}") for operator, backends in BACKENDS.items() for name in backends)
     for device in devices:
         name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
         print(f"\n{device}{name}")
         for operator, backends in BACKENDS.items():
             for name, backend in backends.items():
-                print(f"  {operator}, {name:9} {_verdict(device, backend)}")
+                print(f"  {f'{operator}, {name}':{width}} {_verdict(device, backend)}")
 
 
 def _verdict(device: torch.device, backend: Backend) -> str:

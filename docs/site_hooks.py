@@ -51,6 +51,17 @@ class Formulas(griffe.Extension):
             obj.docstring.value = formulas(obj.docstring.value)
 
 
+class FunctionsNamedAsTheirModules(griffe.Extension):
+    """griffe: where ``ops.row_dot`` exports the function of the module of that name, the page shows the function."""
+
+    def on_package(self, *, pkg, **kwargs):
+        for package in [module for module in pkg.modules.values() if module.exports]:
+            for name in package.exports:
+                module = package.members.get(str(name))
+                if module is not None and not module.is_alias and module.is_module and str(name) in module.members:
+                    package.set_member(str(name), griffe.Alias(str(name), module[str(name)], parent=package))
+
+
 class FieldsAsArguments(griffe.Extension):
     """griffe: what ``takes_fields_of(Config)`` decorates gets the fields as parameters, and their help as ``Args``."""
 

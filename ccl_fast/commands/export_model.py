@@ -34,7 +34,7 @@ def export(
         output: a file that ends in .pt2 or .onnx (which needs onnx, onnxscript and onnxruntime).
         objective: whose model; by default the run's objective, not the baseline.
         input: "uint8" or "float32", of the images.
-        resize: False leaves resizing and cropping out: images are of the run's size, and not rounded.
+        resize: put resizing and cropping into the file; without, images are of the run's size, and not rounded.
         backbone: the module that the run was trained with, if it was one (Python only).
         overwrite: replace the output file.
 

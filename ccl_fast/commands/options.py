@@ -6,6 +6,7 @@ import argparse
 import functools
 import inspect
 import operator
+import textwrap
 from collections.abc import Callable, Mapping
 from inspect import Parameter
 from typing import Any, get_args
@@ -35,6 +36,9 @@ class _Help(argparse.HelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=30)
 
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)  # "coding-rate" stays whole
+
     def _format_action_invocation(self, action: argparse.Action) -> str:
         names = [name for name in action.option_strings if not name.endswith("+")]
         if action.nargs == 0:
@@ -42,8 +46,9 @@ class _Help(argparse.HelpFormatter):
         return f"{', '.join(names)} {self._format_args(action, action.dest.upper())}"
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
-        metavar = super()._format_args(action, default_metavar)
-        return f"{metavar} ..." if any(name.endswith("+") for name in action.option_strings) else metavar
+        if any(name.endswith("+") for name in action.option_strings):
+            return f"{default_metavar} ..."
+        return super()._format_args(action, default_metavar)
 
 
 def options_of(function: Callable) -> dict[str, Parameter]:
@@ -92,7 +97,7 @@ def _given(option: Parameter, text: str) -> dict[str, Any]:
         shown = f"{text} (default: {'yes' if option.default else 'no'})"
         return {"action": ActionYesNo(no_prefix="no-"), "default": option.default, "help": shown}
     default = option.default
-    if default is not None:
+    if default is not None and default != ():
         shown = " ".join(map(str, default)) if isinstance(default, tuple | list) else default
         text += f" (default: {shown})"
     return {"type": option.annotation, "default": default, "help": text}

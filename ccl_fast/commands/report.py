@@ -103,7 +103,7 @@ def measures(report: dict, objective: str) -> dict[str, float]:
 def format_table(report: dict) -> str:
     """Return the metrics as text: a line for each detector, AUROC and FPR95 for each objective and kind of OOD sets."""
     results, titles = report["results"], report["titles"]
-    width = max(18, *(len(title) + 7 for title in titles.values()))  # of a column and of the two in it
+    width = max(18, *(len(title) + 8 for title in titles.values()))  # of a column and of the two in it
     columns = [(objective, group) for objective in results for group in GROUPS if report[group]]
     images = report["images"]
     lines = [

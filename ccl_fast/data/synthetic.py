@@ -132,6 +132,7 @@ _MAKERS = {
     "letters": _letters,
 }
 synthetic_names = tuple(_MAKERS)
+"""Names of the sets that are made."""
 
 
 def _uniform(shape: tuple[int, ...], low: float, high: float, generator: Generator) -> Tensor:

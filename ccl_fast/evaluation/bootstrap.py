@@ -12,8 +12,9 @@ from torch.linalg import vecdot
 from ccl_fast.evaluation.thresholds import PERCENTS
 
 RESAMPLES = 1000
-# Of resamples, the share that an interval covers.
+"""Bootstrap resamples of an interval."""
 CONFIDENCE = 0.95
+"""Of resamples, the share that an interval covers."""
 # Entries of a block of resamples; it and what is made of it stay in a processor's cache.
 _BLOCK = 2**18
 

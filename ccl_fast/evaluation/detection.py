@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from ccl_fast.data import Images
     from ccl_fast.ood.detector import FeatureDetector
 
-# Entries of the metrics that are means over OOD sets.
 GROUPS = ("near", "far")
+"""Entries of the metrics that are means over OOD sets."""
 # Runs of k-means from different starts, of which the best is kept.
 STARTS = 5
 

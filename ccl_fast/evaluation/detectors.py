@@ -11,8 +11,8 @@ from ccl_fast.ood import Columns, CosineNorm, Ensemble, Mahalanobis, NearestCent
 if TYPE_CHECKING:
     from ccl_fast.ood.detector import FeatureDetector
 
-# The detector to quote; the pictures show its scores.
 DEFAULT = "layers/ensemble"
+"""The detector to quote; the pictures show its scores."""
 # What detectors see: features before and after the projection head, and those before it beside the layers' statistics.
 LEVELS = ("head", "encoder", "layers")
 # The neighbour that is asked, for so many training images one further (Sun et al.: the 50th of 50,000).

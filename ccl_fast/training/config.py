@@ -374,8 +374,8 @@ class Config:
     )
     temperature: float = option(
         0.1,
-        'temperature of the similarities in the loss. "cacr" and "coding-rate" have none, so there it is that of '
-        "warm-up and baseline, and without these has no effect.",
+        'temperature of the similarities in the loss. "cacr", "groco" and "coding-rate" have none, so there it is '
+        "that of warm-up and baseline, and without these has no effect.",
         checks.check_positive,
         group="training",
     )
@@ -389,7 +389,8 @@ class Config:
     clusters: int | Sequence[int] | None = option(
         None,
         "number of k-means clusters, or of prototypes; of several, the loss is the mean over them. At least 2 for "
-        '"deepcluster-v2", "meow", "swav" and "protogcd". By default 12, or of few images one for every ten.',
+        '"deepcluster-v2", "meow", "coding-rate", "swav" and "protogcd". By default 12, or of few images one for every '
+        "ten.",
         check_clusters,
         after_warm_up=True,
         group="clusters",
@@ -600,7 +601,7 @@ class Config:
             expected = f"{fewest} or more {with_objective} (each, of several)"
             raise ArgumentError(f"clusters: expected {expected}, got {self.clusters!r}")
         wrong = [
-            f"{name}: expected {FIELDS[name].default} {with_objective}, got {getattr(self, name)!r}"
+            f"{name}: expected {FIELDS[name].default!r} {with_objective}, got {getattr(self, name)!r}"
             for name in OPTIONS
             if name not in objective.options and getattr(self, name) != FIELDS[name].default
         ]

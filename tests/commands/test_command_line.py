@@ -73,7 +73,10 @@ def test_what_is_typed_wins_over_a_file(given, tmp_path):
         (["train", "--batch-size", "many"], "batch_size: expected an integer, got 'many'"),
         (["train", "--batch-size"], "argument --batch-size: expected one argument"),
         (["train", "--objective=swave"], "got 'swave' (did you mean swav?)"),
-        (["train", "--augmentation", "x"], "expected one of 'auto', 'digits', 'simclr', 'weak', 'none', got 'x'"),
+        (
+            ["train", "--augmentation", "x"],
+            "augmentation: expected one of 'auto', 'digits', 'simclr', 'weak', 'none', got 'x'",
+        ),
         (["train", "--instance-weight", "x"], "instance_weight: expected a number or 'agreement', got 'x'"),
         (["train", "--clusters", "4", "x"], "clusters: expected an integer or a list (of integers), got [4, 'x']"),
         (["train", "photos"], "photos: expected after the name of an option, as in --data photos"),
