@@ -374,8 +374,8 @@ class Config:
     )
     temperature: float = option(
         0.1,
-        'temperature of the similarities in the loss. "cacr" and "coding-rate" have none, so there it is that of '
-        "warm-up and baseline, and without these has no effect.",
+        'temperature of the similarities in the loss. "cacr", "groco" and "coding-rate" have none, so there it is that '
+        "of warm-up and baseline, and without these has no effect.",
         checks.check_positive,
         group="training",
     )
