@@ -201,7 +201,7 @@ class ClassDiscovery(ClusterMixin, BaseEstimator):
                 merged.update(pair)
                 gone.add(pair[1])  # of a labelled class and another cluster the other one
                 share = (sizes[pair] / sizes[pair].sum()).to(centers.dtype)
-                centers[pair[0]] = share @ of.centers[pair]
+                centers[pair[0]] = (share[:, None] * of.centers[pair]).sum(0)
         return centers[[c for c in range(len(centers)) if c not in gone]] if gone else None
 
 

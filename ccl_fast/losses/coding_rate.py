@@ -83,7 +83,8 @@ class CodingRateLoss(Loss):
         rates = log_det_plus_one(grams * (scale / numbers.clamp(min=1))[:, None, None])
         unassigned = clusters.view(shape[:2])[:, 0] < 0
         own = group.sum_with_gradient(_own_rates(z.view(shape), scale).masked_fill(~unassigned, 0.0).sum())
-        return (sizes @ rates[1:] + own * shape[1]) / n - rates[0]
+        # No product of vectors, which autocast would round: the loss is a small difference.
+        return ((sizes * rates[1:]).sum() + own * shape[1]) / n - rates[0]
 
 
 def _check_values(cluster_ids: Tensor | None) -> None:

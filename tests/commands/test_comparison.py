@@ -39,11 +39,11 @@ def test_says_what_the_reports_of_the_seeds_say(two_seeds):
     written = json.loads((two_seeds / "comparison.json").read_text())
     reports = [json.loads((two_seeds / f"seed{seed}" / "report.json").read_text()) for seed in (3, 5)]
     assert [report["arguments"]["seed"] for report in reports] == written["seeds"] == [3, 5]
-    assert len(written["results"]) == 11
+    assert len(written["results"]) == 13
     assert written["environments"] == [report["environment"] for report in reports]
     assert written["arguments"]["clusters"] == 4
     cells = [(d, g, m) for d, groups in written["results"].items() for g, metrics in groups.items() for m in metrics]
-    assert len(cells) == 11 * 2 * 5  # near and far, five metrics
+    assert len(cells) == 13 * 2 * 5  # near and far, five metrics
     for detector, group, metric in cells:
         parts = written["results"][detector][group][metric]
         for objective in ("simclr", "ccl"):
@@ -66,7 +66,7 @@ def test_says_what_the_reports_of_the_seeds_say(two_seeds):
 def test_the_table_has_a_line_for_every_detector_and_kind_of_ood_set(two_seeds):
     written = json.loads((two_seeds / "comparison.json").read_text())
     lines = compare_objectives.format_comparison(written).splitlines()
-    assert len(lines) == 2 + 11 * 2 + 2 + 1 + 1
+    assert len(lines) == 2 + 13 * 2 + 2 + 1 + 1
     gain = written["results"]["layers/ensemble"]["near"]["auroc"]["gain"]
     line = next(line for line in lines if line.startswith("layers/ensemble *"))
     assert f"{gain['mean']:+.3f} +- {gain['deviation']:.3f}" in line

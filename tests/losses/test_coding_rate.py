@@ -113,6 +113,15 @@ def test_memory_is_linear():
     assert status("VmHWM") - before < 64 * 2**20 + 10 * z.numel() * 4
 
 
+def test_autocast_rounds_the_rows_alone():
+    """Sizes and rates are not rounded, whose difference is small."""
+    z, ids = torch.randn(1501, 8, generator=torch.Generator().manual_seed(0)), torch.arange(1501) % 5
+    rounded = torch.nn.functional.normalize(z, dim=1).bfloat16().double()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = CodingRateLoss()(z, ids)
+    torch.testing.assert_close(loss.double(), CodingRateLoss(normalize=False)(rounded, ids), rtol=1e-3, atol=0)
+
+
 def test_errors():
     for eps in (0, -1, math.inf, "a"):
         with pytest.raises(ValueError, match="eps: expected a positive number, got"):

@@ -80,7 +80,7 @@ def test_writes_report_picture_and_weights(tiny):
     assert set(report["far"]) == made.keys()
     assert report["results"].keys() == report["losses"].keys() == {"simclr", "ccl"}
     for objective in report["results"].values():
-        assert len(objective) == 11
+        assert len(objective) == 13
         for by_set in objective.values():
             assert by_set.keys() == {"near", "far", "held-out"} | made.keys()
             assert by_set["near"] == by_set["held-out"]
