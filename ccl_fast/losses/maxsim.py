@@ -9,6 +9,7 @@ from ccl_fast.checks import check_count, check_floating, check_has_values, check
 from ccl_fast.losses.base import CommonOptions, Loss
 from ccl_fast.losses.batch import check_ids
 from ccl_fast.ops import cross_entropy, max_by_id
+from ccl_fast.ops.rowwise.pairs import masked_logsumexp
 
 
 class MaxSimLoss(Loss):
@@ -95,13 +96,7 @@ class MaxSimLoss(Loss):
         is_pair = are_documents & _occur(query_ids, number)
         own_logits = torch.where(is_pair, sums.diagonal() / self.temperature, 0.0)
         others = logits.masked_fill(torch.eye(number, dtype=torch.bool, device=sums.device), -torch.inf)
-        return self.reduce(cross_entropy(_logsumexp(others), own_logits), is_pair)
-
-
-def _logsumexp(x: Tensor) -> Tensor:
-    """Of rows [n, m]; -inf without a derivative where all are."""
-    empty = (x == -torch.inf).all(1)
-    return x.masked_fill(empty[:, None], 0.0).logsumexp(1).masked_fill(empty, -torch.inf)
+        return self.reduce(cross_entropy(masked_logsumexp(others), own_logits), is_pair)
 
 
 def _occur(ids: Tensor, number: int) -> Tensor:

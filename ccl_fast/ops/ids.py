@@ -1,9 +1,17 @@
-"""Relabelling of cluster ids."""
+"""Relabelling of cluster ids, and their range."""
 
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import host_knows
+from ccl_fast.checks import assert_on_device, host_knows
+
+
+def check_ids_below(name: str, ids: Tensor, number: int, limit: str) -> None:
+    """Check that ids are less than a number, called the limit: an IndexError, on a GPU an assertion on the device."""
+    if not host_knows(ids):
+        assert_on_device((ids < number).all(), f"{name}: expected ids below {limit}={number}")
+    elif ids.numel() and ids.max() >= number:
+        raise IndexError(f"{name}: expected ids below {limit}={number}, got up to {ids.max():d}")
 
 
 def consecutive_ids(ids: Tensor) -> Tensor:

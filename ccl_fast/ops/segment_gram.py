@@ -7,18 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import (
-    assert_on_device,
-    check_count,
-    check_floating,
-    check_ids,
-    check_matrix,
-    check_same,
-    host_knows,
-)
+from ccl_fast.checks import check_count, check_floating, check_ids, check_matrix, check_same
 from ccl_fast.errors import ArgumentError
 from ccl_fast.ops.differentiable import Differentiable, GradientOperator
+from ccl_fast.ops.ids import check_ids_below
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
+from ccl_fast.ops.rowwise.blocks import blocks_of
 
 # Rows of a cluster that are brought together at once, and numbers of rows weighted for all clusters.
 SEGMENT_ROWS, MIN_ROWS = 8192, 32
@@ -50,8 +44,8 @@ def segment_gram(
         G, ``[K, d, d]``, float32 (float64 for float64 input); zero for empty clusters.
 
     Raises:
-        ValueError: an argument has the wrong type, shape, dtype or device, or an id is not below ``n_clusters`` (on a
-            GPU: an assertion on the device).
+        ValueError: an argument has the wrong type, shape, dtype or device.
+        IndexError: an id is not below ``n_clusters`` (on a GPU: an assertion on the device).
 
     Example:
         >>> import torch
@@ -77,16 +71,8 @@ def segment_gram(
     check_ids("ids", ids, z)
     check_count("n_clusters", n_clusters)
     assert n_clusters is not None
-    _check_below(ids, n_clusters)
+    check_ids_below("ids", ids, n_clusters, "n_clusters")
     return _BY_IDS(z, ids, n_clusters)
-
-
-def _check_below(ids: Tensor, n_clusters: int) -> None:
-    below = (ids < n_clusters).all()
-    if not host_knows(ids):
-        assert_on_device(below, "segment_gram: expected ids below n_clusters")
-    elif not below:
-        raise ArgumentError(f"ids: expected ids below n_clusters={n_clusters}, got {ids.max():d}")
 
 
 # ---- by ids: the rows of a cluster are brought together, and a product of matrices sums them ----
@@ -143,7 +129,7 @@ def _empty_like(z, ids, grad):
 def _blocks(z: Tensor, weights: Tensor) -> Iterator[slice]:
     elements = CPU_ELEMENTS if z.device.type == "cpu" else DEVICE_ELEMENTS
     size = max(MIN_ROWS, min(SEGMENT_ROWS, elements // max(1, weights.shape[1] * z.shape[1])))
-    return (slice(start, start + size) for start in range(0, z.shape[0], size))
+    return blocks_of(z.shape[0], size)
 
 
 def gram_by_weights(z: Tensor, weights: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ import torch
 from ccl_fast.clustering import pool_by_clusters
 from ccl_fast.losses import MaxSimLoss
 from ccl_fast.ops import max_by_id
-from tests.oracles.figures import waves
 from tests.oracles.losses import assert_matches, differentiate, infonce, learnable, unit
 from tests.oracles.matrices import maxsim
+from tests.oracles.waves import waves
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 IDS = {

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from ccl_fast.losses import ProtoGCDLoss
-from tests.oracles.figures import waves
 from tests.oracles.losses import assert_matches, batch, differentiate, learnable, unit
 from tests.oracles.matrices import protogcd
+from tests.oracles.waves import waves
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 SIZES = ((9, 4), (4, 9), (1, 3), (6, 2))

@@ -5,16 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import (
-    assert_on_device,
-    check_count,
-    check_floating,
-    check_ids,
-    check_matrix,
-    check_same,
-    host_knows,
-)
+from ccl_fast.checks import check_count, check_floating, check_ids, check_matrix, check_same
 from ccl_fast.ops.differentiable import Differentiable, GradientOperator
+from ccl_fast.ops.ids import check_ids_below
 from ccl_fast.ops.precision import accumulation_dtype, in_autocast_dtype, without_autocast
 from ccl_fast.ops.rowwise.blocks import block_rows, blocks_of
 from ccl_fast.ops.rowwise.half_product import factor, product
@@ -63,16 +56,9 @@ def max_by_id(q: Tensor, k: Tensor, k_ids: Tensor, *, num_ids: int | None = None
         num_ids = max(int(k_ids.max()) + 1, 0) if k_ids.shape[0] else 0
     else:
         check_count("num_ids", num_ids, least=0)
-        _check_range(k_ids, num_ids)
+        check_ids_below("k_ids", k_ids, num_ids, "num_ids")
     q = in_autocast_dtype(q)
     return _MAXIMUM(q, k.to(q.dtype), k_ids, num_ids)[0]
-
-
-def _check_range(ids: Tensor, number: int) -> None:
-    if not host_knows(ids):
-        assert_on_device((ids < number).all(), f"k_ids: expected ids below num_ids={number}")
-    elif ids.numel() and ids.max() >= number:
-        raise IndexError(f"k_ids: expected ids below num_ids={number}, got up to {ids.max():d}")
 
 
 # ---- one operator forward, one backward ----

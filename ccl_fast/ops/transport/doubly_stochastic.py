@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ccl_fast.ops.logsumexp.operator import streaming_logsumexp
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
+from ccl_fast.ops.rowwise.blocks import blocks_of
 
 if TYPE_CHECKING:
     from ccl_fast.ops.backends import ContrastBackend
@@ -24,7 +25,7 @@ def column_blocks(n: int, more: int, device: torch.device) -> list[slice]:
     """Slices of the columns, such that n and ``more`` numbers for each are few."""
     elements = CPU_ELEMENTS if device.type == "cpu" else DEVICE_ELEMENTS
     size = max(1, elements // max(n, more, 1))
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+    return list(blocks_of(n, size))
 
 
 @torch.no_grad()
