@@ -18,6 +18,8 @@ def matmul_nt(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``: x [n, d], weight [m, d], bias [m] -> [n, m]. Not differentiable."""
     large = x.shape[0] * weight.shape[0] * x.shape[1] > ONEDNN_ENTRY
     if large and x.device.type == "cpu" and x.dtype == torch.float32 and (linear := _onednn_linear()):
+        if not (weight.is_contiguous() or weight.T.is_contiguous()):
+            weight = weight.contiguous()  # of other strides it takes some hundred times as long
         return linear(x, weight, bias, "none", [], "")
     return torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
 
