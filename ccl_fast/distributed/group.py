@@ -21,6 +21,8 @@ from ccl_fast.errors import ArgumentError, PeerError
 # would import the compiler together with this package.)
 outside_of_graphs = torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage] - see above
 WORLD = "world"
+# Its name in torch 2.14; where there are both, the older one warns.
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 # In place of a checksum: the process has an error to raise.
 FAILED = -1
 
@@ -212,7 +214,7 @@ class TorchGroup(Group):
         own = torch.tensor([number, checksum], device=self._host)
         everyone = own.new_empty(self.size, 2)
         with self.waiting():
-            dist.all_gather_into_tensor(everyone.flatten(), own, group=self.group)
+            getattr(dist, ALL_GATHER)(everyone.flatten(), own, group=self.group)
         numbers, checksums = everyone.T.tolist()
         if FAILED in checksums:
             self._raise_error(error)
@@ -285,7 +287,7 @@ class TorchGroup(Group):
         work = None
         if out.numel():
             with self.waiting():
-                work = dist.all_gather_into_tensor(
+                work = getattr(dist, ALL_GATHER)(
                     as_bytes(out).flatten(), as_bytes(padded).flatten(), group=self.group, async_op=True
                 )
 

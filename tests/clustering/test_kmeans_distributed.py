@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from ccl_fast.clustering import KMeans, concentration, shards
 from ccl_fast.distributed import Group, open_group
+from ccl_fast.distributed.group import ALL_GATHER
 from ccl_fast.errors import PeerError
 from ccl_fast.ops.kmeans import update_blocked
 from ccl_fast.ops.kmeans.update import sum_by_cluster
@@ -355,7 +356,7 @@ def messages(x, sizes, options):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_reduce", counted(dist.all_reduce, 0))
-        patch.setattr(dist, "all_gather_into_tensor", counted(dist.all_gather_into_tensor, 1))
+        patch.setattr(dist, ALL_GATHER, counted(getattr(dist, ALL_GATHER), 1))
         KMeans(process_group="world", **options).fit(x[part_of(sizes)])
     return sent
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ccl_fast import CCLLoss, InfoNCELoss, NTXentLoss, SupConLoss
+from ccl_fast.distributed.group import ALL_GATHER
 from ccl_fast.errors import PeerError
 from ccl_fast.ops.logsumexp import blocked
 from ccl_fast.training.gradient_cache import cached_backward
@@ -283,7 +284,7 @@ def bytes_sent(exchange, backend, n, d):
         return x.numel() * x.element_size()
 
     amounts = {
-        "all_gather_into_tensor": lambda out, x: (size - 1) * nbytes(x),
+        ALL_GATHER: lambda out, x: (size - 1) * nbytes(x),
         "all_reduce": lambda x, *_: 2 * (size - 1) * nbytes(x) // size,
         "all_to_all_single": lambda out, x, *_: nbytes(x),
         "batch_isend_irecv": lambda operations: sum(nbytes(o.tensor) for o in operations if o.op is dist.isend),

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ccl_fast.distributed import open_group
+from ccl_fast.distributed.group import ALL_GATHER
 from ccl_fast.losses import (
     CenterNegativesLoss,
     DeepClusterV2Loss,
@@ -268,11 +269,9 @@ def numbers_summed(use):
     leaves = [leaf.requires_grad_() for name in differentiable for leaf in tensors(x[name])]
     summed, gathered = [], []  # the latter in bytes
     with pytest.MonkeyPatch.context() as patch:
-        all_reduce, all_gather = dist.all_reduce, dist.all_gather_into_tensor
+        all_reduce, all_gather = dist.all_reduce, getattr(dist, ALL_GATHER)
         patch.setattr(dist, "all_reduce", lambda x, *a, **k: (summed.append(x.numel()), all_reduce(x, *a, **k))[1])
-        patch.setattr(
-            dist, "all_gather_into_tensor", lambda o, x, **k: (gathered.append(x.nbytes), all_gather(o, x, **k))[1]
-        )
+        patch.setattr(dist, ALL_GATHER, lambda o, x, **k: (gathered.append(x.nbytes), all_gather(o, x, **k))[1])
         for name in ("all_to_all_single", "batch_isend_irecv"):
             patch.setattr(dist, name, None)
         torch.autograd.grad(call(loss(process_group="world"), *arguments(x)), leaves)
