@@ -234,8 +234,8 @@ def _bank(x: Inputs) -> tuple[Tensor, Tensor]:
     return labels, torch.arange(len(x.embeddings), device=device) % size
 
 
-def _maps(x: Inputs) -> tuple[Tensor, Tensor]:
-    """Both views as maps of 16 pixels."""
+def _pixels(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Both views, 16 pixels of each image."""
     return tuple(view.unflatten(0, (-1, 16)) for view in x.embeddings.unbind(1))
 
 
@@ -496,8 +496,8 @@ OBJECTIVES = {
             "SlotConLoss",
             _written(
                 "SlotConLoss",
-                lambda loss, x: loss(*_maps(x), x.centers),
-                lambda loss, x: dense.slotcon(*_maps(x), x.centers),
+                lambda loss, x: loss(*_pixels(x), x.centers),
+                lambda loss, x: dense.slotcon(*_pixels(x), x.centers),
             ),
             learns_centers=True,
             clusters=256,

@@ -88,8 +88,8 @@ def fits(monkeypatch):
     """What each k-means began with, was given and found, as they come."""
     fits, fit = [], KMeans.fit
 
-    def spy(self, x, *weights):
-        fit(self, x, *weights)
+    def spy(self, x, *weights, **options):
+        fit(self, x, *weights, **options)
         fits.append(SimpleNamespace(init=self.init, x=x.clone(), centers=self.cluster_centers_.clone()))
         return self
 
@@ -156,7 +156,9 @@ def test_the_learning_rate_is_half_a_cosine_over_the_whole_run():
 def test_clusterings_are_counted_from_the_end_of_the_warm_up(monkeypatch):
     plan = {"epochs": 6, "warmup_epochs": 1, "recluster_every": 2}
     run, epochs, states, fit = make_run(make_images(16), **plan), [], [], KMeans.fit
-    monkeypatch.setattr(KMeans, "fit", lambda *given: (epochs.append(run.step / 2), fit(*given))[1])
+    monkeypatch.setattr(
+        KMeans, "fit", lambda *given, **options: (epochs.append(run.step / 2), fit(*given, **options))[1]
+    )
 
     def keep():
         states.append((run.step, run.state_dict()))
