@@ -340,7 +340,8 @@ def test_a_pair_takes_no_more_bytes_than_blocks_are_sized_for(dtype, monkeypatch
             softmax._backward, *rows, None, *among, vector, none, vector, vector, none, "other_id",
             [True, True, True, False],
         ),
-        "top-k": run_inside(topk._op._init_fn, q, k, ids, of_keys, "other_id", 400),
+        "top-k": run_inside(topk._op._init_fn, q, k, ids, of_keys, "other_id", 400, None),
+        "top-k below a ceiling": run_inside(topk._op._init_fn, q, k, ids, of_keys, "other_id", 400, vector),
         "histogram": run_inside(histogram._op._init_fn, q, k, ids, of_keys, "other_id", 10, -1.0, 1.0),
         "distilled": run_inside(distilled_prediction._forward, q, k, q, k, None, None, scale, 2.0),
         "distilled, backward": run_inside(
