@@ -5,10 +5,10 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ccl_fast.checks import check_count, check_floating, check_matrix, check_vector, host_knows
+from ccl_fast.checks import check_count, check_floating, check_matrix, check_vector
 from ccl_fast.errors import ArgumentError
 from ccl_fast.losses.base import CommonOptions, Loss
-from ccl_fast.losses.batch import check_integers
+from ccl_fast.losses.batch import check_id_range, check_integers
 from ccl_fast.ops import cross_entropy, edge_similarity
 from ccl_fast.ops.rowwise.pairs import masked_logsumexp
 
@@ -85,8 +85,7 @@ def _check_lists(name: str, x: Tensor, rows: Tensor) -> None:
     check_integers(name, x, rows)
     if x.shape[0] != rows.shape[0]:
         raise ArgumentError(f"{name}: expected {rows.shape[0]} rows, got {x.shape[0]}")
-    if host_knows(x) and x.numel() and not -1 <= int(x.min()) <= int(x.max()) < rows.shape[0]:
-        raise IndexError(f"{name}: expected -1 to {rows.shape[0] - 1}, got {x.min():d} to {x.max():d}")
+    check_id_range(name, x, rows.shape[0], "rows")
 
 
 def segment_neighbors(ids: Tensor, preceding: int, following: int) -> tuple[Tensor, Tensor]:

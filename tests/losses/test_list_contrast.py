@@ -81,7 +81,11 @@ def test_errors():
         ({"positives": POSITIVES[:3]}, ValueError, r"positives: expected 9 rows, got 3"),
         ({"negatives": NEGATIVES.double()}, ValueError, r"negatives: expected integers, got torch.float64"),
         ({"negatives": NEGATIVES[0]}, ValueError, r"negatives: expected shape \[rows, d\], got \[3\]"),
-        ({"positives": POSITIVES + 5}, IndexError, r"positives: expected -1 to 8, got 4 to 11"),
+        (
+            {"positives": POSITIVES + 5},
+            IndexError,
+            r"positives: expected ids from -1 to 8 \(there are 9 rows\), got 4 to 11",
+        ),
     ):
         with pytest.raises(error, match=message):
             ListContrastLoss()(z, **{"positives": POSITIVES, "negatives": NEGATIVES} | change)

@@ -98,7 +98,7 @@ def community_strength(edges: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         edges: ``[2, e]``, integers: the nodes that an undirected edge joins. Each edge once, or all in both directions,
-            as torch_geometric has them: the result is the same.
+            as torch_geometric has them: the result is the same. (There loops are to be listed twice too.)
         labels: ``[n]``, integers: the community of each node; one of -1 is a community of its own.
 
     Returns:
