@@ -37,7 +37,7 @@ class Gpu:
             "takes",
             lambda kernel, dtype, d, ids, _: launch_on(architecture, kernel, dtype.itemsize, d, ids) is not None,
         )
-        monkeypatch.setattr(launcher, "_device_of", lambda x: contextlib.nullcontext())
+        monkeypatch.setattr(launcher, "on_device_of", lambda x: contextlib.nullcontext())
         monkeypatch.setattr(launcher, "_processors", lambda device: 132)
         monkeypatch.setattr(launcher, "_memory", lambda device: MEMORY)
         monkeypatch.setattr(launcher, "_add_product", lambda *operands: self.products.append(operands))

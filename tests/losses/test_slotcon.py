@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ccl_fast.losses import SlotConLoss
-from tests.oracles.figures import waves
 from tests.oracles.losses import assert_matches, differentiate, learnable, unit
 from tests.oracles.matrices import slotcon
+from tests.oracles.waves import waves
 
 pytestmark = pytest.mark.usefixtures("one_thread", "several_tiles")
 GIVEN = {

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ccl_fast.ops.ids import groups_of
 from ccl_fast.ops.logsumexp import blocked
 from ccl_fast.ops.logsumexp.positives import contrast_with_positives
 from tests.tolerance import assert_as_accurate
@@ -70,6 +71,7 @@ def test_value_and_gradient(backend, dtype, scale, by_id, kind, monkeypatch, ker
     def ours(a, b, s):
         device = kernel_device if backend == "triton" else a.device
         a, b, i, j, t, s = (x if x is None else x.to(device) for x in (a, b, ids, k_ids, single, s))
+        i, j = groups_of(i, j)
         return contrast_with_positives(a, i, b, j, scale=s, single=t, by_id=by_id, backend=backend)
 
     actual = run(ours, dtype)
@@ -78,10 +80,11 @@ def test_value_and_gradient(backend, dtype, scale, by_id, kind, monkeypatch, ker
     )
     for a, e, p in zip(actual[0], exact[0], plain[0], strict=True):
         assert_as_accurate(a, e, p, dtype, "sum", magnitude=scale * len(q) ** 0.5)
+    rounded = 1.0 if scale < 10 else 2.0  # a weight is off by the rounding of its logit, which is as large as the scale
     for a, e, p, what in zip(
         actual[1], exact[1], plain[1], ("q", "k", "scale") if k is not None else "qs", strict=True
     ):
-        assert_as_accurate(a, e, p, dtype, what, magnitude=e.norm() + (1e2 if e.ndim == 0 else 0.0))
+        assert_as_accurate(a, e, p, dtype, what, magnitude=rounded * e.norm() + (1e2 if e.ndim == 0 else 0.0))
 
 
 @pytest.mark.parametrize("kind", ["self", "keys"])
@@ -104,7 +107,8 @@ def test_nearly_equal_positives(backend, kind, monkeypatch):
         return grad - (grad * z).sum(1, keepdim=True) * z
 
     def ours(x, k):
-        return contrast_with_positives(x, ids, k, None if k is None else ids, scale=20.0, backend=backend)
+        group, k_group = groups_of(ids, None if k is None else ids)
+        return contrast_with_positives(x, group, k, k_group, scale=20.0, backend=backend)
 
     nobody = torch.zeros(len(ids), dtype=torch.bool)
     exact, plain = (
