@@ -36,6 +36,7 @@ def main() -> None:
     what = parser.add_subparsers(dest="what", required=True)
     on_cpu = what.add_parser("cpu", help="time and memory on this CPU")
     on_cpu.add_argument("--quick", action="store_true", help="small sizes, no memory")
+    on_cpu.add_argument("--losses", choices=objectives.OBJECTIVES, nargs="+", help='of "objectives" these alone')
     what.add_parser("memory", help="peak memory of the losses on this CPU against the bar")
     on_gpu = what.add_parser("gpu", help="time and memory on a CUDA device")
     on_gpu.add_argument("--dry-run", action="store_true", help="the same code on CPU tensors of tiny sizes")
@@ -43,6 +44,7 @@ def main() -> None:
         device.add_argument("--only", choices=PARTS, help="this part alone")
     readme = what.add_parser("readme", help="write the README's table from a results file of the CPU")
     readme.add_argument("file", type=Path)
+    readme.add_argument("--page", type=Path, help="that has the table, if it is not the one of its kind")
     images = what.add_parser("natural", help="a results file of the folders of ccl-fast compare on natural images")
     images.add_argument("folders", type=Path, nargs="+", help="the first is of the defaults")
     images.add_argument("--commit", help="that they were run at (the present one)")
@@ -88,7 +90,7 @@ def main() -> None:
     elif a.what == "natural":
         print(natural.collect(a.folders, a.commit, a.output))
     elif a.what == "readme":
-        update(a.file)
+        update(a.file, a.page)
     elif a.what == "plots":
         from benchmarks.pages.plots import draw  # matplotlib is not everywhere
 
@@ -98,6 +100,8 @@ def main() -> None:
             parser.exit(1, f"{error}\n")
     elif a.what == "memory":
         print(cpu.run_memory(a.output))
+    elif a.what == "cpu" and a.losses:
+        print(objectives.run_cpu(a.quick, a.output, a.losses))
     elif a.what == "cpu" or a.dry_run or torch.cuda.is_available():
         for part, (run_cpu, run_gpu) in PARTS.items():
             if a.only in (None, part):

@@ -4,7 +4,7 @@ The dense form is the module itself with `backend="reference"`, or where it has 
 `tests/oracles/matrices.py`: the whole matrix of similarities, in eager mode.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -522,9 +522,10 @@ def find(case: str, contender: str) -> tuple[Objective, Contender]:
     return OBJECTIVES[case], OBJECTIVES[case].contenders[contender]
 
 
-def run_cpu(quick: bool, directory: Path) -> str:
+def run_cpu(quick: bool, directory: Path, names: Collection[str] = ()) -> str:
+    """Measure these, or all."""
     file, all_rows = ResultsFile("cpu-objectives", CPU, directory), []
-    for objective in OBJECTIVES.values():
+    for objective in (OBJECTIVES[name] for name in names or OBJECTIVES):
         for n in (512,) if quick else (2048, 8192):
             if n > objective.largest:
                 continue
@@ -534,7 +535,7 @@ def run_cpu(quick: bool, directory: Path) -> str:
                 rows[name].peak_bytes = peak_on_cpu(find, objective.name, name, size)
             file.add(list(rows.values()))
             all_rows += rows.values()
-    if not quick:
+    if not quick and not names:
         row = _most_prototypes()
         file.add([row])
         all_rows.append(row)

@@ -44,7 +44,10 @@ def update(results: Path, page: Path | None = None) -> None:
     The page is the README, for several processes docs/scaling.md and for the family docs/objectives.md, unless it is
     named.
     """
-    sections = section(results, README.parent if page is None else page.parent)
+    root = README.parent
+    if page is not None and not page.resolve().is_relative_to(root):
+        root = page.parent
+    sections = section(results, root)
     for match in SECTION.finditer(sections):
         new, what = match[0], match["what"]
         on = page or PAGES.get(what, README)
