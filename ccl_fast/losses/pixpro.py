@@ -94,6 +94,8 @@ class PixProLoss(Loss):
                 raise ArgumentError(f"{name}: expected shape {expected}, got {list(x.shape)}")
         y, x = (self.unit(maps.flatten(0, 2)).view(maps.shape) for maps in (queries, keys))
         size = _images(y, x)
+        wide = torch.promote_types(boxes.dtype, key_boxes.dtype)
+        boxes, key_boxes = boxes.to(wide), key_boxes.to(wide)
         sums, count = map_row_blocks(self._sums_and_counts, [y, x, boxes, key_boxes], size=size).unbind(1)
         return self.reduce(-2 * sums / count.clamp(min=1), count > 0)
 
