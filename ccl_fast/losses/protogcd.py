@@ -88,8 +88,8 @@ class ProtoGCDLoss(Loss):
     ):
         super().__init__(temperature, **common)
         self.teacher_temperature = checked_temperature("teacher_temperature", teacher_temperature)
-        for name, share in (("hard_share", hard_share), ("supervised_weight", supervised_weight)):
-            check_number(name, share, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+        _check_share("hard_share", hard_share)
+        _check_share("supervised_weight", supervised_weight)
         for name, weight in (("entropy_weight", entropy_weight), ("separation_weight", separation_weight)):
             check_not_negative(name, weight)
         self.hard_share, self.supervised_weight = hard_share, supervised_weight
@@ -111,6 +111,7 @@ class ProtoGCDLoss(Loss):
             ValueError: an argument has the wrong type, shape, dtype, device or value.
             IndexError: a label is below -1 or not less than k (on a GPU: an assertion on the device).
         """
+        _check_share("hard_share", self.hard_share)  # it may have been set since
         check_queries(embeddings, None, names=("embeddings", "keys"))
         check_matrix("prototypes", prototypes, columns=embeddings.shape[2])
         check_floating("prototypes", prototypes)
@@ -179,3 +180,7 @@ class ProtoGCDLoss(Loss):
             backend=self.backend,
         )
         return self.reduce(cross_entropy(others, row_dot(z, centers[own]) * scale), labels >= 0)
+
+
+def _check_share(name: str, share: float) -> None:
+    check_number(name, share, "a number from 0 to 1", lambda x: 0 <= x <= 1)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ccl_fast.checks import product_dtype
 from ccl_fast.ops.differentiable import (
     USE_REFERENCE,
     are_transforms_active,
@@ -125,10 +124,13 @@ def views_contrast(
 
 
 def _unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of length 1 in the precision of their products, held in that of the sums; the inverse of their lengths."""
-    wide, products = accumulation_dtype(x), product_dtype(x)
-    x, inverse = unit_rows(x if x.dtype == wide else x.to(wide))
-    return x if products == wide else x.to(products).to(wide), inverse
+    """Rows of length 1, rounded as rows of their dtype are, in the precision of the sums; the inverse of their lengths.
+
+    Autocast is off here and rounds nothing: a tile is at least as exact under it as without.
+    """
+    given, wide = x.dtype, accumulation_dtype(x)
+    x, inverse = unit_rows(x if given == wide else x.to(wide))
+    return x if given == wide else x.to(given).to(wide), inverse
 
 
 def is_known(x: Tensor) -> bool:

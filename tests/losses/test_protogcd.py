@@ -138,3 +138,7 @@ def test_errors():
             ProtoGCDLoss()(*arguments, labels=labels)
     with pytest.raises(IndexError, match=r"labels: expected ids from -1 to 4 \(there are 5 prototypes\)"):
         ProtoGCDLoss()(z, c, labels=torch.full((4,), 5))
+    loss = ProtoGCDLoss()
+    loss.hard_share = 2.0
+    with pytest.raises(ValueError, match=r"^hard_share: expected a number from 0 to 1, got 2\.0"):
+        loss(z, c)
