@@ -1,11 +1,13 @@
-"""Compiles the CUDA extension, by CMake, where that is wanted and possible; all else is in pyproject.toml.
+"""Compiles the extensions, by CMake, where that is wanted and possible; all else is in pyproject.toml.
 
+CCL_FAST_CPU: auto (the default: if a C++ compiler is found), on (or fail), off.
 CCL_FAST_CUDA: auto (the default: if nvcc is found), on (or fail), off.
 CCL_FAST_CUDA_ARCHITECTURES: such as "80 90"; by default all that CMakeLists.txt and nvcc know.
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,23 +17,37 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 USUAL_PREFIX = "/usr/local/cuda"
 OLDEST = (12, 0)
 
 
-def choose(environment: Mapping[str, str]) -> tuple[str | None, str]:
-    """The nvcc to compile with, None for not to compile, and why; SystemExit if what is wanted cannot be."""
-    wanted = environment.get("CCL_FAST_CUDA", "auto")
+def choose(environment: Mapping[str, str], of: str) -> tuple[str | None, str]:
+    """The compiler of the extension "CPU" or "CUDA", None for not to compile, and why; SystemExit if it is wanted and
+    cannot be compiled."""
+    variable, find = f"CCL_FAST_{of}", {"CPU": find_cxx, "CUDA": find_nvcc}[of]
+    wanted = environment.get(variable, "auto")
     if wanted not in ("auto", "on", "off"):
-        raise SystemExit(f"CCL_FAST_CUDA must be auto, on or off, and is {wanted!r}")
+        raise SystemExit(f"{variable} must be auto, on or off, and is {wanted!r}")
     if wanted == "off":
-        return None, "CCL_FAST_CUDA is off"
-    nvcc, reason = find_nvcc(environment)
-    if not nvcc and wanted == "on":
-        raise SystemExit(f"CCL_FAST_CUDA is on, but {reason}")
-    return nvcc, reason
+        return None, f"{variable} is off"
+    compiler, reason = find(environment)
+    if not compiler and wanted == "on":
+        raise SystemExit(f"{variable} is on, but {reason}")
+    return compiler, reason
+
+
+def find_cxx(environment: Mapping[str, str]) -> tuple[str | None, str]:
+    """The C++ compiler that CXX names, or the first of the usual ones on PATH, and why."""
+    if sys.platform not in ("linux", "darwin"):
+        return None, "it needs GCC's or Clang's vectors"
+    names = shlex.split(environment.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
+    for name in names:
+        if compiler := shutil.which(name, path=environment.get("PATH", "")):
+            return compiler, f"the compiler is {compiler}"
+    return None, f"there is no {' or '.join(names)} on PATH"
 
 
 def find_nvcc(environment: Mapping[str, str]) -> tuple[str | None, str]:
@@ -57,34 +73,46 @@ class CMakeBuild(build_ext):
     def build_extension(self, extension: Extension) -> None:
         # CMake and Ninja may be installed beside this Python, without its environment being active.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        folder = Path(self.build_temp).resolve() / "cmake"
+        module = extension.name.rpartition(".")[2]
+        folder = Path(self.build_temp).resolve() / f"cmake{module}"
         options = {
             "Python_EXECUTABLE": sys.executable,
-            "CMAKE_CUDA_COMPILER": extension.nvcc,
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": Path(self.get_ext_fullpath(extension.name)).resolve().parent,
-            "CCL_FAST_CUDA_ARCHITECTURES": os.environ.get("CCL_FAST_CUDA_ARCHITECTURES", ""),
+            **extension.options,
         }
         configure = ["cmake", "--fresh", "-S", ROOT, "-B", folder, *(f"-D{name}={options[name]}" for name in options)]
         if shutil.which("ninja", path=path):
             configure += ["-G", "Ninja"]
-        for command in (configure, ["cmake", "--build", folder, "--target", "_cuda"]):
+        for command in (configure, ["cmake", "--build", folder, "--target", module]):
             try:
                 subprocess.run(command, check=True, env={**os.environ, "PATH": path})
             except (OSError, subprocess.CalledProcessError) as error:
-                raise SystemExit(f"{error}\nTo install without the CUDA extension, set CCL_FAST_CUDA=off.") from error
+                if extension.optional:  # a warning
+                    raise CompileError(f"ccl_fast without {extension.name}: {error}") from error
+                switch = f"CCL_FAST{module.upper()}=off"
+                raise SystemExit(f"{error}\nTo install without this extension, set {switch}.") from error
 
 
 def main() -> None:
+    architectures = os.environ.get("CCL_FAST_CUDA_ARCHITECTURES", "")
+    options = {
+        "CPU": lambda compiler: {"CCL_FAST_CUDA": "OFF"},  # CMake searches as `find_cxx` does
+        "CUDA": lambda nvcc: {"CMAKE_CUDA_COMPILER": nvcc, "CCL_FAST_CUDA_ARCHITECTURES": architectures},
+    }
     extensions = []
     # Metadata and the source distribution need no compiler.
-    if {"egg_info", "dist_info", "sdist"}.isdisjoint(sys.argv):
-        nvcc, reason = choose(os.environ)
-        print(f"ccl_fast {'with' if nvcc else 'without'} the CUDA extension: {reason}", flush=True)
-        if nvcc:
-            extensions = [Extension("ccl_fast._cuda", sources=[])]
-            extensions[0].nvcc = nvcc
+    wanted = ("CPU", "CUDA") if {"egg_info", "dist_info", "sdist"}.isdisjoint(sys.argv) else ()
+    for of in wanted:
+        compiler, reason = choose(os.environ, of)
+        print(f"ccl_fast {'with' if compiler else 'without'} the {of} extension: {reason}", flush=True)
+        if compiler:
+            # Without Python's headers, say, an installation goes on without what nobody has asked for.
+            optional = of == "CPU" and os.environ.get("CCL_FAST_CPU") != "on"
+            extensions.append(Extension(f"ccl_fast._{of.lower()}", sources=[], optional=optional))
+            extensions[-1].options = options[of](compiler)
         elif "editable_wheel" in sys.argv:  # what an earlier installation left in the sources would still be imported
-            (ROOT / "ccl_fast" / ("_cuda" + sysconfig.get_config_var("EXT_SUFFIX"))).unlink(missing_ok=True)
+            left = f"_{of.lower()}{sysconfig.get_config_var('EXT_SUFFIX')}"
+            (ROOT / "ccl_fast" / left).unlink(missing_ok=True)
     setup(ext_modules=extensions, cmdclass={"build_ext": CMakeBuild})
 
 

@@ -117,7 +117,7 @@ class Data:
 
     def starts_at_once(self, k: int) -> int:
         """Return how many starts of k clusters can go on together: several for few rows of one problem on a CPU."""
-        if self.problems > 1 or not self.group.is_null or self._size < self.n or next(self.chunks()).sums.kept is None:
+        if self.problems > 1 or not self.group.is_null or self._size < self.n or not next(self.chunks()).sums.are_few:
             return 1
         return max(1, KEPT_ENTRIES // max(self.n, k * self.d))
 

@@ -96,7 +96,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         batch_size: rows that are brought to ``device`` at a time; None: all at once. The result is that of all the
             rows, not of mini-batches, but for rounding. For data that do not fit into a GPU's memory.
         device: where to compute; None: where the data are.
-        backend: "auto", "cuda" (the extension), "blocked" (plain torch) or "reference" (dense float64).
+        backend: "auto", "cuda" or "cpu" (the extensions), "blocked" (plain torch) or "reference" (dense float64).
         process_group: over whose rows to cluster: None, those passed to ``fit``; a torch.distributed process group or
             "world" (the default group when ``fit`` is called), those that all its processes pass, see below.
 

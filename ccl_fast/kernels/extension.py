@@ -9,13 +9,20 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-module: ModuleType | None = None
-missing = "the CUDA extension was not compiled when ccl_fast was installed (CCL_FAST_CUDA=on, with nvcc, compiles it)"
-if importlib.util.find_spec("ccl_fast._cuda") is not None:
+
+def load(of: str, compiler: str) -> tuple[ModuleType | None, str]:
+    """The compiled extension "CUDA" or "CPU", if it is there; and why it is not."""
+    name = f"ccl_fast._{of.lower()}"
+    if importlib.util.find_spec(name) is None:
+        how = f"CCL_FAST_{of}=on, with {compiler}, compiles it"
+        return None, f"the {of} extension was not compiled when ccl_fast was installed ({how})"
     try:
-        module = importlib.import_module("ccl_fast._cuda")
+        return importlib.import_module(name), ""
     except ImportError as error:
-        missing = f"the CUDA extension cannot be loaded: {error}"
+        return None, f"the {of} extension cannot be loaded: {error}"
+
+
+module, missing = load("CUDA", "nvcc")
 
 # The second dimension of a grid.
 MAX_PROBLEMS = 65535

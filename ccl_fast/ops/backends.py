@@ -8,14 +8,17 @@ import torch
 
 from ccl_fast.checks import check_choice
 from ccl_fast.errors import ArgumentError
-from ccl_fast.kernels import extension
+from ccl_fast.kernels import cpu_extension, extension
 from ccl_fast.ops.kmeans import (
     assign_blocked,
+    assign_cpu,
     assign_cuda,
     assign_reference,
     distance_blocked,
+    distance_cpu,
     distance_cuda,
     update_blocked,
+    update_cpu,
     update_cuda,
     update_reference,
 )
@@ -23,7 +26,7 @@ from ccl_fast.ops.logsumexp import blocked, reference, triton
 
 # What may be asked for: of the streaming log-sum-exp and all that stands on it, and of the steps of k-means.
 ContrastBackend = Literal["auto", "triton", "blocked", "reference"]
-KMeansBackend = Literal["auto", "cuda", "blocked", "reference"]
+KMeansBackend = Literal["auto", "cuda", "cpu", "blocked", "reference"]
 
 
 class Backend(NamedTuple):
@@ -44,16 +47,19 @@ BACKENDS: dict[str, dict[str, Backend]] = {
     },
     "kmeans_assign": {
         "cuda": Backend(assign_cuda, extension.obstacles, native="cuda"),
+        "cpu": Backend(assign_cpu, cpu_extension.obstacles, native="cpu"),
         "blocked": Backend(assign_blocked),
         "reference": Backend(assign_reference),
     },
     "kmeans_update": {
         "cuda": Backend(update_cuda, extension.obstacles, native="cuda"),
+        "cpu": Backend(update_cpu, cpu_extension.obstacles, native="cpu"),
         "blocked": Backend(update_blocked),
         "reference": Backend(update_reference),
     },
     "center_distance": {
         "cuda": Backend(distance_cuda, extension.obstacles, native="cuda"),
+        "cpu": Backend(distance_cpu, cpu_extension.obstacles, native="cpu"),
         "blocked": Backend(distance_blocked),
         "reference": Backend(distance_blocked),  # differences are exact enough to be the reference's too
     },

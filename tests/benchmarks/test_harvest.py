@@ -177,7 +177,7 @@ def test_a_stage_whose_device_is_lost_goes_on_after_its_lines(tmp_path, monkeypa
 def test_the_tests_of_the_device_are_those_that_run_kernels():
     files = device_tests.files()
     assert "tests/ops/test_streaming_logsumexp_triton.py" in files and "tests/ops/test_kmeans_kernels.py" in files
-    builds = ("test_triton_offline", "test_emulation", "test_cuda_build", "test_harvest")
+    builds = ("test_triton_offline", "test_emulation", "test_build", "test_harvest")
     assert not any(name in file for name in builds for file in files)
 
 

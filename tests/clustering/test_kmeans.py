@@ -17,6 +17,7 @@ from ccl_fast.clustering.data import Data
 from ccl_fast.clustering.lloyd import LateFlag
 from ccl_fast.clustering.rejection_sampling import MAX_CANDIDATES, plain_k_means_plus_plus, plus_plus_rows
 from ccl_fast.clustering.seeding import greedy_rows, k_means_plus_plus
+from ccl_fast.ops.backends import BACKENDS
 from ccl_fast.ops.kmeans import assign_blocked
 from tests.ops.kmeans_cases import blobs
 
@@ -254,13 +255,18 @@ def test_a_batch_of_problems_is_each_of_them_alone(metric):
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_cuda_extension_fits_as_plain_torch_does(kmeans_device, metric, dtype):
+@pytest.mark.parametrize("backend", ["cuda", "cpu"])
+def test_the_extensions_fit_as_plain_torch_does(backend, kmeans_device, metric, dtype):
+    if reasons := BACKENDS["kmeans_assign"][backend].obstacles(kmeans_device, dtype):
+        pytest.skip(reasons[0])
     x, weights = blobs(4).to(kmeans_device, dtype), torch.rand(400, device=kmeans_device)
-    ours = KMeans(9, metric=metric, backend="cuda", init="random").fit(x, sample_weight=weights)
-    plain = KMeans(9, metric=metric, backend="blocked", init="random").fit(x, sample_weight=weights)
-    assert ours.labels_.equal(plain.labels_)
-    torch.testing.assert_close(ours.cluster_centers_, plain.cluster_centers_)
-    assert ours.inertia_ == pytest.approx(plain.inertia_)
+    for weight, n_init in ((weights, 1), (None, 1), (None, 3), (weights, 3)):
+        arguments = {"metric": metric, "init": "random", "random_state": 0, "n_init": n_init}
+        ours = KMeans(9, backend=backend, **arguments).fit(x, sample_weight=weight)
+        plain = KMeans(9, backend="blocked", **arguments).fit(x, sample_weight=weight)
+        assert ours.labels_.equal(plain.labels_)
+        torch.testing.assert_close(ours.cluster_centers_, plain.cluster_centers_)
+        assert ours.inertia_ == pytest.approx(plain.inertia_)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -9,9 +9,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ccl_fast.kernels import extension
+from ccl_fast.kernels import cpu_extension, extension
 from ccl_fast.ops import matmul
+from ccl_fast.ops.backends import BACKENDS
 from ccl_fast.ops.kmeans import assign_blocked as blocked
+from ccl_fast.ops.kmeans import assign_cpu
 from ccl_fast.ops.kmeans.assign import METRICS, kmeans_assign
 from tests.ops.kmeans_cases import (
     DTYPES,
@@ -373,13 +375,67 @@ def test_blocked_takes_several_sets_of_centers_at_once(dtype, metric, kmeans_dev
             assert doubtful[0] > 0
 
 
+# ---- The CPU extension: every width of vectors that this CPU has, rows that are kept or not, blocks, threads, sets.
+
+
+@pytest.fixture(params=[64, 32, 16])
+def cpu(request, monkeypatch, kmeans_device):
+    """The functions for vectors of this many bytes, in the place of the widest ones."""
+    if reasons := cpu_extension.obstacles(kmeans_device, torch.float32):
+        pytest.skip(reasons[0])
+    found = next((cpu for cpu in cpu_extension.module.cpus if cpu.bytes == request.param), None)
+    if found is None:
+        pytest.skip(f"this CPU has no vectors of {request.param} bytes")
+    monkeypatch.setattr(cpu_extension, "best", lambda: found)
+    return found
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 20])
+@pytest.mark.parametrize(("name", "metric"), [(n, m) for n, dtype, m in hostile_cases() if dtype == torch.float32])
+def test_the_cpu_extension_is_exact_for_every_width(name, metric, kept, cpu, monkeypatch):
+    monkeypatch.setattr(assign_cpu, "KEPT_ENTRIES", kept)
+    assert_exact(*make_hostile(name, torch.float32), metrics=[metric], only=["cpu"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_the_cpu_extension_is_exact_at_odd_sizes(dtype, cpu, monkeypatch):
+    monkeypatch.setattr(assign_cpu, "KEPT_ENTRIES", 0)
+    for n, k, d in itertools.product([1, cpu.rows - 1, cpu.rows, cpu.rows + 1], [1, 2, 7, 8, 9, 130], [1, 3, 17, 33]):
+        assert_exact(*random_case(n, k, d, dtype, "cpu"), only=["cpu"])
+    x, centers = random_case(100, 40, 30, dtype, "cpu")
+    assert_exact(x[::3, 1::2], centers[:, :15], only=["cpu"])
+    assert_exact(x[:15, :40].T, centers[:, :15], only=["cpu"])
+    assert_exact(x[:1].expand(60, -1), centers, only=["cpu"])
+
+
+def test_the_cpu_extension_is_exact_across_blocks_and_caches_of_centers(cpu, monkeypatch, three_threads):
+    monkeypatch.setattr(assign_cpu, "BLOCK_ENTRIES", 1)
+    x, centers = random_case(3000, 1500, 70, torch.float32, "cpu")
+    for kept in (0, x.numel()):
+        monkeypatch.setattr(assign_cpu, "KEPT_ENTRIES", kept)
+        assert_exact(x, centers, metrics=["euclidean"], only=["cpu"])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_cpu_extension_takes_several_sets_of_centers_at_once(metric, cpu):
+    for make in (gaussian, crowded):
+        x, centers = (rows.float() for rows in make(157, 60, 11))
+        sets = torch.stack([centers, centers.flip(0), centers + 0.5, x[:60]])
+        labels, doubtful = assign_cpu.Rows(x[None], metric).nearest(sets)
+        for own, one in zip(labels, sets, strict=True):
+            assert torch.equal(own, nearest(x, one, metric))
+        assert make is gaussian or doubtful[0] > 0
+
+
 def test_an_assignment_does_not_remember_the_last_one(kmeans_device):
     """What is kept from one to the next depends on the shape of the centres alone."""
     x = torch.randn(70, 9, device=kmeans_device)
-    rows = blocked.Rows(x[None], "euclidean")
+    names = [name for name in backends(x) if name in ("cpu", "blocked")]
+    prepared = [BACKENDS["kmeans_assign"][name].module.Rows(x[None], "euclidean") for name in names]
     for k in (5, 300, 5, 1, 5):
         centers = torch.randn(1, k, 9, device=kmeans_device)
-        assert torch.equal(rows.nearest(centers)[0][0].cpu(), nearest(x, centers[0], "euclidean"))
+        for rows in prepared:
+            assert torch.equal(rows.nearest(centers)[0][0].cpu(), nearest(x, centers[0], "euclidean"))
 
 
 # ---- Errors.
@@ -410,7 +466,10 @@ def arguments(device, **changes):
         ({"centers": torch.ones(4, 3).half()}, r"centers: expected dtype torch.float32.*got torch.float16"),
         ({"centers": torch.ones(4, 3).int()}, r"centers: expected dtype torch.float32.*got torch.int32"),
         ({"metric": "manhattan"}, r"metric: expected one of 'euclidean', 'cosine', got 'manhattan'"),
-        ({"backend": "triton"}, r"backend: expected one of 'auto', 'cuda', 'blocked', 'reference', got 'triton'"),
+        (
+            {"backend": "triton"},
+            r"backend: expected one of 'auto', 'cuda', 'cpu', .*, got 'triton'",
+        ),
     ],
     ids=str,
 )
@@ -438,7 +497,7 @@ def test_devices_must_be_the_same(kmeans_device):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", ["x", "centers"])
-@pytest.mark.parametrize("backend", ["auto", "cuda", "blocked", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "cuda", "cpu", "blocked", "reference"])
 def test_numbers_must_be_finite(backend, name, value, kmeans_device):
     wrong = arguments(kmeans_device)
     wrong[name][-1, 1] = value
@@ -453,6 +512,14 @@ def test_the_cuda_backend_says_why_it_cannot_run(kmeans_device, monkeypatch):
     monkeypatch.setattr(extension, "missing", "it was not compiled", raising=False)
     with pytest.raises(ValueError, match=r"backend: 'cuda' cannot run kmeans_assign .*it was not compiled"):
         kmeans_assign(**arguments(kmeans_device), backend="cuda")
+    assert_exact(*arguments(kmeans_device).values(), only=["auto"])
+
+
+def test_the_cpu_backend_says_why_it_cannot_run(kmeans_device, monkeypatch):
+    monkeypatch.setattr(cpu_extension, "module", None)
+    monkeypatch.setattr(cpu_extension, "missing", "it was not compiled")
+    with pytest.raises(ValueError, match=r"backend: 'cpu' cannot run kmeans_assign .*it was not compiled"):
+        kmeans_assign(**arguments(kmeans_device), backend="cpu")
     assert_exact(*arguments(kmeans_device).values(), only=["auto"])
 
 

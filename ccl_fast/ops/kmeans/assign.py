@@ -71,7 +71,8 @@ def kmeans_assign(
         x: ``[n, d]``, or ``[b, n, d]`` for b independent problems; float64, float32, bfloat16 or float16, finite.
         centers: ``[k, d]`` or ``[b, k, d]``; the dtype of x, or float32 beside half precision.
         metric: "euclidean" or "cosine". The cosine with a zero row or centre is 0.
-        backend: "auto", "cuda" (the extension), "blocked" (plain torch, any device) or "reference" (dense, float64).
+        backend: "auto", "cuda" or "cpu" (the extensions), "blocked" (plain torch, any device) or "reference" (dense,
+            float64).
         return_rechecked: return also how many rows were in doubt, and how many of them were re-checked, that is
             compared with all centres again; the cuda backend decides most doubtful rows between two centres.
 

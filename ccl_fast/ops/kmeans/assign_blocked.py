@@ -13,6 +13,8 @@ instruction, as entries that lie beside each other are of different rows.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -53,29 +55,35 @@ class Rows:
         exponent = torch.frexp(torch.maximum(entries.amax(1), -entries.amin(1)).to(self.dtype)).exponent
         # Of every problem, a power of two; moved rows are at most twice as large.
         self.scale = torch.exp2(-1 - exponent.clamp_(-126, 125).to(self.dtype))
-        norm = torch.empty(x.shape[:2], dtype=self.dtype, device=x.device)
         self.kept: Tensor | None = None
-        if x.numel() <= KEPT_ENTRIES:
-            self.kept = self._move(x, self.origin[:, None], self.scale[:, None, None])
-            torch.linalg.vector_norm(self.kept[..., :-1], dim=2, out=norm)
-        else:
-            size = max(1, (NORM_ENTRIES if x.device.type == "cpu" else DEVICE_ENTRIES) // d)
-            for problem in range(x.shape[0]):
-                for start in range(0, x.shape[1], size):
-                    part = slice(start, start + size)
-                    torch.linalg.vector_norm(self._moved(problem, part)[:, :-1], dim=1, out=norm[problem, part])
+        norm = self._lengths()
         # Float64 distances are rounded too, and what they call equal goes to the lowest index.
         self.distance_rounding = 2 * (d + OTHER_ROUNDINGS) * 2.0**-53
         self.twice_norm = 2 * norm
         self.own_margin = norm.square_().mul_(self.distance_rounding).add_(d * info.tiny)  # the latter for underflow
         self.gamma = (d + OTHER_ROUNDINGS) * info.eps / 2 + 2 * factor_rounding(x.device, self.dtype)
-        self._towards: _Towards | None = None  # of the last shape of centres
+        self._towards: Towards | None = None  # of the last shape of centres
+
+    def _lengths(self) -> Tensor:
+        """Return the lengths of the rows as the product takes them, [problems, rows], and keep few rows like that."""
+        x, d = self.x, self.x.shape[2]
+        norm = torch.empty(x.shape[:2], dtype=self.dtype, device=x.device)
+        if x.numel() <= KEPT_ENTRIES:
+            self.kept = self._move(x, self.origin[:, None], self.scale[:, None, None])
+            return torch.linalg.vector_norm(self.kept[..., :-1], dim=2, out=norm)
+        size = max(1, (NORM_ENTRIES if x.device.type == "cpu" else DEVICE_ENTRIES) // d)
+        for problem in range(x.shape[0]):
+            for start in range(0, x.shape[1], size):
+                part = slice(start, start + size)
+                torch.linalg.vector_norm(self._moved(problem, part)[:, :-1], dim=1, out=norm[problem, part])
+        return norm
 
     def nearest(self, centers: Tensor) -> tuple[Tensor, Tensor]:
         """Labels int64 [problems, rows], and how many rows were in doubt and re-checked, int64 [2]: the same ones.
 
         Of a single problem there may be several sets of centres: [sets, k, d] -> [sets, rows].
         """
+        centers = centers.contiguous()
         labels = torch.empty(centers.shape[0], self.x.shape[1], dtype=torch.int64, device=centers.device)
         sets, unsure = centers.shape[0] // self.x.shape[0], 0
         with without_autocast(centers.device):  # the products are float32's
@@ -99,7 +107,7 @@ class Rows:
     def _nearest(self, problem: int, centers: Tensor, labels: Tensor) -> int:
         """Write the labels [sets, rows] by centres [sets, k, d], and return how many rows were in doubt."""
         if self._towards is None or self._towards.shape != centers.shape:
-            self._towards = _Towards(centers.shape, self.dtype, centers.device)
+            self._towards = Towards(centers.shape, self.dtype, centers.device)
         towards = self._towards
         length = self._aim(problem, centers, towards)
         # 2 gamma |c| (|x| + |c| / 2) for the largest |c|, as |c|^2 / 2 is in its score too; and, for the distances,
@@ -109,22 +117,37 @@ class Rows:
         doubts = []
 
         def work(part: slice) -> None:
-            scores = matmul_nt(towards.matrix, self._moved(problem, part)).view(*centers.shape[:2], -1)
-            candidates = scores.le_(scores.amin(1, keepdim=True).add_(margin[:, None, part]))  # 1, or 0, as for NaN
-            found = torch.bmm(towards.digits, candidates)
-            count, label = found[:, 0], labels[:, part]
-            label.copy_(found[:, 1])
-            for place in range(2, found.shape[1]):
-                label.add_(found[:, place].long(), alpha=BASE ** (place - 1))
-            if not count.equal(towards.one.expand_as(count)):
-                doubts.append(self._decide(self.x[problem, part], centers, candidates, count, label))
+            doubts.append(self._label(problem, part, centers, towards, margin[:, part], labels[:, part]))
 
-        for_each_block(
-            labels.shape[1], _block_rows(centers.shape[0] * centers.shape[1], labels.device), work, labels.device
-        )
+        rows = self._block_rows(centers.shape[0] * centers.shape[1])
+        for_each_block(labels.shape[1], rows, work, labels.device)
         return sum(doubts)
 
-    def _aim(self, problem: int, centers: Tensor, towards: _Towards) -> Tensor:
+    def _block_rows(self, clusters: int) -> int:
+        return _block_rows(clusters, self.x.device)
+
+    def _label(
+        self,
+        problem: int,
+        part: slice,
+        centers: Tensor,
+        towards: Towards,
+        margin: Tensor,
+        labels: Tensor,
+    ) -> int:
+        """Write the labels of these rows [sets, rows], whose margins these are; return how many were in doubt."""
+        scores = matmul_nt(towards.matrix, self._moved(problem, part)).view(*centers.shape[:2], -1)
+        candidates = scores.le_(scores.amin(1, keepdim=True).add_(margin[:, None]))  # 1, or 0, as for NaN
+        found = torch.bmm(towards.digits, candidates)
+        count = found[:, 0]
+        labels.copy_(found[:, 1])
+        for place in range(2, found.shape[1]):
+            labels.add_(found[:, place].long(), alpha=BASE ** (place - 1))
+        if count.equal(towards.one.expand_as(count)):
+            return 0
+        return self._decide(self.x[problem, part], centers, candidates, count, labels)
+
+    def _aim(self, problem: int, centers: Tensor, towards: Towards) -> Tensor:
         """Write minus the centres as the product takes them, and return the largest length of each set, [sets, 1]."""
         if self.metric == "cosine":
             towards.minus.copy_(normalize_rows(centers.double())).neg_()
@@ -143,18 +166,26 @@ class Rows:
         return len(rows)
 
 
-class _Towards:
+class Towards:
     """Where the centres of one shape [sets, k, d] are written for a product, and what else their assignments share."""
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device):
         sets, k, d = self.shape = shape
         whole = torch.empty(sets, k, d + 1, dtype=dtype, device=device)
         self.matrix, self.minus, self.square = whole.view(sets * k, d + 1), whole[..., :-1], whole[..., -1]
-        # Ones, and the digits of every index, the lowest first: what the product with candidates sums for each row.
+
+    @cached_property
+    def digits(self) -> Tensor:
+        """Ones, and the digits of every index, the lowest first: what the product with candidates sums for each row."""
+        sets, k, _ = self.shape
+        device, dtype = self.matrix.device, self.matrix.dtype
         powers = BASE ** torch.arange(_places(k), device=device)
         digits = torch.arange(k, device=device) // powers[:, None] % BASE
-        self.digits = torch.cat([torch.ones_like(digits[:1]), digits]).to(dtype).expand(sets, -1, -1)
-        self.one = self.digits[0, 0, 0]
+        return torch.cat([torch.ones_like(digits[:1]), digits]).to(dtype).expand(sets, -1, -1)
+
+    @cached_property
+    def one(self) -> Tensor:
+        return self.digits[0, 0, 0]
 
 
 def _places(k: int) -> int:

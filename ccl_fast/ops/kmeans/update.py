@@ -27,7 +27,7 @@ def kmeans_update(
         labels: ``[n]`` or ``[b, n]``, int64 or int32 in ``[0, n_clusters)``.
         n_clusters: k.
         weights: ``[n]`` or ``[b, n]``, floating point; 1 by default.
-        backend: "auto", "cuda" (the extension), "blocked" (plain torch, any device) or "reference" (float64).
+        backend: "auto", "cuda" or "cpu" (the extensions), "blocked" (plain torch, any device) or "reference" (float64).
 
     Returns:
         ``sums`` float64 ``[k, d]`` (``[b, k, d]``), zero for empty clusters; ``total_weights`` float64 ``[k]``.
@@ -92,9 +92,11 @@ class Sums:
 
     def __init__(self, x: Tensor, weights: Tensor | None, counts: Tensor | None, backend: str):
         self.x, self.weights, self.counts, self.backend = x, weights, counts, backend
-        self.kept: Tensor | None = None  # of few rows on a CPU: as they are summed, and what they count
-        blocked = x.device.type == "cpu" and choose_backend("kmeans_update", backend, x.device, x.dtype) == "blocked"
-        if blocked and x.numel() <= KEPT_ENTRIES:
+        module = choose_backend("kmeans_update", backend, x.device, x.dtype)
+        # Few rows of a single problem on a CPU take several labellings at once.
+        self.are_few = module in ("cpu", "blocked") and x.device.type == "cpu" and x.numel() <= KEPT_ENTRIES
+        self.kept: Tensor | None = None  # as they are summed, and what they count
+        if self.are_few and module == "blocked":
             self.kept = torch.empty(*x.shape[:2], x.shape[2] + 1, dtype=torch.float64)
             self.kept[..., :-1] = x
             if weights is not None:
@@ -104,13 +106,21 @@ class Sums:
     def by_cluster(self, labels: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
         """The sums of the clusters, float64 [problems, n_clusters, d], and their total weights [problems, n_clusters].
 
-        Where rows are `kept`, there may be several labellings of a single problem: [sets, rows].
+        Where rows `are_few`, there may be several labellings of a single problem: [sets, rows].
         """
         if self.kept is not None:
             sums = sum_kept(self.kept, labels, n_clusters)
             return sums[..., :-1], sums[..., -1]
+        if len(labels) > len(self.x):
+            sums, totals = zip(*(self._by_cluster(own[None], n_clusters) for own in labels), strict=True)
+            return torch.cat(sums), torch.cat(totals)
+        return self._by_cluster(labels, n_clusters)
+
+    def _by_cluster(self, labels: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
         sums, totals = sum_by_cluster(self.x, labels, n_clusters, self.weights, self.backend)
         if self.counts is not self.weights:
-            counts = torch.ones_like(labels, dtype=sums.dtype) if self.counts is None else self.counts
+            counts = self.counts
+            if counts is None:
+                counts = torch.ones_like(labels, dtype=accumulation_dtype(self.x))
             totals = sum_by_cluster(counts[..., None], labels, n_clusters, None, self.backend)[0][..., 0]
         return sums, totals

@@ -1,4 +1,4 @@
-"""The CUDA extension compiles without spills, and an installation compiles it exactly where it should."""
+"""The extensions are compiled exactly where they should be, and the CUDA extension without spills."""
 
 import os
 import re
@@ -72,45 +72,61 @@ def test_nvcc_is_searched_in_order(fake_nvcc, tmp_path):
         "CUDA_PATH": str(tmp_path / "cuda_path"),
     }
     for expected in (own, path, home, cuda_path, usual):
-        nvcc, reason = setup.choose(environment)
+        nvcc, reason = setup.choose(environment, "CUDA")
         assert nvcc == expected
         assert "13.0" in reason
         if environment:
             environment.pop(next(iter(environment)))
 
 
+@pytest.mark.parametrize("of", ["CPU", "CUDA"])
 @pytest.mark.parametrize("wanted", ["ON", "", "1", "yes"])
-def test_an_unknown_choice_is_an_error(wanted):
+def test_an_unknown_choice_is_an_error(wanted, of):
     with pytest.raises(SystemExit, match="must be auto, on or off"):
-        setup.choose({"CCL_FAST_CUDA": wanted})
+        setup.choose({f"CCL_FAST_{of}": wanted}, of)
 
 
 def test_off_needs_no_reason(fake_nvcc):
     nvcc = fake_nvcc("own")
-    assert setup.choose({"CCL_FAST_CUDA": "off", "CUDACXX": nvcc}) == (None, "CCL_FAST_CUDA is off")
+    assert setup.choose({"CCL_FAST_CUDA": "off", "CUDACXX": nvcc}, "CUDA") == (None, "CCL_FAST_CUDA is off")
 
 
 @pytest.mark.parametrize("release", [None, "11.8", "unknown"])
 def test_without_a_usable_nvcc_auto_goes_without_and_on_fails(fake_nvcc, release):
     environment = {"PATH": "", "CUDACXX": fake_nvcc("own", release)} if release else {"PATH": ""}
     why = {None: "there is no nvcc", "11.8": "is of CUDA 11.8", "unknown": "does not tell"}[release]
-    nvcc, reason = setup.choose(environment)
+    nvcc, reason = setup.choose(environment, "CUDA")
     assert nvcc is None
     assert why in reason
     with pytest.raises(SystemExit, match=re.escape(reason)):
-        setup.choose({**environment, "CCL_FAST_CUDA": "on"})
+        setup.choose({**environment, "CCL_FAST_CUDA": "on"}, "CUDA")
 
 
 def test_a_cudacxx_that_is_not_there_is_not_replaced(fake_nvcc):
     fake_nvcc("usual/bin")
-    nvcc, reason = setup.choose({"CUDACXX": "/nowhere/nvcc"})
+    nvcc, reason = setup.choose({"CUDACXX": "/nowhere/nvcc"}, "CUDA")
     assert nvcc is None
     assert "/nowhere/nvcc" in reason
 
 
-@pytest.mark.parametrize(("wanted", "outcome"), [("off", "without the CUDA extension"), ("maybe", "must be auto")])
-def test_setup_says_what_it_does(wanted, outcome):
-    environment = {**os.environ, "CCL_FAST_CUDA": wanted}
+def test_a_cxx_compiler_is_searched(tmp_path, monkeypatch):
+    monkeypatch.setattr(setup.sys, "platform", "linux")
+    assert setup.choose({"PATH": str(tmp_path)}, "CPU")[0] is None
+    with pytest.raises(SystemExit, match=r"CCL_FAST_CPU is on, but there is no c\+\+ or g\+\+ or clang\+\+ on PATH"):
+        setup.choose({"PATH": str(tmp_path), "CCL_FAST_CPU": "on"}, "CPU")
+    for name in ("clang++", "own"):
+        (tmp_path / name).touch(mode=0o755)
+    assert setup.choose({"PATH": str(tmp_path)}, "CPU")[0] == str(tmp_path / "clang++")
+    assert setup.choose({"PATH": str(tmp_path), "CXX": "own -O1"}, "CPU")[0] == str(tmp_path / "own")
+    assert setup.choose({"PATH": str(tmp_path), "CXX": "other"}, "CPU")[0] is None
+    monkeypatch.setattr(setup.sys, "platform", "win32")
+    assert setup.choose({"PATH": str(tmp_path)}, "CPU")[0] is None
+
+
+@pytest.mark.parametrize("of", ["CPU", "CUDA"])
+@pytest.mark.parametrize(("wanted", "outcome"), [("off", "without the {} extension"), ("maybe", "must be auto")])
+def test_setup_says_what_it_does(wanted, outcome, of):
+    outcome, environment = outcome.format(of), {**os.environ, f"CCL_FAST_{of}": wanted}
     command = [sys.executable, "setup.py", "--name"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert outcome in done.stdout + done.stderr
