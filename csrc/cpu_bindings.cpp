@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu_kmeans.h"
+#include "cpu.h"
 
 namespace py = pybind11;
 
@@ -54,6 +54,17 @@ void distance(const ccl_fast::Cpu& cpu, Address x, int64_t stride, int64_t n, in
                pointer<float>(distances));
 }
 
+void unit_rows(const ccl_fast::Cpu& cpu, Address x, int64_t stride, int64_t n, int64_t d, double largest_inverse,
+               Address unit, Address inverse) {
+  cpu.unit_rows(pointer<float>(x), stride, n, d, largest_inverse, pointer<float>(unit), pointer<float>(inverse));
+}
+
+void unit_rows_gradient(const ccl_fast::Cpu& cpu, Address gradient, int64_t stride, int64_t n, int64_t d, Address unit,
+                        Address inverse, Address result) {
+  cpu.unit_rows_gradient(pointer<float>(gradient), stride, n, d, pointer<float>(unit), pointer<float>(inverse),
+                         pointer<float>(result));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -65,7 +76,9 @@ PYBIND11_MODULE(_cpu, module) {
       .def("nearest", &nearest, Released())
       .def("decide", &decide, Released())
       .def("add", &add, Released())
-      .def("distance", &distance, Released());
+      .def("distance", &distance, Released())
+      .def("unit_rows", &unit_rows, Released())
+      .def("unit_rows_gradient", &unit_rows_gradient, Released());
   // Those that run here, the widest first.
   py::list cpus;
   for (const ccl_fast::Cpu* cpu : ALL)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ccl_fast.checks import host_knows
-from ccl_fast.ops import normalize_triton
+from ccl_fast.ops import normalize_cpu, normalize_triton
 from ccl_fast.ops.differentiable import Differentiable, is_traced
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
@@ -32,8 +32,9 @@ def normalize_embeddings(x: Tensor) -> Tensor:
 
 def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of length 1, or 0, and the inverse lengths that their gradients have: 0 for rows of zeros."""
-    if normalize_triton.serves(x):
-        return normalize_triton.unit(x, 2.0 ** (1 - SHORTEST))
+    for kernels in (normalize_triton, normalize_cpu):
+        if kernels.serves(x):
+            return kernels.unit(x, 2.0 ** (1 - SHORTEST))
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     if host_knows(norm) and x.shape[0] and lengths_are_usual(norm):
         inverse = norm.reciprocal()
@@ -45,8 +46,10 @@ def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def unit_rows_gradient(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
     """Gradient of rows, given that of their `unit_rows`."""
-    if not torch.is_grad_enabled() and normalize_triton.serves(grad):
-        return normalize_triton.gradient(grad, unit, inverse)
+    if not torch.is_grad_enabled():
+        for kernels in (normalize_triton, normalize_cpu):
+            if kernels.serves(grad):
+                return kernels.gradient(grad, unit, inverse)
     along = (grad * unit).sum(1, keepdim=True)
     return torch.addcmul(grad, unit, along, value=-1) * inverse
 

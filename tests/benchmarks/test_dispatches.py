@@ -3,9 +3,12 @@
 import pytest
 
 from benchmarks.losses.dispatches import count_all
+from ccl_fast.kernels import cpu_extension
 
 # By loss: on a CPU, on a GPU (a few of them are views, which launch nothing).
-MAX_OPERATIONS = {"CCL": (58, 70), "SupCon": (50, 63), "NT-Xent": (45, 38), "CLIP": (52, 44)}
+MAX_OPERATIONS = {"CCL": (51, 70), "SupCon": (44, 63), "NT-Xent": (38, 38), "CLIP": (45, 44)}
+# More on a CPU without the extension.
+OF_UNIT_ROWS = 7
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +19,8 @@ def counts():
 @pytest.mark.parametrize("loss", MAX_OPERATIONS)
 def test_one_tile(counts, loss):
     on_cpu, on_gpu = MAX_OPERATIONS[loss]
+    if cpu_extension.module is None:
+        on_cpu += OF_UNIT_ROWS
     found = counts[loss]
     assert found["cpu"].operations <= min(on_cpu, found["plain"].operations)
     assert found["gpu"].operations <= on_gpu

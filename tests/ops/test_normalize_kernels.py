@@ -1,9 +1,10 @@
-"""Unit rows by kernels, interpreted without a GPU, against plain torch."""
+"""Unit rows by kernels, Triton's (interpreted without a GPU) and the CPU extension's, against plain torch."""
 
 import pytest
 import torch
 
-from ccl_fast.ops import normalize, normalize_triton
+from ccl_fast.kernels import cpu_extension
+from ccl_fast.ops import normalize, normalize_cpu, normalize_triton
 from ccl_fast.ops.normalize import SHORTEST, normalize_embeddings
 from tests.tolerance import assert_as_accurate
 
@@ -15,15 +16,19 @@ pytestmark = [
 LENGTHS = (1e-45, 1e-38, 1e-30, 1e-20, 1e-13, 1e-11, 1.0, 1e15, 1e20, 1e38)
 
 
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch, kernel_device):
+@pytest.fixture(autouse=True, params=["triton", "cpu"])
+def kernels(request, monkeypatch, kernel_device):
     """How many were launched."""
-    pytest.importorskip("triton")
+    module = {"triton": normalize_triton, "cpu": normalize_cpu}[request.param]
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        monkeypatch.setattr(normalize_triton, "DEVICES", (kernel_device.type,))
+    elif reasons := cpu_extension.obstacles(kernel_device, torch.float32):
+        pytest.skip(reasons[0])
     launched = []
     for name in ("unit", "gradient"):
-        call = getattr(normalize_triton, name)
-        monkeypatch.setattr(normalize_triton, name, lambda *x, call=call, name=name: launched.append(name) or call(*x))
-    monkeypatch.setattr(normalize_triton, "DEVICES", (kernel_device.type,))
+        call = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *x, call=call, name=name: launched.append(name) or call(*x))
     return launched
 
 
@@ -35,7 +40,8 @@ def evaluate(x, w):
 
 def plainly(x, w, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(normalize_triton, "DEVICES", ())
+        for module in (normalize_triton, normalize_cpu):
+            patch.setattr(module, "serves", lambda x: False)
         return evaluate(x, w)
 
 

@@ -1,6 +1,6 @@
 // The steps of k-means. Scores of a panel of rows and a panel of centres stay in registers: the next pass over them would cost as much as the
 // product. A vector has one entry of many rows, so that the lowest score of each is kept without leaving its lane.
-#include "cpu_kmeans.h"
+#include "cpu.h"
 
 // No templates of the standard library: of several copies of one the linker keeps any, which may be the widest vectors'.
 
@@ -183,6 +183,49 @@ void distance(const float* x, int64_t stride, int64_t n, int64_t d, const float*
   }
 }
 
+// Squares of float32 neither over- nor underflow in float64.
+double square(const float* x, int64_t d) {
+  Doubles sums{};
+  double sum = 0.0;
+  int64_t p = 0;
+  for (; p + LANES / 2 <= d; p += LANES / 2) {
+    const Doubles value = load_doubles(x + p);
+    sums += value * value;
+  }
+  for (; p < d; ++p) sum += double(x[p]) * x[p];
+  for (int lane = 0; lane < LANES / 2; ++lane) sum += sums[lane];
+  return sum;
+}
+
+void unit_rows(const float* x, int64_t stride, int64_t n, int64_t d, double largest_inverse, float* unit, float* inverse) {
+  for (int64_t i = 0; i < n; ++i, x += stride, unit += d) {
+    const double length = __builtin_sqrt(square(x, d));
+    // Of a row that holds an infinity every entry is NaN, as of one that holds NaN.
+    const double factor = length == 0.0 ? 0.0 : length < __builtin_inf() ? 1.0 / length : __builtin_nan("");
+    for (int64_t p = 0; p < d; ++p) unit[p] = float(x[p] * factor);
+    inverse[i] = float(factor);
+    if (length * largest_inverse < 2.0 * __builtin_sqrt(double(d))) {
+      double largest = 0.0;
+      for (int64_t p = 0; p < d; ++p) largest = x[p] > largest ? x[p] : -x[p] > largest ? -x[p] : largest;
+      const double power = largest > 0.0 ? __builtin_ldexp(1.0, __builtin_ilogb(largest)) : 0.0;
+      if (power * largest_inverse < 1.0) inverse[i] = float(factor * power * largest_inverse);
+    }
+  }
+}
+
+void unit_rows_gradient(const float* gradient, int64_t stride, int64_t n, int64_t d, const float* unit,
+                        const float* inverse, float* result) {
+  for (int64_t i = 0; i < n; ++i, gradient += stride, unit += d, result += d) {
+    Floats sums{};
+    float along = 0.0f;
+    int64_t p = 0;
+    for (; p + LANES <= d; p += LANES) sums += load(gradient + p) * load(unit + p);
+    for (; p < d; ++p) along += gradient[p] * unit[p];
+    for (int lane = 0; lane < LANES; ++lane) along += sums[lane];
+    for (p = 0; p < d; ++p) result[p] = (gradient[p] - along * unit[p]) * inverse[i];
+  }
+}
+
 #if CCL_FAST_BYTES == 64
 #define CCL_FAST_CPU cpu_512
 bool runs_here() { return __builtin_cpu_supports("avx512f"); }
@@ -196,6 +239,7 @@ bool runs_here() { return true; }
 
 }  // namespace
 
-const Cpu CCL_FAST_CPU = {CCL_FAST_BYTES, runs_here, ROWS, CENTERS, pack, nearest, decide, add, distance};
+const Cpu CCL_FAST_CPU = {CCL_FAST_BYTES, runs_here, ROWS, CENTERS, pack, nearest, decide, add, distance,
+                          unit_rows, unit_rows_gradient};
 
 }  // namespace ccl_fast

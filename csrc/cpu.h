@@ -1,4 +1,4 @@
-// The assignment step of k-means on a CPU: C++ without torch, compiled once for every width of vectors.
+// What the CPU extension computes: C++ without torch, compiled once for every width of vectors.
 #pragma once
 
 #include <cstdint>
@@ -37,6 +37,15 @@ struct Cpu {
   // The squared distance of every row to the centre [k, d] of its label.
   void (*distance)(const float* x, int64_t stride, int64_t n, int64_t d, const float* centers, const int64_t* labels,
                    float* distances);
+
+  // Rows [n, d] of length 1, or 0 for rows of zeros, and 1 / length [n], 0 for rows of zeros. Of a row whose largest entry,
+  // rounded down to a power of two, is below 1 / the largest inverse, the length is as if that power were.
+  void (*unit_rows)(const float* x, int64_t stride, int64_t n, int64_t d, double largest_inverse, float* unit,
+                    float* inverse);
+
+  // (g - <g, u> u) / length, the gradient [n, d] of rows, given that of their unit rows and the inverses.
+  void (*unit_rows_gradient)(const float* gradient, int64_t stride, int64_t n, int64_t d, const float* unit,
+                             const float* inverse, float* result);
 };
 
 extern const Cpu cpu_512, cpu_256, cpu_128;  // the first two on x86-64 alone
