@@ -22,7 +22,8 @@ METRICS = ("auroc", "fpr95_id")
 # Columns of the tables: title -> the OOD set or the mean of sets.
 SETS = {"near": "near", "ImageNet": "data/imagenet-other", "far": "far"}
 DETECTORS = (
-    "layers/ensemble",
+    "all/ensemble",
+    "layers/ensemble",  # of earlier files
     "encoder/nearest_neighbor",
     "encoder/mahalanobis",
     "head/nearest_neighbor",

@@ -231,7 +231,7 @@ def load_run(
     if chosen not in run.objectives:
         known = " or ".join(run.objectives)
         raise ArgumentError(f"objective: expected one that the run has, {known}, got {chosen!r}")
-    names = make_detectors(2, 1, 0, [1])
+    names = make_detectors(2, 1, 0, [1, 1])
     if detector not in names:
         raise ArgumentError(f"detector: expected one of {', '.join(names)}, got {detector!r}")
     return Predictor(run, chosen, detector, find_device(device or "auto"))

@@ -30,12 +30,12 @@ STARTS = 5
 
 
 def cluster(features: Mapping[str, Tensor], clusters: int, seed: int) -> dict[str, KMeans]:
-    """Cluster training images for the detectors of each level; the clusters of "layers" are the encoder's."""
+    """Cluster training images for the detectors of each level; those of "all" are the head's."""
     of_level = {
         level: KMeans(clusters, metric="cosine", n_init=STARTS, random_state=seed).fit(features[level])
         for level in ("head", "encoder")
     }
-    return of_level | {"layers": of_level["encoder"]}
+    return of_level | {"all": of_level["head"]}
 
 
 @dataclass

@@ -11,10 +11,10 @@ from ccl_fast.ood import Columns, CosineNorm, Ensemble, Mahalanobis, NearestCent
 if TYPE_CHECKING:
     from ccl_fast.ood.detector import FeatureDetector
 
-DEFAULT = "layers/ensemble"
+DEFAULT = "all/ensemble"
 """The detector to quote; the pictures show its scores."""
-# What detectors see: features before and after the projection head, and those before it beside the layers' statistics.
-LEVELS = ("head", "encoder", "layers")
+# What detectors see: features after and before the projection head, and both beside the layers' statistics.
+LEVELS = ("head", "encoder", "all")
 # The neighbour that is asked, for so many training images one further (Sun et al.: the 50th of 50,000).
 IMAGES_A_NEIGHBOR = 2000
 # Parts of the training images in turn unseen by the ensembles' detectors.
@@ -37,7 +37,7 @@ def make_detectors(
 
     Args:
         n, clusters, seed: numbers of images and clusters, seed of the ensembles' folds and of random rows.
-        widths: of the parts of the level "layers", see `embed_layers`.
+        widths: of the parts of the level "all", see `embed_layers`.
         rows: images whose features are kept for nearest neighbours, at random, where there are more; None: all.
     """
     # The same rows for all that keep some: a file has them once.
@@ -55,18 +55,22 @@ def make_detectors(
             "ensemble": Ensemble(ensemble, folds=min(FOLDS, n), seed=seed),
         }
         detectors |= {f"{level}/{name}": detector for name, detector in of_level.items()}
-    return detectors | {DEFAULT: _layers_ensemble(NearestNeighbor(k=k, **drawn), n, clusters, seed, widths)}
+    return detectors | {DEFAULT: _ensemble_of_all(k, drawn, n, clusters, seed, widths)}
 
 
-def _layers_ensemble(neighbor: NearestNeighbor, n: int, clusters: int, seed: int, widths: Sequence[int]) -> Ensemble:
+def _ensemble_of_all(k: int, drawn: Drawn, n: int, clusters: int, seed: int, widths: Sequence[int]) -> Ensemble:
     """Make the default detector.
 
-    Half of its score looks at what an image shows: the nearest neighbour and the nearest cluster of its features; the
-    other half at the Mahalanobis distances of the layers' channels. Without layers there is the first half.
+    Half of its score looks at what an image shows: the nearest neighbour and the nearest cluster of its features, after
+    the head and before it; the other half at the Mahalanobis distances of the layers' channels. Without layers there is
+    the first half.
     """
     ends = list(itertools.accumulate(widths))
-    features, *layers = (slice(end - width, end) for end, width in zip(ends, widths, strict=True))
-    detectors = [Columns(detector, features) for detector in (neighbor, Mahalanobis(n_clusters=clusters))]
+    head, encoder, *layers = (slice(end - width, end) for end, width in zip(ends, widths, strict=True))
+    detectors = []
+    for features in (head, encoder):
+        detectors.append(Columns(NearestNeighbor(k=k, **drawn), features))
+        detectors.append(Columns(Mahalanobis(n_clusters=clusters), features))
     weights = [1 / len(detectors)] * len(detectors) + [1 / len(layers) for _ in layers]
     for columns in layers:
         distance = Mahalanobis(shrinkage=OF_LAYERS, normalize=False)

@@ -40,13 +40,13 @@ class FittedDetectors:
         return threshold(self.test_scores[name], accept)
 
     def nearest_clusters(self, name: str, features: Mapping[str, Tensor]) -> Tensor:
-        """The cluster whose centre is nearest, int64 [n]; of the level "layers" by the encoder's features.
+        """The cluster whose centre is nearest, int64 [n]; of the level "all" by the head's features.
 
         Args:
             name: of a detector.
             features: by level, [n, d].
         """
-        level = "head" if name.startswith("head/") else "encoder"
+        level = "encoder" if name.startswith("encoder/") else "head"
         return kmeans_assign(features[level], self.centers[level].to(features[level].device), metric="cosine")[0]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -97,10 +97,10 @@ def embed(model: Model, images: Batches, rows: Tensor | None = None) -> dict[str
 
 @torch.no_grad()
 def embed_layers(model: Model, images: Batches) -> tuple[dict[str, Tensor], list[int]]:
-    """As :func:`embed`, and "layers": the encoder's features and the :class:`LayerStatistics`, one beside the other.
+    """As :func:`embed`, and "all": the features of head and encoder and the :class:`LayerStatistics`, side by side.
 
     Returns:
-        The features, and how wide each part of "layers" is: the encoder's features first, then layer by layer.
+        The features, and how wide each part of "all" is: the head's features, the encoder's, then layer by layer.
     """
     batches, widths = [], []
     for of_batch, widths in embedded_batches(model, images):  # noqa: B007 (the last ones are those of all)
@@ -114,8 +114,9 @@ def embedded_batches(model: Model, images: Batches) -> Iterator[tuple[dict[str, 
         for batch in _batches(model, images):
             with torch.no_grad():
                 encoded = model.encoder(batch).float()
-                parts = [encoded, *layers.statistics]
-                features = {"encoder": encoded, "head": model.head(encoded), "layers": torch.cat(parts, 1)}
+                head = model.head(encoded)
+                parts = [head, encoded, *layers.statistics]
+                features = {"encoder": encoded, "head": head, "all": torch.cat(parts, 1)}
             yield features, [part.shape[1] for part in parts]
 
 

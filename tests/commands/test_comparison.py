@@ -67,8 +67,8 @@ def test_the_table_has_a_line_for_every_detector_and_kind_of_ood_set(two_seeds):
     written = json.loads((two_seeds / "comparison.json").read_text())
     lines = compare_objectives.format_comparison(written).splitlines()
     assert len(lines) == 2 + 13 * 2 + 2 + 1 + 1
-    gain = written["results"]["layers/ensemble"]["near"]["auroc"]["gain"]
-    line = next(line for line in lines if line.startswith("layers/ensemble *"))
+    gain = written["results"]["all/ensemble"]["near"]["auroc"]["gain"]
+    line = next(line for line in lines if line.startswith("all/ensemble *"))
     assert f"{gain['mean']:+.3f} +- {gain['deviation']:.3f}" in line
     assert line.endswith(f"{sum(value > 0 for value in gain['values'])} of 2")
     for number, name, gain in (

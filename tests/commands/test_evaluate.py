@@ -47,7 +47,7 @@ def folder_of_images(tmp_path_factory):
 
 def test_evaluation_repeats_the_figures_of_the_run(run, capsys):
     assert main(["evaluate", f"--run={run}"]) == 0
-    assert "layers/ensemble *" in capsys.readouterr().out
+    assert "all/ensemble *" in capsys.readouterr().out
     report = json.loads((run / "report.json").read_text())
     evaluation = json.loads((run / "evaluation" / "evaluation.json").read_text())
     assert evaluation["results"] == report["results"]
@@ -136,7 +136,7 @@ def test_files_are_scored_like_their_folder_and_more_are_accepted_on_demand(run,
     assert main([*command, f"--output={tmp_path / 's.json'}", "--accept", "1"]) == 0
     found = json.loads((tmp_path / "s.json").read_text())
     assert found["accept"] == 1 and found["run"] == str(run)
-    assert (found["objective"], found["detector"]) == ("ccl", "layers/ensemble")
+    assert (found["objective"], found["detector"]) == ("ccl", "all/ensemble")
     by_path = {of["image"]: of for of in found["images"]}
     assert by_path.keys() == {*map(str, files), *map(str, folder_of_images.glob("unknown/*.png"))}
     assert all(of["outlier"] == (of["score"] > found["threshold"]) for of in by_path.values())

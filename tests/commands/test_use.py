@@ -80,7 +80,7 @@ def test_the_loaded_model_is_the_run_s(run, digits):
     assert ccl_fast.load_run is load_run
 
 
-@pytest.mark.parametrize("detector", make_detectors(2, 1, 0, [1]))
+@pytest.mark.parametrize("detector", make_detectors(2, 1, 0, [1, 1]))
 def test_a_kept_detector_gives_the_scores_of_the_judgement(run, digits, detector):
     loaded = load_run(run, detector=detector)
     report = json.loads((run / "report.json").read_text())["results"]["ccl"][detector]["near"]

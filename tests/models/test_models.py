@@ -201,8 +201,8 @@ def test_the_statistics_of_layers_are_beside_the_features(backbone, shape, width
     images = InMemory(torch.randint(256, (3, *shape), dtype=torch.uint8))
     features, found = embed_layers(model.train(), images)
     assert model.training and not any(module._forward_hooks for module in model.modules())
-    assert found == [features["encoder"].shape[1], *widths]
-    assert features["layers"].shape == (3, sum(found)) and features["layers"].isfinite().all()
+    assert found == [features["head"].shape[1], features["encoder"].shape[1], *widths]
+    assert features["all"].shape == (3, sum(found)) and features["all"].isfinite().all()
     plain = embed(model, images)
     torch.testing.assert_close({level: features[level] for level in plain}, plain)
 

@@ -279,7 +279,7 @@ def test_every_figure_is_of_a_detector_fitted_to_training_features_of_its_level(
             encoded = model.encoder(images.pixels / 255)
             assert_close(evaluation.features[name], {"encoder": encoded, "head": model.head(encoded)})
         statistics = [of for x in maps for of in (x.mean((2, 3)), x.std((2, 3), correction=0))]
-        features[name] = evaluation.features[name] | {"layers": torch.cat([encoded, *statistics], 1)}
+        features[name] = evaluation.features[name] | {"all": torch.cat([model.head(encoded), encoded, *statistics], 1)}
     of_level = {
         "nearest_neighbor": NearestNeighbor(),
         "nearest_center": NearestCenter(n_clusters=3),
@@ -289,16 +289,21 @@ def test_every_figure_is_of_a_detector_fitted_to_training_features_of_its_level(
         "ensemble": Ensemble([NearestNeighbor(), Mahalanobis(n_clusters=3)], seed=1),
     }
     detectors = {f"{level}/{name}": of for level in ("encoder", "head") for name, of in copy.deepcopy(of_level).items()}
-    seen = [Columns(of, slice(5)) for of in (NearestNeighbor(), Mahalanobis(n_clusters=3))]
-    for start in (5, 15):
+    width = features["train"]["head"].shape[1]
+    seen = [
+        Columns(of, columns)
+        for columns in (slice(width), slice(width, width + 5))
+        for of in (NearestNeighbor(), Mahalanobis(n_clusters=3))
+    ]
+    for start in (width + 5, width + 15):
         of_maps = Mahalanobis(shrinkage=0.01, normalize=False)
         seen.append(Columns(of_maps, slice(start, start + 10), clusters=False))
-    detectors["layers/ensemble"] = Ensemble(seen, seed=1)
+    detectors["all/ensemble"] = Ensemble(seen, weights=[1, 1, 1, 1, 2, 2], seed=1)
     kmeans = {
         level: KMeans(3, metric="cosine", n_init=STARTS, random_state=1).fit(features["train"][level])
         for level in ("encoder", "head")
     }
-    kmeans["layers"] = kmeans["encoder"]
+    kmeans["all"] = kmeans["head"]
     expected = {}
     for name, detector in detectors.items():
         level = name.partition("/")[0]
@@ -321,4 +326,4 @@ def test_every_figure_is_of_a_detector_fitted_to_training_features_of_its_level(
         for part, metrics in row.items():
             assert evaluation.metrics[name][part] == pytest.approx(metrics, rel=1e-5), (name, part)
     assert all(expected[f"head/{name}"] != expected[f"encoder/{name}"] for name in of_level)
-    assert expected["layers/ensemble"] != expected["encoder/ensemble"]
+    assert expected["all/ensemble"] != expected["encoder/ensemble"]

@@ -104,7 +104,7 @@ def test_results_are_written_before_the_page_and_whatever_becomes_of_it(tmp_path
     assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
     said = capsys.readouterr()
     assert "report: could not make" in said.err and "(ZeroDivisionError: no page today)" in said.err
-    assert "layers/ensemble *" in said.out and f"written to {tmp_path / 'run'}\n" in said.out
+    assert "all/ensemble *" in said.out and f"written to {tmp_path / 'run'}\n" in said.out
     monkeypatch.setattr("ccl_fast.commands.report.write_page", lambda path, *_: path.touch() or [])
     again = evaluate(tmp_path / "run")  # what is missing, the page, and nothing beside it
     assert (tmp_path / "run" / "report.html").exists() and not (tmp_path / "run" / "evaluation").exists()
