@@ -75,8 +75,8 @@ def test_gains_are_paired_and_their_interval_is_students(rows):
 def test_the_tables(rows):
     table = natural.table(rows)
     width = f"{natural.interval([0.01, 0.02, 0.06]):.3f}"
-    assert table[2].startswith("| layers, ensemble (default) | near |")
-    assert table[5] == f"| encoder, nearest neighbor | near | 0.510 | 0.540 | +0.030 ± {width} | 3 of 3 |"
+    assert table[2].startswith("| all, ensemble (default) | near |")
+    assert table[8] == f"| encoder, nearest neighbor | near | 0.510 | 0.540 | +0.030 ± {width} | 3 of 3 |"
     assert len(table) == 2 + 3 * len(natural.DETECTORS) + 2
     first, second = natural.ablation(rows)[2:]
     assert first.startswith(f"| ccl | 3 | +0.030 ± {width} |")
