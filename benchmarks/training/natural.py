@@ -71,7 +71,7 @@ def _line(report: dict, objective: str, results: dict, first: dict) -> dict:
         "seed": arguments["seed"],
         "images": report["images"]["train"],
         "results": {
-            detector: {of: {metric: by_set[of][metric] for metric in METRICS} for of in by_set}
+            detector: {_short(of): {metric: by_set[of][metric] for metric in METRICS} for of in by_set}
             for detector, by_set in results.items()
         },
         "knn": report["knn"][objective],
@@ -79,6 +79,11 @@ def _line(report: dict, objective: str, results: dict, first: dict) -> dict:
         "default": DEFAULT,
         "environment": report["environment"],
     }
+
+
+def _short(name: str) -> str:
+    """Of an OOD set, "data/imagenet-other", wherever that folder is."""
+    return "/".join(Path(name).parts[-2:])
 
 
 def _name(objective: str, changed: dict) -> str:
