@@ -29,7 +29,8 @@ def unit_rows(x_ptr, unit_ptr, inverse_ptr, d, x_row, LARGEST_INVERSE: tl.conste
         x = tl.load(x_ptr + first + col, mask=first + col < d, other=0.0) * lift * power
         total += tl.sum(x * x, 0)
     inverse = tl.where(total == 0.0, 0.0, tl.div_rn(1.0, tl.sqrt_rn(total)))
-    inverse = tl.where(total < float("inf"), inverse, float("nan"))  # all of a row that holds an infinity, as of one with NaN
+    # Of a row that holds an infinity all is NaN, as of one that holds NaN.
+    inverse = tl.where(total < float("inf"), inverse, float("nan"))
     for first in range(0, d, BLOCK):
         x = tl.load(x_ptr + first + col, mask=first + col < d, other=0.0) * lift * power
         tl.store(unit_ptr + first + col, x * inverse, mask=first + col < d)
