@@ -14,9 +14,10 @@ MAX_ELEMENTS = 1 << 18
 
 def serves(x: Tensor) -> bool:
     """Tell whether the extension does it for rows x: float32, few, and plain tensors, which nothing traces."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not 0 < x.numel() <= MAX_ELEMENTS:
+    # Sizes of what is traced are asked for nothing: they may be unknown.
+    if cpu_extension.module is None or is_traced(x) or are_transforms_active():
         return False
-    return cpu_extension.module is not None and not is_traced(x) and not are_transforms_active()
+    return x.device.type == "cpu" and x.dtype == torch.float32 and 0 < x.numel() <= MAX_ELEMENTS
 
 
 def unit(x: Tensor, largest_inverse: float) -> tuple[Tensor, Tensor]:
