@@ -5,6 +5,8 @@ import pytest
 from benchmarks.losses.dispatches import count_all
 from ccl_fast.kernels import cpu_extension
 
+# All are counted at once.
+pytestmark = pytest.mark.xdist_group("test_dispatches")
 # By loss: on a CPU, on a GPU (a few of them are views, which launch nothing).
 MAX_OPERATIONS = {"CCL": (51, 70), "SupCon": (44, 63), "NT-Xent": (38, 38), "CLIP": (45, 44)}
 # More on a CPU without the extension.
