@@ -1,4 +1,4 @@
-"""The compiled CPU extension, which need not be there: the steps of k-means, for several widths of vectors."""
+"""The compiled CPU extension, which need not be there: k-means and rows of length 1, for several widths of vectors."""
 
 from __future__ import annotations
 
