@@ -16,6 +16,7 @@ from ccl_fast.losses import processes
 from ccl_fast.losses.batch import Batch, check_batch
 from ccl_fast.ops import streaming_logsumexp
 from ccl_fast.ops.backends import ContrastBackend, check_backend
+from ccl_fast.ops.contrast_rows import runs
 from ccl_fast.ops.contrast_tile import fits
 from ccl_fast.ops.differentiable import savable
 from ccl_fast.ops.ids import separate_unassigned
@@ -277,6 +278,10 @@ class Loss(nn.Module):
         """Tell whether the whole of a batch's contrast may be a single dense tile, with logits of these scales."""
         is_plain_mean = self.normalize and self.reduction != "none" and self.process_group is None
         return is_plain_mean and self.backend == "auto" and fits(rows, keys, *scales)
+
+    def is_of_rows(self, rows: Tensor) -> bool:
+        """Tell whether `contrast_rows` serves a batch of any size."""
+        return self.normalize and self.process_group is None and runs(rows, self.backend)
 
     # ---- sums over rows ----
 

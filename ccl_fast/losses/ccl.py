@@ -12,6 +12,7 @@ from ccl_fast.losses.batch import Batch, check_center_temperature
 from ccl_fast.losses.centers import center_logits
 from ccl_fast.ops import cross_entropy, logaddexp, row_dot, streaming_logsumexp
 from ccl_fast.ops.backends import ContrastBackend
+from ccl_fast.ops.contrast_rows import contrast_rows
 from ccl_fast.ops.contrast_tile import self_contrast
 from ccl_fast.ops.ids import groups_of, same_group_count
 from ccl_fast.ops.logsumexp.distributed import Wanted, global_contrast
@@ -162,9 +163,9 @@ class CCLLoss(Loss):
         if centers is not None and centers.shape[0] == 0:  # before the first clustering: all unassigned
             centers = None
         scale = 1.0 / self.shared(self.temperature, batch.exchange.group)
-        in_one_tile = self._in_one_tile(batch, centers, center_temperature, scale)
-        if in_one_tile is not None:
-            return in_one_tile
+        in_one_node = self._in_one_node(batch, centers, center_temperature, scale)
+        if in_one_node is not None:
+            return in_one_node
         batch = batch._replace(z=self.unit(batch.z))
         to_centers = None
         if centers is not None:
@@ -177,17 +178,35 @@ class CCLLoss(Loss):
             losses = (1 - self.instance_weight) * losses + self.instance_weight * of_instance
         return self.reduce(losses, has_positive, batch.shape, batch.exchange.group)
 
+    def _in_one_node(
+        self, batch: Batch, centers: Tensor | None, center_temperature: float | Tensor | None, scale: float | Tensor
+    ) -> Tensor | None:
+        """The loss by a single node of autograd, of rows as they came; None where none serves."""
+        learns = isinstance(center_temperature, Tensor) and center_temperature.requires_grad
+        if self.form == "split" or self.instance_weight or (centers is not None and learns):
+            return None
+        in_one_tile = self._in_one_tile(batch, centers, center_temperature, scale)
+        if in_one_tile is not None or self.form == "inside" or not self.is_of_rows(batch.z):
+            return in_one_tile
+        losses = contrast_rows(
+            batch.z,
+            batch.ids,
+            scale=scale,
+            centers=centers,
+            center_temperature=center_temperature,
+            center_weight=self.center_weight,
+            reduction=self.reduction,
+        )
+        return losses.view(batch.shape) if self.reduction == "none" else losses
+
     def _in_one_tile(
         self, batch: Batch, centers: Tensor | None, center_temperature: float | Tensor | None, scale: float | Tensor
     ) -> Tensor | None:
-        """The loss of a small batch, its rows as they came, by a single node; None where that does not serve."""
+        """The same of a small batch."""
         inside, keys = self.form == "inside", batch.z.shape[0] + (0 if centers is None else centers.shape[0])
-        if self.form == "split" or self.instance_weight:
-            return None
         center_scale = None
         if centers is not None:
-            learns = isinstance(center_temperature, Tensor) and center_temperature.requires_grad
-            if learns or self.center_weight == 0 or (inside and self.center_weight != 1):
+            if self.center_weight == 0 or (inside and self.center_weight != 1):
                 return None
             if isinstance(center_temperature, Tensor):
                 center_scale = center_temperature.to(accumulation_dtype(batch.z)).reciprocal()

@@ -14,13 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ccl_fast.ops.differentiable import (
-    USE_REFERENCE,
-    are_transforms_active,
-    is_traced,
-    refuse_double_backward,
-    refuse_forward_mode,
-)
+from ccl_fast.ops.differentiable import are_transforms_active, differentiable_once, is_traced, refuse_forward_mode
 from ccl_fast.ops.normalize import unit_rows, unit_rows_gradient
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
@@ -148,19 +142,6 @@ def _number(scale: float | Tensor) -> float | Tensor:
     return scale.detach() if isinstance(scale, Tensor) else scale
 
 
-def _once(inputs: tuple[Tensor | None, ...], *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients, which refuse to be differentiated where a graph of them is made (create_graph)."""
-    return _Once.apply(len(inputs), *inputs, *gradients) if torch.is_grad_enabled() else gradients
-
-
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, count, *inputs_and_gradients):
-        return inputs_and_gradients[count:]
-
-    backward = staticmethod(refuse_double_backward(NAME, USE_REFERENCE))
-
-
 class _Contrast(NamedTuple):
     """Of a tile [n, m]."""
 
@@ -221,7 +202,7 @@ class _SelfContrast(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 to_scale = _to_scale(slopes, unit, keys, ctx.scaled_keys) * (factor / ctx.scale)
             to_x = _gradient(to_unit, unit, inverse, factor, x)
-        to_x, to_scale = _once((x, grad), to_x, to_scale)
+        to_x, to_scale = differentiable_once(NAME, (x, grad), to_x, to_scale)
         return to_x, None, to_scale, *[None] * 5
 
 
@@ -322,7 +303,7 @@ class _ViewsContrast(torch.autograd.Function):
                 to_scale = torch.linalg.vecdot(to_unit, unit).sum() * (factor / (2 * ctx.scale))
             to_x = _gradient(to_unit, unit, inverse, factor, first)
             to_first, to_second = (to_x.view(2, n, -1).transpose(0, 1), None) if second is None else to_x.split(n)
-        to_first, to_second, to_scale = _once((first, second, grad), to_first, to_second, to_scale)
+        to_first, to_second, to_scale = differentiable_once(NAME, (first, second, grad), to_first, to_second, to_scale)
         return to_first, to_second, to_scale, None
 
 
@@ -367,5 +348,5 @@ class _TowerContrast(torch.autograd.Function):
             to_unit = torch.cat((to_keys.mul_(ctx.scale), slopes.T @ q_keys))
             to_q, to_k = _gradient(to_unit, unit, inverse, factor, q).split(n)
             to_k = to_k.to(k.dtype)
-        to_q, to_k, to_scale = _once((q, k, grad), to_q, to_k, to_scale)
+        to_q, to_k, to_scale = differentiable_once(NAME, (q, k, grad), to_q, to_k, to_scale)
         return to_q, to_k, to_scale, None, None

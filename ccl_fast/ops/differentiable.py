@@ -115,6 +115,28 @@ def refuse_double_backward(of: str, instead: str = "") -> Callable:
     return refuse
 
 
+def differentiable_once(name: str, inputs: tuple[Tensor | None, ...], *gradients: Tensor | None) -> tuple:
+    """Gradients, which refuse to be differentiated where a graph of them is made (create_graph).
+
+    Args:
+        name: of what they are the gradients.
+        inputs: what they depend on.
+        gradients: as they are returned.
+    """
+    return _Once.apply(name, len(inputs), *inputs, *gradients) if torch.is_grad_enabled() else gradients
+
+
+class _Once(Function):
+    @staticmethod
+    def forward(ctx, name, count, *inputs_and_gradients):
+        ctx.name = name
+        return inputs_and_gradients[count:]
+
+    @staticmethod
+    def backward(ctx, *_):
+        refuse_double_backward(ctx.name, USE_REFERENCE)()
+
+
 def savable(x: Tensor) -> Tensor:
     """Return x, or a copy of what was made in inference mode, as centres fitted there: autograd keeps none."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not x.is_inference():

@@ -17,7 +17,12 @@ ELEMENTS_OF_A_WARP = 256
 
 def serves(x: Tensor) -> bool:
     """Tell whether the kernels run for rows x: float32, not empty, and of plain tensors, which nothing traces."""
-    if is_traced(x) or x.device.type not in DEVICES or x.dtype != torch.float32 or x.numel() == 0:
+    return x.dtype == torch.float32 and serves_rows(x)
+
+
+def serves_rows(x: Tensor) -> bool:
+    """Tell the same of rows that are brought to float32 first; float64 would lose by it."""
+    if is_traced(x) or x.device.type not in DEVICES or x.dtype == torch.float64 or x.numel() == 0:
         return False
     return not are_transforms_active() and _can_run(x.device)
 
@@ -36,7 +41,7 @@ def unit(x: Tensor, largest_inverse: float) -> tuple[Tensor, Tensor]:
     result = torch.empty(n, d, dtype=torch.float32, device=x.device)
     inverse = torch.empty(n, 1, dtype=torch.float32, device=x.device)
     with on_device_of(x):
-        unit_rows[(n,)](x, result, inverse, d, x.stride(0), **_launch(d, LARGEST_INVERSE=largest_inverse))
+        unit_rows[(n,)](x, result, inverse, d, x.stride(0), **launch_options(d, LARGEST_INVERSE=largest_inverse))
     return result, inverse
 
 
@@ -48,7 +53,7 @@ def gradient(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
     n, d = unit.shape
     result = torch.empty_like(unit)
     with on_device_of(unit):
-        unit_rows_gradient[(n,)](grad, unit, inverse, result, d, grad.stride(0), **_launch(d))
+        unit_rows_gradient[(n,)](grad, unit, inverse, result, d, grad.stride(0), **launch_options(d))
     return result
 
 
@@ -56,7 +61,8 @@ def _with_whole_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _launch(d: int, **constants) -> dict[str, Any]:
+def launch_options(d: int, **constants) -> dict[str, Any]:
+    """Of a kernel with a program for each row of d elements."""
     block = min(1 << (d - 1).bit_length(), MAX_BLOCK)
     warps = max(1, min(8, block // ELEMENTS_OF_A_WARP))
     return constants | {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}

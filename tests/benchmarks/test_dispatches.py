@@ -9,6 +9,8 @@ from ccl_fast.kernels import cpu_extension
 pytestmark = pytest.mark.xdist_group("test_dispatches")
 # By loss: on a CPU, on a GPU (a few of them are views, which launch nothing).
 MAX_OPERATIONS = {"CCL": (51, 70), "SupCon": (44, 63), "NT-Xent": (38, 38), "CLIP": (45, 44)}
+# Of the path of Triton's kernels, whatever the loss.
+MAX_OPERATIONS_OF_KERNELS = 60
 # More on a CPU without the extension.
 OF_UNIT_ROWS = 7
 
@@ -31,13 +33,8 @@ def test_one_tile(counts, loss):
 
 @pytest.mark.parametrize("loss", MAX_OPERATIONS)
 def test_several_tiles(counts, loss):
-    """What a larger batch takes; SupCon and CCL list what has a single positive."""
-    blocked, triton, kernels = {
-        "CCL": (300, 185, 9),
-        "SupCon": (155, 97, 5),
-        "NT-Xent": (140, 69, 5),
-        "CLIP": (190, 86, 10),
-    }[loss]
+    """What a larger batch takes; on a GPU its launches would else take longer than its products."""
+    blocked, kernels = {"CCL": (300, 10), "SupCon": (155, 6), "NT-Xent": (140, 5), "CLIP": (190, 10)}[loss]
     assert counts[loss]["blocked"].operations <= blocked
-    assert counts[loss]["triton"].operations <= triton
+    assert counts[loss]["triton"].operations <= MAX_OPERATIONS_OF_KERNELS
     assert counts[loss]["triton"].kernels == kernels

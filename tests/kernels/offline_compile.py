@@ -16,8 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ccl_fast.kernels import contrast_rows, unit_rows
 from ccl_fast.kernels import streaming_logsumexp as kernels
-from ccl_fast.kernels import unit_rows
 from ccl_fast.kernels.launch import ARCHITECTURES, TABLE, Launch, launch_on
 
 # The instruction that multiplies matrices in each generation's machine code.
@@ -30,6 +30,11 @@ ELEMENTS = {"bf16": 2, "fp32": 4}
 # What the tests hold of every launch: a higher count, or fewer blocks, is a slower kernel.
 HELD = ("instructions", "exponentials", "shuffles", "blocks_per_multiprocessor", "copies_in_flight")
 RECORD = Path(__file__).parent / "inner_loops.jsonl"
+# Of a contrast's rows: pointers to integers, and what is None without centres.
+OF_ROWS = ("ids_ptr", "group_ptr", "others_ptr")
+WITHOUT_CENTERS = dict.fromkeys(
+    ("centers_ptr", "ids_ptr", "center_scale_ptr", "to_centers_ptr", "from_centers_ptr", "dots_ptr")
+)
 # Kernels without products, which are in no launch table: module, name, constants, pointers to int32.
 OTHERS = (
     (kernels.__name__, "prepare_anchors", {"BLOCK": 256}, ("bounded_ptr",)),
@@ -40,6 +45,10 @@ OTHERS = (
     (unit_rows.__name__, "unit_rows", {"BLOCK": 4096, "LARGEST_INVERSE": 2.0**41}, ()),
     (unit_rows.__name__, "unit_rows_gradient", {"BLOCK": 128}, ()),
     (unit_rows.__name__, "unit_rows_gradient", {"BLOCK": 4096}, ()),
+    (contrast_rows.__name__, "row_losses", {"BLOCK": 128}, OF_ROWS),
+    (contrast_rows.__name__, "row_losses", {"BLOCK": 4096} | WITHOUT_CENTERS, OF_ROWS),
+    (contrast_rows.__name__, "row_gradients", {"BLOCK": 128}, OF_ROWS),
+    (contrast_rows.__name__, "row_gradients", {"BLOCK": 4096} | WITHOUT_CENTERS, OF_ROWS),
     ("benchmarks.harvest.ceiling_kernels", "read", {"BLOCK": 4096}, ("x_ptr", "out_ptr")),
     ("benchmarks.harvest.ceiling_kernels", "exponentials", {"BLOCK": 1024}, ()),
 )
@@ -114,7 +123,7 @@ def compile_other(arch: int, module: str, kernel: str, constants: dict, integers
             signature[name], constexprs[name] = "constexpr", constants[name]
         else:
             pointer = "*i32" if name in integers else "*fp32"
-            signature[name] = pointer if name.endswith("_ptr") else "i32"
+            signature[name] = pointer if name.endswith("_ptr") else "fp32" if name.endswith("_weight") else "i32"
     compiled = triton.compile(ASTSource(fn, signature, constexprs), target=GPUTarget("cuda", arch, 32))
     return len(compiled.asm["cubin"])
 

@@ -61,14 +61,26 @@ def obstacles(device: torch.device, dtype: torch.dtype) -> list[str]:
     return reasons
 
 
-def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exps over the same id and over the others, and whether all logits are bounded."""
+def forward(
+    q, k, scale, key_bias, q_ids, k_ids, want_same, want_other, has_runs=True, bounded=None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exps over the same id and over the others, and whether all logits are bounded.
+
+    Args:
+        has_runs: keys of one id may be so many, one after the other, that it pays to look for blocks of them.
+        bounded: bool, what `logits_are_bounded` would say, if the host knows it; else None.
+    """
     kernels, launch = _kernels()
     is_self = k is None
     n, m = q.shape[0], (q if is_self else k).shape[0]
     # Where the flag is not worth its launches it is down.
     use_flag = is_self and key_bias is None and n >= TRIANGLE_MIN_ROWS
-    bounded = logits_are_bounded(q, None, scale, None) if use_flag else scale.new_zeros((), dtype=torch.bool)
+    if not use_flag:
+        bounded = scale.new_zeros((), dtype=torch.bool)
+    elif bounded is None:
+        bounded = logits_are_bounded(q, None, scale, None)
+    else:
+        bounded = scale.new_full((), bounded, dtype=torch.bool)
     if n == 0:
         return *(q.new_empty(0, dtype=torch.float32) for _ in range(2)), bounded
     q_ids, k_ids = int32_ids(q_ids, k_ids)
@@ -76,7 +88,7 @@ def forward(q, k, scale, key_bias, q_ids, k_ids, want_same, want_other) -> tuple
     q = _aligned(q)
     k = q if is_self else _aligned(k)
     wanted = {"WANT_SAME": want_same, "WANT_OTHER": want_other}
-    skip = None if want_same else _skippable(q_ids, k_ids, is_self)
+    skip = _skippable(q_ids, k_ids, is_self) if has_runs and not want_same else None
     flag, sums = None, (None, None)
     with on_device_of(q):
         if use_flag and not _deterministic():
@@ -112,14 +124,15 @@ def _combined(lse: Tensor, parts: int, sums: Tensor | None, flag: Tensor | None)
 
 
 def backward(
-    q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs, dtype=None, positives=None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """``dtype``: of the gradients of q and k; that of q if not named.
+    q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs, dtype=None, positives=None,
+    has_runs=True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """``dtype``: of the gradients of q and k; that of q if not named. ``has_runs``: as in `forward`.
 
     ``positives``: gradients of a further number of each row, the sum of its logits with the keys of its id.
     """
     sums = (same, other, bounded, grad_same, grad_other)
-    grads = _backward(q, k, scale, key_bias, q_ids, k_ids, *sums, needs, dtype or q.dtype)
+    grads = _backward(q, k, scale, key_bias, q_ids, k_ids, *sums, needs, dtype or q.dtype, has_runs)
     if positives is None:
         return grads
     more = same_group_gradients(q, k, *groups_of(q_ids, k_ids), scale, positives, needs)
@@ -146,7 +159,7 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _backward(
-    q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs, dtype
+    q, k, scale, key_bias, q_ids, k_ids, same, other, bounded, grad_same, grad_other, needs, dtype, has_runs=True
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     d = q.shape[1]
     q_ids, k_ids = int32_ids(q_ids, k_ids)
@@ -160,9 +173,9 @@ def _backward(
     with on_device_of(q):
         anchors = _anchors(same, other, grad_same, grad_other, gain, flag)
         grad_q, grad_k, grad_scale, grad_bias = run(
-            q, k, scale, _divided(scale, gain), key_bias, q_ids, k_ids, anchors, flag, needs, dtype
+            q, k, scale, _divided(scale, gain), key_bias, q_ids, k_ids, anchors, flag, needs, dtype, has_runs=has_runs
         )
-    grad_q, grad_k = (None if g is None else g[:, :d] for g in (grad_q, grad_k))
+    grad_q, grad_k = (None if g is None else _first_columns(g, d) for g in (grad_q, grad_k))
     return grad_q, grad_k, _divided(grad_scale, gain), _divided(grad_bias, gain)
 
 
@@ -248,7 +261,7 @@ class _Pair:
                     (True, False, need_scale, False), torch.float32, k_anchors,
                 )  # fmt: skip
         assert grad is not None
-        return grad[:, : self.d], _divided(to_scale, self.gain)
+        return _first_columns(grad, self.d), _divided(to_scale, self.gain)
 
 
 def _anchors(same, other, grad_same, grad_other, gain, flag) -> Anchors:
@@ -282,14 +295,14 @@ def _fits_on_chip(q: Tensor, q_ids: Tensor | None) -> bool:
     return takes("backward_rows", q.dtype, q.shape[1], q_ids is not None, q.device)
 
 
-def _backward_on_chip(q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, flag, needs, dtype):
+def _backward_on_chip(q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, flag, needs, dtype, has_runs=True):
     """A pass for each operand, as anchors and as keys; one for both roles of self-contrast without a key bias."""
     need_q, need_k, need_scale, need_bias = needs
     is_self = k is None
     shared = (scale, out_scale, key_bias)
     if is_self and key_bias is None:
         grad, to_scale, _ = _backward_pass(
-            q, q, q_ids, q_ids, *shared, anchors, anchors, True, need_q, need_scale, False, dtype, flag
+            q, q, q_ids, q_ids, *shared, anchors, anchors, True, need_q, need_scale, False, dtype, flag, has_runs
         )
         return grad, None, None if to_scale is None else to_scale.sum() / 2, None
     need_k = need_q if is_self else need_k
@@ -297,11 +310,11 @@ def _backward_on_chip(q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, f
     grad_q = grad_k = to_scale = grad_bias = None
     if need_q or need_scale:
         grad_q, to_scale, _ = _backward_pass(
-            q, k, q_ids, k_ids, *shared, anchors, None, is_self, need_q, need_scale, False, dtype
+            q, k, q_ids, k_ids, *shared, anchors, None, is_self, need_q, need_scale, False, dtype, None, has_runs
         )
     if need_k or need_bias:
         grad_k, _, grad_bias = _backward_pass(
-            k, q, k_ids, q_ids, *shared, None, anchors, is_self, need_k, False, need_bias, dtype
+            k, q, k_ids, q_ids, *shared, None, anchors, is_self, need_k, False, need_bias, dtype, None, has_runs
         )
     if is_self and grad_q is not None and grad_k is not None:
         grad_q, grad_k = grad_q + grad_k, None
@@ -310,7 +323,7 @@ def _backward_on_chip(q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, f
 
 def _backward_pass(
     a, b, a_ids, b_ids, scale, out_scale, key_bias, a_anchors, b_anchors, is_self,
-    need_out, need_scale, need_bias, dtype, flag=None,
+    need_out, need_scale, need_bias, dtype, flag=None, has_runs=True,
 ):  # fmt: skip
     """Rows of a against all of b: gradient of a, and per row the shares of the gradients of scale and of the bias.
 
@@ -328,7 +341,7 @@ def _backward_pass(
     to_scale = torch.empty((parts, n), **like) if need_scale else None
     to_bias = torch.empty((parts, n), **like) if need_bias else None
     wanted = (a_anchors or b_anchors).wanted
-    skip = None if wanted["WANT_SAME"] else _skippable(a_ids, b_ids, is_self)
+    skip = _skippable(a_ids, b_ids, is_self) if has_runs and not wanted["WANT_SAME"] else None
     if n:
         for run_if_bounded in (False,) if flag is None else (False, True):
             kernels.backward_rows[(row_blocks, parts)](
@@ -342,7 +355,7 @@ def _backward_pass(
 
 
 def _backward_in_strips(
-    q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, _flag, needs, dtype, k_anchors=None
+    q, k, scale, out_scale, key_bias, q_ids, k_ids, anchors, _flag, needs, dtype, k_anchors=None, has_runs=True
 ):  # fmt: skip
     """Strips of weights in a bounded workspace, multiplied by a library; of self-contrast the upper triangle only.
 
@@ -362,19 +375,23 @@ def _backward_in_strips(
         to_k = torch.zeros((m, d), dtype=torch.float32, device=q.device)
     grad_bias = torch.zeros(m, dtype=torch.float32, device=q.device) if need_bias else None
     table = launch("backward_weights", q.dtype, d, q_ids is not None, q.device)
-    skip = None if anchors.wanted["WANT_SAME"] else _skippable(q_ids, k_ids, is_self)
+    skip = _skippable(q_ids, k_ids, is_self) if has_runs and not anchors.wanted["WANT_SAME"] else None
     rows = strip_rows(n, m, q.element_size(), _memory(q.device))
-    workspace = torch.empty(rows * _row_stride(m), dtype=q.dtype, device=q.device)
+    workspace = torch.empty(rows, _row_stride(m), dtype=q.dtype, device=q.device)
     for start in range(0, n if m else 0, max(rows, 1)):
         stop, first = min(start + rows, n), start if symmetric else 0
         stride = _row_stride(m - first)
-        weights = workspace[: (stop - start) * stride].view(stop - start, stride)[:, : m - first]
+        weights = workspace
+        if (stop - start, stride) != workspace.shape:
+            weights = workspace.view(-1)[: (stop - start) * stride].view(stop - start, stride)
+        weights = _first_columns(weights, m - first)
         kernels.backward_weights[(_blocks(m - first, table.block_n), _blocks(stop - start, table.block_m))](
             q, k, scale, key_bias, q_ids, k_ids, skip, *anchors, *k_anchors, weights, n, m, start, first, stop,
             q.stride(0), k.stride(0), stride, IS_SELF=is_self, COL_ANCHORS=mutual, **anchors.wanted, **_tile(table, q),
         )  # fmt: skip
         if to_q is not None:
-            _add_product(to_q[start:stop], weights, k[first:])
+            is_whole = stop - start == n
+            _add_product(to_q if is_whole else to_q[start:stop], weights, k if first == 0 else k[first:])
             if symmetric and stop < n:
                 _add_product(to_q[stop:], weights[:, stop - start :].T, q[start:stop])
         if to_k is not None:
@@ -392,6 +409,10 @@ def _backward_in_strips(
     if to_k is not None and need_k:
         grad_k = (to_k * out_scale).to(dtype)
     return grad_q, grad_k, grad_scale, grad_bias
+
+
+def _first_columns(x: Tensor, number: int) -> Tensor:
+    return x if x.shape[1] == number else x[:, :number]
 
 
 def strip_rows(n: int, m: int, element_size: int, memory: int) -> int:
