@@ -82,7 +82,7 @@ def test_labels_do_not_depend_on_the_shards(metric, init, weights):
     [
         {"n_init": 4},
         {"batch_size": 37},
-        {"n_clusters": 150},  # rounds of many candidates
+        pytest.param({"n_clusters": 150}, marks=pytest.mark.slow),  # rounds of many candidates
         pytest.param({"n_clusters": 150, "metric": "cosine", "init": "random"}, marks=pytest.mark.slow),
         pytest.param({"max_iter": 2}, marks=pytest.mark.slow),
         pytest.param({"tol": 0.1}, marks=pytest.mark.slow),

@@ -456,7 +456,14 @@ ODD = {
 
 ALIKE = {  # others in ODD are odd in nearly the same way
     *("no far", "scores of zero", "negative scores", "mostly zeros", "huge scores"),
-    *("a hundred clusters", "long names", "constant features", "duplicates", "one feature"),
+    *(
+        "a hundred clusters",
+        "more clusters than the map has images",
+        "long names",
+        "constant features",
+        "duplicates",
+        "one feature",
+    ),
 }
 
 

@@ -253,8 +253,18 @@ def trained_by_ddp(sizes, way):
     return loss.detach(), gradients
 
 
-@pytest.mark.parametrize("way", ["plain", "cached", "compiled"])
-@pytest.mark.parametrize("sizes", [(8, 8), (7, 4, 9)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "way"),
+    [
+        ((8, 8), "plain"),
+        ((7, 4, 9), "cached"),
+        *(
+            pytest.param(*both, marks=pytest.mark.slow)
+            for both in (((8, 8), "cached"), ((8, 8), "compiled"), ((7, 4, 9), "plain"), ((7, 4, 9), "compiled"))
+        ),
+    ],
+    ids=str,
+)
 def test_ddp_makes_the_gradient_of_the_single_process(sizes, way):
     model, x, ids, centers = model_and_batch(sizes)
     loss_fn = CCLLoss(learnable_temperature=True)

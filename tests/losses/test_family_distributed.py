@@ -184,9 +184,8 @@ def compiled_and_not(use):
     return found
 
 
-# One of two towers, one with prototypes and a plan that needs the rows of all; tests/losses/test_contract.py
-# compiles every loss in one process.
-COMPILED = {"pamc", "swav"}
+# With prototypes and a plan that needs the rows of all; tests/losses/test_contract.py compiles losses in one process.
+COMPILED = {"swav"}
 
 
 @pytest.mark.parametrize("use", [pytest.param(x, marks=() if x in COMPILED else pytest.mark.slow) for x in SEVERAL])

@@ -138,6 +138,7 @@ def prepare(n):
 """
 
 
+@pytest.mark.slow  # a process of its own
 def test_memory_is_linear():
     """Gated keys of all rows, [n, n, d], would take 2 GiB."""
     assert peak_bytes(STEP, (2048,), (64,)) <= 48 * 2**20 + OF_TORCH_2_11

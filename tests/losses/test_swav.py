@@ -168,7 +168,8 @@ def test_errors_of_arguments():
             call(SwAVLoss(), *arguments)
 
 
-@pytest.mark.parametrize("n, k", [(4096, 12_288), pytest.param(8192, 20_480, marks=pytest.mark.slow)])
+@pytest.mark.slow  # a process of its own
+@pytest.mark.parametrize("n, k", [(4096, 12_288), (8192, 20_480)])
 def test_memory_is_linear(n, k):
     """One forward and backward in a process of its own, where a single n x k array would take 192 MiB, or 640."""
     code = """

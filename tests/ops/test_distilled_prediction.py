@@ -144,7 +144,8 @@ def test_errors_name_the_argument():
             distilled_prediction(*rows, **{"scale": 1.0, "teacher_scale": 1.0} | more)
 
 
-@pytest.mark.parametrize("n, k", [(2048, 16_384), pytest.param(8192, 20_480, marks=pytest.mark.slow)])
+@pytest.mark.slow  # a process of its own
+@pytest.mark.parametrize("n, k", [(2048, 16_384), (8192, 20_480)])
 def test_memory_is_linear(n, k):
     """One forward and backward of both operators, where a single n x k array would take 128 MiB, or 640."""
     code = """

@@ -249,7 +249,7 @@ def test_prototypes_that_are_not_finite_stop_the_run():
 
 # ---- the command ----
 
-TINY = {"epochs": 4, "warmup_epochs": 1, "clusters": [4, 3], "in_classes": [0, 7], "batch_size": 50, "limit": 200}
+TINY = {"epochs": 4, "warmup_epochs": 1, "clusters": [4, 3], "in_classes": [0, 7], "batch_size": 25, "limit": 100}
 TINY |= {"far_ood": [], "objective": "swav"}
 COMMAND = [f"--{name}={value}" for name, value in TINY.items()]
 

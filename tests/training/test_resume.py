@@ -32,8 +32,8 @@ from tests.data.noise import Noise
 
 pytestmark = pytest.mark.xdist_group("test_resume")  # one process has the runs that all tests share
 
-TINY = {"epochs": 4, "warmup_epochs": 2, "clusters": 4, "in_classes": [0, 7], "batch_size": 100, "baseline": False}
-TINY |= {"far_ood": [], "limit": 400}
+TINY = {"epochs": 4, "warmup_epochs": 2, "clusters": 4, "in_classes": [0, 7], "batch_size": 25, "baseline": False}
+TINY |= {"far_ood": [], "limit": 100}
 OPTIONS = ["--no-baseline", *(f"--{name}={value}" for name, value in TINY.items() if name != "baseline")]
 
 
@@ -106,7 +106,7 @@ def test_asked_to_stop_it_saves_and_goes_on(tmp_path, whole, monkeypatch, capsys
     assert_same_end(folder, whole)
 
 
-def test_a_finished_run_can_be_lengthened_as_if_it_had_been_planned_so(tmp_path, monkeypatch, capsys):
+def test_a_finished_run_can_be_lengthened_as_if_it_had_been_planned_so(tmp_path, monkeypatch, no_page, capsys):
     both = TINY | {"baseline": True, "probe_every": 3, "epochs": 6, "optimizer": "sgd", "learning_rate": 0.05}
     train(tmp_path / "planned", **both, restarts=[4])
     planned = [json.loads(line) for line in (tmp_path / "planned" / "metrics.jsonl").read_text().splitlines()]
@@ -325,7 +325,7 @@ def test_the_log_has_a_line_for_every_epoch(whole):
     assert [line["loss"] for line in lines] == losses
     assert "changed_labels" not in lines[2]
     assert 0 <= lines[3]["changed_labels"] < 0.9
-    assert 0 < lines[3]["smallest_cluster"] <= 100 <= lines[3]["largest_cluster"] <= 400
+    assert 0 < lines[3]["smallest_cluster"] <= 25 <= lines[3]["largest_cluster"] <= 100
 
 
 def test_a_second_signal_acts_at_once():

@@ -33,10 +33,10 @@ from tests.data.noise import Noise
 pytestmark = pytest.mark.xdist_group("test_training")  # one process has the runs that all tests share
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-# 400 images of two classes, a few seconds.
-TINY = {"epochs": 2, "warmup_epochs": 1, "clusters": 4, "in_classes": [0, 7], "batch_size": 100, "limit": 400}
+# 200 images of two classes, a few seconds.
+TINY = {"epochs": 2, "warmup_epochs": 1, "clusters": 4, "in_classes": [0, 7], "batch_size": 50, "limit": 200}
 OPTIONS = [f"--{name}={value}" for name, value in TINY.items()]
-SMALL = TINY | {"epochs": 3, "limit": 200, "baseline": False, "far_ood": []}
+SMALL = TINY | {"epochs": 3, "limit": 100, "baseline": False, "far_ood": []}
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def test_writes_report_picture_and_weights(tiny):
     report = json.loads((tiny / "report.json").read_text())
     assert TINY.items() <= report["arguments"].items()
     made = {"letters": 200, "textures": 200, "blobs": 200, "noise": 200}
-    assert report["images"] == {"train": 400, "test": 200, "ood": {"held-out": 400} | made}
+    assert report["images"] == {"train": 200, "test": 200, "ood": {"held-out": 200} | made}
     assert report["near"] == ["held-out"]
     assert set(report["far"]) == made.keys()
     assert report["results"].keys() == report["losses"].keys() == {"simclr", "ccl"}
@@ -114,7 +114,7 @@ def test_results_are_written_before_the_page_and_whatever_becomes_of_it(tmp_path
 def test_the_weights_give_the_reported_numbers(tiny):
     report = json.loads((tiny / "report.json").read_text())
     level, name = "encoder", "encoder/nearest_neighbor"
-    digits = load_split("digits", in_classes=TINY["in_classes"], seed=0, limit=400)
+    digits = load_split("digits", in_classes=TINY["in_classes"], seed=0, limit=TINY["limit"])
     for objective, results in report["results"].items():
         model = Model(seed=1)
         model.load_state_dict(load_file(tiny / f"{objective}.safetensors"))

@@ -206,6 +206,7 @@ def test_other_images_and_other_folders_are_refused(origin, tmp_path, capsys):
         train(tmp_path / "run", **TINY, warmup_from=damaged)
 
 
+@pytest.mark.slow  # eight models
 def test_a_comparison_begins_with_the_warm_ups_of_another(tmp_path, no_page, steps):
     options = [f"--{name}={value}" for name, value in (TINY | {"epochs": 2, "warmup_epochs": 1}).items()]
 
