@@ -18,6 +18,8 @@ constexpr int ROWS = VECTORS * LANES;
 constexpr int CENTERS = CCL_FAST_BYTES == 64 ? 8 : 4;
 // Centres that are met by all rows before the next: they should stay in the second cache.
 constexpr int64_t CACHED_BYTES = 1 << 18;
+// What underflow may take of a product of float32.
+constexpr float LEAST = 1.1754944e-38f;
 
 typedef float Floats __attribute__((vector_size(CCL_FAST_BYTES)));
 typedef int32_t Ints __attribute__((vector_size(CCL_FAST_BYTES)));
@@ -39,11 +41,11 @@ struct Lowest {
 };
 
 // Comparisons with NaN are false, so that it is never the lowest nor the second.
-inline void meet(const float* rows, int64_t d, const float* centers, const float* half_square, int32_t first,
+inline void meet(const float* rows, int64_t d, const float* centers, const float* bias, int32_t first,
                  Lowest& lowest) {
   Floats sum[CENTERS][VECTORS];
   for (int c = 0; c < CENTERS; ++c)
-    for (int v = 0; v < VECTORS; ++v) sum[c][v] = spread(half_square[c]);
+    for (int v = 0; v < VECTORS; ++v) sum[c][v] = spread(bias[c]);
   for (int64_t p = 0; p < d; ++p, rows += ROWS, centers += CENTERS) {
     Floats x[VECTORS];
     for (int v = 0; v < VECTORS; ++v) x[v] = load(rows + v * LANES);
@@ -60,63 +62,6 @@ inline void meet(const float* rows, int64_t d, const float* centers, const float
       lowest.second[v] = other < lowest.second[v] ? other : lowest.second[v];
       lowest.score[v] = less ? s : before;
       lowest.center[v] = less ? (first + c) - Ints{} : lowest.center[v];
-    }
-}
-
-int64_t nearest(const float* rows, int64_t n, int64_t d, const float* centers, const float* half_square, int64_t k,
-                const float* margin, float* state, int64_t* labels, int32_t* unsure) {
-  const int64_t row_panels = (n + ROWS - 1) / ROWS, center_panels = (k + CENTERS - 1) / CENTERS;
-  const int64_t padded = row_panels * ROWS;
-  float *scores = state, *seconds = state + padded;
-  int32_t* found = reinterpret_cast<int32_t*>(state + 2 * padded);
-  for (int64_t i = 0; i < 2 * padded; ++i) state[i] = __builtin_inff();
-  for (int64_t i = 0; i < padded; ++i) found[i] = 0;
-  const int64_t at_once = 1 + CACHED_BYTES / (d * CENTERS * int64_t(sizeof(float)));
-  for (int64_t start = 0; start < center_panels; start += at_once) {
-    const int64_t end = start + at_once < center_panels ? start + at_once : center_panels;
-    for (int64_t panel = 0; panel < row_panels; ++panel) {
-      const int64_t row = panel * ROWS;
-      Lowest lowest;
-      for (int v = 0; v < VECTORS; ++v) {
-        lowest.score[v] = load(scores + row + v * LANES);
-        lowest.second[v] = load(seconds + row + v * LANES);
-        lowest.center[v] = *reinterpret_cast<const AnyInts*>(found + row + v * LANES);
-      }
-      for (int64_t c = start; c < end; ++c)
-        meet(rows + row * d, d, centers + c * CENTERS * d, half_square + c * CENTERS, int32_t(c * CENTERS), lowest);
-      for (int v = 0; v < VECTORS; ++v) {
-        store(scores + row + v * LANES, lowest.score[v]);
-        store(seconds + row + v * LANES, lowest.second[v]);
-        *reinterpret_cast<AnyInts*>(found + row + v * LANES) = lowest.center[v];
-      }
-    }
-  }
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    labels[i] = found[i];
-    unsure[count] = int32_t(i);
-    count += !(seconds[i] > scores[i] + margin[i]);
-  }
-  return count;
-}
-
-void pack(const float* x, int64_t stride, int64_t n, int64_t d, const float* origin, float scale, int64_t width,
-          float* panels, float* length) {
-  for (int64_t first = 0; first < n; first += width, panels += d * width)
-    for (int64_t i = 0; i < width; ++i) {
-      float* column = panels + i;
-      if (first + i >= n) {
-        for (int64_t p = 0; p < d; ++p) column[p * width] = 0.0f;
-        continue;
-      }
-      const float* row = x + (first + i) * stride;
-      double square = 0.0;
-      for (int64_t p = 0; p < d; ++p) {
-        const float moved = (row[p] - (origin ? origin[p] : 0.0f)) * scale;
-        column[p * width] = moved;
-        square += double(moved) * moved;
-      }
-      if (length) length[first + i] = float(__builtin_sqrt(square));
     }
 }
 
@@ -140,29 +85,106 @@ double exact_score(const float* x, const float* center, int64_t d, bool cosine) 
   return square > 0.0 ? -sum / __builtin_sqrt(square) : 0.0;
 }
 
-void decide(const float* x, int64_t stride, const int32_t* numbers, int64_t count, int64_t d, const float* centers,
-            int64_t k, bool cosine, int64_t* labels) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float* row = x + numbers[i] * stride;
-    double lowest = __builtin_inf();
-    int64_t label = 0;
-    for (int64_t c = 0; c < k; ++c) {
-      const double score = exact_score(row, centers + c * d, d, cosine);
-      if (score < lowest) lowest = score, label = c;
+int64_t exact_nearest(const float* x, int64_t d, const Centers& centers) {
+  double lowest = __builtin_inf();
+  int64_t label = 0;
+  for (int64_t c = 0; c < centers.k; ++c) {
+    const double score = exact_score(x, centers.plain + c * d, d, centers.cosine);
+    if (score < lowest) lowest = score, label = c;
+  }
+  return label;
+}
+
+int64_t nearest(const float* x, int64_t stride, int64_t n, int64_t d, const float* panels, const float* length,
+                const Centers& centers, float* state, int64_t* labels) {
+  const int64_t row_panels = (n + ROWS - 1) / ROWS, center_panels = (centers.k + CENTERS - 1) / CENTERS;
+  const int64_t padded = row_panels * ROWS;
+  float *scores = state, *seconds = state + padded;
+  int32_t* found = reinterpret_cast<int32_t*>(state + 2 * padded);
+  int32_t* unsure = reinterpret_cast<int32_t*>(state + 3 * padded);
+  for (int64_t i = 0; i < 2 * padded; ++i) state[i] = __builtin_inff();
+  for (int64_t i = 0; i < padded; ++i) found[i] = 0;
+  const int64_t at_once = 1 + CACHED_BYTES / (d * CENTERS * int64_t(sizeof(float)));
+  for (int64_t start = 0; start < center_panels; start += at_once) {
+    const int64_t end = start + at_once < center_panels ? start + at_once : center_panels;
+    for (int64_t panel = 0; panel < row_panels; ++panel) {
+      const int64_t row = panel * ROWS;
+      Lowest lowest;
+      for (int v = 0; v < VECTORS; ++v) {
+        lowest.score[v] = load(scores + row + v * LANES);
+        lowest.second[v] = load(seconds + row + v * LANES);
+        lowest.center[v] = *reinterpret_cast<const AnyInts*>(found + row + v * LANES);
+      }
+      for (int64_t c = start; c < end; ++c)
+        meet(panels + row * d, d, centers.aimed + c * CENTERS * d, centers.bias + c * CENTERS, int32_t(c * CENTERS),
+             lowest);
+      for (int v = 0; v < VECTORS; ++v) {
+        store(scores + row + v * LANES, lowest.score[v]);
+        store(seconds + row + v * LANES, lowest.second[v]);
+        *reinterpret_cast<AnyInts*>(found + row + v * LANES) = lowest.center[v];
+      }
     }
-    labels[numbers[i]] = label;
+  }
+  // Twice the rounding, for the largest centre, as half of its square is in its score too; and what underflow may take.
+  const float fixed = centers.length * centers.length * (centers.rounding + centers.exact_rounding) + d * LEAST;
+  const float per_length = 2.0f * centers.length * (centers.rounding + centers.exact_rounding);
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const float margin = fixed + length[i] * (per_length + length[i] * centers.exact_rounding);
+    labels[i] = found[i];
+    unsure[count] = int32_t(i);
+    count += !(seconds[i] > scores[i] + margin);
+  }
+  for (int64_t i = 0; i < count; ++i) labels[unsure[i]] = exact_nearest(x + unsure[i] * stride, d, centers);
+  return count;
+}
+
+// A panel of n <= WIDTH rows, and the squares [WIDTH] of their lengths.
+template <int WIDTH>
+void pack_panel(const float* x, int64_t stride, int64_t n, int64_t d, const float* origin, float scale, float* panel,
+                double* square) {
+  for (int64_t i = 0; i < WIDTH; ++i) {
+    const float* row = x + i * stride;
+    for (int64_t p = 0; p < d; ++p)
+      panel[p * WIDTH + i] = i >= n ? 0.0f : origin ? (row[p] - origin[p]) * scale : row[p] * scale;
+  }
+  // Of all rows side by side: a sum along one would wait for itself.
+  for (int64_t i = 0; i < WIDTH; ++i) square[i] = 0.0;
+  for (int64_t p = 0; p < d; ++p, panel += WIDTH)
+    for (int64_t i = 0; i < WIDTH; ++i) square[i] += double(panel[i]) * panel[i];
+}
+
+void pack(const float* x, int64_t stride, int64_t n, int64_t d, const float* origin, float scale, float* panels,
+          float* length) {
+  for (int64_t first = 0; first < n; first += ROWS) {
+    double square[ROWS];
+    pack_panel<ROWS>(x + first * stride, stride, n - first, d, origin, scale, panels + first * d, square);
+    for (int64_t i = 0; i < ROWS && first + i < n; ++i) length[first + i] = float(__builtin_sqrt(square[i]));
   }
 }
 
-void add(const float* x, int64_t stride, int64_t n, int64_t d, const float* weights, const int64_t* labels, double* sums) {
+float aim(const float* centers, int64_t k, int64_t d, const float* origin, float scale, bool cosine, float* panels,
+          float* bias) {
+  double largest = 0.0;
+  for (int64_t first = 0; first < k; first += CENTERS) {
+    double square[CENTERS];
+    pack_panel<CENTERS>(centers + first * d, d, k - first, d, origin, -scale, panels + first * d, square);
+    for (int64_t i = 0; i < CENTERS; ++i) {
+      // A centre that only fills its panel is never the nearest.
+      bias[first + i] = first + i >= k ? __builtin_inff() : cosine ? 0.0f : float(0.5 * square[i]);
+      if (largest == largest && !(square[i] <= largest)) largest = square[i];
+    }
+  }
+  return float(__builtin_sqrt(largest));
+}
+
+void add(const float* x, int64_t stride, int64_t n, int64_t d, const float* weights, const int64_t* labels, double* sums,
+         double* totals) {
   for (int64_t i = 0; i < n; ++i, x += stride) {
     double* sum = sums + labels[i] * d;
-    if (weights) {
-      const double weight = weights[i];
-      for (int64_t p = 0; p < d; ++p) sum[p] += weight * x[p];
-    } else {
-      for (int64_t p = 0; p < d; ++p) sum[p] += x[p];
-    }
+    const double weight = weights ? weights[i] : 1.0;
+    totals[labels[i]] += weight;
+    for (int64_t p = 0; p < d; ++p) sum[p] += weight * x[p];
   }
 }
 
@@ -239,7 +261,7 @@ bool runs_here() { return true; }
 
 }  // namespace
 
-const Cpu CCL_FAST_CPU = {CCL_FAST_BYTES, runs_here, ROWS, CENTERS, pack, nearest, decide, add, distance,
+const Cpu CCL_FAST_CPU = {CCL_FAST_BYTES, runs_here, ROWS, CENTERS, pack, aim, nearest, add, distance,
                           unit_rows, unit_rows_gradient};
 
 }  // namespace ccl_fast

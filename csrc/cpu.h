@@ -5,6 +5,18 @@
 
 namespace ccl_fast {
 
+// Centres [k, d], and the same as `aim` makes them.
+struct Centers {
+  const float* plain;
+  int64_t k;
+  bool cosine;
+  const float *aimed, *bias;
+  float length;  // the largest
+  // What scores of float32 are off by at most, in units of |c| (|x| + |c| / 2), and twice those of float64, in units of
+  // (|x| + |c|)^2, as above rows and centres moved and scaled.
+  float rounding, exact_rounding;
+};
+
 // What one instruction set brings. All rows are [n, d] with `stride` entries from one to the next.
 struct Cpu {
   int bytes;  // of a vector
@@ -13,26 +25,27 @@ struct Cpu {
   int rows;
   int centers;
 
-  // Rows less the origin (none is 0) and times the scale as panels [n / width, rounded up][d][width]; what is missing from
-  // the last one is 0. And their lengths [n], unless that is null.
-  void (*pack)(const float* x, int64_t stride, int64_t n, int64_t d, const float* origin, float scale, int64_t width,
-               float* panels, float* length);
+  // Rows less the origin (none is 0) and times the scale as panels [n / rows, rounded up][d][rows]; what is missing from
+  // the last one is 0. And their lengths [n].
+  void (*pack)(const float* x, int64_t stride, int64_t n, int64_t d, const float* origin, float scale, float* panels,
+               float* length);
 
-  // Of rows in panels the nearest of the k centres in panels, by the lowest half_square - <row, center>, whose centres are
-  // negative already. Writes labels [n], and to `unsure` [n] the numbers of those rows that have a second score within
-  // their margin [n] of the lowest, or no lowest score, as with NaN; returns how many these are. `state` [3 * n, rounded
-  // up to whole panels] is working memory.
-  int64_t (*nearest)(const float* rows, int64_t n, int64_t d, const float* centers, const float* half_square, int64_t k,
-                     const float* margin, float* state, int64_t* labels, int32_t* unsure);
+  // Minus the centres [k, d] likewise, in panels of `centers`, and what their scores begin with, `bias` [k, rounded up to
+  // whole panels]: half of their squares, or 0 for the cosine. Returns the largest length, NaN if one is.
+  float (*aim)(const float* centers, int64_t k, int64_t d, const float* origin, float scale, bool cosine, float* panels,
+               float* bias);
 
-  // Of those rows whose numbers these are, `count`, the nearest of the centres [k, d] in float64, the first of several: by
-  // |x - c|^2, or for the cosine by -<x, c> / |c|, 0 for a zero centre.
-  void (*decide)(const float* x, int64_t stride, const int32_t* numbers, int64_t count, int64_t d, const float* centers,
-                 int64_t k, bool cosine, int64_t* labels);
+  // The labels [n] of rows that are packed too: the nearest of the centres, first by the lowest bias - <row, center>. Rows
+  // that have a second score within the rounding of the lowest, or no lowest score, as with NaN, are decided in float64:
+  // by the lowest |x - c|^2, or for the cosine -<x, c> / |c|, 0 for a zero centre, the first of several. Returns how many
+  // these are. `state` [4 * n, rounded up to whole panels] is working memory.
+  int64_t (*nearest)(const float* x, int64_t stride, int64_t n, int64_t d, const float* panels, const float* length,
+                     const Centers& centers, float* state, int64_t* labels);
 
-  // Adds row after row, times its weight [n] (none is 1), to the sum [k, d] of its label [n].
+  // Adds row after row, times its weight [n] (none is 1), to the sum [k, d] of its label [n], and the weight to the
+  // label's total [k].
   void (*add)(const float* x, int64_t stride, int64_t n, int64_t d, const float* weights, const int64_t* labels,
-              double* sums);
+              double* sums, double* totals);
 
   // The squared distance of every row to the centre [k, d] of its label.
   void (*distance)(const float* x, int64_t stride, int64_t n, int64_t d, const float* centers, const int64_t* labels,

@@ -1,9 +1,13 @@
 // The Python module ccl_fast/_cpu: addresses come as integers, and Python's other threads go on meanwhile.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <memory>
 
 #include "cpu.h"
+#include "threads.h"
 
 namespace py = pybind11;
 
@@ -20,32 +24,45 @@ const ccl_fast::Cpu* const ALL[] = {
     &ccl_fast::cpu_128,
 };
 
+// What a thread takes at a time at least: panels of rows, as fewer would have the centres loaded more often, and products
+// of entries, some fifty microseconds of them, as to wake a thread takes ten.
+constexpr int64_t LEAST_PANELS = 8, LEAST_WORK = 1 << 22;
+
 template <class T>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-int64_t nearest(const ccl_fast::Cpu& cpu, Address rows, int64_t n, int64_t d, Address centers, Address half_square,
-                int64_t k, Address margin, Address state, Address labels, Address unsure) {
-  return cpu.nearest(pointer<float>(rows), n, d, pointer<float>(centers), pointer<float>(half_square), k,
-                     pointer<float>(margin), pointer<float>(state), pointer<int64_t>(labels), pointer<int32_t>(unsure));
-}
-
-void pack(const ccl_fast::Cpu& cpu, Address x, int64_t stride, int64_t n, int64_t d, Address origin, float scale,
-          int64_t width, Address panels, Address length) {
-  cpu.pack(pointer<float>(x), stride, n, d, pointer<float>(origin), scale, width, pointer<float>(panels),
-           pointer<float>(length));
-}
-
-void decide(const ccl_fast::Cpu& cpu, Address x, int64_t stride, Address numbers, int64_t count, int64_t d,
-            Address centers, int64_t k, bool cosine, Address labels) {
-  cpu.decide(pointer<float>(x), stride, pointer<int32_t>(numbers), count, d, pointer<float>(centers), k, cosine,
-             pointer<int64_t>(labels));
+// Rows are packed first, unless `are_packed`: into `panels` and `lengths`, or, where these are null, only for this call.
+// `directions` are what the rows are multiplied by: the centres, or for the cosine those of length 1.
+int64_t nearest(const ccl_fast::Cpu& cpu, Address x, int64_t stride, int64_t n, int64_t d, Address origin, float scale,
+                Address panels, Address lengths, bool are_packed, Address centers, Address directions, int64_t k,
+                bool cosine, float rounding, float exact_rounding, Address labels, int64_t threads) {
+  const int64_t padded = k + cpu.centers;
+  const std::unique_ptr<float[]> aimed(new float[padded * (d + 1)]);
+  float* const bias = aimed.get() + padded * d;
+  const float length = cpu.aim(pointer<float>(directions), k, d, pointer<float>(origin), cosine ? 1.0f : scale, cosine,
+                               aimed.get(), bias);
+  const ccl_fast::Centers all{pointer<float>(centers), k, cosine, aimed.get(), bias, length, rounding, exact_rounding};
+  const int64_t size = cpu.rows * std::max(LEAST_PANELS, LEAST_WORK / (k * d * cpu.rows) + 1);
+  std::atomic<int64_t> unsure{0};
+  ccl_fast::Helpers::share((n + size - 1) / size, threads, [&](int64_t part) {
+    const int64_t first = part * size, count = std::min(size, n - first), most = count + cpu.rows;
+    const float* own = pointer<float>(x) + first * stride;
+    const std::unique_ptr<float[]> memory(new float[most * (panels ? 4 : d + 5)]);
+    float* own_lengths = panels ? pointer<float>(lengths) + first : memory.get() + 4 * most;
+    float* own_panels = panels ? pointer<float>(panels) + first * d : memory.get() + 5 * most;
+    if (!are_packed) cpu.pack(own, stride, count, d, pointer<float>(origin), scale, own_panels, own_lengths);
+    unsure += cpu.nearest(own, stride, count, d, own_panels, own_lengths, all, memory.get(),
+                          pointer<int64_t>(labels) + first);
+  });
+  return unsure;
 }
 
 void add(const ccl_fast::Cpu& cpu, Address x, int64_t stride, int64_t n, int64_t d, Address weights, Address labels,
-         Address sums) {
-  cpu.add(pointer<float>(x), stride, n, d, pointer<float>(weights), pointer<int64_t>(labels), pointer<double>(sums));
+         Address sums, Address totals) {
+  cpu.add(pointer<float>(x), stride, n, d, pointer<float>(weights), pointer<int64_t>(labels), pointer<double>(sums),
+          pointer<double>(totals));
 }
 
 void distance(const ccl_fast::Cpu& cpu, Address x, int64_t stride, int64_t n, int64_t d, Address centers, Address labels,
@@ -72,9 +89,7 @@ PYBIND11_MODULE(_cpu, module) {
       .def_readonly("bytes", &ccl_fast::Cpu::bytes)
       .def_readonly("rows", &ccl_fast::Cpu::rows)
       .def_readonly("centers", &ccl_fast::Cpu::centers)
-      .def("pack", &pack, Released())
       .def("nearest", &nearest, Released())
-      .def("decide", &decide, Released())
       .def("add", &add, Released())
       .def("distance", &distance, Released())
       .def("unit_rows", &unit_rows, Released())

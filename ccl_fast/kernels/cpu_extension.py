@@ -33,5 +33,9 @@ def best() -> Any:
 
 def rows_of(x: Tensor) -> Tensor:
     """Rows [n, d] as the functions take them: float32, the entries of a row side by side."""
-    x = x.to(torch.float32)
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    return x if takes(x) else x.to(torch.float32).contiguous()
+
+
+def takes(x: Tensor) -> bool:
+    """Tell whether rows [n, d] are as the functions take them."""
+    return x.dtype == torch.float32 and (x.stride(1) == 1 or x.shape[1] == 1)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -408,9 +409,10 @@ def test_the_cpu_extension_is_exact_at_odd_sizes(dtype, cpu, monkeypatch):
     assert_exact(x[:1].expand(60, -1), centers, only=["cpu"])
 
 
-def test_the_cpu_extension_is_exact_across_blocks_and_caches_of_centers(cpu, monkeypatch, three_threads):
-    monkeypatch.setattr(assign_cpu, "BLOCK_ENTRIES", 1)
-    x, centers = random_case(3000, 1500, 70, torch.float32, "cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_cpu_extension_is_exact_across_parts_blocks_and_caches_of_centers(dtype, cpu, monkeypatch, three_threads):
+    monkeypatch.setattr(assign_cpu, "ENTRIES", 1 << 16)
+    x, centers = random_case(3000, 1500, 70, dtype, "cpu")
     for kept in (0, x.numel()):
         monkeypatch.setattr(assign_cpu, "KEPT_ENTRIES", kept)
         assert_exact(x, centers, metrics=["euclidean"], only=["cpu"])
@@ -425,6 +427,24 @@ def test_the_cpu_extension_takes_several_sets_of_centers_at_once(metric, cpu):
         for own, one in zip(labels, sets, strict=True):
             assert torch.equal(own, nearest(x, one, metric))
         assert make is gaussian or doubtful[0] > 0
+
+
+def _send_labels(rows, centers, queue):
+    queue.put(rows.nearest(centers)[0].tolist())
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own_for_the_cpu_extension(cpu, three_threads):
+    # So few entries that torch needs no threads, which would not outlive a fork, but several parts.
+    x, centers = random_case(1000, 2000, 16, torch.float32, "cpu")
+    rows = assign_cpu.Rows(x[None], "euclidean")
+    labels = rows.nearest(centers[None])[0]
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_send_labels, args=(rows, centers[None], queue))
+    child.start()
+    assert queue.get(timeout=30) == labels.tolist()
+    child.join()
 
 
 def test_an_assignment_does_not_remember_the_last_one(kmeans_device):

@@ -55,13 +55,18 @@ class Rows:
         exponent = torch.frexp(torch.maximum(entries.amax(1), -entries.amin(1)).to(self.dtype)).exponent
         # Of every problem, a power of two; moved rows are at most twice as large.
         self.scale = torch.exp2(-1 - exponent.clamp_(-126, 125).to(self.dtype))
-        self.kept: Tensor | None = None
-        norm = self._lengths()
         # Float64 distances are rounded too, and what they call equal goes to the lowest index.
         self.distance_rounding = 2 * (d + OTHER_ROUNDINGS) * 2.0**-53
+        self.rounding = (d + OTHER_ROUNDINGS) * info.eps / 2 + 2 * factor_rounding(x.device, self.dtype)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Compute what else rows have for many assignments."""
+        d, info = self.x.shape[2], torch.finfo(self.dtype)
+        self.kept: Tensor | None = None
+        norm = self._lengths()
         self.twice_norm = 2 * norm
         self.own_margin = norm.square_().mul_(self.distance_rounding).add_(d * info.tiny)  # the latter for underflow
-        self.gamma = (d + OTHER_ROUNDINGS) * info.eps / 2 + 2 * factor_rounding(x.device, self.dtype)
         self._towards: Towards | None = None  # of the last shape of centres
 
     def _lengths(self) -> Tensor:
@@ -110,9 +115,9 @@ class Rows:
             self._towards = Towards(centers.shape, self.dtype, centers.device)
         towards = self._towards
         length = self._aim(problem, centers, towards)
-        # 2 gamma |c| (|x| + |c| / 2) for the largest |c|, as |c|^2 / 2 is in its score too; and, for the distances,
-        # epsilon (|x| + |c|)^2.
-        per_length = length * (self.gamma + self.distance_rounding)
+        # 2 gamma |c| (|x| + |c| / 2) for the largest |c|, as |c|^2 / 2 is in its score too, gamma being `rounding`;
+        # and, for the distances, epsilon (|x| + |c|)^2.
+        per_length = length * (self.rounding + self.distance_rounding)
         margin = torch.addcmul(self.own_margin[problem], self.twice_norm[problem] + length, per_length)
         doubts = []
 

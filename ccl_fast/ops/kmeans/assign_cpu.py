@@ -13,84 +13,40 @@ from ccl_fast.kernels import cpu_extension
 from ccl_fast.kernels.extension import address
 from ccl_fast.ops.kmeans import assign_blocked
 from ccl_fast.ops.kmeans.update_blocked import KEPT_ENTRIES
+from ccl_fast.ops.normalize import normalize_rows
 
-# Entries of the rows of one block, which meet all centres one cache of them after the other.
-BLOCK_ENTRIES = 1 << 16
+# Entries of rows that are converted at once, if the extension does not take them as they are.
+ENTRIES = 1 << 20
 
 
 class Rows(assign_blocked.Rows):
     """Rows [problems, rows, d], which are kept as panels if they are few."""
 
-    def _lengths(self) -> Tensor:
-        self.cpu = cpu_extension.best()
-        self.scales = self.scale.tolist()
-        problems, n, _ = self.x.shape
-        lengths = torch.empty(problems, n, dtype=self.dtype, device=self.x.device)
-        keeps = self.x.numel() <= KEPT_ENTRIES
-        self.panels = [self._pack(i, slice(0, n), lengths[i]) for i in range(problems)] if keeps else None
-        if not keeps:
-            size = self._block_rows(1)
-            for problem in range(problems):
-                for start in range(0, n, size):
-                    self._pack(problem, slice(start, start + size), lengths[problem, start : start + size])
-        return lengths
+    def _prepare(self) -> None:
+        self.cpu, self.scales = cpu_extension.best(), self.scale.tolist()
+        problems, n, d = self.x.shape
+        self.panels = self.lengths = None
+        if self.x.numel() <= KEPT_ENTRIES:  # the first assignment writes them
+            self.panels = self.origin.new_empty(problems, -(-n // self.cpu.rows), d, self.cpu.rows)
+            self.lengths = self.origin.new_empty(problems, n)
+        self.are_packed = [False] * problems
 
-    def _block_rows(self, clusters: int) -> int:
-        panels = max(4, BLOCK_ENTRIES // (self.cpu.rows * self.x.shape[2]))
-        return self.cpu.rows * panels
-
-    def _pack(self, problem: int, part: slice, lengths: Tensor | None = None) -> Tensor:
-        """Return these rows, moved and scaled, as panels."""
-        x = cpu_extension.rows_of(self.x[problem, part])
-        return _panels(self.cpu, x, self.cpu.rows, self.origin[problem], self.scales[problem], lengths)
-
-    def _aim(self, problem: int, centers: Tensor, towards: assign_blocked.Towards) -> Tensor:
-        length = super()._aim(problem, centers, towards)
-        self.packed = [_panels(self.cpu, minus, self.cpu.centers) for minus in towards.minus]
-        sets, k, _ = centers.shape
-        # A centre that only fills its panel is never the nearest.
-        self.half_square = towards.square.new_full((sets, len(self.packed[0]) * self.cpu.centers), torch.inf)
-        self.half_square[:, :k] = 0 if self.metric == "cosine" else 0.5 * towards.square
-        return length
-
-    def _label(
-        self,
-        problem: int,
-        part: slice,
-        centers: Tensor,
-        towards: assign_blocked.Towards,
-        margin: Tensor,
-        labels: Tensor,
-    ) -> int:
-        if self.panels is None:
-            panels = self._pack(problem, part)
-        else:
-            panels = self.panels[problem][part.start // self.cpu.rows :]
-        (sets, n), (k, d) = labels.shape, centers.shape[1:]
-        state = margin.new_empty(3, -(-n // self.cpu.rows) * self.cpu.rows)
-        unsure = margin.new_empty(sets, n, dtype=torch.int32)
-        counts = [
-            self.cpu.nearest(
-                address(panels), n, d, address(self.packed[i]), address(self.half_square[i]), k,
-                address(margin[i]), address(state), address(labels[i]), address(unsure[i]),
-            )
-            for i in range(sets)
-        ]  # fmt: skip
-        if unsure_rows := sum(counts):
-            x, cosine = cpu_extension.rows_of(self.x[problem, part]), self.metric == "cosine"
-            for i, count in enumerate(counts):
-                self.cpu.decide(
-                    address(x), x.stride(0), address(unsure[i]), count, d, address(centers[i]), k, cosine,
-                    address(labels[i]),
+    def _nearest(self, problem: int, centers: Tensor, labels: Tensor) -> int:
+        cosine, (n, d), k = self.metric == "cosine", self.x.shape[1:], centers.shape[1]
+        directions = normalize_rows(centers.double()).to(self.dtype) if cosine else centers
+        panels, lengths = (None if kept is None else kept[problem] for kept in (self.panels, self.lengths))
+        in_one = panels is not None or cpu_extension.takes(self.x[problem])
+        size = n if in_one else max(1, ENTRIES // d)
+        unsure = 0
+        for start in range(0, n, size):
+            part = slice(start, start + size)
+            x = cpu_extension.rows_of(self.x[problem, part])
+            for i in range(len(centers)):
+                unsure += self.cpu.nearest(
+                    address(x), x.stride(0), len(x), d, address(self.origin[problem]), self.scales[problem],
+                    address(panels), address(lengths), self.are_packed[problem],
+                    address(centers[i]), address(directions[i]), k, cosine, self.rounding, self.distance_rounding,
+                    address(labels[i, part]), torch.get_num_threads(),
                 )  # fmt: skip
-        return unsure_rows
-
-
-def _panels(
-    cpu, x: Tensor, width: int, origin: Tensor | None = None, scale: float = 1.0, lengths: Tensor | None = None
-) -> Tensor:
-    """Return x [n, d], less the origin and times the scale, as panels [n / width, d, width]."""
-    n, d = x.shape
-    panels = x.new_empty(-(-n // width), d, width)
-    cpu.pack(address(x), x.stride(0), n, d, address(origin), scale, width, address(panels), address(lengths))
-    return panels
+                self.are_packed[problem] = panels is not None
+        return unsure
