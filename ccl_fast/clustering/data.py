@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ccl_fast.ops.backends import KMeansBackend
 
 # Entries of a block whose moments are taken at once: on a CPU it should stay in the cache.
-CPU_ENTRIES, DEVICE_ENTRIES = 1 << 18, 1 << 26
+CPU_ENTRIES, DEVICE_ENTRIES = 1 << 16, 1 << 26
 
 
 @dataclass
