@@ -27,6 +27,15 @@ ACCUMULATION = (
 INSTEAD: dict[str, str] = dict.fromkeys(
     ("accumulate", "accumulate-grad-batches", "gradient-accumulation-steps"), ACCUMULATION
 )
+# Objectives by names that they have elsewhere.
+OTHER_NAMES = {
+    "mcr2": "coding-rate",
+    "pcl": "protonce",
+    "nt-xent": "simclr",
+    "ntxent": "simclr",
+    "deepcluster": "deepcluster-v2",
+}
+INSTEAD |= {name: f"did you mean {ours}?" for name, ours in OTHER_NAMES.items()}
 WORDS: dict[Any, str] = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -67,7 +76,7 @@ def check_known(arguments: Sequence[str], known: Collection[str], command: str) 
 
 def close(word: str, known: Collection[str]) -> str:
     """Return a question about the names that a word is like or begins, or why there is none; empty: neither."""
-    if reason := INSTEAD.get(word.lstrip("-").replace("_", "-")):
+    if reason := INSTEAD.get(word.lstrip("-").replace("_", "-").lower()):
         return reason
     begun = sorted(name for name in known if name.startswith(word)) if len(word) > len("--") else []
     meant = begun[:3] or difflib.get_close_matches(word, known)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ccl_fast.data import Images, Split, canonical, load_folder, load_ood, load_split, synthetic_names
+from ccl_fast.data.folder import check_is_folder
 from ccl_fast.data.joined import Joined
 from ccl_fast.errors import ArgumentError
 from ccl_fast.evaluation import GROUPS
@@ -43,6 +44,13 @@ class ImageSets:
 def read_split(config: Config) -> Split:
     """Read the images to train and to test on, as the configuration says; raises as `load_image_sets`."""
     return load_split(config.data, in_classes=config.in_classes, image_size=config.image_size, **_reading(config))
+
+
+def check_extra_images(config: Config) -> None:
+    """Check that the folder of `with_extra_images` is there, before long work; raises as that."""
+    folder = config.extra_images
+    if folder is not None and not Path(folder).expanduser().is_file():
+        check_is_folder("extra_images", Path(folder).expanduser())
 
 
 def with_extra_images(config: Config, train: Images) -> Images:

@@ -14,7 +14,13 @@ import torch
 import yaml
 
 from ccl_fast.commands.environment import describe_device
-from ccl_fast.commands.image_sets import ImageSets, load_image_sets, read_split, with_extra_images
+from ccl_fast.commands.image_sets import (
+    ImageSets,
+    check_extra_images,
+    load_image_sets,
+    read_split,
+    with_extra_images,
+)
 from ccl_fast.commands.judgement import write_run_report
 from ccl_fast.commands.report import describe_images, measures
 from ccl_fast.commands.run_folder import CONFIG, REPORT, RunFolder, clear, command_to_go_on, resumed_folder
@@ -120,6 +126,7 @@ def train(config: Config) -> dict | None:
             folder = group.patient.first(run_folder.reserve)
             if group.is_first:
                 say(f"on {describe_device(device)}; results go to {folder}; reading {config.plain()['data']}")
+            origin = _origin(plan, group)  # before long work: it may not be there
             images, sets = _read(plan, group, device)
             check_sizes(len(images), plan, group.size)
             given, config = config, config.fitted(len(images))
@@ -127,7 +134,7 @@ def train(config: Config) -> dict | None:
             # Before anything is written: its errors are those of arguments.
             warm_up = Run(replace(plan, objective=BASELINE), images, fabric, group)
             check_writable(warm_up.model.state_dict())
-            progress = _open_progress(config, folder, images, sets, group)
+            progress = _open_progress(config, folder, images, sets, group, origin)
             group.first(run_folder.claim)
             if sets is not None:
                 _print_plan(given, plan, sets, warm_up, progress)
@@ -170,6 +177,7 @@ def _read(plan: Config, group: Group, device: torch.device) -> tuple[Images, Ima
     """Read the training images; and all sets on the process that will need them, the first."""
     sets = None
     with group.patient.together():
+        check_extra_images(plan)
         if group.is_first:
             sets = load_image_sets(plan).to(device)
     with group.patient.together():  # afterwards: what is to be downloaded is there
@@ -178,15 +186,14 @@ def _read(plan: Config, group: Group, device: torch.device) -> tuple[Images, Ima
     return images, sets
 
 
-def _open_progress(config: Config, folder: Path, images: Images, sets: ImageSets | None, group: Group) -> Progress:
+def _open_progress(
+    config: Config, folder: Path, images: Images, sets: ImageSets | None, group: Group, origin: dict | None
+) -> Progress:
     """Return how far the run has come: nowhere, as its checkpoint has it, or to the end of another run's warm-up."""
-    state = origin = None
-    given = config.warmup_from
+    state, given = None, config.warmup_from
     if config.resume:
         state = group.patient.first(lambda: checkpoint.load(folder / CHECKPOINTS, config.resume_from))
         state = lengthened(state, config.plain(), config.objectives)
-    elif given is not None:
-        origin = group.patient.first(lambda: _load_origin(given))
     # Of the process that looks it is the images whose classes are known.
     probed, tested = (images, None) if sets is None else (sets.train, sets.test)
     probe = Probe(config.probe_every, probed, tested)
@@ -203,8 +210,13 @@ def _open_progress(config: Config, folder: Path, images: Images, sets: ImageSets
     return progress
 
 
+def _origin(config: Config, group: Group) -> dict | None:
+    """Load the last checkpoint of the run whose warm-up is taken over, if one is."""
+    given = config.warmup_from
+    return None if given is None or config.resume else group.patient.first(lambda: _load_origin(given))
+
+
 def _load_origin(run: str | Path) -> dict:
-    """Load the last checkpoint of the run whose warm-up is taken over."""
     checkpoints = Path(run) / CHECKPOINTS
     if not (checkpoints / checkpoint.LAST).exists():
         raise ArgumentError(f"warmup_from: expected the folder of a run, with its checkpoints, got {str(run)!r}")

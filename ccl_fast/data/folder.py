@@ -284,12 +284,17 @@ def report_skipped(*sources: Source) -> None:
         print(f"{sources[0].argument}: skipped {len(errors)} files that cannot be read; {named}", file=sys.stderr)
 
 
-def _image_files(folder: Path, argument: str, parts: Sequence[Path]) -> list[Path]:
-    """Paths below a folder, each folder looked at once; a link leads into none of the other parts."""
+def check_is_folder(argument: str, folder: Path) -> None:
+    """Check that there is a folder: a FileNotFoundError if not, an ArgumentError if it is a file."""
     if not folder.exists():
         raise FileNotFoundError(f"{argument}: expected a folder of images, got {folder.absolute()}, which is not there")
     if not folder.is_dir():
         raise ArgumentError(f"{argument}: expected a folder of images, got a file, {folder.absolute()}")
+
+
+def _image_files(folder: Path, argument: str, parts: Sequence[Path]) -> list[Path]:
+    """Paths below a folder, each folder looked at once; a link leads into none of the other parts."""
+    check_is_folder(argument, folder)
     paths, seen = [], {os.path.realpath(part) for part in parts} - {os.path.realpath(folder)}
     roots = [str(folder)]
     for root in roots:  # it grows: links come after the folders themselves, which keep their own paths

@@ -74,11 +74,19 @@ def test_generated_images_are_trained_on_and_nothing_else(folder, tmp_path, monk
     assert "nmi" not in lines[0] and "encoder_knn" in lines[0]
 
 
-def test_wrong_arguments(tmp_path):
+def test_wrong_arguments(tmp_path, monkeypatch):
     with pytest.raises(ArgumentError, match=r"^real_weight: expected 1 without extra_images, got 10"):
         train(tmp_path / "run", **TINY, real_weight=10)
+
+    def read(*_):
+        raise AssertionError("images are read before what is not there is told")
+
+    monkeypatch.setattr("ccl_fast.commands.train_models.load_image_sets", read)
     with pytest.raises(FileNotFoundError, match="extra_images"):
         train(tmp_path / "run", **TINY, extra_images=tmp_path / "nowhere")
+    with pytest.raises(ArgumentError, match=r"^warmup_from: expected the folder of a run"):
+        train(tmp_path / "run", **TINY, warmup_from=tmp_path / "nowhere")
+    assert not (tmp_path / "run").exists()
 
 
 def test_weak_views_change_half_as_many_colours():
