@@ -48,7 +48,7 @@ def row_losses(
         above = rest - mean
         of_rest = 1.0
     else:
-        own = tl.load(ids_ptr + row)
+        own = tl.load(ids_ptr + row).to(tl.int64)
         assigned = own >= 0
         center = tl.load(centers_ptr + own * d + col, mask=inside & assigned, other=0.0).to(tl.float32)
         own_dot, center_scale = tl.sum(z * center, 0), tl.load(center_scale_ptr)
@@ -108,7 +108,7 @@ def row_gradients(
     grad = tl.load(to_z_ptr + row * to_z_row + col, mask=inside, other=0.0)
     grad += slope * (sums - z) + (weighted - slope * z)
     if centers_ptr is not None:
-        own = tl.load(ids_ptr + row)
+        own = tl.load(ids_ptr + row).to(tl.int64)
         center = tl.load(centers_ptr + own * d + col, mask=inside & (own >= 0), other=0.0).to(tl.float32)
         grad += tl.load(from_centers_ptr + row * from_centers_row + col, mask=inside, other=0.0)
         grad += tl.load(slopes_ptr + 3 * n + row) * center

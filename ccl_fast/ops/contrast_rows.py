@@ -101,7 +101,7 @@ class _ContrastRows(torch.autograd.Function):
         ctx.share_scale = centers is not None and center_temperature is None
         ctx.save_for_backward(
             x, z, unit, inverse, centers, of_rows, of_centers, own, numbers, group, kinds, none, rest,
-            to_centers, bounded, sums, slopes, dots, count, scale if isinstance(scale, Tensor) else None,
+            to_centers, bounded, slopes, dots, count, scale if isinstance(scale, Tensor) else None,
         )  # fmt: skip
         return losses
 
@@ -111,7 +111,7 @@ class _ContrastRows(torch.autograd.Function):
 
         (
             x, z, unit, inverse, centers, of_rows, of_centers, own, numbers, group, kinds, none, rest,
-            to_centers, bounded, sums, slopes, dots, count, scale,
+            to_centers, bounded, slopes, dots, count, scale,
         ) = ctx.saved_tensors  # fmt: skip
         (n, d), to_scale = x.shape, None
         with torch.no_grad(), without_autocast(x.device):
@@ -129,8 +129,9 @@ class _ContrastRows(torch.autograd.Function):
                 known = (none, to_centers, bounded, none, by_centers, wanted)
                 across = (z, centers, of_centers, None, own, numbers)
                 from_centers, _, more, _ = triton.backward(*across, *known, dtype=torch.float32, has_runs=False)
-            weighted = _sums_of_groups(z * by_positives[:, None], group)
-            out = torch.empty_like(x, memory_format=torch.contiguous_format)
+            sums, weighted = (_sums_of_groups(rows, group) for rows in (z, z * by_positives[:, None]))
+            is_like = to_z.dtype == x.dtype and to_z.is_contiguous()
+            out = to_z if is_like else torch.empty(n, d, dtype=x.dtype, device=x.device)
             with triton.on_device_of(x):
                 row_gradients[(n,)](
                     z, unit, inverse, centers, sums, weighted, own, group, slopes, to_z, from_centers, out,
