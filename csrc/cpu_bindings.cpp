@@ -27,6 +27,8 @@ const ccl_fast::Cpu* const ALL[] = {
 // What a thread takes at a time at least: panels of rows, as fewer would have the centres loaded more often, and products
 // of entries, some fifty microseconds of them, as to wake a thread takes ten.
 constexpr int64_t LEAST_PANELS = 8, LEAST_WORK = 1 << 22;
+// And at most, as it has working memory for them.
+constexpr int64_t MOST_PANELS = 1 << 12;
 
 template <class T>
 T* pointer(Address address) {
@@ -44,7 +46,7 @@ int64_t nearest(const ccl_fast::Cpu& cpu, Address x, int64_t stride, int64_t n, 
   const float length = cpu.aim(pointer<float>(directions), k, d, pointer<float>(origin), cosine ? 1.0f : scale, cosine,
                                aimed.get(), bias);
   const ccl_fast::Centers all{pointer<float>(centers), k, cosine, aimed.get(), bias, length, rounding, exact_rounding};
-  const int64_t size = cpu.rows * std::max(LEAST_PANELS, LEAST_WORK / (k * d * cpu.rows) + 1);
+  const int64_t size = cpu.rows * std::clamp(LEAST_WORK / (k * d * cpu.rows) + 1, LEAST_PANELS, MOST_PANELS);
   std::atomic<int64_t> unsure{0};
   ccl_fast::Helpers::share((n + size - 1) / size, threads, [&](int64_t part) {
     const int64_t first = part * size, count = std::min(size, n - first), most = count + cpu.rows;

@@ -6,11 +6,11 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <queue>
-#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -18,8 +18,9 @@ namespace ccl_fast {
 
 class Helpers {
  public:
-  // Calls work(0) ... work(parts - 1), which must not throw, from up to `threads` threads, the calling one among them. A
-  // helper that comes late, as where other programs have the cores, is not waited for, and finds nothing left to do.
+  // Calls work(0) ... work(parts - 1) from up to `threads` threads, the calling one among them, and throws the first of
+  // what they throw, when all have ended. A helper that comes late, as where other programs have the cores, is not waited
+  // for, and finds nothing left to do.
   static void share(int64_t parts, int64_t threads, std::function<void(int64_t)> work) {
     const auto job = std::make_shared<Job>(parts, std::move(work));
     const int64_t helpers = (parts < threads ? parts : threads) - 1;
@@ -35,7 +36,14 @@ class Helpers {
 
     void help() {
       int64_t own = 0;
-      for (int64_t i; (i = next_++) < parts_; ++own) work_(i);
+      for (int64_t i; (i = next_++) < parts_; ++own) {
+        try {
+          work_(i);
+        } catch (...) {
+          const std::lock_guard<std::mutex> lock(mutex_);
+          if (!error_) error_ = std::current_exception();
+        }
+      }
       const std::lock_guard<std::mutex> lock(mutex_);
       done_ += own;
       if (own > 0 && done_ == parts_) finished_.notify_one();
@@ -44,6 +52,7 @@ class Helpers {
     void wait() {
       std::unique_lock<std::mutex> lock(mutex_);
       finished_.wait(lock, [this] { return done_ == parts_; });
+      if (error_) std::rethrow_exception(error_);
     }
 
    private:
@@ -51,6 +60,7 @@ class Helpers {
     const std::function<void(int64_t)> work_;
     std::atomic<int64_t> next_{0};
     int64_t done_ = 0;
+    std::exception_ptr error_;
     std::mutex mutex_;
     std::condition_variable finished_;
   };
@@ -68,9 +78,12 @@ class Helpers {
       const std::lock_guard<std::mutex> lock(mutex_);
       try {
         for (; threads_ < helpers; ++threads_) std::thread([this] { serve(); }).detach();
-      } catch (const std::system_error&) {  // there may be no more of them: the work is done by fewer
+      } catch (const std::exception&) {  // there may be no more of them: the work is done by fewer
       }
-      for (int64_t i = 0; i < helpers && i < threads_; ++i) jobs_.push(job);
+      try {
+        for (int64_t i = 0; i < helpers && i < threads_; ++i) jobs_.push(job);
+      } catch (const std::exception&) {  // no memory to tell them
+      }
     }
     for (int64_t i = 0; i < helpers; ++i) arrived_.notify_one();
   }
