@@ -15,6 +15,8 @@ from ccl_fast.ops.logsumexp.bound import logits_are_bounded
 from ccl_fast.ops.row_dot import row_dot
 from ccl_fast.ops.same_id_similarity import mutual_similarity_gradient, same_group_gradients
 
+# Looked for once: the compiler of torch 2.11 does not follow the search.
+IS_INSTALLED = importlib.util.find_spec("triton") is not None
 # Below this the time is that of the launches: one kernel that is always right beats two and a flag.
 TRIANGLE_MIN_ROWS = 4096
 # The weights that the backward writes for a library's matrix product, where D does not fit on chip: at least so many
@@ -47,7 +49,7 @@ class Anchors(NamedTuple):
 def obstacles(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Why these kernels cannot run on a device and dtype; empty if they can."""
     reasons = []
-    if importlib.util.find_spec("triton") is None:
+    if not IS_INSTALLED:
         reasons.append("the package triton is not installed")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         reasons.append(f"no kernel for {dtype}")
