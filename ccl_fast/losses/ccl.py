@@ -193,7 +193,7 @@ class CCLLoss(Loss):
             batch.ids,
             scale=scale,
             centers=centers,
-            center_temperature=center_temperature,
+            center_temperature=None if centers is None else center_temperature,
             center_weight=self.center_weight,
             reduction=self.reduction,
         )

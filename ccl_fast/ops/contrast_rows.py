@@ -13,7 +13,7 @@ from torch import Tensor
 from ccl_fast.checks import product_dtype
 from ccl_fast.ops import normalize_triton
 from ccl_fast.ops.backends import ContrastBackend, choose_backend
-from ccl_fast.ops.differentiable import differentiable_once, refuse_forward_mode
+from ccl_fast.ops.differentiable import differentiable_once, refuse_forward_mode, savable
 from ccl_fast.ops.logsumexp import triton
 from ccl_fast.ops.logsumexp.bound import UNSHIFTED_LIMIT
 from ccl_fast.ops.normalize import unit_rows
@@ -55,7 +55,7 @@ def contrast_rows(
     """
     if centers is not None:
         centers = centers.detach()
-    return _ContrastRows.apply(x, scale, ids, centers, center_temperature, center_weight, reduction)
+    return _ContrastRows.apply(savable(x), scale, ids, centers, center_temperature, center_weight, reduction)
 
 
 class _ContrastRows(torch.autograd.Function):
@@ -144,7 +144,7 @@ class _ContrastRows(torch.autograd.Function):
                 if ctx.share_scale:
                     to_scale = to_scale + more
                 to_scale = to_scale.to(scale.dtype).reshape(scale.shape)
-        out, to_scale = differentiable_once(NAME, (x, grad), out, to_scale)
+        out, to_scale = differentiable_once(NAME, (x, scale, grad), out, to_scale)
         return out, to_scale, *[None] * 5
 
 
@@ -153,7 +153,8 @@ def _groups(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     The third is the second for rows that have a single other of their id, and else one of its own.
     """
-    ordered, n = ids.sort().values, ids.shape[0]
+    ids, n = ids.contiguous(), ids.shape[0]
+    ordered = ids.sort().values
     group = torch.searchsorted(ordered, ids, out_int32=True)
     others = torch.searchsorted(ordered, ids, right=True, out_int32=True).sub_(group).sub_(1)
     own = torch.arange(n, 2 * n, dtype=torch.int32, device=ids.device)
@@ -175,8 +176,10 @@ def _scaled(
 ) -> tuple[Tensor, Tensor]:
     """Centres of length 1, and their inverse temperature; with one of each they are divided by them."""
     centers, _ = unit_rows(centers)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.float()
     if temperature is None:
         return centers.to(dtype), of_rows
     if isinstance(temperature, Tensor) and temperature.ndim == 1:
-        return (centers / temperature.float()[:, None]).to(dtype), torch.ones_like(of_rows)
+        return (centers / temperature[:, None]).to(dtype), torch.ones_like(of_rows)
     return centers.to(dtype), scale_tensor(1.0 / temperature, of_rows)

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ccl_fast.ops.differentiable import are_transforms_active, differentiable_once, is_traced, refuse_forward_mode
+from ccl_fast.ops.differentiable import (
+    are_transforms_active,
+    differentiable_once,
+    is_traced,
+    refuse_forward_mode,
+    savable,
+)
 from ccl_fast.ops.normalize import unit_rows, unit_rows_gradient
 from ccl_fast.ops.precision import accumulation_dtype, without_autocast
 
@@ -79,7 +85,7 @@ def self_contrast(
     """
     if centers is not None and centers.requires_grad:
         centers = centers.detach()
-    return _SelfContrast.apply(x, centers, scale, center_scale, ids, center_weight, inside, mean)
+    return _SelfContrast.apply(savable(x), centers, scale, center_scale, ids, center_weight, inside, mean)
 
 
 def tower_contrast(q: Tensor, k: Tensor, *, scale: float | Tensor, symmetric: bool, mean: bool = True) -> Tensor:
@@ -94,7 +100,7 @@ def tower_contrast(q: Tensor, k: Tensor, *, scale: float | Tensor, symmetric: bo
     Returns:
         A scalar.
     """
-    return _TowerContrast.apply(q, k, scale, symmetric, mean)
+    return _TowerContrast.apply(savable(q), savable(k), scale, symmetric, mean)
 
 
 def views_contrast(
@@ -114,7 +120,7 @@ def views_contrast(
     Returns:
         A scalar.
     """
-    return _ViewsContrast.apply(first, second, scale, mean)
+    return _ViewsContrast.apply(savable(first), None if second is None else savable(second), scale, mean)
 
 
 def _unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,6 +146,10 @@ def _gradient(to_unit: Tensor, unit: Tensor, inverse: Tensor, factor: Tensor, li
 
 def _number(scale: float | Tensor) -> float | Tensor:
     return scale.detach() if isinstance(scale, Tensor) else scale
+
+
+def _tensor(scale: float | Tensor) -> Tensor | None:
+    return scale if isinstance(scale, Tensor) else None
 
 
 class _Contrast(NamedTuple):
@@ -189,12 +199,12 @@ class _SelfContrast(torch.autograd.Function):
             losses, ctx.factor = _reduced(found.losses, mean, found.absent)
         ctx.scale = _number(scale)
         ctx.scaled_keys = n if center_scale is not None else m  # those that the scale multiplies
-        ctx.save_for_backward(x, unit, inverse, keys, found.slopes)
+        ctx.save_for_backward(x, unit, inverse, keys, found.slopes, _tensor(scale))
         return losses
 
     @staticmethod
     def backward(ctx, grad):
-        x, unit, inverse, keys, slopes = ctx.saved_tensors
+        x, unit, inverse, keys, slopes, scale = ctx.saved_tensors
         to_scale = None
         with torch.no_grad(), without_autocast(x.device):
             factor = grad * ctx.factor
@@ -202,7 +212,7 @@ class _SelfContrast(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 to_scale = _to_scale(slopes, unit, keys, ctx.scaled_keys) * (factor / ctx.scale)
             to_x = _gradient(to_unit, unit, inverse, factor, x)
-        to_x, to_scale = differentiable_once(NAME, (x, grad), to_x, to_scale)
+        to_x, to_scale = differentiable_once(NAME, (x, scale, grad), to_x, to_scale)
         return to_x, None, to_scale, *[None] * 5
 
 
@@ -289,12 +299,12 @@ class _ViewsContrast(torch.autograd.Function):
             below.copy_(by_own)
             losses, ctx.factor = _reduced((rest / own).log1p_(), mean)
         ctx.scale = _number(scale)
-        ctx.save_for_backward(first, second, unit, inverse, keys, slopes)
+        ctx.save_for_backward(first, second, unit, inverse, keys, slopes, _tensor(scale))
         return losses
 
     @staticmethod
     def backward(ctx, grad):
-        first, second, unit, inverse, keys, slopes = ctx.saved_tensors
+        first, second, unit, inverse, keys, slopes, scale = ctx.saved_tensors
         n, to_scale = first.shape[0], None
         with torch.no_grad(), without_autocast(unit.device):
             factor = grad * ctx.factor
@@ -303,8 +313,8 @@ class _ViewsContrast(torch.autograd.Function):
                 to_scale = torch.linalg.vecdot(to_unit, unit).sum() * (factor / (2 * ctx.scale))
             to_x = _gradient(to_unit, unit, inverse, factor, first)
             to_first, to_second = (to_x.view(2, n, -1).transpose(0, 1), None) if second is None else to_x.split(n)
-        to_first, to_second, to_scale = differentiable_once(NAME, (first, second, grad), to_first, to_second, to_scale)
-        return to_first, to_second, to_scale, None
+        inputs = (first, second, scale, grad)
+        return *differentiable_once(NAME, inputs, to_first, to_second, to_scale), None
 
 
 class _TowerContrast(torch.autograd.Function):
@@ -333,12 +343,12 @@ class _TowerContrast(torch.autograd.Function):
                 diagonal.copy_(by_own)
             losses, ctx.factor = _reduced((rest / own).log1p_(), mean)
         ctx.scale = _number(scale)
-        ctx.save_for_backward(q, k, unit, inverse, q_keys, slopes)
+        ctx.save_for_backward(q, k, unit, inverse, q_keys, slopes, _tensor(scale))
         return losses
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, unit, inverse, q_keys, slopes = ctx.saved_tensors
+        q, k, unit, inverse, q_keys, slopes, scale = ctx.saved_tensors
         n, to_scale = q.shape[0], None
         with torch.no_grad(), without_autocast(unit.device):
             factor = grad * ctx.factor
@@ -348,5 +358,5 @@ class _TowerContrast(torch.autograd.Function):
             to_unit = torch.cat((to_keys.mul_(ctx.scale), slopes.T @ q_keys))
             to_q, to_k = _gradient(to_unit, unit, inverse, factor, q).split(n)
             to_k = to_k.to(k.dtype)
-        to_q, to_k, to_scale = differentiable_once(NAME, (q, k, grad), to_q, to_k, to_scale)
+        to_q, to_k, to_scale = differentiable_once(NAME, (q, k, scale, grad), to_q, to_k, to_scale)
         return to_q, to_k, to_scale, None, None

@@ -148,7 +148,37 @@ def test_the_gradient_of_the_gradient_is_refused(graph, nodes, kernel_device):
             grad.sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # which torch itself calls
+def test_so_is_that_of_the_temperature_alone(nodes, kernel_device):
+    loss_fn = SupConLoss(0.1, learnable_temperature=True, backend="triton").to(kernel_device)
+    loss = loss_fn(rows(N).float().to(kernel_device), IDS.to(kernel_device))
+    (grad,) = torch.autograd.grad(loss, loss_fn.log_temperature, create_graph=True)
+    assert nodes
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(grad.sum(), loss_fn.log_temperature)
+
+
+def test_embeddings_of_inference_mode_with_a_temperature_that_learns(nodes, kernel_device):
+    with torch.inference_mode():
+        x = rows(N).float().to(kernel_device)
+    loss_fn = SupConLoss(0.1, learnable_temperature=True, backend="triton").to(kernel_device)
+    loss_fn(x, IDS.to(kernel_device)).backward()
+    assert nodes and loss_fn.log_temperature.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_a_temperature_of_the_centers_in_half_precision(dtype, nodes, kernel_device):
+    temperature = torch.tensor(1.3e-5 if dtype == torch.float16 else 0.07, dtype=dtype, device=kernel_device)
+    x, ids, centers = (t.to(kernel_device) for t in (rows(N).float(), IDS, CENTERS.float()))
+    found, expected = (
+        CCLLoss(0.1, center_temperature=temperature, backend=b)(x, ids, centers) for b in ("triton", "reference")
+    )
+    assert nodes
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0.0)
+
+
+# Which torch itself calls.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_forward_mode_is_refused(nodes, kernel_device):
     x = rows(N).float().to(kernel_device)
     with pytest.raises(RuntimeError, match="forward-mode"), torch.autograd.forward_ad.dual_level():
@@ -158,7 +188,7 @@ def test_forward_mode_is_refused(nodes, kernel_device):
 
 def test_rows_of_any_strides_keep_them_to_themselves(nodes, kernel_device):
     x = torch.randn(6, N, 2, device=kernel_device)
-    ids = IDS.to(kernel_device)
+    ids = torch.stack((IDS, IDS), 1).abs().to(kernel_device)[:, 0]
     expected = SupConLoss(0.1, backend="reference")(x[:, :, 0].T.contiguous(), ids)
     leaf = x.clone().requires_grad_()
     found = SupConLoss(0.1, backend="triton")(leaf[:, :, 0].T, ids)
@@ -208,7 +238,7 @@ def test_what_it_does_not_serve_goes_the_other_way(what, nodes, kernel_device):
     expected = CCLLoss(0.2, backend="reference", **own)(x, ids, centers, center_temperature=temperature)
     if what == "compiled":
         torch.compiler.reset()
-        found = torch.compile(loss, backend="aot_eager")(x)
+        found = torch.compile(loss_fn, backend="aot_eager", fullgraph=True)(x, ids, centers)
     elif what == "func":
         found = torch.func.functional_call(loss_fn, {}, (x, ids, centers))
         torch.func.grad(loss)(x)

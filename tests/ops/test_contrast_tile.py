@@ -140,3 +140,17 @@ def test_logits_as_large_as_float32_has(case, magnitude):
     leaves = [rows(N, seed=3 + i) * magnitude for i in range(CASES[case][3])]
     found, expected = (evaluate(case, torch.float32, b, leaves, normalize=False)["loss"] for b in ("auto", "reference"))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0.0)
+
+
+@every_case
+def test_the_second_derivative_of_the_temperature_alone_is_refused(case, tiles, known):
+    if not known:
+        return  # a temperature that is learned is not known there
+    loss, own, call, count = CASES[case]
+    module = loss(0.2, learnable_temperature=True, **own)
+    with torch.inference_mode():  # nor does it matter how the embeddings were made
+        leaves = [rows(N, seed=3 + i).float() for i in range(count)]
+    (grad,) = torch.autograd.grad(call(module, *leaves), module.log_temperature, create_graph=True)
+    assert len(tiles) == 1
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(grad.sum(), module.log_temperature)
