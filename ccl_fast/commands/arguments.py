@@ -35,7 +35,6 @@ OTHER_NAMES = {
     "ntxent": "simclr",
     "deepcluster": "deepcluster-v2",
 }
-INSTEAD |= {name: f"did you mean {ours}?" for name, ours in OTHER_NAMES.items()}
 WORDS: dict[Any, str] = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -76,8 +75,11 @@ def check_known(arguments: Sequence[str], known: Collection[str], command: str) 
 
 def close(word: str, known: Collection[str]) -> str:
     """Return a question about the names that a word is like or begins, or why there is none; empty: neither."""
-    if reason := INSTEAD.get(word.lstrip("-").replace("_", "-").lower()):
+    plain = word.lstrip("-").replace("_", "-").lower()
+    if reason := INSTEAD.get(plain):
         return reason
+    if (ours := OTHER_NAMES.get(plain)) in known:
+        return f"did you mean {ours}?"
     begun = sorted(name for name in known if name.startswith(word)) if len(word) > len("--") else []
     meant = begun[:3] or difflib.get_close_matches(word, known)
     return f"did you mean {' or '.join(meant)}?" if meant else ""

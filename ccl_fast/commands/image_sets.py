@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,9 +49,11 @@ def read_split(config: Config) -> Split:
 
 def check_extra_images(config: Config) -> None:
     """Check that the folder of `with_extra_images` is there, before long work; raises as that."""
-    folder = config.extra_images
-    if folder is not None and not Path(folder).expanduser().is_file():
-        check_is_folder("extra_images", Path(folder).expanduser())
+    if config.extra_images is None:
+        return
+    path = Path(os.path.expanduser(config.extra_images))
+    if not path.is_file():
+        check_is_folder("extra_images", path)
 
 
 def with_extra_images(config: Config, train: Images) -> Images:

@@ -135,6 +135,7 @@ def train(config: Config) -> dict | None:
             warm_up = Run(replace(plan, objective=BASELINE), images, fabric, group)
             check_writable(warm_up.model.state_dict())
             progress = _open_progress(config, folder, images, sets, group, origin)
+            del origin  # a model and its optimiser
             group.first(run_folder.claim)
             if sets is not None:
                 _print_plan(given, plan, sets, warm_up, progress)

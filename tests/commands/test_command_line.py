@@ -74,6 +74,7 @@ def test_what_is_typed_wins_over_a_file(given, tmp_path):
         (["train", "--batch-size"], "argument --batch-size: expected one argument"),
         (["train", "--objective=swave"], "got 'swave' (did you mean swav?)"),
         (["train", "--objective=MCR2"], "got 'MCR2' (did you mean coding-rate?)"),
+        (["train", "--mcr2", "1"], "--mcr2: expected an option of train (ccl-fast train --help lists them)"),
         (
             ["train", "--augmentation", "x"],
             "augmentation: expected one of 'auto', 'digits', 'simclr', 'weak', 'none', got 'x'",
