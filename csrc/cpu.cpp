@@ -1,5 +1,6 @@
-// The steps of k-means. Scores of a panel of rows and a panel of centres stay in registers: the next pass over them would cost as much as the
-// product. A vector has one entry of many rows, so that the lowest score of each is kept without leaving its lane.
+// The steps of k-means, unit rows, the losses of small batches. Scores of a panel of rows and a panel of centres stay in
+// registers: the next pass over them would cost as much as the product. A vector has one entry of many rows, so that the
+// lowest score of each is kept without leaving its lane.
 #include "cpu.h"
 
 // No templates of the standard library: of several copies of one the linker keeps any, which may be the widest vectors'.
@@ -248,6 +249,153 @@ void unit_rows_gradient(const float* gradient, int64_t stride, int64_t n, int64_
   }
 }
 
+// e^x to rounding, within -87 and 88; of NaN it is NaN.
+inline Floats exponential(Floats x) {
+  const Floats whole = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // of x / log 2, to the nearest
+  const Floats rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Floats p = spread(1.9875691500e-4f);
+  p = p * rest + 1.3981999507e-3f;
+  p = p * rest + 8.3334519073e-3f;
+  p = p * rest + 4.1665795894e-2f;
+  p = p * rest + 1.6666665459e-1f;
+  p = p * rest + 5.0000001201e-1f;
+  p = p * rest * rest + rest + 1.0f;
+  const Ints power = (__builtin_convertvector(whole, Ints) + 127) << 23;
+  return p * (Floats)power;  // its bits
+}
+
+void exponentials(float* x, int64_t n) {
+  int64_t p = 0;
+  for (; p + LANES <= n; p += LANES) store(x + p, exponential(load(x + p)));
+  float last[LANES] = {};
+  for (int64_t i = p; i < n; ++i) last[i - p] = x[i];
+  if (p < n) store(last, exponential(load(last)));
+  for (int64_t i = p; i < n; ++i) x[i] = last[i - p];
+}
+
+// The sum of x [n], which is added to `sums` too, unless that is null.
+float add_up(const float* x, int64_t n, float* sums) {
+  Floats lanes{};
+  int64_t p = 0;
+  for (; p + LANES <= n; p += LANES) {
+    const Floats value = load(x + p);
+    lanes += value;
+    if (sums) store(sums + p, load(sums + p) + value);
+  }
+  float total = 0.0f;
+  for (; p < n; ++p) {
+    total += x[p];
+    if (sums) sums[p] += x[p];
+  }
+  for (int lane = 0; lane < LANES; ++lane) total += lanes[lane];
+  return total;
+}
+
+double contrast(float* logits, int64_t n, int64_t shift, bool both, float* state) {
+  float *share = state, *weight = state + n, *own = state + 2 * n, *column = state + 3 * n;
+  double total = 0.0;
+  for (int64_t i = 0; i < n; ++i) column[i] = 0.0f;
+  for (int64_t i = 0; i < n; ++i) {
+    float* row = logits + i * n;
+    exponentials(row, n);
+    // The positive is not in the sum: nothing cancels where it prevails.
+    float& positive = row[(i + shift) % n];
+    own[i] = positive, positive = 0.0f;
+    if (shift) row[i] = 0.0f;
+    const float rest = add_up(row, n, shift == 0 && both ? column : nullptr);
+    share[i] = 1.0f / (rest + own[i]), weight[i] = rest * share[i];
+    total += __builtin_log1pf(rest / own[i]);
+  }
+  if (shift == 0 && both)
+    for (int64_t i = 0; i < n; ++i) {
+      const float rest = column[i];
+      column[i] = 1.0f / (rest + own[i]), weight[i] += rest * column[i];
+      total += __builtin_log1pf(rest / own[i]);
+    }
+  const float* other = shift ? share : column;
+  for (int64_t i = 0; i < n; ++i) {
+    float* row = logits + i * n;
+    const int64_t partner = (i + shift) % n;
+    for (int64_t j = 0; j < n; ++j) row[j] *= share[i] + other[j];
+    row[partner] = shift ? -(weight[i] + weight[partner]) : -weight[i];
+  }
+  return total;
+}
+
+// The sum of x [n] where the group is this one, and how many these are; or, not `same`, where it is another.
+float sum_of_group(const float* x, const int32_t* group, int64_t n, int32_t own, bool same, int64_t* count) {
+  Floats lanes{};
+  Ints found{};
+  float total = 0.0f;
+  int64_t p = 0;
+  for (; p + LANES <= n; p += LANES) {
+    const Ints equal = *reinterpret_cast<const AnyInts*>(group + p) == own - Ints{}, chosen = same ? equal : ~equal;
+    lanes += chosen ? load(x + p) : Floats{};
+    found -= chosen;
+  }
+  *count = 0;
+  for (; p < n; ++p)
+    if ((group[p] == own) == same) total += x[p], ++*count;
+  for (int lane = 0; lane < LANES; ++lane) total += lanes[lane], *count += found[lane];
+  return total;
+}
+
+double supervised(float* logits, int64_t n, int64_t m, const int32_t* group, const int32_t* center, float center_weight,
+                  bool inside, float* state, int64_t* present) {
+  float *share = state, *weight = state + n;
+  double total = 0.0;
+  *present = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    float* row = logits + i * m;
+    float* own_center = center[i] < 0 ? nullptr : row + center[i];
+    int64_t count, ignored;
+    row[i] = 0.0f;
+    const float positives = sum_of_group(row, group, n, group[i], true, &count);
+    const float of_center = own_center ? *own_center : 0.0f;
+    const float weights = float(--count) + (own_center ? center_weight : 0.0f);  // not itself
+    count += own_center != nullptr;
+    share[i] = weight[i] = 0.0f;
+    exponentials(row, m);
+    row[i] = 0.0f;
+    if (count == 0) continue;
+    // Of all but the positives: nothing cancels where they prevail.
+    const float e_center = own_center ? *own_center : 0.0f;
+    if (own_center) *own_center = 0.0f;
+    const float rest = sum_of_group(row, group, n, group[i], false, &ignored) + add_up(row + n, m - n, nullptr);
+    const float own = sum_of_group(row, group, n, group[i], true, &ignored) + e_center;
+    const bool single = count == 1 && !inside;
+    // The derivative at a single positive is minus the rest's share: its own exponential is in no sum.
+    if (single)
+      for (int64_t j = 0; j < n; ++j) row[j] = group[j] == group[i] ? 0.0f : row[j];
+    else if (own_center)
+      *own_center = e_center;
+    if (inside && own == 0.0f) continue;
+    share[i] = 1.0f / (rest + own);
+    if (inside) {
+      weight[i] = share[i] * (rest / own);
+      total += __builtin_log1pf(rest / own);
+    } else {
+      const float mean = (positives + center_weight * of_center) / weights;
+      weight[i] = (single ? rest * share[i] : 1.0f) / weights;
+      total += single ? __builtin_log1pf(rest / __builtin_expf(mean)) : __builtin_logf(rest + own) - mean;
+    }
+    ++*present;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    float* row = logits + i * m;
+    for (int64_t j = 0; j < n; ++j) {
+      const float of_pair = weight[i] + weight[j], all = row[j] * (share[i] + share[j]);
+      const float positive = inside ? -row[j] * of_pair : all - of_pair;
+      row[j] = group[j] == group[i] ? positive : all;
+    }
+    row[i] = 0.0f;
+    const float e_center = center[i] < 0 ? 0.0f : row[center[i]];
+    for (int64_t j = n; j < m; ++j) row[j] *= share[i];
+    if (center[i] >= 0) row[center[i]] = inside ? -e_center * weight[i] : row[center[i]] - center_weight * weight[i];
+  }
+  return total;
+}
+
 #if CCL_FAST_BYTES == 64
 #define CCL_FAST_CPU cpu_512
 bool runs_here() { return __builtin_cpu_supports("avx512f"); }
@@ -262,6 +410,6 @@ bool runs_here() { return true; }
 }  // namespace
 
 const Cpu CCL_FAST_CPU = {CCL_FAST_BYTES, runs_here, ROWS, CENTERS, pack, aim, nearest, add, distance,
-                          unit_rows, unit_rows_gradient};
+                          unit_rows, contrast, supervised, unit_rows_gradient};
 
 }  // namespace ccl_fast

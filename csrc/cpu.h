@@ -56,6 +56,18 @@ struct Cpu {
   void (*unit_rows)(const float* x, int64_t stride, int64_t n, int64_t d, double largest_inverse, float* unit,
                     float* inverse);
 
+  // Of logits [n, n], within -80 and 80, the sum of losses and, in their place, its derivatives. Row i is contrasted with
+  // column (i + shift) mod n, its positive, among all columns, but for column i if shift is not 0: then rows meet rows, and
+  // the derivative at a pair is that by both of its logits. If it is 0, `both` also contrasts columns with rows. `state`
+  // [4 * n] is working memory.
+  double (*contrast)(float* logits, int64_t n, int64_t shift, bool both, float* state);
+
+  // The same of rows and centres, logits [n, m], m >= n: the positives of row i are the other rows of its group [n] and,
+  // unless `center` [n] is below 0, that column, with a weight. Their mean is taken of the logits, or with `inside` of the
+  // exponentials. A row that has no positive has no loss; `present` counts the others. `state` [2 * n].
+  double (*supervised)(float* logits, int64_t n, int64_t m, const int32_t* group, const int32_t* center,
+                       float center_weight, bool inside, float* state, int64_t* present);
+
   // (g - <g, u> u) / length, the gradient [n, d] of rows, given that of their unit rows and the inverses.
   void (*unit_rows_gradient)(const float* gradient, int64_t stride, int64_t n, int64_t d, const float* unit,
                              const float* inverse, float* result);

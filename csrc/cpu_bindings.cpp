@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <unordered_map>
 
 #include "cpu.h"
 #include "threads.h"
@@ -84,6 +85,31 @@ void unit_rows_gradient(const ccl_fast::Cpu& cpu, Address gradient, int64_t stri
                          pointer<float>(result));
 }
 
+void contrast(const ccl_fast::Cpu& cpu, Address logits, int64_t n, int64_t shift, bool both, double factor, Address loss) {
+  const std::unique_ptr<float[]> state(new float[4 * n]);
+  *pointer<float>(loss) = float(factor * cpu.contrast(pointer<float>(logits), n, shift, both, state.get()));
+}
+
+// Returns what the sum of the losses is multiplied by: one over those that have a positive, if the mean is asked for.
+double supervised(const ccl_fast::Cpu& cpu, Address logits, int64_t n, int64_t m, Address ids, double center_weight,
+                  bool inside, bool mean, Address loss) {
+  const std::unique_ptr<float[]> state(new float[2 * n]);
+  const std::unique_ptr<int32_t[]> numbers(new int32_t[2 * n]);
+  int32_t *group = numbers.get(), *center = group + n;
+  std::unordered_map<int64_t, int32_t> groups;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t id = pointer<int64_t>(ids)[i];
+    group[i] = groups.emplace(id, int32_t(groups.size())).first->second;
+    center[i] = id >= 0 && id < m - n ? int32_t(n + id) : -1;
+  }
+  int64_t present;
+  const double sum = cpu.supervised(pointer<float>(logits), n, m, group, center, float(center_weight), inside, state.get(),
+                                    &present);
+  const double factor = mean ? 1.0 / double(std::max<int64_t>(present, 1)) : 1.0;
+  *pointer<float>(loss) = float(factor * sum);
+  return factor;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -95,6 +121,8 @@ PYBIND11_MODULE(_cpu, module) {
       .def("add", &add, Released())
       .def("distance", &distance, Released())
       .def("unit_rows", &unit_rows, Released())
+      .def("contrast", &contrast, Released())
+      .def("supervised", &supervised, Released())
       .def("unit_rows_gradient", &unit_rows_gradient, Released());
   // Those that run here, the widest first.
   py::list cpus;

@@ -17,13 +17,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 def pytest_collection_modifyitems(items) -> None:
     """Of each test's cases so many are essential that every value of every parameter occurs; the others are slow.
 
-    A test that marks cases itself is left as it is. A process has groups, or files where there are none: what a file
-    sets up is made once. Groups come first, so that at the end none has a long one to itself.
+    A test that marks cases itself is left as it is. A process has groups, or of what is essential whole files: what
+    they set up is made once. Groups come first, so that at the end none has a long one to itself.
     """
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
     cases = collections.defaultdict(list)
     for item in items:
         if hasattr(item, "callspec"):
@@ -39,6 +36,9 @@ def pytest_collection_modifyitems(items) -> None:
             unseen -= chosen[1]
         for item, _ in rest:
             item.add_marker("slow")
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None and item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from benchmarks.losses.cases import TEMPERATURE
 from ccl_fast import CCLLoss, InfoNCELoss, NTXentLoss, SupConLoss
-from ccl_fast.ops import contrast_tile, normalize_triton
+from ccl_fast.ops import contrast_cpu, contrast_tile, normalize_triton
 from tests.oracles import plain
 
 N, D, CLUSTERS = 64, 128, 8
@@ -91,12 +91,13 @@ def count_all() -> dict[str, dict[str, Counts]]:
 @contextlib.contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """The host does not look at values, and rows are normalised by kernels, here interpreted."""
-    known, devices = contrast_tile.is_known, normalize_triton.DEVICES
+    known, devices, serves = contrast_tile.is_known, normalize_triton.DEVICES, contrast_cpu.serves
     contrast_tile.is_known, normalize_triton.DEVICES = lambda x: False, ("cpu",)
+    contrast_cpu.serves = lambda logits: False
     try:
         yield
     finally:
-        contrast_tile.is_known, normalize_triton.DEVICES = known, devices
+        contrast_tile.is_known, normalize_triton.DEVICES, contrast_cpu.serves = known, devices, serves
 
 
 def table() -> str:

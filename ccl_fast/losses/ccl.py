@@ -13,7 +13,7 @@ from ccl_fast.losses.centers import center_logits
 from ccl_fast.ops import cross_entropy, logaddexp, row_dot, streaming_logsumexp
 from ccl_fast.ops.backends import ContrastBackend
 from ccl_fast.ops.contrast_rows import contrast_rows
-from ccl_fast.ops.contrast_tile import self_contrast
+from ccl_fast.ops.contrast_tile import self_contrast, views_contrast
 from ccl_fast.ops.ids import groups_of, same_group_count
 from ccl_fast.ops.logsumexp.distributed import Wanted, global_contrast
 from ccl_fast.ops.logsumexp.operator import log_of_one_more
@@ -163,6 +163,9 @@ class CCLLoss(Loss):
         if centers is not None and centers.shape[0] == 0:  # before the first clustering: all unassigned
             centers = None
         scale = 1.0 / self.shared(self.temperature, batch.exchange.group)
+        is_nt_xent = cluster_ids is None and batch.shape[1:] == (2,) and not self.instance_weight  # in every form
+        if is_nt_xent and self.is_tile(batch.z, len(batch.z), scale):
+            return views_contrast(embeddings, scale=scale, mean=self.reduction == "mean")
         in_one_node = self._in_one_node(batch, centers, center_temperature, scale)
         if in_one_node is not None:
             return in_one_node

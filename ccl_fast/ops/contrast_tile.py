@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ccl_fast.ops import contrast_cpu
 from ccl_fast.ops.differentiable import (
     are_transforms_active,
     differentiable_once,
@@ -183,9 +184,6 @@ class _SelfContrast(torch.autograd.Function):
                 rows = torch.cat((x if x.dtype == wide else x.to(wide), centers.to(wide)))
             m = rows.shape[0]
             unit, inverse = _unit_rows(rows)
-            column_ids = ids
-            if m > n:
-                column_ids = torch.cat((ids, torch.arange(m - n, device=ids.device)))
             if center_scale is None:
                 keys = unit * scale
             else:
@@ -193,13 +191,18 @@ class _SelfContrast(torch.autograd.Function):
                 keys = torch.cat((unit[:n] * scale, unit[n:] * of_centers))
             if m > n:
                 unit, inverse = unit[:n], inverse[:n]
-            logits, positive = unit @ keys.T, ids[:, None] == column_ids
-            positive.fill_diagonal_(False)
-            found = _inside(logits, positive) if inside else _outside(logits, positive, center_weight)
-            losses, ctx.factor = _reduced(found.losses, mean, found.absent)
+            slopes = unit @ keys.T
+            if contrast_cpu.serves(slopes):
+                options = {"center_weight": center_weight, "inside": inside, "mean": mean}
+                losses, ctx.factor = contrast_cpu.supervised(slopes, ids, **options)
+            else:
+                positive = ids[:, None] == torch.cat((ids, torch.arange(m - n, device=ids.device)))
+                positive.fill_diagonal_(False)
+                found = _inside(slopes, positive) if inside else _outside(slopes, positive, center_weight)
+                slopes, (losses, ctx.factor) = found.slopes, _reduced(found.losses, mean, found.absent)
         ctx.scale = _number(scale)
         ctx.scaled_keys = n if center_scale is not None else m  # those that the scale multiplies
-        ctx.save_for_backward(x, unit, inverse, keys, found.slopes, _tensor(scale))
+        ctx.save_for_backward(x, unit, inverse, keys, slopes, _tensor(scale))
         return losses
 
     @staticmethod
@@ -275,6 +278,40 @@ def _inside(logits: Tensor, positive: Tensor) -> _Contrast:
     return _Contrast(ratio.log1p(), slopes, absent)
 
 
+def _views_losses(slopes: Tensor, n: int) -> Tensor:
+    """The losses [2, n] of logits [2 n, 2 n], which become their sum's derivatives."""
+    above, below = slopes.diagonal(n), slopes.diagonal(-n)
+    own = above.exp()
+    slopes.exp_().view(2, n, 2, n).diagonal(0, 1, 3).zero_()  # itself and its other view
+    rest = slopes.sum(1).view(2, n)
+    share = (rest + own).reciprocal_()
+    of_row = share.view(-1)
+    slopes.mul_(of_row[:, None] + of_row)
+    by_own = (rest * share).sum(0).neg_()
+    above.copy_(by_own)
+    below.copy_(by_own)
+    return (rest / own).log1p_()
+
+
+def _tower_losses(slopes: Tensor, symmetric: bool) -> Tensor:
+    """The same of logits [n, n] of two towers: [2, n], or [n] of one direction."""
+    diagonal = slopes.diagonal()
+    own = diagonal.exp()
+    slopes.exp_().fill_diagonal_(0.0)
+    rest = slopes.sum(1)
+    if symmetric:
+        rest = torch.stack((rest, slopes.sum(0)))
+    share = (rest + own).reciprocal_()
+    by_own = (rest * share).neg_()
+    if symmetric:
+        slopes.mul_(share[0][:, None] + share[1])
+        diagonal.copy_(by_own.sum(0))
+    else:
+        slopes.mul_(share[:, None])
+        diagonal.copy_(by_own)
+    return (rest / own).log1p_()
+
+
 class _ViewsContrast(torch.autograd.Function):
     jvp = staticmethod(refuse_forward_mode(NAME))
 
@@ -287,17 +324,11 @@ class _ViewsContrast(torch.autograd.Function):
             unit, inverse = _unit_rows(x)
             keys = unit * scale
             slopes = unit @ keys.T
-            above, below = slopes.diagonal(n), slopes.diagonal(-n)
-            own = above.exp()
-            slopes.exp_().view(2, n, 2, n).diagonal(0, 1, 3).zero_()  # itself and its other view
-            rest = slopes.sum(1).view(2, n)
-            share = (rest + own).reciprocal_()
-            of_row = share.view(-1)
-            slopes.mul_(of_row[:, None] + of_row)
-            by_own = (rest * share).sum(0).neg_()
-            above.copy_(by_own)
-            below.copy_(by_own)
-            losses, ctx.factor = _reduced((rest / own).log1p_(), mean)
+            if contrast_cpu.serves(slopes):
+                ctx.factor = 1 / len(slopes) if mean else 1.0
+                losses = contrast_cpu.contrast(slopes, shift=n, both=True, factor=ctx.factor)
+            else:
+                losses, ctx.factor = _reduced(_views_losses(slopes, n), mean)
         ctx.scale = _number(scale)
         ctx.save_for_backward(first, second, unit, inverse, keys, slopes, _tensor(scale))
         return losses
@@ -327,21 +358,11 @@ class _TowerContrast(torch.autograd.Function):
             unit, inverse = _unit_rows(torch.cat((q, k)))
             q_keys, k_unit = unit[:n] * scale, unit[n:]
             slopes = q_keys @ k_unit.T
-            diagonal = slopes.diagonal()
-            own = diagonal.exp()
-            slopes.exp_().fill_diagonal_(0.0)
-            rest = slopes.sum(1)
-            if symmetric:
-                rest = torch.stack((rest, slopes.sum(0)))
-            share = (rest + own).reciprocal_()
-            by_own = (rest * share).neg_()
-            if symmetric:
-                slopes.mul_(share[0][:, None] + share[1])
-                diagonal.copy_(by_own.sum(0))
+            if contrast_cpu.serves(slopes):
+                ctx.factor = 1 / (n * (1 + symmetric)) if mean else 1.0
+                losses = contrast_cpu.contrast(slopes, shift=0, both=symmetric, factor=ctx.factor)
             else:
-                slopes.mul_(share[:, None])
-                diagonal.copy_(by_own)
-            losses, ctx.factor = _reduced((rest / own).log1p_(), mean)
+                losses, ctx.factor = _reduced(_tower_losses(slopes, symmetric), mean)
         ctx.scale = _number(scale)
         ctx.save_for_backward(q, k, unit, inverse, q_keys, slopes, _tensor(scale))
         return losses

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from ccl_fast import CCLLoss, SupConLoss
-from ccl_fast.ops import contrast_tile
+from ccl_fast import CCLLoss, InfoNCELoss, NTXentLoss, SupConLoss
+from ccl_fast.kernels import cpu_extension
+from ccl_fast.ops import contrast_cpu, contrast_tile
 from ccl_fast.ops.normalize import SHORTEST
 from tests.ops.contrast_cases import CASES, CENTERS, IDS, D, K, N, evaluate, rows
 from tests.tolerance import assert_as_accurate
@@ -19,6 +20,7 @@ def known(request, monkeypatch) -> bool:
     """Whether the host knows what tensors hold."""
     if not request.param:
         monkeypatch.setattr(contrast_tile, "is_known", lambda x: False)
+        monkeypatch.setattr(contrast_cpu, "serves", lambda logits: False)
     return request.param
 
 
@@ -154,3 +156,48 @@ def test_the_second_derivative_of_the_temperature_alone_is_refused(case, tiles, 
     assert len(tiles) == 1
     with pytest.raises(RuntimeError, match="double backward"):
         torch.autograd.grad(grad.sum(), module.log_temperature)
+
+
+@pytest.fixture(params=(64, 32, 16, None), ids=lambda width: f"{width or 'no'} bytes")
+def vectors(request, monkeypatch, known):
+    """Each width of vectors that the CPU extension has here, and no extension."""
+    if not known:
+        pytest.skip("of a CPU")
+    if request.param is None:
+        monkeypatch.setattr(contrast_cpu, "serves", lambda logits: False)
+        return
+    cpus = [] if cpu_extension.module is None else cpu_extension.module.cpus
+    found = [cpu for cpu in cpus if cpu.bytes == request.param]
+    if not found:
+        pytest.skip("not here")
+    monkeypatch.setattr(cpu_extension, "best", lambda: found[0])
+
+
+@pytest.mark.parametrize("n", (2, 15, 33, 70))
+@pytest.mark.parametrize("loss", ("ccl", "ccl, weight", "inside", "supcon", "views", "towers", "one tower"))
+def test_every_width_of_vectors(loss, n, vectors, tiles):
+    random = torch.Generator().manual_seed(n)
+    x, y, centers = (torch.randn(rows, 7, generator=random, dtype=torch.float64) for rows in (n, n, 21))
+    ids = torch.randint(-1, 21, (n,), generator=random)
+    ids[n // 2 :] = ids[n // 2 :].clamp(max=4)
+    build, call = {
+        "ccl": (CCLLoss, lambda f, a, b: f(a, ids, centers.to(a.dtype))),
+        "ccl, weight": (
+            lambda t, **o: CCLLoss(t, center_weight=0.3, **o),
+            lambda f, a, b: f(torch.stack((a, b), 1), ids, centers.to(a.dtype)),
+        ),
+        "inside": (lambda t, **o: CCLLoss(t, form="inside", **o), lambda f, a, b: f(a, ids, centers.to(a.dtype))),
+        "supcon": (SupConLoss, lambda f, a, b: f(torch.cat((a, b)), torch.cat((ids, ids % 3)))),
+        "views": (NTXentLoss, lambda f, a, b: f(a, b)),
+        "towers": (InfoNCELoss, lambda f, a, b: f(a, b)),
+        "one tower": (lambda t, **o: InfoNCELoss(t, symmetric=False, **o), lambda f, a, b: f(a, b)),
+    }[loss]
+    results = []
+    for dtype, backend in ((torch.float64, "reference"), (torch.float32, "reference"), (torch.float32, "auto")):
+        leaves = [z.to(dtype, copy=True).requires_grad_() for z in (x, y)]
+        value = call(build(0.07, backend=backend), *leaves)
+        grads = torch.autograd.grad(value, leaves, allow_unused=True)
+        results.append((value.detach(), *(g for g in grads if g is not None)))
+    assert len(tiles) == 1
+    for exact, plain, found in zip(*results, strict=True):
+        assert_as_accurate(found, exact, plain, torch.float32)
