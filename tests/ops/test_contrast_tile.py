@@ -13,6 +13,7 @@ from tests.tolerance import assert_as_accurate
 pytestmark = pytest.mark.usefixtures("one_thread")
 REDUCTIONS = ("mean", "sum")
 every_case = pytest.mark.parametrize("case", CASES)
+of_a_cpu = pytest.mark.parametrize("known", (True,), indirect=True)
 
 
 @pytest.fixture(params=(True, False), ids=("cpu", "gpu"), autouse=True)
@@ -145,9 +146,8 @@ def test_logits_as_large_as_float32_has(case, magnitude):
 
 
 @every_case
-def test_the_second_derivative_of_the_temperature_alone_is_refused(case, tiles, known):
-    if not known:
-        return  # a temperature that is learned is not known there
+@of_a_cpu  # on a GPU a temperature that is learned is not known, so that there is no tile
+def test_the_second_derivative_of_the_temperature_alone_is_refused(case, tiles):
     loss, own, call, count = CASES[case]
     module = loss(0.2, learnable_temperature=True, **own)
     with torch.inference_mode():  # nor does it matter how the embeddings were made
@@ -161,8 +161,6 @@ def test_the_second_derivative_of_the_temperature_alone_is_refused(case, tiles, 
 @pytest.fixture(params=(64, 32, 16, None), ids=lambda width: f"{width or 'no'} bytes")
 def vectors(request, monkeypatch, known):
     """Each width of vectors that the CPU extension has here, and no extension."""
-    if not known:
-        pytest.skip("of a CPU")
     if request.param is None:
         monkeypatch.setattr(contrast_cpu, "serves", lambda logits: False)
         return
@@ -173,6 +171,7 @@ def vectors(request, monkeypatch, known):
     monkeypatch.setattr(cpu_extension, "best", lambda: found[0])
 
 
+@of_a_cpu
 @pytest.mark.parametrize("n", (2, 15, 33, 70))
 @pytest.mark.parametrize("loss", ("ccl", "ccl, weight", "inside", "supcon", "views", "towers", "one tower"))
 def test_every_width_of_vectors(loss, n, vectors, tiles):
